@@ -1,0 +1,1 @@
+"""What turns an ONNX stage into something that runs: bundle, backends, and the pipeline that chains stages."""

@@ -1,0 +1,1 @@
+"""Hugging Face to bundle: model registry, weight naming, vision export, and the phases of an export."""

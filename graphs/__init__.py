@@ -1,0 +1,1 @@
+"""What a static, pruned, split model is: plan, budgets, FLOPs, decoder layers, importance scores, top-k gather, stages."""

@@ -1,0 +1,62 @@
+"""The frame every graph is built in: opset, named inputs and outputs, weights as named placeholders."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+from .spec import Dtype
+
+OPSET, IR_VERSION, DOMAIN = 24, 12, "himap"
+IR_DTYPE: dict[Dtype, ir.DataType] = {
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+    "fp32": ir.DataType.FLOAT,
+}
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """An ONNX model and which of its inputs are weights: `weights` maps each weight's name to its shape."""
+
+    name: str
+    model: ir.Model
+    weights: Mapping[str, tuple[int, ...]]
+
+
+class Frame:
+    """Collects one graph. `op` builds nodes; `weight` names a checkpoint tensor once, however often it is read."""
+
+    def __init__(self, name: str, dtype: Dtype) -> None:
+        self.name, self.dtype = name, IR_DTYPE[dtype]
+        self.graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET, DOMAIN: 1})
+        self.builder = GraphBuilder(self.graph)
+        self.op = self.builder.op
+        self._weights: dict[str, ir.Value] = {}
+
+    def input(self, name: str, shape: tuple[int, ...], dtype: ir.DataType | None = None) -> ir.Value:
+        return self.builder.input(name, dtype or self.dtype, shape)
+
+    def integers(self, name: str, *shape: int) -> ir.Value:
+        return self.input(name, shape, ir.DataType.INT64)
+
+    def output(self, name: str, value: ir.Value, shape: tuple[int, ...], dtype: ir.DataType | None = None) -> None:
+        """Declare `value` as an output; an input that passes through unchanged gets an Identity of its own."""
+        if value.is_graph_input() or value in self.graph.outputs:
+            value = self.op.Identity(value)
+        value.shape, value.type = ir.Shape(shape), ir.TensorType(dtype or self.dtype)
+        self.builder.add_output(value, name)
+
+    def weight(self, name: str, *shape: int) -> ir.Value:
+        if name not in self._weights:
+            self._weights[name] = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(self.dtype))
+        return self._weights[name]
+
+    def finish(self) -> StageGraph:
+        """The model, its weights behind its other inputs."""
+        self.graph.inputs.extend(self._weights.values())
+        for node in self.graph:
+            node.metadata_props.clear()  # the builder's scope notes: half the size of the file
+        model = ir.Model(self.graph, ir_version=IR_VERSION, producer_name="himap-export", functions=self.builder.functions.values())
+        return StageGraph(self.name, model, {name: value.shape.numpy() for name, value in self._weights.items()})

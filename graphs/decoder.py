@@ -1,0 +1,97 @@
+"""One LLaMA-family decoder layer in native ONNX operators.
+
+Hidden states are [B*S,D] so that every projection is one Gemm over the checkpoint's [out,in] weights; attention works
+on [B,H,S,E]. Weight names are those of Hugging Face's `LlamaModel`, passed through `names` by whoever knows the checkpoint.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from .build import Frame
+from .spec import DecoderSpec
+
+Names = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """cos and sin, [B,S,E/2] each, in the dtype of the model."""
+
+    cos: ir.Value
+    sin: ir.Value
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What a layer's attention leaves behind: `out` [B,H,S,E]; `query` [B,H,S,E], `key` and `value` [B,G,S,E], after rotation."""
+
+    out: ir.Value
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+
+
+Attention = Callable[[ir.Value, ir.Value, ir.Value], Attended]
+
+
+def rotary(f: Frame, spec: DecoderSpec, position: ir.Value) -> Rotary:
+    """Angles position * base^(-2i/E) in fp32, as Hugging Face's LlamaRotaryEmbedding; `position` [B,S] int64."""
+    op = f.op
+    exponent = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
+    frequency = 1 / np.float32(spec.rope_base) ** exponent
+    angle = op.Mul(op.Unsqueeze(op.Cast(position, to=ir.DataType.FLOAT), [2]), op.Constant(value=ir.tensor(frequency)))
+    return Rotary(op.Cast(op.Cos(angle), to=f.dtype), op.Cast(op.Sin(angle), to=f.dtype))
+
+
+class Decoder:
+    """The layers of one decoder, seen by a graph of `batch` samples of `tokens` tokens."""
+
+    def __init__(self, f: Frame, spec: DecoderSpec, names: Names, batch: int, tokens: int) -> None:
+        self.f, self.op, self.spec, self.names = f, f.op, spec, names
+        self.batch, self.tokens = batch, tokens
+
+    def layer(self, i: int, x: ir.Value, rope: Rotary, attend: Attention) -> tuple[ir.Value, Attended]:
+        """x + attention, then x + feed-forward: [B*S,D] to [B*S,D]."""
+        op, spec, p = self.op, self.spec, f"layers.{i}."
+        n = self.norm(x, p + "input_layernorm")
+        q = self.rotate(self.split(self.linear(n, p + "self_attn.q_proj", spec.heads * spec.head_dim, spec.qkv_bias)), rope)
+        k = self.rotate(self.split(self.linear(n, p + "self_attn.k_proj", spec.kv_heads * spec.head_dim, spec.qkv_bias)), rope)
+        v = self.split(self.linear(n, p + "self_attn.v_proj", spec.kv_heads * spec.head_dim, spec.qkv_bias))
+        a = attend(q, k, v)
+        x = op.Add(x, self.linear(self.merge(a.out), p + "self_attn.o_proj", spec.hidden, spec.out_bias))
+        n = self.norm(x, p + "post_attention_layernorm")
+        gate = self.linear(n, p + "mlp.gate_proj", spec.ffn, spec.mlp_bias)
+        up = self.linear(n, p + "mlp.up_proj", spec.ffn, spec.mlp_bias)
+        return op.Add(x, self.linear(op.Mul(op.Swish(gate), up), p + "mlp.down_proj", spec.hidden, spec.mlp_bias)), a
+
+    def prefill_attention(self, q: ir.Value, k: ir.Value, v: ir.Value) -> Attended:
+        """Causal over the stage's own tokens. No mask: padding lies behind every real token."""
+        return Attended(self.op.Attention(q, k, v, is_causal=1), q, k, v)
+
+    def norm(self, x: ir.Value, name: str) -> ir.Value:
+        return self.op.RMSNormalization(
+            x, self.f.weight(self.names(name + ".weight"), self.spec.hidden), axis=-1, epsilon=self.spec.norm_eps
+        )
+
+    def linear(self, x: ir.Value, name: str, out: int, bias: bool) -> ir.Value:
+        into = int(x.shape[1])  # type: ignore[index]  # the builder inferred it
+        weights = [self.f.weight(self.names(name + ".weight"), out, into)]
+        if bias:
+            weights.append(self.f.weight(self.names(name + ".bias"), out))
+        return self.op.Gemm(x, *weights, transB=1)
+
+    def split(self, x: ir.Value) -> ir.Value:
+        """[B*S,heads*E] to [B,heads,S,E]."""
+        by_head = self.op.Reshape(x, [self.batch, self.tokens, -1, self.spec.head_dim])
+        return self.op.Transpose(by_head, perm=[0, 2, 1, 3])
+
+    def merge(self, x: ir.Value) -> ir.Value:
+        """[B,H,S,E] to [B*S,H*E]."""
+        by_token = self.op.Transpose(x, perm=[0, 2, 1, 3])
+        return self.op.Reshape(by_token, [self.batch * self.tokens, self.spec.heads * self.spec.head_dim])
+
+    def rotate(self, x: ir.Value, rope: Rotary) -> ir.Value:
+        return self.op.RotaryEmbedding(x, rope.cos, rope.sin)

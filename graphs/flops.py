@@ -1,0 +1,66 @@
+"""Arithmetic of a plan before anything is built: FLOPs by the paper and in truth, KV bytes."""
+
+from dataclasses import dataclass
+
+from .plan import PruningPlan, TokenBudget
+from .spec import DecoderSpec, Dtype, stage_layers
+
+BYTES: dict[Dtype, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One row of the plan: what a stage holds and what its prefill costs, over the whole batch."""
+
+    name: str
+    layers: range
+    tokens: int
+    image_tokens: int
+    kv_bytes: int
+    flops: int
+
+
+def paper_flops(tokens: int, spec: DecoderSpec) -> int:
+    """One layer by the paper's equation 10, `4nd^2 + 2n^2 d + 2ndm`: image tokens only, two FFN matrices."""
+    n, d, m = tokens, spec.hidden, spec.ffn
+    return 4 * n * d * d + 2 * n * n * d + 2 * n * d * m
+
+
+def layer_flops(tokens: int, spec: DecoderSpec) -> int:
+    """One layer as it is computed, for S `tokens`: a multiply-add counts 2, full S x S attention as kernels run it."""
+    s, d, e = tokens, spec.hidden, spec.head_dim
+    projections = 2 * s * d * e * (2 * spec.heads + 2 * spec.kv_heads)
+    attention = 2 * 2 * s * s * spec.heads * e
+    return projections + attention + 2 * 3 * s * d * spec.ffn
+
+
+def stage_costs(spec: DecoderSpec, plan: PruningPlan, budget: TokenBudget, dtype: Dtype) -> tuple[StageCost, ...]:
+    """The prefix, k1 and k2 rows. KV bytes count the whole static cache of C_i tokens."""
+    kv_token = 2 * spec.kv_heads * spec.head_dim * BYTES[dtype]
+    return tuple(
+        StageCost(
+            name=name,
+            layers=layers,
+            tokens=tokens,
+            image_tokens=visual,
+            kv_bytes=budget.batch * len(layers) * capacity * kv_token,
+            flops=budget.batch * len(layers) * layer_flops(tokens, spec),
+        )
+        for name, layers, tokens, visual, capacity in zip(
+            ("prefix", "k1", "k2"), stage_layers(plan, spec.layers), budget.total, budget.visual, budget.capacity, strict=True
+        )
+    )
+
+
+def paper_ratio(spec: DecoderSpec, plan: PruningPlan, image_tokens: int) -> float:
+    """FLOPs of the pruned over the unpruned decoder as the paper counts them (LLaVA-7B at the default plan: 0.246)."""
+    stages = zip(stage_layers(plan, spec.layers), plan.kept(image_tokens), strict=True)
+    pruned = sum(len(layers) * paper_flops(n, spec) for layers, n in stages)
+    return pruned / (spec.layers * paper_flops(image_tokens, spec))
+
+
+def true_ratio(spec: DecoderSpec, plan: PruningPlan, image_tokens: int, text_tokens: int) -> float:
+    """FLOPs of the pruned over the unpruned decoder prefill, text tokens and all three FFN matrices included."""
+    stages = zip(stage_layers(plan, spec.layers), plan.kept(image_tokens), strict=True)
+    pruned = sum(len(layers) * layer_flops(n + text_tokens, spec) for layers, n in stages)
+    return pruned / (spec.layers * layer_flops(image_tokens + text_tokens, spec))

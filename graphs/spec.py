@@ -1,0 +1,36 @@
+"""What a LLaMA-family decoder is, as numbers."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from .plan import PruningPlan
+
+Dtype = Literal["fp16", "bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A pre-norm decoder with rotary positions, grouped-query attention and a SwiGLU feed-forward.
+
+    Letters as in the docs: L `layers`, D `hidden`, F `ffn`, H `heads`, G `kv_heads`, E `head_dim`, W `vocab`.
+    """
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+
+
+def stage_layers(plan: PruningPlan, layers: int) -> tuple[range, range, range]:
+    """The layers of the prefix, K1-pruned and K2-pruned stages."""
+    first, second, third = (range(a, b) for a, b in pairwise((0, plan.k1, plan.k2, layers)))
+    return first, second, third

@@ -1,0 +1,154 @@
+"""The four language graphs of a bundle: prefix, k1, k2 (prefill) and decode.
+
+    image features, ids -> [prefix] -> hidden, score -> [gather | k1] -> hidden, score -> [gather | k2] -> logits
+
+Each cut's top-k gather opens the stage behind it, so the score that decides it crosses a stage boundary where it can be
+seen, compared and forced. Prefill writes the caches of its own layers, [B,G,C_i,E], real keys first; decode appends one
+token to each and overwrites padding. Only weights' names come from outside.
+"""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from .build import Frame, StageGraph
+from .decoder import Attended, Decoder, Names, Rotary, rotary
+from .gather import top_k_gather
+from .importance import IMAGE, PADDING, image_score, instruction_score
+from .plan import PruningPlan, TokenBudget
+from .spec import DecoderSpec, Dtype, stage_layers
+
+FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+
+
+@dataclass(frozen=True)
+class StagedModel:
+    """Everything that fixes the four graphs."""
+
+    spec: DecoderSpec
+    plan: PruningPlan
+    budget: TokenBudget
+    dtype: Dtype
+    names: Names
+
+    def graphs(self) -> tuple[StageGraph, ...]:
+        return self.prefix(), self.k1(), self.k2(), self.decode()
+
+    @property
+    def cuts(self) -> tuple[bool, bool]:
+        """Whether each cut removes anything; one that does not has no score and no gather."""
+        v0, v1, v2 = self.budget.visual
+        return v1 < v0, v2 < v1
+
+    def prefix(self) -> StageGraph:
+        """Embeds and merges image features, runs layers 0..K1-1, scores image tokens by instruction attention."""
+        b, spec, (s0, s1, _) = self.budget.batch, self.spec, self.budget.total
+        f = Frame("prefix", self.dtype)
+        ids, position, kind = (f.integers(n, b, s0) for n in ("input_ids", "position_ids", "token_kind"))
+        features = f.input("image_features", (b, self.budget.visual[0], spec.hidden))
+        x = f.op.Reshape(self._merge(f, self._embed(f, ids), features, kind), [b * s0, spec.hidden])
+        x, a = self._prefill(f, 0, x, position)
+        f.output("hidden_k1", f.op.Reshape(x, [b, s0, spec.hidden]), (b, s0, spec.hidden))
+        if self.cuts[0]:
+            score = instruction_score(f.op, spec, a.query, a.key, kind, position, self.budget.text)
+            f.output("score_k1", score, (b, s0), FLOAT)
+        return f.finish()
+
+    def k1(self) -> StageGraph:
+        """First gather, layers K1..K2-1, score of the image tokens among themselves."""
+        b, spec, s1 = self.budget.batch, self.spec, self.budget.total[1]
+        f = Frame("k1", self.dtype)
+        x, position, kind = self._cut(f, 1, "position_ids", "token_kind")
+        x, a = self._prefill(f, 1, x, position)
+        f.output("hidden_k2", f.op.Reshape(x, [b, s1, spec.hidden]), (b, s1, spec.hidden))
+        if self.cuts[1]:
+            score = image_score(f.op, spec, a.query, a.key, kind, position, self.budget.visual[1])
+            f.output("score_k2", score, (b, s1), FLOAT)
+        return f.finish()
+
+    def k2(self) -> StageGraph:
+        """Second gather, the remaining layers, logits of each sample's last prompt token."""
+        b, spec, s2 = self.budget.batch, self.spec, self.budget.total[2]
+        f = Frame("k2", self.dtype)
+        x, position, kind = self._cut(f, 2, "kept_k1", "kind_k1")
+        x, _ = self._prefill(f, 2, x, position)
+        real = f.op.Cast(f.op.Not(f.op.Equal(kind, PADDING)), to=INT64)
+        last = f.op.Sub(f.op.ReduceSum(real, [1], keepdims=1), 1)
+        by_token = f.op.Reshape(x, [b, s2, spec.hidden])
+        self._logits(f, f.op.GatherND(by_token, last, batch_dims=1))
+        f.output("hidden", by_token, (b, s2, spec.hidden))
+        return f.finish()
+
+    def decode(self) -> StageGraph:
+        """One token per sample through all layers, over the three caches."""
+        b, spec = self.budget.batch, self.spec
+        f = Frame("decode", self.dtype)
+        ids, position = f.integers("input_ids", b, 1), f.integers("position_ids", b, 1)
+        rope = rotary(f, spec, position)
+        x = f.op.Reshape(self._embed(f, ids), [b, spec.hidden])
+        decoder = Decoder(f, spec, self.names, b, 1)
+        for stage, layers in enumerate(stage_layers(self.plan, spec.layers)):
+            capacity = self.budget.capacity[stage]
+            # A token removed by a cut left its slot to those behind it: slot = position - tokens removed so far.
+            slot = f.op.Reshape(f.op.Sub(position, self.budget.visual[0] - self.budget.visual[stage]), [b])
+            seen = f.op.LessOrEqual(list(range(capacity)), f.op.Reshape(slot, [b, 1, 1, 1]))
+            mask = f.op.Cast(f.op.Where(seen, 0.0, -65504.0), to=f.dtype)
+            for i in layers:
+                x = self._decode_layer(f, decoder, i, x, rope, capacity, slot, mask)
+        self._logits(f, x)
+        return f.finish()
+
+    def _decode_layer(
+        self, f: Frame, decoder: Decoder, i: int, x: ir.Value, rope: Rotary, capacity: int, slot: ir.Value, mask: ir.Value
+    ) -> ir.Value:
+        shape = (self.budget.batch, self.spec.kv_heads, capacity, self.spec.head_dim)
+        past = [f.input(f"past_{what}.{i}", shape) for what in ("key", "value")]
+
+        def attend(q: ir.Value, k: ir.Value, v: ir.Value) -> Attended:
+            k, v = (f.op.TensorScatter(old, new, slot, axis=2) for old, new in zip(past, (k, v), strict=True))
+            return Attended(f.op.Attention(q, k, v, mask), q, k, v)
+
+        x, a = decoder.layer(i, x, rope, attend)
+        f.output(f"present_key.{i}", a.key, shape)
+        f.output(f"present_value.{i}", a.value, shape)
+        return x
+
+    def _prefill(self, f: Frame, stage: int, x: ir.Value, position: ir.Value) -> tuple[ir.Value, Attended]:
+        """The stage's layers; each one's keys and values, padded to the cache's capacity, are outputs."""
+        b, spec, tokens, capacity = self.budget.batch, self.spec, self.budget.total[stage], self.budget.capacity[stage]
+        rope = rotary(f, spec, position)
+        decoder = Decoder(f, spec, self.names, b, tokens)
+        for i in stage_layers(self.plan, spec.layers)[stage]:
+            x, a = decoder.layer(i, x, rope, decoder.prefill_attention)
+            for what, value in (("key", a.key), ("value", a.value)):
+                cache = f.op.Pad(value, [0, 0, 0, 0, 0, 0, capacity - tokens, 0])
+                f.output(f"present_{what}.{i}", cache, (b, spec.kv_heads, capacity, spec.head_dim))
+        return x, a
+
+    def _cut(self, f: Frame, stage: int, position_name: str, kind_name: str) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """The gather that opens stage 1 or 2, from S_{i-1} to S_i tokens; outputs `kept_k*` and `kind_k*`."""
+        b, hidden, before, after = self.budget.batch, self.spec.hidden, *self.budget.total[stage - 1 : stage + 1]
+        x = f.input(f"hidden_k{stage}", (b, before, hidden))
+        position, kind = f.integers(position_name, b, before), f.integers(kind_name, b, before)
+        if self.cuts[stage - 1]:
+            score = f.input(f"score_k{stage}", (b, before), FLOAT)
+            x, position, kind = top_k_gather(f.op, x, score, position, kind, after)
+        f.output(f"kept_k{stage}", position, (b, after), INT64)
+        f.output(f"kind_k{stage}", kind, (b, after), INT64)
+        return f.op.Reshape(x, [b * after, hidden]), position, kind
+
+    def _embed(self, f: Frame, ids: ir.Value) -> ir.Value:
+        return f.op.Gather(f.weight(self.names("embed_tokens.weight"), self.spec.vocab, self.spec.hidden), ids)
+
+    def _merge(self, f: Frame, text: ir.Value, features: ir.Value, kind: ir.Value) -> ir.Value:
+        """The n-th image token of a sample takes the n-th image feature: [B,S,D]."""
+        is_image = f.op.Equal(kind, IMAGE)
+        nth = f.op.Max(f.op.Sub(f.op.CumSum(f.op.Cast(is_image, to=INT64), 1), 1), 0)
+        image = f.op.GatherND(features, f.op.Unsqueeze(nth, [2]), batch_dims=1)
+        return f.op.Where(f.op.Unsqueeze(is_image, [2]), image, text)
+
+    def _logits(self, f: Frame, x: ir.Value) -> None:
+        """Final norm and head over [B,D]; logits leave as [B,W] fp32."""
+        decoder = Decoder(f, self.spec, self.names, self.budget.batch, 1)
+        logits = decoder.linear(decoder.norm(x, "norm"), "lm_head", self.spec.vocab, bias=False)
+        f.output("logits", f.op.Cast(logits, to=FLOAT), (self.budget.batch, self.spec.vocab), FLOAT)

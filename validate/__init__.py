@@ -1,0 +1,1 @@
+"""What proves a bundle: the PyTorch reference, parity, and speed."""
