@@ -1,11 +1,12 @@
 """The PyTorch reference of HiMAP (arXiv 2503.13108): what every bundle is judged against.
 
-Hugging Face's own modules compute everything that HiMAP leaves alone (tower, projector, embedding, decoder layers, rotary
-embedding, norm, head). This file only decides which tokens enter which layers, as the authors' `himap.py` does:
+Hugging Face's own modules compute everything that HiMAP leaves alone (tower, projector, embedding, decoder layers,
+rotary embedding, norm, head). This file only decides which tokens enter which layers, as the authors' `himap.py` does:
 
 1. Layers 0..K1-1 see all tokens, K1..K2-1 those alive after the cut at K1, K2..L-1 those alive after the cut at K2.
 2. A cut at K ranks the image tokens by the attention of layer K-1: fp32 softmax, mean over the heads, then summed
-   over the text rows after the last image token (K1) or over the image tokens that are alive themselves (K2).
+   over the text rows after the last image token (K1; no such row: all scores are 0, the first tokens stay) or over
+   the rows of the image tokens themselves (K2).
 3. floor(R * n) image tokens leave, those with the lowest scores; of equals, the last one leaves first. All text stays.
 4. Who stays keeps its order and its original position id; the causal mask is rebuilt.
 
@@ -15,8 +16,8 @@ prefill, and every layer caches the keys and values of the tokens that it saw. T
 Samples are computed one by one and without padding, so nothing here can depend on where padding lies. It shares no code
 with the rooms it judges, not even their errors: misuse is a ValueError.
 
-Shape letters: B batch, S tokens of a stage (S0, S1, S2), V image tokens that are candidates at a cut (V0, V1), D hidden,
-G kv heads, E head dim, H query heads, L layers, W vocabulary, N generated tokens.
+Shape letters: B batch, S tokens of a stage (S0, S1, S2), V image tokens that are candidates at a cut (V0, V1),
+D hidden, H query heads, G kv heads, E head dim, L layers, W vocabulary, N generated tokens.
 """
 
 import functools
@@ -42,7 +43,7 @@ Item = TypeVar("Item", bound=np.generic)
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where HiMAP cuts (0-based layers) and the fraction of the image tokens each cut removes; r2 is of what K1 left."""
+    """Where HiMAP cuts (0-based layers) and the fraction of image tokens it removes there; r2 is of what K1 left."""
 
     k1: int
     k2: int
@@ -89,7 +90,7 @@ class Reference:
         device: str = "cpu",
     ) -> None:
         """Load `folder` in `dtype`. `attn_implementation="sdpa"` is the fast one, a fair opponent in benchmarks."""
-        self.model: Any = LlavaForConditionalGeneration.from_pretrained(
+        loaded: tuple[Any, dict[str, Any]] = LlavaForConditionalGeneration.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation={
@@ -100,7 +101,12 @@ class Reference:
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
+        self.model, report = loaded
+        # Hugging Face only warns and goes on with random weights. Unexpected ones (old rotary tables) do no harm.
+        if problems := {name: found for name, found in report.items() if found and name != "unexpected_keys"}:
+            raise ValueError(f"{folder} does not hold the model's weights: {problems}")
         self.model.eval().to(device)
         self.decoder: Any = self.model.model.language_model
         self.layers = len(self.decoder.layers)
@@ -122,9 +128,10 @@ class Reference:
     ) -> Prefill:
         """Run the prompts.
 
-        `input_ids` [B,S] int64 with one image placeholder per image token, anywhere; `pixel_values` [images,3,H,W], in the
-        order of the placeholders; `attention_mask` [B,S], 0 where a token is padding, on either side. `cuts=None`: unpruned.
-        `forced` keeps the given positions ([B,S1], [B,S2], -1 pads) instead of the ranked ones, text included.
+        `input_ids` [B,S] int64 with one image placeholder per image token, anywhere; `pixel_values` [images,3,H,W],
+        in the order of the placeholders; `attention_mask` [B,S], 0 where a token is padding, on either side.
+        `cuts=None` is the unpruned model. `forced` keeps the given positions ([B,S1], [B,S2], text included, -1 pads)
+        instead of the ranked ones; the scores are reported all the same.
         """
         if forced is not None and cuts is None:
             raise ValueError("forced positions need cuts: they say at which layers to keep them")
@@ -163,7 +170,7 @@ class Reference:
 
     @torch.no_grad()
     def replay(self, start: Prefill, tokens: Ints) -> Floats:
-        """Logits [B,N,W] that follow each prefix of `tokens` [B,N]: entry 0 is the prefill's, entry n has seen n tokens.
+        """Logits [B,N,W] that follow each prefix of `tokens` [B,N]: entry 0 is the prefill's, n has seen n tokens.
 
         One flipped token does not end a comparison this way. Appends to the caches of `start`: replay a prefill once.
         """
@@ -181,7 +188,7 @@ class Reference:
     def step(self, tokens: Tensor, position: int, cache: DynamicCache) -> Tensor:
         """One decode step: `tokens` [B] at `position`, appended to `cache`; logits [B,W] fp32."""
         hidden = self.decoder.embed_tokens(tokens.to(self.device)[:, None])
-        # No mask: one row, and a cache that holds nothing but the sample's own alive tokens, whatever each layer's length.
+        # No mask: a single row may see all that is cached, and each layer has cached only what was alive in its stage.
         hidden, _ = self._run(range(self.layers), hidden, torch.tensor([position], device=self.device), cache)
         return self._logits(hidden)
 
@@ -316,8 +323,9 @@ def _attend(
     himap_sink: list[Tensor] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention `base`, and into `himap_sink` the causal softmax of `query` [1,H,S,E] and `key` [1,G,S,E]: [H,S,S] fp32.
+    """The attention `base`; also appends the causal softmax of `query` [1,H,S,E], `key` [1,G,S,E] to `himap_sink`.
 
+    The probabilities are [H,S,S] fp32, from fp32 logits, whatever the model's dtype.
     Eager attention returns its probabilities rounded to the model's dtype, which in fp16 is enough to flip keep sets.
     """
     if himap_sink is not None:

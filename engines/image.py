@@ -1,0 +1,244 @@
+"""From a picture file to `pixel_values`, with Pillow and NumPy only.
+
+What happens to the pixels is data, `ImagePreprocessing`, read from a checkpoint at export and stored in the bundle's
+manifest. The arithmetic is that of Hugging Face's PIL image processors (transformers 5.23: `PilBackend._preprocess` in
+image_processing_backends.py and `LlavaImageProcessorPil.pad_to_square`), in the same order and the same precisions:
+the result is equal bit for bit (tests/engines/test_image.py). transformers uses those classes when torchvision is
+missing; its torchvision classes resample differently, by up to a few grey levels.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from himap_export.graphs.errors import Exit, HimapError
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_SIDE = 16384  # pixels; a larger model input is a damaged manifest
+MAX_PIXELS = (
+    2**27
+)  # of an intermediate picture: 400 MB of RGB; only pictures hundreds of times longer than wide reach it
+
+
+@dataclass(frozen=True)
+class ImagePreprocessing:
+    """Pad to a square, resize, crop the centre, rescale, normalise; always RGB. Sizes are (height, width) in pixels.
+
+    `resize` is the length of the shorter edge, or a size to which the picture is stretched, or None. `pad_color` (RGB,
+    0 to 255) fills the square; None: no padding. A crop larger than the picture is filled with black. Rescaling
+    multiplies bytes by `rescale_factor`; normalising is `(x - mean) / std` per channel. The output size must not depend
+    on the picture. Raises HimapError for values that make no sense.
+    """
+
+    resize: int | tuple[int, int] | None
+    crop: tuple[int, int] | None
+    resample: str = "bicubic"
+    rescale_factor: float = 1 / 255
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    pad_color: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        sides = [*((self.resize,) if isinstance(self.resize, int) else self.resize or ()), *(self.crop or ())]
+        numbers = (self.rescale_factor, *self.mean, *self.std)
+        problem = ""
+        if any(not 0 < side <= MAX_SIDE for side in sides):
+            problem = f"a size is outside 1..{MAX_SIDE}: {sides}"
+        elif self.resample not in RESAMPLING:
+            problem = f"resample {self.resample!r} is not one of {', '.join(RESAMPLING)}"
+        elif not all(math.isfinite(number) for number in numbers) or 0 in self.std:
+            problem = f"rescale_factor, mean or std is not usable: {numbers}"
+        elif self.pad_color is not None and any(not 0 <= channel <= 255 for channel in self.pad_color):
+            problem = f"pad_color is outside 0..255: {self.pad_color}"
+        elif self.crop is None and not (isinstance(self.resize, tuple) or (self.resize and self.pad_color)):
+            problem = "the output size depends on the picture; a size or a crop is needed"
+        if problem:
+            raise HimapError("unusable image preprocessing", problem)
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(height, width) of what the model sees."""
+        if self.crop is not None:
+            return self.crop
+        return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize or (0, 0)
+
+    def to_json(self) -> dict[str, object]:
+        """A plain dictionary for the manifest; floats survive exactly."""
+        edge = {"shortest_edge": self.resize} if isinstance(self.resize, int) else None
+        return {
+            "pad_color": None if self.pad_color is None else list(self.pad_color),
+            "resize": edge or _size_to_json(self.resize if isinstance(self.resize, tuple) else None),
+            "resample": self.resample,
+            "crop": _size_to_json(self.crop),
+            "rescale_factor": self.rescale_factor,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> "ImagePreprocessing":
+        """The reverse of `to_json`; HimapError for anything that `to_json` does not write."""
+        if not isinstance(data, Mapping):
+            raise HimapError("unusable image preprocessing", "it is not an object")
+        return cls(
+            resize=_resize_from_json(data.get("resize")),
+            crop=_size_from_json("crop", data.get("crop")),
+            resample=str(data.get("resample")),
+            rescale_factor=_number("rescale_factor", data.get("rescale_factor")),
+            mean=_three("mean", data.get("mean")),
+            std=_three("std", data.get("std")),
+            pad_color=_color("pad_color", data.get("pad_color")),
+        )
+
+
+def clip_preprocessing(side: int) -> ImagePreprocessing:
+    """What CLIP towers expect when a checkpoint says nothing: shorter edge to `side`, bicubic, centre crop."""
+    return ImagePreprocessing(resize=side, crop=(side, side))
+
+
+def load_image(path: Path) -> Image.Image:
+    """The picture in `path`, upright (EXIF) and RGB, as transformers' `load_image` gives it: transparency is dropped.
+
+    Raises HimapError (Exit.USAGE) if the file is missing, unreadable, not a picture, damaged, or a decompression bomb.
+    """
+    if not path.exists():
+        raise HimapError("image not found", str(path), code=Exit.USAGE)
+    if not path.is_file():
+        raise HimapError("image is not a file", str(path), code=Exit.USAGE)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit: a large photograph
+            with Image.open(path) as opened:
+                return (ImageOps.exif_transpose(opened) or opened).convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise HimapError("image has too many pixels", str(path), str(error), code=Exit.USAGE) from error
+    except UnidentifiedImageError as error:
+        raise HimapError("not an image that Pillow can read", str(path), code=Exit.USAGE) from error
+    except PermissionError as error:
+        raise HimapError("image cannot be read", str(path), error.strerror or "", code=Exit.USAGE) from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error... on bad bytes
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise HimapError("image is damaged", str(path), reason, code=Exit.USAGE) from error
+
+
+def preprocess(image: Image.Image, how: ImagePreprocessing) -> NDArray[np.float32]:
+    """`pixel_values` of one picture, float32 [3, height, width], as Hugging Face's processor makes them.
+
+    An image with transparency is laid over white, as there. Raises HimapError (Exit.USAGE) for a picture whose shape
+    would blow up in resizing.
+    """
+    view = np.asarray(crop_view(image, how))  # uint8 [height, width, 3]
+    scaled = (view.astype(np.float64) * how.rescale_factor).astype(np.float32)
+    normal = (scaled - np.array(how.mean, np.float32)) / np.array(how.std, np.float32)
+    return np.ascontiguousarray(normal.transpose(2, 0, 1))
+
+
+def crop_view(image: Image.Image, how: ImagePreprocessing, scale: int = 1) -> Image.Image:
+    """The RGB picture that the model sees, [height, width] of `how.output_size` times `scale`.
+
+    With `scale` 1 these are the very pixels before normalisation. A larger scale shows the same region from the
+    original picture in more detail: pixel (y, x) of the model's view is the block from (scale * y, scale * x) on.
+    """
+    image = _to_rgb(image)
+    if how.pad_color is not None:
+        image = _pad_to_square(image, how.pad_color)
+    height, width = _resized(image.height, image.width, how.resize)
+    _check_pixels(image, height * scale, width * scale)
+    if how.resize is not None or scale != 1:
+        image = image.resize((width * scale, height * scale), RESAMPLING[how.resample])
+    if how.crop is not None:
+        top, left = (height - how.crop[0]) // 2, (width - how.crop[1]) // 2  # negative: black border, rounded outwards
+        box = (left, top, left + how.crop[1], top + how.crop[0])
+        image = image.crop((box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale))
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB, transparency over white (transformers' `convert_to_rgb`)."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+
+
+def _pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    """The picture in the middle of a square of its longer edge; an odd remainder goes to the bottom or right."""
+    side = max(image.size)
+    _check_pixels(image, side, side)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _resized(height: int, width: int, resize: int | tuple[int, int] | None) -> tuple[int, int]:
+    """(height, width) after resizing; the longer edge is rounded down (`get_resize_output_image_size`)."""
+    if resize is None:
+        return height, width
+    if isinstance(resize, tuple):
+        return resize
+    longer = int(resize * max(height, width) / min(height, width))
+    return (longer, resize) if width <= height else (resize, longer)
+
+
+def _check_pixels(image: Image.Image, height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        shape = f"{image.width} x {image.height} pixels would become {width} x {height}"
+        raise HimapError("image is too long and thin", shape, code=Exit.USAGE)
+
+
+def _size_to_json(size: tuple[int, int] | None) -> dict[str, int] | None:
+    return None if size is None else {"height": size[0], "width": size[1]}
+
+
+def _resize_from_json(value: object) -> int | tuple[int, int] | None:
+    if isinstance(value, Mapping) and set(value) == {"shortest_edge"}:
+        return _integer("resize", value["shortest_edge"])
+    return _size_from_json("resize", value)
+
+
+def _size_from_json(name: str, value: object) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or set(value) != {"height", "width"}:
+        raise HimapError("unusable image preprocessing", f"{name} is {value!r}")
+    return _integer(name, value["height"]), _integer(name, value["width"])
+
+
+def _integer(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise HimapError("unusable image preprocessing", f"{name} is {value!r}, not an integer")
+    return value
+
+
+def _number(name: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise HimapError("unusable image preprocessing", f"{name} is {value!r}, not a number")
+    return float(value)
+
+
+def _three(name: str, value: object) -> tuple[float, float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise HimapError("unusable image preprocessing", f"{name} is {value!r}, not three numbers")
+    return _number(name, value[0]), _number(name, value[1]), _number(name, value[2])
+
+
+def _color(name: str, value: object) -> tuple[int, int, int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise HimapError("unusable image preprocessing", f"{name} is {value!r}, not three integers")
+    return _integer(name, value[0]), _integer(name, value[1]), _integer(name, value[2])

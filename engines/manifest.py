@@ -1,0 +1,125 @@
+"""The manifest: what a bundle holds, as frozen data and as JSON. A folder without one is not a bundle."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from ..graphs.errors import Exit, HimapError
+from ..graphs.plan import PruningPlan, TokenBudget
+from ..graphs.spec import DecoderSpec, Dtype
+
+SCHEMA = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A static tensor at a graph's door: `dtype` is fp16, bf16, fp32 or int64."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """One ONNX file: its tensors in and out, and the names of the checkpoint's weights it reads."""
+
+    file: str
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """What a backend made of one graph. `gather` says in which form it holds the top-k gather: ops, plugin or none."""
+
+    file: str
+    seconds: float
+    gather: str = "none"
+    kernels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """Where the model came from and the token ids its prompts need."""
+
+    name: str
+    source: str
+    architecture: str
+    image_token: int
+    eos_tokens: tuple[int, ...]
+    pad_token: int
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a bundle but its tensors; paths are relative to its folder."""
+
+    model: ModelRecord
+    decoder: DecoderSpec
+    plan: PruningPlan
+    budget: TokenBudget
+    dtype: Dtype
+    graphs: Mapping[str, GraphRecord]
+    engines: Mapping[str, Mapping[str, EngineRecord]]
+    weights: tuple[str, ...]
+    image: Mapping[str, Any] | None
+    prompt: Mapping[str, Any] | None
+    tokenizer: str | None
+    toolchain: Mapping[str, str]
+    command: tuple[str, ...]
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads what `to_json` wrote; KeyError, TypeError or ValueError if it is anything else."""
+        d = json.loads(text)
+        d["model"] = ModelRecord(**_tuples(d["model"]))
+        d["decoder"] = DecoderSpec(**d["decoder"])
+        d["plan"], d["budget"] = PruningPlan(**d["plan"]), TokenBudget(**_tuples(d["budget"]))
+        d["graphs"] = {name: _graph(g) for name, g in d["graphs"].items()}
+        d["engines"] = {
+            backend: {name: EngineRecord(**_tuples(e)) for name, e in engines.items()} for backend, engines in d["engines"].items()
+        }
+        d["files"] = {name: FileRecord(**f) for name, f in d["files"].items()}
+        return cls(**{**d, "weights": tuple(d["weights"]), "command": tuple(d["command"])})
+
+
+def _tuples(d: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in d.items()}
+
+
+def _graph(d: dict[str, Any]) -> GraphRecord:
+    sides = ({name: TensorSpec(t["dtype"], tuple(t["shape"])) for name, t in d[side].items()} for side in ("inputs", "outputs"))
+    return GraphRecord(d["file"], *sides, tuple(d["weights"]))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the bundle in `folder`; HimapError if there is none, or it is of another schema, or damaged."""
+    path = folder / FILE_NAME
+    try:
+        text = path.read_text()
+        schema = json.loads(text)["schema"]
+        if schema == SCHEMA:
+            return Manifest.from_json(text)
+    except (FileNotFoundError, NotADirectoryError):
+        hint = f"a bundle is the folder himap-export wrote, with its {FILE_NAME}"
+        raise HimapError(f"{folder} is not a bundle", hint=hint, code=Exit.USAGE) from None
+    except (ValueError, KeyError, TypeError) as problem:
+        raise HimapError(f"{path} is damaged", f"{type(problem).__name__} {problem}", "export the bundle again") from None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise HimapError(f"{folder} is a bundle of schema {schema}, this version reads {SCHEMA}", hint="update himap-export")
+    raise HimapError(f"{folder} is a bundle of schema {schema}, this version reads {SCHEMA}", hint="export it again")

@@ -1,0 +1,152 @@
+"""From a question to `input_ids`, and from generated ids back to text, with `tokenizers` only.
+
+The prompt's shape is data, `PromptFormat`, rendered once from the checkpoint's chat template at export and stored in
+the bundle's manifest. The ids equal those of Hugging Face's LlavaProcessor (transformers 5.23, processing_llava.py:
+the placeholder repeated once per image token, then the tokenizer); tests/engines/test_prompt.py compares them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from himap_export.graphs.errors import Exit, HimapError
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+QUESTION = "{prompt}"  # where the question goes in a template
+REPLACEMENT = "\ufffd"  # what decoders give for bytes that are not (yet) UTF-8
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a question becomes text: `template` holds `{prompt}` once and the placeholder `image_token` once.
+
+    The placeholder stands for `image_tokens` (V0) tokens. `add_special_tokens`: the tokenizer adds its own, such as
+    BOS (False if the template writes them). `strip`: white space around the question is removed, as some chat templates
+    do. Raises HimapError for a template that breaks these rules.
+    """
+
+    template: str
+    image_token: str
+    image_tokens: int
+    add_special_tokens: bool = True
+    strip: bool = False
+
+    def __post_init__(self) -> None:
+        problem = ""
+        if self.template.count(QUESTION) != 1:
+            problem = f"{QUESTION} must occur once in the template {self.template!r}"
+        elif not self.image_token or self.template.count(self.image_token) != 1:
+            problem = f"the image token {self.image_token!r} must occur once in the template {self.template!r}"
+        elif self.image_tokens < 1:
+            problem = f"image_tokens is {self.image_tokens}"
+        if problem:
+            raise HimapError("unusable prompt format", problem)
+
+    def to_json(self) -> dict[str, object]:
+        """A plain dictionary for the manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: object) -> "PromptFormat":
+        """The reverse of `to_json`; HimapError for anything that `to_json` does not write."""
+        if not isinstance(data, Mapping):
+            raise HimapError("unusable prompt format", "it is not an object")
+        values = {field.name: data.get(field.name) for field in fields(cls)}
+        types = {field.name: field.type for field in fields(cls)}
+        wrong = [name for name, value in values.items() if type(value) is not types[name]]
+        if wrong:
+            raise HimapError("unusable prompt format", f"{wrong[0]} is {values[wrong[0]]!r}")
+        return cls(**values)  # type: ignore[arg-type]  # just checked, field by field
+
+    def render(self, prompt: str) -> str:
+        """The text around one question, the placeholder still single.
+
+        Raises HimapError (Exit.USAGE) if the question itself spells the placeholder: it would be a second image.
+        """
+        before, after = self.template.split(QUESTION)
+        text = before + (prompt.strip() if self.strip else prompt) + after
+        if text.count(self.image_token) != 1:
+            summary = f"the prompt contains the image placeholder {self.image_token}"
+            raise HimapError(summary, hint="the image is put in by itself: leave the placeholder out", code=Exit.USAGE)
+        return text
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a `tokenizer.json`, without stored padding or truncation. HimapError if it cannot be read."""
+    if not path.is_file():
+        raise HimapError("tokenizer not found", str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise HimapError("tokenizer cannot be read", str(path), " ".join(str(error).split())) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, how: PromptFormat, prompt: str) -> NDArray[np.int64]:
+    """`input_ids` int64 [S] of one question about one image, the placeholder expanded to V0 ids, special tokens added.
+
+    Raises HimapError (Exit.USAGE) if the question contains the image placeholder or is not valid Unicode.
+    """
+    text = how.render(prompt).replace(how.image_token, how.image_token * how.image_tokens)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a byte of the command line that was not UTF-8
+        raise HimapError("the prompt is not valid Unicode", error.reason, code=Exit.USAGE) from error
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=how.add_special_tokens).ids
+    found = ids.count(image_token_id(tokenizer, how.image_token))
+    if found != how.image_tokens:
+        raise HimapError("the prompt has the wrong number of image tokens", f"{found}, expected {how.image_tokens}")
+    return np.array(ids, np.int64)
+
+
+def image_token_id(tokenizer: Tokenizer, image_token: str) -> int:
+    """The id of the placeholder. HimapError if the tokenizer does not know it as one token."""
+    token = tokenizer.token_to_id(image_token)
+    if token is None:
+        raise HimapError("the tokenizer does not know the image token", image_token)
+    return token
+
+
+class Detokenizer:
+    """Text from generated ids, piece by piece: what `push` and `finish` return, joined, is the decoded answer.
+
+    (Where the model writes bytes that are no UTF-8, the number of U+FFFD may differ.) A piece is emitted once its bytes
+    are complete UTF-8. Special tokens give no text. Each step decodes a short window,
+    from the last ids that gave text, twice: with and without the new ids. The difference is the new text, so decoders
+    that treat the start of a text differently (SentencePiece's leading space) do so only at the real start.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._emitted: list[int] = []  # the last ids whose text is out
+        self._waiting: list[int] = []  # ids whose text is not
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; "" if it is special or ends inside a character."""
+        self._waiting.append(int(token))
+        text = self._new_text()
+        return "" if not text or text.endswith(REPLACEMENT) else self._emit(text)
+
+    def finish(self) -> str:
+        """What is left: an incomplete character becomes U+FFFD. The detokenizer can then start a new text."""
+        text = self._new_text()
+        self._emitted, self._waiting = [], []
+        return text
+
+    def _emit(self, text: str) -> str:
+        self._emitted, self._waiting = self._waiting, []
+        return text
+
+    def _new_text(self) -> str:
+        before = self._decode(self._emitted)
+        text = self._decode(self._emitted + self._waiting)
+        if not text.startswith(before):  # SentencePiece: one bad byte spoils the whole run of bytes, emitted ones too
+            return self._decode(self._waiting)
+        return text[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ""

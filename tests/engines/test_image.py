@@ -1,0 +1,258 @@
+"""Pixels equal Hugging Face's own PIL processors, bit for bit, on real photographs and awkward pictures."""
+
+import math
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from himap_export.engines.image import (
+    ImagePreprocessing,
+    clip_preprocessing,
+    crop_view,
+    load_image,
+    preprocess,
+)
+from himap_export.graphs.errors import Exit, HimapError
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from transformers.image_utils import load_image as hf_load_image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+CHINA, FLOWER = (Image.fromarray(each) for each in load_sample_images().images)  # 640 x 427
+SAMPLES = Path(matplotlib.get_data_path()) / "sample_data"
+HOPPER = Image.open(SAMPLES / "grace_hopper.jpg").convert("RGB")  # portrait, 512 x 600
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def transparent(mode: str) -> Image.Image:
+    image = CHINA.copy()
+    image.putalpha(FLOWER.convert("L"))
+    return image.convert(mode)
+
+
+def palette_with_transparency() -> Image.Image:
+    image = CHINA.quantize(16)
+    image.info["transparency"] = 3
+    return image
+
+
+PICTURES = {
+    "china": CHINA,
+    "flower": FLOWER,
+    "hopper": HOPPER,
+    "logo": Image.open(SAMPLES / "logo2.png"),
+    "portrait": CHINA.transpose(Image.Transpose.ROTATE_90),
+    "square": CHINA.crop((0, 0, 427, 427)),
+    "odd": FLOWER.resize((337, 335)),
+    "exact": FLOWER.resize((336, 336)),
+    "long": FLOWER.resize((900, 31)),
+    "thin": FLOWER.resize((7, 500)),
+    "tiny": FLOWER.resize((3, 5)),
+    "pixel": FLOWER.resize((1, 1)),
+    "grey": CHINA.convert("L"),
+    "grey alpha": transparent("LA"),
+    "rgba": transparent("RGBA"),
+    "palette": CHINA.quantize(64),
+    "palette alpha": palette_with_transparency(),
+    "bilevel": CHINA.convert("1"),
+    "cmyk": CHINA.convert("CMYK"),
+    "16 bit": Image.fromarray(np.arange(400 * 300, dtype=np.uint16).reshape(300, 400)),
+}
+LLAVA_PAD = {"do_pad": True, "size": {"shortest_edge": 336}, "crop_size": 336}
+SETTINGS: dict[str, tuple[Any, ImagePreprocessing]] = {
+    "llava-1.5": (
+        CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
+        clip_preprocessing(336),
+    ),
+    "odd crop": (
+        CLIPImageProcessorPil(size={"shortest_edge": 90}, crop_size={"height": 61, "width": 84}, resample=2),
+        ImagePreprocessing(90, (61, 84), "bilinear"),
+    ),
+    "crop beyond the picture": (
+        CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 97, "width": 90}),
+        ImagePreprocessing(64, (97, 90)),
+    ),
+    "crop only": (
+        CLIPImageProcessorPil(do_resize=False, crop_size={"height": 112, "width": 113}),
+        ImagePreprocessing(None, (112, 113)),
+    ),
+    "pad to square": (
+        LlavaImageProcessorPil(**LLAVA_PAD),
+        ImagePreprocessing(336, (336, 336), pad_color=(122, 116, 104)),
+    ),
+    "siglip": (
+        SiglipImageProcessorPil(size={"height": 384, "width": 380}),
+        ImagePreprocessing((384, 380), None, mean=(0.5,) * 3, std=(0.5,) * 3),
+    ),
+    "bytes": (
+        CLIPImageProcessorPil(size={"shortest_edge": 50}, crop_size=50, do_rescale=False, resample=1),
+        ImagePreprocessing(50, (50, 50), "lanczos", rescale_factor=1.0),
+    ),
+    "not normalised": (
+        CLIPImageProcessorPil(size={"shortest_edge": 50}, crop_size=50, do_normalize=False, resample=0),
+        ImagePreprocessing(50, (50, 50), "nearest", mean=(0.0,) * 3, std=(1.0,) * 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_pixels_equal_hugging_face(setting: str, picture: str) -> None:
+    processor, how = SETTINGS[setting]
+    image = PICTURES[picture]
+    expected = processor(image.copy(), return_tensors="np")["pixel_values"][0]
+    ours = preprocess(image, how)
+    assert ours.dtype == np.float32 and ours.flags.c_contiguous
+    assert ours.shape == (3, *how.output_size)
+    np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_json_round_trip_is_exact(setting: str) -> None:
+    how = SETTINGS[setting][1]
+    assert ImagePreprocessing.from_json(how.to_json()) == how
+
+
+def test_defaults_are_clips() -> None:
+    how = clip_preprocessing(224)
+    assert (how.mean, how.std, how.output_size) == (MEAN, STD, (224, 224))
+
+
+@pytest.mark.parametrize("picture", ["china", "rgba", "grey", "palette alpha", "16 bit"])
+def test_files_are_read_as_hugging_face_reads_them(picture: str, tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    PICTURES[picture].save(path)
+    ours, theirs = load_image(path), hf_load_image(str(path))
+    assert ours.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+    processor, how = SETTINGS["llava-1.5"]
+    np.testing.assert_array_equal(preprocess(ours, how), processor(str(path), return_tensors="np")["pixel_values"][0])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "rotated.jpg"
+    CHINA.save(path, exif=exif, quality=95)
+    ours = load_image(path)
+    assert ours.size == ((427, 640) if orientation >= 5 else (640, 427))
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(hf_load_image(str(path))))
+
+
+@pytest.mark.parametrize("picture", ["china", "hopper", "tiny", "rgba"])
+@pytest.mark.parametrize("setting", ["llava-1.5", "odd crop", "crop beyond the picture", "pad to square", "siglip"])
+def test_view_shows_the_pixels_of_the_model(setting: str, picture: str) -> None:
+    how, image = SETTINGS[setting][1], PICTURES[picture]
+    pixels = preprocess(image, how).transpose(1, 2, 0) * np.array(how.std) + np.array(how.mean)
+    view = crop_view(image, how)
+    assert view.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(view), np.rint(pixels / how.rescale_factor))
+
+
+@pytest.mark.parametrize("setting", ["llava-1.5", "odd crop", "crop beyond the picture", "crop only", "pad to square"])
+def test_scaled_view_shows_the_same_region(setting: str) -> None:
+    how = SETTINGS[setting][1]
+    small, large = crop_view(HOPPER, how), crop_view(HOPPER, how, scale=3)
+    assert large.size == (small.width * 3, small.height * 3)
+    difference = np.asarray(large.reduce(3), np.float64) - np.asarray(small, np.float64)
+    assert np.abs(difference).mean() < 3
+    blurred = large.reduce(3)
+    shifted = np.roll(np.asarray(blurred, np.float64), 1, axis=1) - np.asarray(small, np.float64)
+    assert np.abs(shifted).mean() > 1.5 * np.abs(difference).mean()
+
+
+def bomb(path: Path) -> None:
+    """A PNG header that claims 30000 x 30000 pixels."""
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(1000))]
+    sized = [struct.pack(">I", len(each) - 4) + each + struct.pack(">I", zlib.crc32(each)) for each in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(sized))
+
+
+def bad_file(kind: str, path: Path) -> None:
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "bomb":
+        bomb(path)
+    elif kind in ("jpeg", "png", "gif", "tiff", "webp"):
+        CHINA.save(path, kind.upper())
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    elif kind == "png with a broken chunk":
+        CHINA.save(path, "PNG")
+        content = bytearray(path.read_bytes())
+        content[200:260] = bytes(60)
+        path.write_bytes(content)
+    elif kind == "text":
+        path.write_text("not a picture")
+    elif kind == "empty":
+        path.touch()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "image not found"),
+        ("a folder", "image is not a file"),
+        ("text", "not an image"),
+        ("empty", "not an image"),
+        ("bomb", "image has too many pixels"),
+        *((kind, "image is damaged") for kind in ("jpeg", "png", "gif", "tiff", "webp", "png with a broken chunk")),
+    ],
+)
+def test_bad_files_give_one_clear_line(kind: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "picture"
+    bad_file(kind, path)
+    with pytest.raises(HimapError, match=message) as caught:
+        load_image(path)
+    assert caught.value.code == Exit.USAGE
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_needle_shaped_picture_does_not_fill_the_memory() -> None:
+    needle = Image.new("RGB", (60000, 1))
+    for how in (clip_preprocessing(336), SETTINGS["pad to square"][1]):
+        with pytest.raises(HimapError, match="too long and thin") as caught:
+            preprocess(needle, how)
+        assert caught.value.code == Exit.USAGE
+
+
+GOOD = clip_preprocessing(336).to_json()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"resize": {"shortest_edge": "336"}},
+        {"resize": {"shortest_edge": 0}},
+        {"resize": {"longest_edge": 336}},
+        {"resize": None, "crop": None},
+        {"crop": None},
+        {"crop": {"height": 336}},
+        {"crop": {"height": 336, "width": 10**9}},
+        {"crop": [336, 336]},
+        {"resample": "cubic"},
+        {"resample": 3},
+        {"rescale_factor": None},
+        {"rescale_factor": math.nan},
+        {"mean": [0.5, 0.5]},
+        {"mean": [0.5, 0.5, True]},
+        {"std": [0.5, 0.5, 0]},
+        {"pad_color": [0, 0, 256]},
+        {"pad_color": [0.0, 0.0, 0.0]},
+    ],
+)
+def test_damaged_manifests_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(HimapError, match="unusable image preprocessing"):
+        ImagePreprocessing.from_json({**GOOD, **change})
+
+
+@pytest.mark.parametrize("data", [None, [], "bicubic", {}])
+def test_manifests_without_preprocessing_are_refused(data: object) -> None:
+    with pytest.raises(HimapError, match="unusable image preprocessing"):
+        ImagePreprocessing.from_json(data)
