@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..graphs.errors import HimapError
-from .manifest import FILE_NAME, FileRecord, GraphRecord, Manifest, read_manifest
-from .weight_file import StoredTensor, read_header
+from himap_export.engines.manifest import FILE_NAME, FileRecord, GraphRecord, Manifest, read_manifest
+from himap_export.engines.weight_file import StoredTensor, read_header
+from himap_export.graphs.errors import HimapError
 
 
 @dataclass(frozen=True)

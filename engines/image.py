@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from himap_export.graphs.errors import Exit, HimapError
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from himap_export.graphs.errors import Exit, HimapError
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,

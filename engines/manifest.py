@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from ..graphs.errors import Exit, HimapError
-from ..graphs.plan import PruningPlan, TokenBudget
-from ..graphs.spec import DecoderSpec, Dtype
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.plan import PruningPlan, TokenBudget
+from himap_export.graphs.spec import DecoderSpec, Dtype
 
 SCHEMA = 1
 FILE_NAME = "manifest.json"
@@ -92,7 +92,8 @@ class Manifest:
         d["plan"], d["budget"] = PruningPlan(**d["plan"]), TokenBudget(**_tuples(d["budget"]))
         d["graphs"] = {name: _graph(g) for name, g in d["graphs"].items()}
         d["engines"] = {
-            backend: {name: EngineRecord(**_tuples(e)) for name, e in engines.items()} for backend, engines in d["engines"].items()
+            backend: {name: EngineRecord(**_tuples(e)) for name, e in engines.items()}
+            for backend, engines in d["engines"].items()
         }
         d["files"] = {name: FileRecord(**f) for name, f in d["files"].items()}
         return cls(**{**d, "weights": tuple(d["weights"]), "command": tuple(d["command"])})
@@ -103,7 +104,10 @@ def _tuples(d: dict[str, Any]) -> dict[str, Any]:
 
 
 def _graph(d: dict[str, Any]) -> GraphRecord:
-    sides = ({name: TensorSpec(t["dtype"], tuple(t["shape"])) for name, t in d[side].items()} for side in ("inputs", "outputs"))
+    sides = (
+        {name: TensorSpec(t["dtype"], tuple(t["shape"])) for name, t in d[side].items()}
+        for side in ("inputs", "outputs")
+    )
     return GraphRecord(d["file"], *sides, tuple(d["weights"]))
 
 
@@ -119,7 +123,11 @@ def read_manifest(folder: Path) -> Manifest:
         hint = f"a bundle is the folder himap-export wrote, with its {FILE_NAME}"
         raise HimapError(f"{folder} is not a bundle", hint=hint, code=Exit.USAGE) from None
     except (ValueError, KeyError, TypeError) as problem:
-        raise HimapError(f"{path} is damaged", f"{type(problem).__name__} {problem}", "export the bundle again") from None
+        raise HimapError(
+            f"{path} is damaged", f"{type(problem).__name__} {problem}", "export the bundle again"
+        ) from None
     if isinstance(schema, int) and schema > SCHEMA:
-        raise HimapError(f"{folder} is a bundle of schema {schema}, this version reads {SCHEMA}", hint="update himap-export")
+        raise HimapError(
+            f"{folder} is a bundle of schema {schema}, this version reads {SCHEMA}", hint="update himap-export"
+        )
     raise HimapError(f"{folder} is a bundle of schema {schema}, this version reads {SCHEMA}", hint="export it again")

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from himap_export.graphs.errors import Exit, HimapError
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+
+from himap_export.graphs.errors import Exit, HimapError
 
 QUESTION = "{prompt}"  # where the question goes in a template
 REPLACEMENT = "\ufffd"  # what decoders give for bytes that are not (yet) UTF-8

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..graphs.errors import HimapError
+from himap_export.graphs.errors import HimapError
 
 # safetensors' names of element types, ours, and their sizes. bf16 has no NumPy type: it is mapped as raw 16-bit words.
 TYPES: Mapping[str, tuple[str, int]] = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from .spec import Dtype
+from himap_export.graphs.spec import Dtype
 
 OPSET, IR_VERSION, DOMAIN = 24, 12, "himap"
 IR_DTYPE: dict[Dtype, ir.DataType] = {
@@ -25,6 +25,14 @@ class StageGraph:
     weights: Mapping[str, tuple[int, ...]]
 
 
+def dim(value: ir.Value, axis: int) -> int:
+    """A static dimension of `value`, as given or as the builder inferred it."""
+    assert value.shape is not None, f"{value.name} has no inferred shape"
+    size = value.shape[axis]
+    assert isinstance(size, int), f"axis {axis} of {value.name} is not static"
+    return size
+
+
 class Frame:
     """Collects one graph. `op` builds nodes; `weight` names a checkpoint tensor once, however often it is read."""
 
@@ -34,6 +42,7 @@ class Frame:
         self.builder = GraphBuilder(self.graph)
         self.op = self.builder.op
         self._weights: dict[str, ir.Value] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def input(self, name: str, shape: tuple[int, ...], dtype: ir.DataType | None = None) -> ir.Value:
         return self.builder.input(name, dtype or self.dtype, shape)
@@ -50,6 +59,7 @@ class Frame:
 
     def weight(self, name: str, *shape: int) -> ir.Value:
         if name not in self._weights:
+            self._shapes[name] = shape
             self._weights[name] = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(self.dtype))
         return self._weights[name]
 
@@ -58,5 +68,7 @@ class Frame:
         self.graph.inputs.extend(self._weights.values())
         for node in self.graph:
             node.metadata_props.clear()  # the builder's scope notes: half the size of the file
-        model = ir.Model(self.graph, ir_version=IR_VERSION, producer_name="himap-export", functions=self.builder.functions.values())
-        return StageGraph(self.name, model, {name: value.shape.numpy() for name, value in self._weights.items()})
+        model = ir.Model(
+            self.graph, ir_version=IR_VERSION, producer_name="himap-export", functions=self.builder.functions.values()
+        )
+        return StageGraph(self.name, model, self._shapes)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from .build import Frame
-from .spec import DecoderSpec
+from himap_export.graphs.build import Frame, dim
+from himap_export.graphs.spec import DecoderSpec
 
 Names = Callable[[str], str]
 
@@ -57,8 +57,12 @@ class Decoder:
         """x + attention, then x + feed-forward: [B*S,D] to [B*S,D]."""
         op, spec, p = self.op, self.spec, f"layers.{i}."
         n = self.norm(x, p + "input_layernorm")
-        q = self.rotate(self.split(self.linear(n, p + "self_attn.q_proj", spec.heads * spec.head_dim, spec.qkv_bias)), rope)
-        k = self.rotate(self.split(self.linear(n, p + "self_attn.k_proj", spec.kv_heads * spec.head_dim, spec.qkv_bias)), rope)
+        q = self.rotate(
+            self.split(self.linear(n, p + "self_attn.q_proj", spec.heads * spec.head_dim, spec.qkv_bias)), rope
+        )
+        k = self.rotate(
+            self.split(self.linear(n, p + "self_attn.k_proj", spec.kv_heads * spec.head_dim, spec.qkv_bias)), rope
+        )
         v = self.split(self.linear(n, p + "self_attn.v_proj", spec.kv_heads * spec.head_dim, spec.qkv_bias))
         a = attend(q, k, v)
         x = op.Add(x, self.linear(self.merge(a.out), p + "self_attn.o_proj", spec.hidden, spec.out_bias))
@@ -77,8 +81,7 @@ class Decoder:
         )
 
     def linear(self, x: ir.Value, name: str, out: int, bias: bool) -> ir.Value:
-        into = int(x.shape[1])  # type: ignore[index]  # the builder inferred it
-        weights = [self.f.weight(self.names(name + ".weight"), out, into)]
+        weights = [self.f.weight(self.names(name + ".weight"), out, dim(x, 1))]
         if bias:
             weights.append(self.f.weight(self.names(name + ".bias"), out))
         return self.op.Gemm(x, *weights, transB=1)

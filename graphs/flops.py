@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from .plan import PruningPlan, TokenBudget
-from .spec import DecoderSpec, Dtype, stage_layers
+from himap_export.graphs.plan import PruningPlan, TokenBudget
+from himap_export.graphs.spec import DecoderSpec, Dtype, stage_layers
 
 BYTES: dict[Dtype, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
 
@@ -47,7 +47,12 @@ def stage_costs(spec: DecoderSpec, plan: PruningPlan, budget: TokenBudget, dtype
             flops=budget.batch * len(layers) * layer_flops(tokens, spec),
         )
         for name, layers, tokens, visual, capacity in zip(
-            ("prefix", "k1", "k2"), stage_layers(plan, spec.layers), budget.total, budget.visual, budget.capacity, strict=True
+            ("prefix", "k1", "k2"),
+            stage_layers(plan, spec.layers),
+            budget.total,
+            budget.visual,
+            budget.capacity,
+            strict=True,
         )
     )
 

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from .build import DOMAIN
+from himap_export.graphs.build import DOMAIN, dim
 
 # The keep-th largest score is certain even where TopK's order among equal scores is not: keep all that lie above it, then
 # fill up from its equals by lowest index. Only then sort what is kept by place. NaN ranks last.
@@ -67,9 +67,16 @@ def top_k_gather(
     x [B,S,D] fp16, bf16 or fp32; score [B,S] fp32, +inf for tokens that must stay; position, kind [B,S] int64.
     Returns x' [B,S',D], position' and kind' [B,S'].
     """
-    batch, _, hidden = (int(n) for n in x.shape)  # type: ignore[union-attr]
+    batch, hidden = dim(x, 0), dim(x, 2)
     y, kept_position, kept_kind = op.call(
-        ir.from_proto(_function_proto()), x, score, position, kind, keep=keep, plugin_namespace=DOMAIN, plugin_version="1"
+        ir.from_proto(_function_proto()),
+        x,
+        score,
+        position,
+        kind,
+        keep=keep,
+        plugin_namespace=DOMAIN,
+        plugin_version="1",
     )
     y.shape, y.type = ir.Shape([batch, keep, hidden]), x.type
     for value in (kept_position, kept_kind):

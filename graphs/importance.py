@@ -9,10 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from .spec import DecoderSpec
-
-# `token_kind` of a prompt's tokens.
-PADDING, SYSTEM, IMAGE, INSTRUCTION = 0, 1, 2, 3
+from himap_export.graphs.build import dim
+from himap_export.graphs.spec import IMAGE, INSTRUCTION, DecoderSpec
 
 
 def positions_of(op: OpBuilder, flags: ir.Value, tokens: int, count: int) -> ir.Value:
@@ -30,7 +28,7 @@ def instruction_score(
     q [B,H,S,E], k [B,G,S,E]: layer K1-1's rotated queries and keys; kind, position [B,S] int64. All `text` = T rows
     that are not image are computed; those before the image and padding weigh nothing.
     """
-    tokens = int(q.shape[2])  # type: ignore[index]
+    tokens = dim(q, 2)
     rows = positions_of(op, op.Not(op.Equal(kind, IMAGE)), tokens, text)
     weight = op.Cast(op.Equal(op.GatherElements(kind, rows, axis=1), INSTRUCTION), to=ir.DataType.FLOAT)
     return _score(op, spec, q, k, kind, position, rows, op.Unsqueeze(weight, [1, 2]))
@@ -40,9 +38,11 @@ def image_score(
     op: OpBuilder, spec: DecoderSpec, q: ir.Value, k: ir.Value, kind: ir.Value, position: ir.Value, visual: int
 ) -> ir.Value:
     """Second cut: attention that the `visual` = V1 kept image tokens get from one another, [B,S] fp32, +inf elsewhere."""
-    tokens = int(q.shape[2])  # type: ignore[index]
+    tokens = dim(q, 2)
     rows = positions_of(op, op.Equal(kind, IMAGE), tokens, visual)
-    return _score(op, spec, q, k, kind, position, rows, op.Constant(value=ir.tensor(np.ones((1, 1, 1, visual), np.float32))))
+    return _score(
+        op, spec, q, k, kind, position, rows, op.Constant(value=ir.tensor(np.ones((1, 1, 1, visual), np.float32)))
+    )
 
 
 def _score(
@@ -56,7 +56,7 @@ def _score(
     weight: ir.Value,
 ) -> ir.Value:
     """mean over heads of sum over `rows` [B,R] of weight [B,1,1,R] * softmax(q k^T / sqrt(E)) [B,H,R,S]."""
-    batch, count = (int(n) for n in rows.shape)  # type: ignore[union-attr]
+    batch, count = dim(rows, 0), dim(rows, 1)
     tokens, groups, e = int(q.shape[2]), spec.kv_heads, spec.head_dim  # type: ignore[index]
     by_token = op.Transpose(q, perm=[0, 2, 1, 3])
     picked = op.Transpose(op.GatherND(by_token, op.Unsqueeze(rows, [2]), batch_dims=1), perm=[0, 2, 1, 3])

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Self
 
-from .errors import Exit, HimapError
+from himap_export.graphs.errors import Exit, HimapError
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class PruningPlan:
         if self.k2 <= self.k1:
             raise _bad(f"--k2 {self.k2} is not above --k1 {self.k1}", "the second cut comes after the first")
         if self.k2 >= layers:
-            raise _bad(f"--k2 {self.k2} is past the last layer", f"the model has {layers} layers: use at most {layers - 1}")
+            raise _bad(
+                f"--k2 {self.k2} is past the last layer", f"the model has {layers} layers: use at most {layers - 1}"
+            )
         return self
 
     def kept(self, image_tokens: int) -> tuple[int, int, int]:

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from .plan import PruningPlan
+from himap_export.graphs.plan import PruningPlan
 
 Dtype = Literal["fp16", "bf16", "fp32"]
+
+# `token_kind` of a prompt's tokens: padding, text before the (last) image token, image, text after it.
+PADDING, SYSTEM, IMAGE, INSTRUCTION = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from .build import Frame, StageGraph
-from .decoder import Attended, Decoder, Names, Rotary, rotary
-from .gather import top_k_gather
-from .importance import IMAGE, PADDING, image_score, instruction_score
-from .plan import PruningPlan, TokenBudget
-from .spec import DecoderSpec, Dtype, stage_layers
+from himap_export.graphs.build import Frame, StageGraph
+from himap_export.graphs.decoder import Attended, Decoder, Names, Rotary, rotary
+from himap_export.graphs.gather import top_k_gather
+from himap_export.graphs.importance import image_score, instruction_score
+from himap_export.graphs.plan import PruningPlan, TokenBudget
+from himap_export.graphs.spec import IMAGE, PADDING, DecoderSpec, Dtype, stage_layers
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
@@ -99,7 +99,15 @@ class StagedModel:
         return f.finish()
 
     def _decode_layer(
-        self, f: Frame, decoder: Decoder, i: int, x: ir.Value, rope: Rotary, capacity: int, slot: ir.Value, mask: ir.Value
+        self,
+        f: Frame,
+        decoder: Decoder,
+        i: int,
+        x: ir.Value,
+        rope: Rotary,
+        capacity: int,
+        slot: ir.Value,
+        mask: ir.Value,
     ) -> ir.Value:
         shape = (self.budget.batch, self.spec.kv_heads, capacity, self.spec.head_dim)
         past = [f.input(f"past_{what}.{i}", shape) for what in ("key", "value")]

@@ -11,9 +11,9 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from ...graphs.errors import Exit, HimapError
-from ..bundle import Bundle
-from ..manifest import EngineRecord, TensorSpec
+from himap_export.engines.bundle import Bundle
+from himap_export.engines.manifest import EngineRecord, TensorSpec
+from himap_export.graphs.errors import Exit, HimapError
 
 
 class Tensor(Protocol):
@@ -62,7 +62,7 @@ def load_backend(name: str) -> Backend:
 def as_stored(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     """`values` in the NumPy form of `dtype`; bf16 is rounded to nearest even and held as 16-bit words."""
     if dtype != "bf16":
-        from ..weight_file import NUMPY
+        from himap_export.engines.weight_file import NUMPY
 
         return np.ascontiguousarray(values, NUMPY[dtype])
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...graphs.errors import Exit, HimapError
-from ..bundle import Bundle
-from ..manifest import EngineRecord, TensorSpec
-from ..weight_file import NUMPY, map_tensors
-from . import Tensor, as_stored
+from himap_export.engines.backends import Tensor, as_stored
+from himap_export.engines.bundle import Bundle
+from himap_export.engines.manifest import EngineRecord, TensorSpec
+from himap_export.engines.weight_file import NUMPY, map_tensors
+from himap_export.graphs.errors import Exit, HimapError
 
 _ELEMENT = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16", "int64": "int64"}
 
@@ -91,7 +91,9 @@ class _Sessions:
             return self.ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as problem:  # onnxruntime's own exceptions share no base class
             details = str(problem).splitlines()[0]
-            raise HimapError(f"onnxruntime refuses {path}", details, "check onnxruntime's version against the manifest's") from None
+            raise HimapError(
+                f"onnxruntime refuses {path}", details, "check onnxruntime's version against the manifest's"
+            ) from None
 
 
 class OnnxRuntime:
@@ -108,7 +110,10 @@ class OnnxRuntime:
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
         session, record = self._sessions.session(graph), self._sessions.bundle.graph(graph)
         binding = session.io_binding()
-        for names, bind in ((record.inputs, binding.bind_ortvalue_input), (record.outputs, binding.bind_ortvalue_output)):
+        for names, bind in (
+            (record.inputs, binding.bind_ortvalue_input),
+            (record.outputs, binding.bind_ortvalue_output),
+        ):
             for name in names:
                 tensor = tensors[name]
                 assert isinstance(tensor, HostTensor)  # tensors come from this object's own `tensor`

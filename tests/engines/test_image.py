@@ -9,6 +9,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from transformers.image_utils import load_image as hf_load_image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
 from himap_export.engines.image import (
     ImagePreprocessing,
     clip_preprocessing,
@@ -17,12 +24,6 @@ from himap_export.engines.image import (
     preprocess,
 )
 from himap_export.graphs.errors import Exit, HimapError
-from PIL import Image
-from sklearn.datasets import load_sample_images
-from transformers.image_utils import load_image as hf_load_image
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 CHINA, FLOWER = (Image.fromarray(each) for each in load_sample_images().images)  # 640 x 427
 SAMPLES = Path(matplotlib.get_data_path()) / "sample_data"

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from himap_export.engines.prompt import Detokenizer, PromptFormat, encode, load_tokenizer
-from himap_export.graphs.errors import Exit, HimapError
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from himap_export.engines.prompt import Detokenizer, PromptFormat, encode, load_tokenizer
+from himap_export.graphs.errors import Exit, HimapError
 
 CORPUS = [
     "USER: what color is the circle? ASSISTANT: the circle is red, the square is blue",

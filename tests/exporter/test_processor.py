@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from himap_export.engines.image import CLIP_MEAN, ImagePreprocessing, clip_preprocessing, preprocess
-from himap_export.engines.prompt import encode, load_tokenizer
-from himap_export.exporter.processor import LLAVA_TEMPLATE, ProcessorData, read_image_preprocessing, read_processor
-from himap_export.graphs.errors import HimapError
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoProcessor, LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from himap_export.engines.image import CLIP_MEAN, ImagePreprocessing, clip_preprocessing, preprocess
+from himap_export.engines.prompt import encode, load_tokenizer
+from himap_export.exporter.processor import LLAVA_TEMPLATE, ProcessorData, read_image_preprocessing, read_processor
+from himap_export.graphs.errors import HimapError
 
 CHINA, FLOWER = (Image.fromarray(each) for each in load_sample_images().images)
 IMAGE_TOKENS = 64  # (112 / 14) ** 2

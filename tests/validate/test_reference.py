@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from himap_export.validate.reference import Cuts, Prefill, Reference
 from numpy.typing import NDArray
 from tiny import TINY, Inputs, Tiny, make_inputs, make_llava
 from transformers import LlavaForConditionalGeneration
+
+from himap_export.validate.reference import Cuts, Prefill, Reference
 
 HIMAP_TINY = Path(__file__).parents[1] / "fixtures" / "himap-tiny"
 GOLDEN = {

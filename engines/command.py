@@ -1,0 +1,27 @@
+"""What the three commands share: one line for a user's mistake, one exit code for each kind of end."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from himap_export.graphs.errors import Exit, HimapError
+
+
+def run_command(name: str, body: Callable[[], Exit | None]) -> NoReturn:
+    """Runs `body` and leaves the process with its exit code; only bugs keep their traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    try:
+        code = body() or Exit.OK
+        sys.stdout.flush()
+    except HimapError as problem:
+        print(f"{name}: error: {problem}", file=sys.stderr)
+        code = problem.code
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted, nothing was left behind", file=sys.stderr)
+        code = Exit.INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left: so do we, quietly
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = Exit.FAILURE
+    sys.exit(int(code))

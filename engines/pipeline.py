@@ -1,0 +1,122 @@
+"""The chain: vision, prefix, k1, k2, then decode over three KV caches that stay where they are.
+
+Every tensor of every graph is static, so all are allocated once, when a bundle is opened, and bound by name: what one stage
+writes the next one reads in place, and prefill's caches are decode's.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from himap_export.engines.backends import Engines, Tensor, load_backend
+from himap_export.engines.bundle import Bundle
+from himap_export.engines.layout import Integers, PromptLayout, lay_out
+from himap_export.engines.manifest import TensorSpec
+from himap_export.engines.sampling import Sampler, Sampling
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.spec import PADDING
+
+PREFILL = ("prefix", "k1", "k2")
+GRAPHS = ("vision", *PREFILL, "decode")
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """What prefill leaves: `logits` [b,W] fp32 at the last prompt token; original positions kept, [b,S1] and [b,S2], -1 for
+    padding."""
+
+    logits: npt.NDArray[np.float32]
+    kept_k1: Integers
+    kept_k2: Integers
+
+
+def tensor_name(graph: str, name: str) -> str:
+    """The tensor behind a graph's door: caches go by one name, decode's ids and positions are not the prompt's."""
+    if graph == "decode" and name in ("input_ids", "position_ids"):
+        return f"decode.{name}"
+    return re.sub("^(past|present)_", "cache_", name)
+
+
+class Pipeline:
+    """A bundle opened on a backend, for batches of up to B prompts at a time."""
+
+    def __init__(self, bundle: Bundle, backend: str, threads: int | None = None) -> None:
+        self.bundle, self.manifest = bundle, bundle.manifest
+        if backend not in self.manifest.engines:
+            held = ", ".join(self.manifest.engines)
+            raise HimapError(f"{bundle.folder} holds no {backend} engines", f"it holds {held}", code=Exit.MISSING)
+        self.engines: Engines = load_backend(backend).open_engines(bundle, threads)
+        self.tensors: dict[str, Tensor] = {}
+        self._run = {name: self._bind(name) for name in GRAPHS}
+
+    def _bind(self, graph: str) -> Callable[[], None]:
+        record = self.bundle.graph(graph)
+        doors: Mapping[str, TensorSpec] = {**record.inputs, **record.outputs}
+        for name, spec in doors.items():
+            shared = tensor_name(graph, name)
+            if shared not in self.tensors:
+                self.tensors[shared] = self.engines.tensor(spec)
+        return self.engines.bind(graph, {name: self.tensors[tensor_name(graph, name)] for name in doors})
+
+    def run(self, graph: str) -> None:
+        """One graph on whatever its tensors now hold."""
+        self._run[graph]()
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        return self.tensors[name].read()
+
+    def load(self, input_ids: Integers, pixel_values: npt.NDArray[Any], attention_mask: Integers | None = None) -> PromptLayout:
+        """Checks up to B prompts [b,S] with pixels [b,3,H,W], writes them where vision and prefix read, and returns the layout."""
+        layout = lay_out(input_ids, attention_mask, self.manifest.model.image_token, self.manifest.budget)
+        spec = self.bundle.graph("vision").inputs["pixel_values"]
+        if pixel_values.shape != (len(input_ids), *spec.shape[1:]):
+            expected = f"expected {[len(input_ids), *spec.shape[1:]]}, one image per prompt"
+            raise HimapError(f"pixel_values are {list(pixel_values.shape)}", expected, code=Exit.USAGE)
+        missing = spec.shape[0] - len(pixel_values)
+        self.tensors["pixel_values"].write(np.concatenate([pixel_values, *[pixel_values[-1:]] * missing]))
+        for name in ("input_ids", "position_ids", "token_kind"):
+            self.tensors[name].write(getattr(layout, name))
+        return layout
+
+    def prefill(
+        self, input_ids: Integers, pixel_values: npt.NDArray[Any], attention_mask: Integers | None = None
+    ) -> tuple[Prefilled, PromptLayout]:
+        layout = self.load(input_ids, pixel_values, attention_mask)
+        self.run("vision")
+        for stage in PREFILL:
+            self.run(stage)
+        return self.prefilled(len(input_ids)), layout
+
+    def prefilled(self, samples: int) -> Prefilled:
+        kept = (np.where(self.read(f"kind_{k}") == PADDING, -1, self.read(f"kept_{k}"))[:samples] for k in ("k1", "k2"))
+        return Prefilled(self.read("logits")[:samples], *kept)
+
+    def step(self, tokens: Integers, positions: Integers) -> npt.NDArray[np.float32]:
+        """Appends one token [B] per sample at its original position [B]; logits [B,W]."""
+        self.tensors["decode.input_ids"].write(tokens[:, None])
+        self.tensors["decode.position_ids"].write(positions[:, None])
+        self.run("decode")
+        return self.read("logits")
+
+    def generate(
+        self, prefilled: Prefilled, layout: PromptLayout, new_tokens: int, sampling: Sampling | None = None
+    ) -> Iterator[Integers]:
+        """Tokens [b], one array per step, until every sample has ended; an ended one goes on with the padding token."""
+        limit = self.manifest.budget.new
+        if not 1 <= new_tokens <= limit:
+            hint = f"1 to {limit}, or export with --max-new-tokens {new_tokens}"
+            raise HimapError(f"--max-new-tokens {new_tokens} is outside the bundle's budget", hint=hint, code=Exit.USAGE)
+        sampler, model = Sampler(sampling or Sampling()), self.manifest.model
+        samples, batch = len(prefilled.logits), len(layout.lengths)
+        ended, logits = np.zeros(samples, bool), prefilled.logits
+        for step in range(new_tokens):
+            tokens = np.where(ended, model.pad_token, sampler(logits))
+            yield tokens
+            ended |= np.isin(tokens, model.eos_tokens)
+            if ended.all() or step == new_tokens - 1:
+                return
+            logits = self.step(np.resize(tokens, batch), layout.lengths + step)[:samples]

@@ -1,0 +1,77 @@
+"""A Hugging Face checkpoint folder: its configuration, and where each of its tensors lies. Nothing in it is executed."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from himap_export.engines.weight_file import StoredTensor, read_header
+from himap_export.graphs.errors import Exit, HimapError
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_PICKLES = ("pytorch_model*.bin*", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`config` as in config.json; `tensors` by name, none of them read. Both empty of what the folder does not hold."""
+
+    folder: Path
+    config: dict[str, Any]
+    generation: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(sorted({t.file for t in self.tensors.values()}))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder; HimapError (usage) if there is none."""
+    if not (folder / "config.json").is_file():
+        hint = "MODEL is an alias, a Hugging Face id, or a checkpoint folder in Hugging Face format"
+        raise HimapError(f"{folder} holds no config.json", hint=hint, code=Exit.USAGE)
+    return _read_json(folder / "config.json")
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, single or sharded safetensors, every header checked against its file's length."""
+    config = read_config(folder)
+    generation_file = folder / "generation_config.json"
+    generation = _read_json(generation_file) if generation_file.is_file() else {}
+    tensors: dict[str, StoredTensor] = {}
+    for file in _shards(folder):
+        tensors |= read_header(file)
+    return Checkpoint(folder, config, generation, tensors)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as problem:
+        raise HimapError(f"{path} is not JSON", str(problem), "fetch the checkpoint again", Exit.USAGE) from None
+    if not isinstance(data, dict):
+        raise HimapError(f"{path} holds no JSON object", hint="fetch the checkpoint again", code=Exit.USAGE)
+    return data
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / _INDEX).is_file():
+        names = sorted(set(_weight_map(folder).values()))
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise HimapError(f"{folder} lacks {name}", f"{_INDEX} lists it", "fetch the shard", Exit.MISSING)
+        return [folder / name for name in names]
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    if any(True for pattern in _PICKLES for _ in folder.glob(pattern)):
+        hint = "pickles run code and are never loaded: convert them with transformers' save_pretrained"
+        raise HimapError(f"{folder} holds only pickled weights", "expected safetensors", hint, Exit.MISSING)
+    raise HimapError(f"{folder} holds no weights", f"expected {_SINGLE} or {_INDEX}", "fetch them", Exit.MISSING)
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    entries = _read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(entries, dict) or not entries or not all(isinstance(name, str) for name in entries.values()):
+        raise HimapError(f"{folder / _INDEX} has no weight_map", hint="fetch the checkpoint again")
+    return entries

@@ -1,0 +1,79 @@
+"""`himap-export`: a Hugging Face multimodal LLM in, a bundle of staged, pruned, compiled engines out."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from himap_export.engines.backends import NAMES
+from himap_export.engines.command import run_command
+from himap_export.graphs.plan import TASKS
+
+if TYPE_CHECKING:
+    from himap_export.exporter.planning import Planned
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="himap-export", description=__doc__)
+    p.add_argument("model", metavar="MODEL", help="llava-7b, llava-13b, shapes, a Hugging Face id, or a checkpoint folder")
+    plan = p.add_argument_group("pruning plan (HiMAP, arXiv 2503.13108)")
+    plan.add_argument("--task", choices=tuple(TASKS), default="qa", help="the authors' plan for a task (default: qa)")
+    plan.add_argument("--k1", type=int, help="layer of the first cut")
+    plan.add_argument("--k2", type=int, help="layer of the second cut")
+    plan.add_argument("--r1", type=float, help="fraction of image tokens removed at k1")
+    plan.add_argument("--r2", type=float, help="fraction removed at k2 of what k1 left")
+    budget = p.add_argument_group("static budgets")
+    budget.add_argument("--text-budget", type=int, default=192, metavar="N", help="all tokens but image tokens (default: 192)")
+    budget.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="answer tokens (default: 128)")
+    budget.add_argument("--batch", type=int, default=1, metavar="N", help="prompts answered together (default: 1)")
+    p.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="default: the checkpoint's; fp16 if TensorRT meets fp32")
+    p.add_argument("--backend", action="append", choices=NAMES, help="repeatable (default: onnxruntime)")
+    p.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+    p.add_argument("--dry-run", action="store_true", help="print the plan; needs no weights")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.add_argument("--overwrite", action="store_true", help="replace a bundle that is already at --out")
+    p.add_argument("--out", type=Path, metavar="DIR", help="the bundle's folder")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.out is None and not args.dry_run:
+        parser.error("--out DIR is needed (or --dry-run)")
+    run_command("himap-export", lambda: _export(args, sys.argv[1:] if argv is None else argv))
+
+
+def _export(args: argparse.Namespace, argv: list[str]) -> None:
+    from himap_export.exporter.planning import Request, plan_export
+    from himap_export.exporter.registry import resolve
+    from himap_export.exporter.report import plan_json, plan_table
+    from himap_export.exporter.target import check_target
+
+    names = ("task", "k1", "k2", "r1", "r2", "text_budget", "max_new_tokens", "batch", "dtype")
+    backends = tuple(dict.fromkeys(args.backend or ("onnxruntime",)))
+    if not args.dry_run:
+        check_target(args.out, args.overwrite)
+    model = resolve(args.model, args.revision, weights=not args.dry_run)
+    planned = plan_export(model, Request(**{n: getattr(args, n) for n in names}, backends=backends))
+    if not args.json:
+        print(plan_table(planned))
+    result = plan_json(planned)
+    if not args.dry_run:
+        result |= _build(planned, args, argv)
+    if args.json:
+        print(json.dumps(result, indent=1))
+
+
+def _build(planned: "Planned", args: argparse.Namespace, argv: list[str]) -> dict[str, object]:
+    from himap_export.exporter.export import export
+
+    def progress(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    manifest = export(planned, args.out, ("himap-export", *argv), args.overwrite, progress)
+    if not args.json:
+        print(f"\nbundle: {args.out}   answer with: himap-run {args.out} --image FILE --prompt TEXT")
+    size = sum(f.bytes for f in manifest.files.values())
+    return {"bundle": str(args.out), "backends": list(manifest.engines), "bytes": size}

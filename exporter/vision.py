@@ -1,0 +1,69 @@
+"""The vision graph: Hugging Face's tower and projector through the torch exporter, without their weights' storage."""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from himap_export.exporter import llava
+from himap_export.graphs.build import IR_VERSION, OPSET, StageGraph
+from himap_export.graphs.plan import TokenBudget
+from himap_export.graphs.spec import DecoderSpec, Dtype
+
+TORCH_DTYPE: Mapping[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def vision_graph(config: Mapping[str, Any], decoder: DecoderSpec, budget: TokenBudget, dtype: Dtype) -> StageGraph:
+    """`pixel_values` [B,3,H,W] to `image_features` [B,V0,D], both in `dtype`; weights are inputs, named as in the module."""
+    spec = llava.vision_spec(config)
+    module = llava.vision_module(config, TORCH_DTYPE[dtype])
+    shape = (budget.batch, spec.channels, spec.image_size, spec.image_size)
+    pixels = torch.empty(shape, dtype=TORCH_DTYPE[dtype], device="meta")
+    with _quiet(), torch.inference_mode():
+        program = torch.onnx.export(
+            module, (pixels,), dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
+            input_names=["pixel_values"], output_names=["image_features"],
+        )  # fmt: skip
+    assert program is not None
+    model = program.model
+    model.ir_version, model.producer_name, model.graph.name = IR_VERSION, "himap-export", "vision"
+    model.graph.outputs[0].shape = ir.Shape([budget.batch, spec.tokens, decoder.hidden])
+    weights = _free_weights(model.graph)
+    for node in model.graph:
+        node.metadata_props.clear()
+    return StageGraph("vision", model, weights)
+
+
+def _free_weights(graph: ir.Graph) -> dict[str, tuple[int, ...]]:
+    """Turns the module's parameters, storageless initializers, into inputs; `position_ids` counts patches and is filled in."""
+    weights: dict[str, tuple[int, ...]] = {}
+    for name, value in list(graph.initializers.items()):
+        assert value.shape is not None
+        shape = tuple(int(n) for n in value.shape.numpy())
+        if name.endswith("position_ids"):
+            value.const_value = ir.tensor(np.arange(shape[-1], dtype=np.int64).reshape(shape), name=name)
+            continue
+        del graph.initializers[name]
+        value.const_value = None
+        graph.inputs.append(value)
+        weights[name] = shape
+    return weights
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints and warns about what is none of the user's business (torchvision absent, its own progress)."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
