@@ -1,0 +1,120 @@
+"""Answering: a question or arrays through the pipeline, the text streamed, the clock read where users feel it."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from himap_export.engines.arrays import Inputs
+from himap_export.engines.bundle import Bundle
+from himap_export.engines.image import ImagePreprocessing, load_image, preprocess
+from himap_export.engines.pipeline import Pipeline
+from himap_export.engines.prompt import Detokenizer, PromptFormat, encode, load_tokenizer
+from himap_export.engines.sampling import Sampling
+from himap_export.graphs.errors import Exit, HimapError
+
+
+@dataclass(frozen=True)
+class Question:
+    """One image and one prompt, as arrays; `detokenizer` turns the answer back into text."""
+
+    image: Image.Image
+    prompt: str
+    preprocessing: ImagePreprocessing
+    arrays: Inputs
+    detokenizer: Detokenizer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`outputs`: kept_k1, kept_k2, logits, tokens over all prompts. Seconds: `first` until the first token of the first
+    batch (vision and prefill), `decoding` for all `steps` after it."""
+
+    text: str
+    outputs: dict[str, npt.NDArray[Any]]
+    first: float
+    decoding: float
+    steps: int
+
+
+def load_question(bundle: Bundle, image_file: Path, prompt: str) -> Question:
+    """HimapError if the bundle has no tokenizer, or the image cannot be read."""
+    manifest = bundle.manifest
+    if manifest.prompt is None or manifest.tokenizer is None or manifest.image is None:
+        hint = "its checkpoint had none: use --load-inputs"
+        raise HimapError(f"{bundle.folder} holds no tokenizer", hint=hint, code=Exit.USAGE)
+    image, how = load_image(image_file), ImagePreprocessing.from_json(manifest.image)
+    tokenizer = load_tokenizer(bundle.path(manifest.tokenizer))
+    ids = encode(tokenizer, PromptFormat.from_json(manifest.prompt), prompt)
+    arrays = Inputs(ids[None], preprocess(image, how)[None])
+    return Question(image, prompt, how, arrays, Detokenizer(tokenizer))
+
+
+def run_arrays(
+    pipeline: Pipeline,
+    arrays: Inputs,
+    new_tokens: int,
+    sampling: Sampling,
+    question: Question | None,
+    stream: IO[str] | None,
+) -> Answer:
+    """All prompts, B at a time; shorter answers are filled with the padding token."""
+    batch, pad = pipeline.manifest.budget.batch, pipeline.manifest.model.pad_token
+    kept_k1, kept_k2, logits, tokens = [], [], [], []
+    text, first, decoding, steps = "", 0.0, 0.0, 0
+    for at in range(0, len(arrays.input_ids), batch):
+        rows = slice(at, at + batch)
+        mask = None if arrays.attention_mask is None else arrays.attention_mask[rows]
+        start = time.perf_counter()
+        prefilled, layout = pipeline.prefill(arrays.input_ids[rows], arrays.pixel_values[rows], mask)
+        answer = []
+        for token in pipeline.generate(prefilled, layout, new_tokens, sampling):
+            if not answer:
+                first, start = first or time.perf_counter() - start, time.perf_counter()
+            answer.append(token)
+            if question is not None and token[0] not in pipeline.manifest.model.eos_tokens:
+                piece = question.detokenizer.push(int(token[0]))
+                text += piece
+                if stream is not None:
+                    print(piece, end="", file=stream, flush=True)
+        decoding, steps = decoding + time.perf_counter() - start, steps + len(answer) - 1
+        kept_k1.append(prefilled.kept_k1)
+        kept_k2.append(prefilled.kept_k2)
+        logits.append(prefilled.logits)
+        tokens.append(np.stack(answer, axis=1))
+    if question is not None:
+        rest = question.detokenizer.finish()
+        text += rest
+        if stream is not None:
+            print(rest, file=stream)
+    width = max(t.shape[1] for t in tokens)
+    padded = [np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=pad) for t in tokens]
+    found = {"kept_k1": kept_k1, "kept_k2": kept_k2, "logits": logits, "tokens": padded}
+    return Answer(text, {k: np.concatenate(v) for k, v in found.items()}, first, decoding, steps)
+
+
+def show(answer: Answer, bundle: Bundle, pipeline: Pipeline, opened: float, as_json: bool) -> None:
+    """What the answer cost: to standard output as JSON, else as one line."""
+    v0, v1, v2 = bundle.manifest.budget.visual
+    rate = answer.steps / answer.decoding if answer.steps else 0.0
+    if as_json:
+        facts = {
+            "text": answer.text,
+            "tokens": answer.outputs["tokens"].tolist(),
+            "device": pipeline.engines.device,
+            "open_s": round(opened, 3),
+            "first_token_s": round(answer.first, 4),
+            "tokens_per_s": round(rate, 1),
+            "image_tokens": [v0, v1, v2],
+        }
+        print(json.dumps(facts))
+        return
+    speed = f"{rate:.0f} tokens/s" if answer.steps else "one token"
+    print(
+        f"[first token {answer.first * 1e3:.0f} ms, {speed}, image tokens {v0} -> {v1} -> {v2}, {pipeline.engines.device}]"
+    )

@@ -1,0 +1,64 @@
+"""The .npz doors of himap-run: arrays in, arrays out, pickles never."""
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from himap_export.graphs.errors import Exit, HimapError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """`input_ids` [b,S] int64 with image placeholders expanded, `pixel_values` [b,3,H,W], `attention_mask` [b,S] or None."""
+
+    input_ids: npt.NDArray[np.int64]
+    pixel_values: npt.NDArray[np.float32]
+    attention_mask: npt.NDArray[np.int64] | None = None
+
+
+def load_inputs(file: Path) -> Inputs:
+    """Reads an .npz; HimapError (usage) if it is none, or an array is missing or of the wrong kind."""
+    try:
+        with np.load(file, allow_pickle=False) as data:
+            arrays = {name: data[name] for name in data.files}
+    except FileNotFoundError:
+        raise HimapError(f"{file} does not exist", hint="--load-inputs takes an .npz file", code=Exit.USAGE) from None
+    except (OSError, ValueError, zipfile.BadZipFile) as problem:
+        raise HimapError(f"{file} is not a readable .npz", str(problem), code=Exit.USAGE) from None
+    for name, rank, kind in (("input_ids", 2, "i"), ("pixel_values", 4, "f"), ("attention_mask", 2, "ib")):
+        _check(file, arrays, name, rank, kind)
+    ids, mask = arrays["input_ids"].astype(np.int64), arrays.get("attention_mask")
+    if mask is not None and mask.shape != ids.shape:
+        details = f"{list(mask.shape)}, input_ids are {list(ids.shape)}"
+        raise HimapError(f"attention_mask in {file} has another shape", details, code=Exit.USAGE)
+    if len(ids) == 0:
+        raise HimapError(f"{file} holds no prompt", code=Exit.USAGE)
+    return Inputs(ids, arrays["pixel_values"].astype(np.float32), None if mask is None else mask.astype(np.int64))
+
+
+def _check(file: Path, arrays: Mapping[str, npt.NDArray[Any]], name: str, rank: int, kinds: str) -> None:
+    found = arrays.get(name)
+    if found is None:
+        if name == "attention_mask":
+            return
+        raise HimapError(f"{file} holds no {name}", f"it holds {', '.join(arrays) or 'nothing'}", code=Exit.USAGE)
+    if found.ndim != rank or found.dtype.kind not in kinds:
+        expected = f"expected {rank} dimensions of {'integers' if 'i' in kinds else 'floats'}"
+        raise HimapError(f"{name} in {file} is {found.dtype}{list(found.shape)}", expected, code=Exit.USAGE)
+
+
+def save_outputs(file: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Writes an .npz under exactly this name, whole or not at all."""
+    part = file.with_name(f".{file.name}.partial")
+    try:
+        with part.open("wb") as f:
+            np.savez(f, **arrays)
+        part.replace(file)
+    except OSError as problem:
+        part.unlink(missing_ok=True)
+        raise HimapError(f"cannot write {file}", problem.strerror or str(problem)) from None

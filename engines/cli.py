@@ -1,0 +1,92 @@
+"""`himap-run`: answers questions about an image with a bundle. Needs neither torch nor transformers."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from himap_export.engines.command import run_command
+from himap_export.graphs.errors import Exit, HimapError
+
+if TYPE_CHECKING:
+    from himap_export.engines.pipeline import Pipeline
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="himap-run", description=__doc__)
+    p.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that himap-export wrote")
+    p.add_argument("--image", type=Path, metavar="FILE")
+    p.add_argument("--prompt", metavar="TEXT")
+    p.add_argument("--backend", help="default: the first one in the bundle that opens here")
+    p.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the bundle's budget")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--show-kept", type=Path, metavar="FILE.png", help="draw the image with the patches kept by both cuts")
+    p.add_argument("--load-inputs", type=Path, metavar="F.npz", help="input_ids, pixel_values, optional attention_mask")
+    p.add_argument("--save-outputs", type=Path, metavar="F.npz", help="kept_k1, kept_k2, logits, tokens")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
+    p.add_argument("--no-verify", action="store_true", help="skip the bundle's sha256 check")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.load_inputs is None and (args.image is None or args.prompt is None):
+        parser.error("give --image FILE and --prompt TEXT, or --load-inputs F.npz")
+    if args.load_inputs is not None and (args.image is not None or args.prompt is not None):
+        parser.error("--load-inputs excludes --image and --prompt")
+    run_command("himap-run", lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
+    from himap_export.engines.answer import Answer, load_question, run_arrays, show
+    from himap_export.engines.arrays import load_inputs, save_outputs
+    from himap_export.engines.bundle import open_bundle
+    from himap_export.engines.sampling import Sampling
+
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    bundle = open_bundle(args.bundle, verify=not args.no_verify)
+    new_tokens = args.max_new_tokens or bundle.manifest.budget.new
+    question = None
+    if args.load_inputs is None:
+        question = load_question(bundle, args.image, args.prompt)
+        arrays = question.arrays
+    else:
+        arrays = load_inputs(args.load_inputs)
+    start = time.perf_counter()
+    pipeline = open_pipeline(bundle, args.backend, args.threads)
+    opened = time.perf_counter() - start
+    stream = None if args.json or question is None else sys.stdout
+    answer: Answer = run_arrays(pipeline, arrays, new_tokens, sampling, question, stream)
+    if args.save_outputs is not None:
+        save_outputs(args.save_outputs, answer.outputs)
+    if args.show_kept is not None:
+        if question is None:
+            raise HimapError("--show-kept needs --image", "the picture is drawn over it", code=Exit.USAGE)
+        from himap_export.engines.picture import draw_kept
+
+        draw_kept(args.show_kept, question, answer.outputs, bundle.manifest)
+    show(answer, bundle, pipeline, opened, args.json)
+
+
+def open_pipeline(bundle: "Bundle", backend: str | None, threads: int | None) -> "Pipeline":
+    """The pipeline on `backend`, or on the first backend of the bundle that opens on this machine."""
+    from himap_export.engines.pipeline import Pipeline
+
+    held = tuple(bundle.manifest.engines)
+    for name in (backend,) if backend else held:
+        try:
+            return Pipeline(bundle, name, threads)
+        except HimapError as problem:
+            if backend or problem.code != Exit.MISSING or name == held[-1]:
+                raise
+            print(f"himap-run: {problem}", file=sys.stderr)
+    raise HimapError(f"{bundle.folder} holds no engines", code=Exit.MISSING)
+
+
+if TYPE_CHECKING:
+    from himap_export.engines.bundle import Bundle
