@@ -10,6 +10,8 @@ from himap_export.engines.command import run_command
 from himap_export.graphs.errors import Exit, HimapError
 
 if TYPE_CHECKING:
+    from himap_export.engines.answer import Answer, Question
+    from himap_export.engines.bundle import Bundle
     from himap_export.engines.pipeline import Pipeline
 
 
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from himap_export.engines.answer import Answer, load_question, run_arrays, show
+    from himap_export.engines.answer import load_question, run_arrays, show
     from himap_export.engines.arrays import load_inputs, save_outputs
     from himap_export.engines.bundle import open_bundle
     from himap_export.engines.sampling import Sampling
@@ -61,16 +63,24 @@ def _run(args: argparse.Namespace) -> None:
     pipeline = open_pipeline(bundle, args.backend, args.threads)
     opened = time.perf_counter() - start
     stream = None if args.json or question is None else sys.stdout
-    answer: Answer = run_arrays(pipeline, arrays, new_tokens, sampling, question, stream)
+    answer = run_arrays(pipeline, arrays, new_tokens, sampling, question, stream)
     if args.save_outputs is not None:
         save_outputs(args.save_outputs, answer.outputs)
     if args.show_kept is not None:
         if question is None:
             raise HimapError("--show-kept needs --image", "the picture is drawn over it", code=Exit.USAGE)
-        from himap_export.engines.picture import draw_kept
-
-        draw_kept(args.show_kept, question, answer.outputs, bundle.manifest)
+        _draw(args.show_kept, bundle, question, answer)
     show(answer, bundle, pipeline, opened, args.json)
+
+
+def _draw(file: Path, bundle: "Bundle", question: "Question", answer: "Answer") -> None:
+    from himap_export.engines.picture import draw_kept, kept_patches
+
+    model, plan, ids = bundle.manifest.model, bundle.manifest.plan, question.arrays.input_ids[0]
+    first, second = (kept_patches(ids, answer.outputs[k][0], model.image_token) for k in ("kept_k1", "kept_k2"))
+    draw_kept(
+        file, question.image, question.preprocessing, (first, second), (plan.k1, plan.k2), question.prompt, answer.text
+    )
 
 
 def open_pipeline(bundle: "Bundle", backend: str | None, threads: int | None) -> "Pipeline":
@@ -86,7 +96,3 @@ def open_pipeline(bundle: "Bundle", backend: str | None, threads: int | None) ->
                 raise
             print(f"himap-run: {problem}", file=sys.stderr)
     raise HimapError(f"{bundle.folder} holds no engines", code=Exit.MISSING)
-
-
-if TYPE_CHECKING:
-    from himap_export.engines.bundle import Bundle
