@@ -1,0 +1,53 @@
+# One environment, made once: `make demo` and `make test` need nothing but Python 3.11 and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BUNDLE ?= demo/shapes
+IMAGE ?= examples/shapes/images/$(shell sed -n '1s/.*"image": "\([^"]*\)".*/\1/p' examples/shapes/images/questions.jsonl)
+QUESTION ?= $(shell sed -n '1s/.*"question": "\([^"]*\)".*/\1/p' examples/shapes/images/questions.jsonl)
+
+.PHONY: install demo test test-slow lint bench shapes clean
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[export,onnxruntime,tensorrt-rtx,dev]'
+	touch $@
+
+demo: install
+	$(BIN)/himap-export shapes --backend onnxruntime --backend tensorrt-rtx --out $(BUNDLE) --overwrite
+	$(BIN)/himap-run $(BUNDLE) --image $(IMAGE) --prompt "$(QUESTION)" --show-kept demo/kept.png
+	$(BIN)/himap-validate $(BUNDLE) --image $(IMAGE) --prompt "$(QUESTION)"
+	@echo
+	@echo "bundle:            $(BUNDLE)"
+	@echo "image asked about: $(IMAGE)"
+	@echo "patches kept:      demo/kept.png"
+
+test: install lint
+	$(BIN)/pytest -n 2
+
+test-slow: install
+	$(BIN)/pytest -n 2 -m slow
+
+lint: install types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy -p himap_export
+
+# mypy does not see setuptools' package-dir mapping: show it the same tree by links.
+.PHONY: types
+types:
+	mkdir -p .types/himap_export
+	for room in graphs engines exporter validate; do ln -sfn ../../$$room .types/himap_export/$$room; done
+
+bench: install
+	$(BIN)/python benchmarks/prefill.py
+
+shapes: install
+	$(BIN)/python examples/shapes/train.py
+
+clean:
+	rm -rf $(VENV) .types demo build *.egg-info
