@@ -1,7 +1,7 @@
 """onnxruntime on the CPU: the bundle's ONNX graphs are its engines.
 
-All sessions read the same mapped weight files: each weight is one OrtValue over the file's pages, shared with every session,
-and prepacking is off because it would keep a second, private copy per session.
+All sessions read the same mapped weight files: each weight is one OrtValue over the file's pages, shared with every
+session, and prepacking is off because it would keep a second, private copy per session.
 """
 
 import os
@@ -88,7 +88,10 @@ class _Sessions:
             options.add_initializer(name, self.weights[name])
         path = str(self.bundle.path(record.file))
         try:
-            return self.ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            # Constant folding would keep a transposed private copy of every weight of the vision tower.
+            return self.ort.InferenceSession(
+                path, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+            )
         except Exception as problem:  # onnxruntime's own exceptions share no base class
             details = str(problem).splitlines()[0]
             raise HimapError(
