@@ -14,6 +14,7 @@ from himap_export.graphs.errors import Exit, HimapError
 
 PANEL, MARGIN, GAP = 672, 48, 36  # pixels; PANEL is a lower bound, a whole multiple of the model's own pixels
 INK, PALE, LINE = (28, 32, 38), (105, 112, 122), (214, 40, 57)
+Integers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 
@@ -24,9 +25,11 @@ class Panel:
     kept: Mask | None  # [rows, columns] of patches; None shows them all
 
 
-def kept_patches(input_ids: npt.NDArray[np.int64], kept: npt.NDArray[np.int64], image_token: int) -> Mask:
-    """Which patches, [g,g] in reading order, are among the `kept` positions of one prompt [S]; a class token in front of
-    them (feature strategy "full") is not drawn."""
+def kept_patches(input_ids: Integers, kept: Integers, image_token: int) -> Mask:
+    """Which patches, [g,g] in reading order, are among the `kept` positions of one prompt [S].
+
+    A class token in front of them (feature strategy "full") is not drawn.
+    """
     alive = np.isin(np.flatnonzero(input_ids == image_token), kept)
     side = isqrt(len(alive))
     return alive[len(alive) - side * side :].reshape(side, side)
@@ -41,7 +44,7 @@ def draw_kept(
     question: str,
     answer: str,
 ) -> None:
-    """Writes the picture as PNG. `masks`: patches kept by the cuts at layers `cuts`. HimapError if it cannot be written."""
+    """Writes the picture as PNG; `masks` are the patches kept by the cuts at layers `cuts`. HimapError if it cannot."""
     panels = [Panel("what the model sees", f"{masks[0].size} patches", None)]
     for name, layer, mask in zip(("K1", "K2"), cuts, masks, strict=True):
         note = f"{mask.sum()} of {mask.size} patches ({mask.mean():.0%}) from layer {layer} on"

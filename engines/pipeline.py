@@ -1,7 +1,7 @@
 """The chain: vision, prefix, k1, k2, then decode over three KV caches that stay where they are.
 
-Every tensor of every graph is static, so all are allocated once, when a bundle is opened, and bound by name: what one stage
-writes the next one reads in place, and prefill's caches are decode's.
+Every tensor of every graph is static, so all are allocated once, when a bundle is opened, and bound by name: what one
+stage writes the next one reads in place, and prefill's caches are decode's.
 """
 
 import re
@@ -26,8 +26,8 @@ GRAPHS = ("vision", *PREFILL, "decode")
 
 @dataclass(frozen=True)
 class Prefilled:
-    """What prefill leaves: `logits` [b,W] fp32 at the last prompt token; original positions kept, [b,S1] and [b,S2], -1 for
-    padding."""
+    """What prefill leaves: `logits` [b,W] fp32 at the last prompt token, and the original positions kept by each cut,
+    [b,S1] and [b,S2], -1 for padding."""
 
     logits: npt.NDArray[np.float32]
     kept_k1: Integers
@@ -69,8 +69,10 @@ class Pipeline:
     def read(self, name: str) -> npt.NDArray[Any]:
         return self.tensors[name].read()
 
-    def load(self, input_ids: Integers, pixel_values: npt.NDArray[Any], attention_mask: Integers | None = None) -> PromptLayout:
-        """Checks up to B prompts [b,S] with pixels [b,3,H,W], writes them where vision and prefix read, and returns the layout."""
+    def load(
+        self, input_ids: Integers, pixel_values: npt.NDArray[Any], attention_mask: Integers | None = None
+    ) -> PromptLayout:
+        """Checks up to B prompts [b,S] with pixels [b,3,H,W] and writes them where vision and prefix read them."""
         layout = lay_out(input_ids, attention_mask, self.manifest.model.image_token, self.manifest.budget)
         spec = self.bundle.graph("vision").inputs["pixel_values"]
         if pixel_values.shape != (len(input_ids), *spec.shape[1:]):
@@ -109,7 +111,8 @@ class Pipeline:
         limit = self.manifest.budget.new
         if not 1 <= new_tokens <= limit:
             hint = f"1 to {limit}, or export with --max-new-tokens {new_tokens}"
-            raise HimapError(f"--max-new-tokens {new_tokens} is outside the bundle's budget", hint=hint, code=Exit.USAGE)
+            summary = f"--max-new-tokens {new_tokens} is outside the bundle's budget"
+            raise HimapError(summary, hint=hint, code=Exit.USAGE)
         sampler, model = Sampler(sampling or Sampling()), self.manifest.model
         samples, batch = len(prefilled.logits), len(layout.lengths)
         ended, logits = np.zeros(samples, bool), prefilled.logits

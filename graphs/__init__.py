@@ -1,1 +1,1 @@
-"""What a static, pruned, split model is: plan, budgets, FLOPs, decoder layers, importance scores, top-k gather, stages."""
+"""What a static, pruned, split model is: plan, budgets, FLOPs, decoder layers, scores, top-k gather, stages."""

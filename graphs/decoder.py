@@ -1,7 +1,8 @@
 """One LLaMA-family decoder layer in native ONNX operators.
 
 Hidden states are [B*S,D] so that every projection is one Gemm over the checkpoint's [out,in] weights; attention works
-on [B,H,S,E]. Weight names are those of Hugging Face's `LlamaModel`, passed through `names` by whoever knows the checkpoint.
+on [B,H,S,E]. Weight names are those of Hugging Face's `LlamaModel`, passed through `names` by whoever knows the
+checkpoint.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Attended:
-    """What a layer's attention leaves behind: `out` [B,H,S,E]; `query` [B,H,S,E], `key` and `value` [B,G,S,E], after rotation."""
+    """What attention leaves behind: `out` and `query` [B,H,S,E], `key` and `value` [B,G,S,E]; query and key rotated."""
 
     out: ir.Value
     query: ir.Value

@@ -1,6 +1,7 @@
 """`himap::TopKGather`: one custom node whose model-local function says, in standard operators, exactly what it does.
 
-Runtimes that know no such operator inline the function; TensorRT uses a plugin of that name instead when one is registered.
+Runtimes that know no such operator inline the function; TensorRT uses a plugin of that name instead when one is
+registered.
 """
 
 from functools import cache
@@ -11,8 +12,8 @@ from onnxscript import OpBuilder
 
 from himap_export.graphs.build import DOMAIN, dim
 
-# The keep-th largest score is certain even where TopK's order among equal scores is not: keep all that lie above it, then
-# fill up from its equals by lowest index. Only then sort what is kept by place. NaN ranks last.
+# The keep-th largest score is certain even where TopK's order among equal scores is not: keep all that lie above it,
+# then fill up from its equals by lowest index. Only then sort what is kept by place. NaN ranks last.
 _BODY = """
 <domain: "himap", opset_import: ["" : 24]>
 TopKGather <keep> (x, score, position, kind) => (y, kept_position, kept_kind)

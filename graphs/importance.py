@@ -1,8 +1,8 @@
 """The two importance scores of HiMAP (arXiv 2503.13108, section 4; authors' `himap.py`).
 
 Both are softmax attention of the layer before the cut, averaged over heads and summed over some rows: the instruction's
-text rows for the first cut, the kept image rows for the second. They are computed in fp32 beside the fused attention, and
-only for those rows: probabilities accumulated in fp16 flip kept tokens.
+text rows for the first cut, the kept image rows for the second. They are computed in fp32 beside the fused attention,
+and only for those rows: probabilities accumulated in fp16 flip kept tokens.
 """
 
 import numpy as np
@@ -37,7 +37,7 @@ def instruction_score(
 def image_score(
     op: OpBuilder, spec: DecoderSpec, q: ir.Value, k: ir.Value, kind: ir.Value, position: ir.Value, visual: int
 ) -> ir.Value:
-    """Second cut: attention that the `visual` = V1 kept image tokens get from one another, [B,S] fp32, +inf elsewhere."""
+    """Second cut: attention that the `visual` = V1 kept image tokens get from one another, [B,S] fp32, else +inf."""
     tokens = dim(q, 2)
     rows = positions_of(op, op.Equal(kind, IMAGE), tokens, visual)
     return _score(

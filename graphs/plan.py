@@ -1,4 +1,4 @@
-"""Where tokens are cut and how many survive (HiMAP, arXiv 2503.13108, section 4; authors' `himap.py`, `eval_scivqa.sh`)."""
+"""Where tokens are cut and how many survive (HiMAP, arXiv 2503.13108, section 4; authors' `himap.py`)."""
 
 import math
 from dataclasses import dataclass

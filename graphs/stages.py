@@ -42,7 +42,7 @@ class StagedModel:
 
     def prefix(self) -> StageGraph:
         """Embeds and merges image features, runs layers 0..K1-1, scores image tokens by instruction attention."""
-        b, spec, (s0, s1, _) = self.budget.batch, self.spec, self.budget.total
+        b, spec, s0 = self.budget.batch, self.spec, self.budget.total[0]
         f = Frame("prefix", self.dtype)
         ids, position, kind = (f.integers(n, b, s0) for n in ("input_ids", "position_ids", "token_kind"))
         features = f.input("image_features", (b, self.budget.visual[0], spec.hidden))
