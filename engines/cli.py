@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace) -> None:
 
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     bundle = open_bundle(args.bundle, verify=not args.no_verify)
-    new_tokens = args.max_new_tokens or bundle.manifest.budget.new
+    new_tokens = bundle.manifest.budget.new if args.max_new_tokens is None else args.max_new_tokens
     question = None
     if args.load_inputs is None:
         question = load_question(bundle, args.image, args.prompt)

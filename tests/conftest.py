@@ -1,0 +1,29 @@
+"""Fixtures that every room's tests share."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from commands import Workshop
+from hypothesis import settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test talks to the hub
+
+torch.set_num_threads(1)  # pytest-xdist's workers share the cores; more threads on models this small only wait
+logging.getLogger("torch.__trace").propagate = False  # thousands of lines of the exporter's own under every failure
+
+# The machine's speed is no property of the code; a failure must come back on the next run.
+settings.register_profile("himap", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("himap")
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """Checkpoints and bundles, each made once in a run, whichever of pytest-xdist's workers asks first."""
+    own = tmp_path_factory.getbasetemp()
+    shared: Path = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    folder = shared / "workshop"
+    folder.mkdir(exist_ok=True)
+    return Workshop(folder)

@@ -1,0 +1,177 @@
+"""Plans, budgets and FLOPs: the paper's numbers, and properties that hold for every plan."""
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.flops import BYTES, layer_flops, paper_flops, paper_ratio, stage_costs, true_ratio
+from himap_export.graphs.plan import TASKS, PruningPlan, TokenBudget
+from himap_export.graphs.spec import DecoderSpec, Dtype, stage_layers
+
+LLAVA_7B = DecoderSpec(32, 4096, 11008, 32, 32, 128, 32064)
+LLAVA_13B = DecoderSpec(40, 5120, 13824, 40, 40, 128, 32064)
+IMAGE_TOKENS = 576
+
+RATIOS = st.floats(0, 1, exclude_max=True) | st.integers(0, 99).map(lambda n: n / 100)
+
+
+@st.composite
+def plans(draw: st.DrawFn, layers: int = 40) -> PruningPlan:
+    k1 = draw(st.integers(1, layers - 2))
+    return PruningPlan(k1, draw(st.integers(k1 + 1, layers - 1)), draw(RATIOS), draw(RATIOS))
+
+
+@st.composite
+def specs(draw: st.DrawFn, layers: int = 40) -> DecoderSpec:
+    kv_heads, e = draw(st.integers(1, 8)), 2 * draw(st.integers(1, 64))
+    heads = kv_heads * draw(st.integers(1, 8))
+    return DecoderSpec(layers, draw(st.integers(1, 4096)), draw(st.integers(1, 8192)), heads, kv_heads, e, 100)
+
+
+# --- the paper ---
+
+
+@pytest.mark.parametrize(
+    ("spec", "task", "visual", "ratio"),
+    [
+        (LLAVA_7B, "qa", (576, 288, 72), 0.246),
+        (LLAVA_13B, "qa", (576, 288, 72), 0.222),
+        (LLAVA_7B, "caption", (576, 288, 144), 0.393),
+    ],
+    ids=["7B", "13B", "7B-caption"],
+)
+def test_the_papers_numbers(spec: DecoderSpec, task: str, visual: tuple[int, int, int], ratio: float) -> None:
+    plan = TASKS[task].check(spec.layers)
+    assert plan.kept(IMAGE_TOKENS) == visual
+    assert round(paper_ratio(spec, plan, IMAGE_TOKENS), 3) == ratio
+
+
+def test_the_authors_settings() -> None:
+    assert TASKS["qa"] == PruningPlan() == PruningPlan(2, 8, 0.5, 0.75)
+    assert TASKS["caption"] == PruningPlan(2, 15, 0.5, 0.5)
+
+
+# --- plans ---
+
+
+@given(plans(), st.integers(1, 3000))
+def test_budgets_never_grow_and_removed_is_the_floor(plan: PruningPlan, image_tokens: int) -> None:
+    v0, v1, v2 = plan.check(40).kept(image_tokens)
+    assert image_tokens == v0 >= v1 >= v2 >= 1
+    for removed, ratio, of in ((v0 - v1, plan.r1, v0), (v1 - v2, plan.r2, v1)):
+        # Exactly floor(R n), but for the one rounding of the product, as the authors' `int(R * n)` has it.
+        assert removed == int(ratio * of) and abs(removed - math.floor(Fraction(ratio) * of)) <= 1
+        assert (removed == 0) == (ratio * of < 1)
+
+
+@given(plans(), st.integers(1, 3000), st.integers(1, 500), st.integers(1, 500), st.integers(1, 8))
+def test_text_is_in_every_stage(plan: PruningPlan, image_tokens: int, text: int, new: int, batch: int) -> None:
+    budget = TokenBudget(plan.kept(image_tokens), text, new, batch)
+    s0, s1, s2 = budget.total
+    assert s0 >= s1 >= s2 > text
+    assert [s - v for s, v in zip(budget.total, budget.visual, strict=True)] == [text] * 3
+    assert [c - s for c, s in zip(budget.capacity, budget.total, strict=True)] == [new] * 3
+
+
+@given(plans(layers=12))
+def test_every_layer_is_in_one_stage(plan: PruningPlan) -> None:
+    stages = stage_layers(plan, 12)
+    assert [i for stage in stages for i in stage] == list(range(12))
+    assert [stage.start for stage in stages] == [0, plan.k1, plan.k2] and all(stages)
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (PruningPlan(0, 8), "--k1 0 is below 1"),
+        (PruningPlan(-3, 8), "--k1 -3"),
+        (PruningPlan(8, 8), "--k2 8 is not above --k1 8"),
+        (PruningPlan(9, 8), "--k2 8 is not above --k1 9"),
+        (PruningPlan(2, 32), "--k2 32 is past the last layer (the model has 32 layers: use at most 31)"),
+        (PruningPlan(2, 8, r1=1.0), "--r1 1.0 is outside [0, 1)"),
+        (PruningPlan(2, 8, r1=-0.1), "--r1 -0.1"),
+        (PruningPlan(2, 8, r2=1.5), "--r2 1.5"),
+        (PruningPlan(2, 8, r2=float("nan")), "--r2 nan"),
+        (PruningPlan(2, 8, r1=float("inf")), "--r1 inf"),
+    ],
+)
+def test_a_plan_the_model_cannot_follow(plan: PruningPlan, words: str) -> None:
+    with pytest.raises(HimapError) as found:
+        plan.check(32)
+    assert words in str(found.value) and found.value.code == Exit.USAGE
+
+
+@pytest.mark.parametrize("plan", [PruningPlan(1, 2, 0, 0), PruningPlan(30, 31, 0.999, 0.999)])
+def test_the_outermost_plans_are_allowed(plan: PruningPlan) -> None:
+    assert plan.check(32) is plan
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: TokenBudget((4, 2, 1), 0, 8), "--text-budget 0"),
+        (lambda: TokenBudget((4, 2, 1), 8, 0), "--max-new-tokens 0"),
+        (lambda: TokenBudget((4, 2, 1), 8, 8, 0), "--batch 0"),
+        (lambda: TokenBudget((4, 2, 1), 8, -1), "--max-new-tokens -1"),
+    ],
+)
+def test_an_empty_budget(make: Callable[[], TokenBudget], words: str) -> None:
+    with pytest.raises(HimapError, match=words) as found:
+        make()
+    assert found.value.code == Exit.USAGE
+
+
+# --- FLOPs ---
+
+
+def test_layer_flops_by_hand() -> None:
+    """3 tokens; hidden 8, 4 query heads and 2 kv heads of 2, ffn 5. [m,k] x [k,n] costs 2 m k n."""
+    q, out = 2 * 3 * 8 * 8, 2 * 3 * 8 * 8
+    k = v = 2 * 3 * 8 * 4
+    scores = values = 4 * (2 * 3 * 2 * 3)
+    gate = up = down = 2 * 3 * 8 * 5
+    assert layer_flops(3, DecoderSpec(1, 8, 5, 4, 2, 2, 10)) == q + k + v + out + scores + values + gate + up + down
+
+
+@given(specs(), st.integers(1, 3000))
+def test_layer_flops_is_the_sum_of_its_matrix_products(spec: DecoderSpec, s: int) -> None:
+    d, m, e = spec.hidden, spec.ffn, spec.head_dim
+    products = [(s, d, spec.heads * e), (s, d, spec.kv_heads * e), (s, d, spec.kv_heads * e), (s, spec.heads * e, d)]
+    products += [(s, e, s)] * spec.heads + [(s, s, e)] * spec.heads
+    products += [(s, d, m), (s, d, m), (s, m, d)]
+    assert layer_flops(s, spec) == sum(2 * rows * inner * columns for rows, inner, columns in products)
+
+
+def test_paper_flops_by_hand() -> None:
+    """4nd^2 + 2n^2 d + 2ndm for n = 3, d = 8, m = 5."""
+    assert paper_flops(3, DecoderSpec(1, 8, 5, 4, 2, 2, 10)) == 4 * 3 * 64 + 2 * 9 * 8 + 2 * 3 * 8 * 5
+
+
+@given(plans(), specs(), st.integers(1, 1000), st.integers(1, 500))
+def test_ratios_are_fractions_and_text_raises_the_true_one(
+    plan: PruningPlan, spec: DecoderSpec, image_tokens: int, text: int
+) -> None:
+    paper, true = paper_ratio(spec, plan, image_tokens), true_ratio(spec, plan, image_tokens, text)
+    removes = plan.kept(image_tokens) != (image_tokens,) * 3
+    assert (0 < paper < 1 and 0 < true < 1) if removes else paper == true == 1
+    assert true_ratio(spec, plan, image_tokens, text + 100) >= true
+
+
+@given(plans(), specs(), st.integers(1, 1000), st.integers(1, 500), st.integers(1, 8), st.sampled_from(list(BYTES)))
+def test_costs_of_the_stages_add_up_to_the_ratio(
+    plan: PruningPlan, spec: DecoderSpec, image_tokens: int, text: int, batch: int, dtype: Dtype
+) -> None:
+    budget = TokenBudget(plan.kept(image_tokens), text, 16, batch)
+    costs = stage_costs(spec, plan, budget, dtype)
+    assert [cost.name for cost in costs] == ["prefix", "k1", "k2"]
+    assert tuple(cost.tokens for cost in costs) == budget.total
+    assert tuple(cost.image_tokens for cost in costs) == budget.visual
+    unpruned = batch * spec.layers * layer_flops(image_tokens + text, spec)
+    assert math.isclose(sum(cost.flops for cost in costs) / unpruned, true_ratio(spec, plan, image_tokens, text))
+    cache = sum(len(cost.layers) * c for cost, c in zip(costs, budget.capacity, strict=True))
+    assert sum(cost.kv_bytes for cost in costs) == 2 * batch * cache * spec.kv_heads * spec.head_dim * BYTES[dtype]

@@ -1,0 +1,333 @@
+"""Staged equals unstaged: the four graphs, chained, against the pruned decoder in NumPy, without stages or caches.
+
+In the statement below nothing is ever removed, gathered or cached: all tokens, the answer's included, go through all
+layers at once in fp64, and a cut only narrows what later layers may look at.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from himap_export.engines.layout import PromptLayout, lay_out
+from himap_export.graphs.build import Frame, StageGraph
+from himap_export.graphs.importance import image_score, instruction_score
+from himap_export.graphs.plan import PruningPlan, TokenBudget
+from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, SYSTEM, DecoderSpec, Dtype, stage_layers
+from himap_export.graphs.stages import StagedModel
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.int64]
+Arrays = dict[str, NDArray[np.generic]]
+IMAGE_TOKEN, FIRST_WORD, NEW = 0, 1, 3
+SURE = 1e-4  # fp32 scores err by less: rankings closer than this are left to chance, and to other examples
+
+
+# --- the statement ---
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """`kept`: positions alive after each cut. `logits` [1+N,W]: after the prompt and after each answer token."""
+
+    kept: tuple[Ints, Ints]
+    logits: Floats
+    margin: float
+
+
+def decode(
+    spec: DecoderSpec, plan: PruningPlan, w: Mapping[str, Floats], prompt: Ints, image: Floats, answer: Ints
+) -> Decoded:
+    """One prompt [S] with image features [V,D], followed by `answer` [N]."""
+    size, length = len(prompt) + len(answer), len(prompt)
+    position = np.arange(size)
+    is_image = np.append(prompt == IMAGE_TOKEN, np.zeros(len(answer), bool))
+    x: Floats = w["embed_tokens.weight"][np.append(prompt, answer)].astype(np.float64)
+    x[is_image] = image
+    instruction = (position > np.flatnonzero(is_image)[-1]) & (position < length)
+    alive, kept, margin = np.ones(size, bool), [], np.inf
+    for i in range(spec.layers):
+        x, attention = layer(spec, w, f"layers.{i}.", x, alive)
+        if i + 1 in (plan.k1, plan.k2):
+            removed, rows = (plan.r1, instruction) if i + 1 == plan.k1 else (plan.r2, is_image & alive)
+            candidates = np.flatnonzero(is_image & alive)
+            score = attention[rows][:, candidates].sum(0)
+            order = np.argsort(-score, kind="stable")
+            keep = len(order) - int(removed * len(order))
+            if keep < len(order) and score.any():
+                margin = min(margin, score[order[keep - 1]] - score[order[keep]])
+            alive = alive.copy()
+            alive[candidates[order[keep:]]] = False
+            kept.append(np.flatnonzero(alive[:length]))
+    # Logits follow the last prompt token that is alive (an image token at the end may be gone), then each answer token.
+    followed = [kept[1][-1], *range(length, size)]
+    n = norm(spec, x[followed], w["norm.weight"])
+    return Decoded((kept[0], kept[1]), n @ w["lm_head.weight"].T, float(margin))
+
+
+def layer(
+    spec: DecoderSpec, w: Mapping[str, Floats], p: str, x: Floats, alive: NDArray[np.bool_]
+) -> tuple[Floats, Floats]:
+    """x [S,D] after one layer in which tokens see only those `alive`, and itself; attention [S,S], mean over heads."""
+    size = len(x)
+
+    def linear(of: Floats, name: str) -> Floats:
+        return of @ w[f"{p}{name}.weight"].T + w.get(f"{p}{name}.bias", np.zeros(1))
+
+    n = norm(spec, x, w[p + "input_layernorm.weight"])
+    q = rotate(spec, linear(n, "self_attn.q_proj").reshape(size, spec.heads, -1))
+    k = rotate(spec, linear(n, "self_attn.k_proj").reshape(size, spec.kv_heads, -1))
+    v = linear(n, "self_attn.v_proj").reshape(size, spec.kv_heads, -1)
+    visible = (np.tri(size, dtype=bool) & alive) | np.eye(size, dtype=bool)
+    outs, attention = [], np.zeros((size, size))
+    for head in range(spec.heads):
+        shared = head * spec.kv_heads // spec.heads
+        logits = np.where(visible, q[:, head] @ k[:, shared].T / np.sqrt(spec.head_dim), -np.inf)
+        probability = np.exp(logits - logits.max(1, keepdims=True))
+        probability /= probability.sum(1, keepdims=True)
+        attention += probability / spec.heads
+        outs.append(probability @ v[:, shared])
+    x = x + linear(np.concatenate(outs, 1), "self_attn.o_proj")
+    n = norm(spec, x, w[p + "post_attention_layernorm.weight"])
+    gate = linear(n, "mlp.gate_proj")
+    return x + linear(gate / (1 + np.exp(-gate)) * linear(n, "mlp.up_proj"), "mlp.down_proj"), attention
+
+
+def norm(spec: DecoderSpec, x: Floats, weight: Floats) -> Floats:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.norm_eps) * weight
+
+
+def rotate(spec: DecoderSpec, x: Floats) -> Floats:
+    """[S,heads,E]: pairs (i, i + E/2) as complex numbers, turned by position * base**(-2i/E)."""
+    half = spec.head_dim // 2
+    turn = np.exp(1j * np.arange(len(x))[:, None] * spec.rope_base ** (-np.arange(half) / half))
+    turned = (x[..., :half] + 1j * x[..., half:]) * turn[:, None]
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+# --- the graphs ---
+
+
+class Chain:
+    """The four graphs of a model in onnxruntime, weights fed as inputs."""
+
+    def __init__(self, model: StagedModel, weights: Mapping[str, Floats]) -> None:
+        self.model, self.weights = model, weights
+        self.graphs = {graph.name: graph for graph in model.graphs()}
+        self.sessions = {name: self._session(graph) for name, graph in self.graphs.items()}
+
+    def _session(self, graph: StageGraph) -> onnxruntime.InferenceSession:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        return onnxruntime.InferenceSession(ir.to_proto(graph.model).SerializeToString(), options)
+
+    def run(self, name: str, have: Arrays) -> None:
+        """Runs a graph on what it needs of `have`, adds its outputs."""
+        graph, session = self.graphs[name], self.sessions[name]
+        names = [i.name for i in session.get_inputs()]
+        feeds = {name: self.weights[name] if name in graph.weights else have[name] for name in names}
+        have |= dict(zip((o.name for o in session.get_outputs()), session.run(None, feeds), strict=True))
+
+    def prefill(self, layout: PromptLayout, features: Floats) -> Arrays:
+        have: Arrays = {name: getattr(layout, name) for name in ("input_ids", "position_ids", "token_kind")}
+        have["image_features"] = features
+        for name in ("prefix", "k1", "k2"):
+            self.run(name, have)
+        return have
+
+    def step(self, have: Arrays, tokens: Ints, positions: Ints) -> Floats:
+        """Appends `tokens` [B] at `positions` [B] to the caches in `have`; logits [B,W]."""
+        past = {"past" + n.removeprefix("present"): v for n, v in have.items() if n.startswith("present_")}
+        after: Arrays = past | {"input_ids": tokens[:, None], "position_ids": positions[:, None]}
+        self.run("decode", after)
+        have |= {n: v for n, v in after.items() if n.startswith("present_")}
+        return after["logits"]  # type: ignore[return-value]
+
+
+# --- examples ---
+
+
+@dataclass(frozen=True)
+class Example:
+    """A staged model, its weights, and prompts [S_b] of any layout with V0 image tokens each."""
+
+    model: StagedModel
+    weights: dict[str, Floats]
+    prompts: list[Ints]
+    features: Floats
+    answers: Ints
+
+    def layout(self) -> PromptLayout:
+        ids = np.full((len(self.prompts), max(map(len, self.prompts))), FIRST_WORD)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(self.prompts):
+            ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+        return lay_out(ids, mask, IMAGE_TOKEN, self.model.budget)
+
+    def decoded(self) -> list[Decoded]:
+        """What the statement says; examples whose ranking hangs on fp32's last bits are given up."""
+        spec, plan = self.model.spec, self.model.plan
+        samples = zip(self.prompts, self.features, self.answers, strict=True)
+        found = [decode(spec, plan, self.weights, *sample) for sample in samples]
+        assume(min(d.margin for d in found) > SURE)
+        return found
+
+
+def random_weights(model: StagedModel, random: np.random.Generator) -> dict[str, Floats]:
+    """Scaled as in tiny.py: peaked attention, scores well apart, norms and biases that matter."""
+    weights: dict[str, Floats] = {}
+    for graph in model.graphs():
+        for name, shape in graph.weights.items():
+            noise = random.standard_normal(shape)
+            if len(shape) == 1:
+                noise = 0.1 * noise + (1 if "norm" in name else 0)
+            elif name != "embed_tokens.weight":
+                noise *= (2.4 if "q_proj" in name or "k_proj" in name else 0.64) / shape[1] ** 0.5
+            weights.setdefault(name, noise.astype(np.float32))
+    return weights
+
+
+@st.composite
+def examples(draw: st.DrawFn, ratios: st.SearchStrategy[float] | None = None) -> Example:
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    layers = draw(st.integers(3, 5))
+    spec = DecoderSpec(
+        layers=layers, hidden=draw(st.integers(9, 24)), ffn=draw(st.integers(9, 24)), vocab=draw(st.integers(8, 20)),
+        heads=kv_heads * group, kv_heads=kv_heads, head_dim=2 * draw(st.integers(2, 4)),
+        rope_base=draw(st.sampled_from([100.0, 10000.0])),
+        qkv_bias=draw(st.booleans()), out_bias=draw(st.booleans()), mlp_bias=draw(st.booleans()),
+    )  # fmt: skip
+    k1 = draw(st.integers(1, layers - 2))
+    ratios = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99]) if ratios is None else ratios
+    plan = PruningPlan(k1, draw(st.integers(k1 + 1, layers - 1)), draw(ratios), draw(ratios)).check(layers)
+    visual, text, batch = draw(st.integers(1, 12)), draw(st.integers(1, 8)), draw(st.integers(1, 3))
+    model = StagedModel(spec, plan, TokenBudget(plan.kept(visual), text, NEW, batch), "fp32", lambda role: role)
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    prompts = []
+    for _ in range(batch):
+        words = random.integers(FIRST_WORD, spec.vocab, draw(st.integers(0, text)))
+        # Image tokens in one run, or anywhere: each word goes before one of them, or behind them all.
+        place = st.integers(0, visual) if draw(st.booleans()) else st.just(draw(st.sampled_from([0, visual])))
+        places = [draw(place) for _ in words]
+        prompts.append(np.insert(np.full(visual, IMAGE_TOKEN), places, words))
+    features = random.standard_normal((batch, visual, spec.hidden)).astype(np.float32)
+    answers = random.integers(FIRST_WORD, spec.vocab, (batch, NEW))
+    return Example(model, random_weights(model, random), prompts, features, answers)
+
+
+def real(kept: NDArray[np.generic], kind: NDArray[np.generic]) -> Ints:
+    """A sample's kept positions without padding, which must all lie behind them."""
+    is_real: NDArray[np.bool_] = kind != PADDING
+    assert not (np.diff(is_real.astype(int)) > 0).any(), "padding stands before a real token"
+    return kept[is_real].astype(np.int64)
+
+
+@given(examples())
+@settings(max_examples=25)
+def test_staged_prefill_and_decode_equal_the_statement(example: Example) -> None:
+    expected = example.decoded()
+    layout, chain = example.layout(), Chain(example.model, example.weights)
+    have = chain.prefill(layout, example.features)
+    for sample, wanted in enumerate(expected):
+        for cut, name in enumerate(("k1", "k2")):
+            kept = real(have[f"kept_{name}"][sample], have[f"kind_{name}"][sample])
+            np.testing.assert_array_equal(kept, wanted.kept[cut])
+        np.testing.assert_allclose(have["logits"][sample], wanted.logits[0], atol=1e-3)
+    for step in range(NEW):
+        logits = chain.step(have, example.answers[:, step], layout.lengths + step)
+        for sample, wanted in enumerate(expected):
+            np.testing.assert_allclose(logits[sample], wanted.logits[1 + step], atol=1e-3)
+
+
+@given(examples())
+@settings(max_examples=15)
+def test_text_is_never_dropped_and_budgets_are_met(example: Example) -> None:
+    """Whatever the ranking: also where scores are too close for the test above."""
+    budget, prompts = example.model.budget, example.prompts
+    have = Chain(example.model, example.weights).prefill(example.layout(), example.features)
+    before = [np.arange(len(prompt)) for prompt in prompts]
+    for name, visual, total in zip(("k1", "k2"), budget.visual[1:], budget.total[1:], strict=True):
+        assert have[f"kept_{name}"].shape == (len(prompts), total)
+        for sample, prompt in enumerate(prompts):
+            kept = real(have[f"kept_{name}"][sample], have[f"kind_{name}"][sample])
+            text = np.flatnonzero(prompt != IMAGE_TOKEN)
+            assert set(text) <= set(kept) <= set(before[sample]) and (np.diff(kept) > 0).all()
+            assert len(kept) == visual + len(text)
+            before[sample] = kept
+
+
+@given(examples(ratios=st.just(0.0)))
+@settings(max_examples=10)
+def test_unpruned_decode_equals_prefill_of_the_longer_prompt(example: Example) -> None:
+    """The same graphs both times, with room for the answer in the text budget: no statement in between."""
+    budget = example.model.budget
+    wide = TokenBudget(budget.visual, budget.text + NEW, NEW, budget.batch)
+    model = StagedModel(example.model.spec, example.model.plan, wide, "fp32", example.model.names)
+    chain = Chain(model, example.weights)
+
+    def prefill(answered: int) -> tuple[PromptLayout, Arrays]:
+        longer = [np.append(p, a[:answered]) for p, a in zip(example.prompts, example.answers, strict=True)]
+        layout = Example(model, example.weights, longer, example.features, example.answers).layout()
+        return layout, chain.prefill(layout, example.features)
+
+    layout, have = prefill(0)
+    for step in range(NEW):
+        logits = chain.step(have, example.answers[:, step], layout.lengths + step)
+        np.testing.assert_allclose(logits, prefill(step + 1)[1]["logits"], atol=1e-4)
+
+
+@given(examples())
+@settings(max_examples=10)
+def test_graphs_pass_on_what_the_next_one_reads(example: Example) -> None:
+    """Inputs and outputs meet by name, dtype and shape; each layer's cache is written once, of its stage's capacity."""
+    graphs = {graph.name: graph for graph in example.model.graphs()}
+    made: dict[str, tuple[object, ...]] = {}
+    for name in ("prefix", "k1", "k2"):
+        for value in graphs[name].model.graph.inputs:
+            if value.name in made:
+                assert made[value.name] == (value.dtype, value.shape)
+        fresh = {v.name: (v.dtype, v.shape) for v in graphs[name].model.graph.outputs}
+        assert not fresh.keys() & made.keys()
+        made |= {str(n): v for n, v in fresh.items()}
+    spec, budget = example.model.spec, example.model.budget
+    doors = {v.name: v.shape for v in graphs["decode"].model.graph.inputs}
+    ends = {v.name: v.shape for v in graphs["decode"].model.graph.outputs}
+    for layers, capacity in zip(stage_layers(example.model.plan, spec.layers), budget.capacity, strict=True):
+        for i in layers:
+            for what in ("key", "value"):
+                shape = (budget.batch, spec.kv_heads, capacity, spec.head_dim)
+                present, past = f"present_{what}.{i}", f"past_{what}.{i}"
+                assert made[present][1] == doors[past] == ends[present] == shape
+    scored = [f"score_k{i}" for i, (a, b) in enumerate(pairwise(budget.visual), 1) if b < a]
+    assert [name for name in made if name.startswith("score_")] == scored  # a cut that removes nothing costs nothing
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_scores_are_fp32_whatever_the_model_is(dtype: Dtype) -> None:
+    """From the same queries and keys, fp64 differs by fp32's roundings only: fp16 anywhere inside would err by 1e-4."""
+    spec = DecoderSpec(layers=3, hidden=8, ffn=8, heads=6, kv_heads=2, head_dim=16, vocab=8)
+    kind = np.array([SYSTEM] * 3 + [IMAGE] * 20 + [SYSTEM] + [IMAGE] * 12 + [INSTRUCTION] * 9 + [PADDING] * 4)
+    is_image, position = kind == IMAGE, np.arange(len(kind)) + (np.arange(len(kind)) > 10) * 7  # as after a cut
+    random, f = np.random.default_rng(0), Frame("scores", dtype)
+    q, k = (2.4 * random.standard_normal((1, heads, len(kind), 16)) for heads in (6, 2))
+    q, k = (a.astype(np.float16).astype(f.dtype.numpy()) for a in (q, k))
+    inputs = f.input("q", q.shape), f.input("k", k.shape), *(f.integers(n, 1, len(kind)) for n in ("kind", "position"))
+    scores = instruction_score(f.op, spec, *inputs, text=17), image_score(f.op, spec, *inputs, visual=32)
+    for name, score in zip(("first", "second"), scores, strict=True):
+        f.output(name, score, (1, len(kind)), ir.DataType.FLOAT)
+    session = onnxruntime.InferenceSession(ir.to_proto(f.finish().model).SerializeToString())
+    found = session.run(None, {"q": q, "k": k, "kind": kind[None], "position": position[None]})
+
+    logits = q[0].astype(np.float64) @ np.repeat(k[0], 3, 0).astype(np.float64).swapaxes(1, 2) / 4
+    probability = np.exp(np.where(np.tri(len(kind), dtype=bool), logits, -np.inf))
+    attention = (probability / probability.sum(-1, keepdims=True)).mean(0)
+    for score, rows in zip(found, (kind == INSTRUCTION, is_image), strict=True):
+        assert score.dtype == np.float32 and np.isposinf(score[0, ~is_image]).all()
+        np.testing.assert_allclose(score[0, is_image], attention[rows][:, is_image].sum(0), rtol=0, atol=1e-5)

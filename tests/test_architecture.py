@@ -1,0 +1,144 @@
+"""Rules that no single test of a room would notice: who imports what, what starts without what, how long a file is."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import HIMAP_TINY, Workshop, blocked_python, golden_inputs
+
+from himap_export.validate.reference import Cuts
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("graphs", "engines", "exporter", "validate")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+OURS = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+
+
+def modules(room: str) -> list[str]:
+    """Dotted names of a room's modules."""
+    parts = [path.relative_to(ROOT).with_suffix("").parts for path in SOURCES if path.is_relative_to(ROOT / room)]
+    return [".".join(("himap_export", *(p for p in names if p != "__init__"))) for names in parts]
+
+
+EXPORT_ONLY = ("torch", "transformers", "huggingface_hub", "safetensors", "onnx", "onnx_ir", "onnxscript", "matplotlib")
+HEAVY = (*EXPORT_ONLY, "numpy", "onnxruntime", "PIL", "tokenizers", "tensorrt_rtx")
+IMPORT_ALL = "import importlib\nfor name in sys.argv[1:]: importlib.import_module(name)\nprint(len(sys.argv) - 1)"
+
+
+@pytest.mark.parametrize(
+    ("room", "blocked"),
+    [
+        ("graphs", ("torch", "transformers", "safetensors", "onnxruntime")),
+        ("engines", (*EXPORT_ONLY, "onnxruntime", "tensorrt_rtx")),
+        ("exporter", ("onnxruntime", "tensorrt_rtx")),
+    ],
+)
+def test_every_module_imports_without(room: str, blocked: tuple[str, ...]) -> None:
+    names = modules(room)
+    assert len(names) > 5
+    done = blocked_python(IMPORT_ALL, blocked, *names)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{len(names)}\n"  # and importing prints nothing
+
+
+def test_the_blocker_blocks() -> None:
+    done = blocked_python("import torch", ["torch"])
+    assert done.returncode == 1 and "ModuleNotFoundError: torch is blocked" in done.stderr
+
+
+@pytest.mark.parametrize("room", ["graphs", "engines", "exporter"])
+def test_importing_a_room_loads_no_torch(room: str) -> None:
+    """Installed or not: seconds of start-up that no `--help`, plan or answer needs."""
+    names = [name for name in modules(room) if name != "himap_export.exporter.vision"]
+    code = IMPORT_ALL + "\nprint(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = blocked_python(code, [], *names)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == "[]"
+
+
+def test_himap_run_needs_neither_torch_nor_onnx(work: Workshop, tmp_path: Path) -> None:
+    bundle = work.bundle("golden", "--text-budget", 14, cuts=Cuts(2, 5, 0.5, 0.75))
+    code = "from himap_export.engines.cli import main\nmain(sys.argv[1:])"
+    arguments = (bundle, "--load-inputs", HIMAP_TINY / "inputs.npz", "--save-outputs", tmp_path / "out.npz")
+    done = blocked_python(code, EXPORT_ONLY, *arguments)
+    assert done.returncode == 0, done.stderr
+    here = work.answer(bundle, golden_inputs())
+    with np.load(tmp_path / "out.npz") as there:
+        assert set(there) == {"kept_k1", "kept_k2", "logits", "tokens"}
+        for name in ("kept_k1", "kept_k2", "tokens"):
+            np.testing.assert_array_equal(there[name], here[name])
+
+
+@pytest.mark.parametrize("command", sorted(PROJECT["project"]["scripts"]))
+def test_help_imports_nothing_heavy(command: str) -> None:
+    module, function = PROJECT["project"]["scripts"][command].split(":")
+    code = f"""
+import atexit
+atexit.register(lambda: print("HEAVY", sorted(set({HEAVY!r}) & set(sys.modules))))
+from {module} import {function}
+{function}(["--help"])
+"""
+    done = blocked_python(code, [])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {command}") and done.stdout.endswith("HEAVY []\n")
+
+
+@pytest.mark.parametrize("command", sorted(PROJECT["project"]["scripts"]))
+def test_a_wrong_flag_is_one_line_of_usage_and_exit_2(command: str) -> None:
+    script = Path(sys.executable).with_name(command)
+    done = subprocess.run([script, "--no-such-flag"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith(f"{command}: error: ") and "Traceback" not in done.stderr
+
+
+def test_files_are_short() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in OURS}
+    assert len(lengths) > 40
+    assert {name: count for name, count in lengths.items() if count >= 400} == {}
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [str(path.relative_to(ROOT)) for path in OURS if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert silent == []
+
+
+def test_import_contracts_hold() -> None:
+    script = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([script, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert f"{len(PROJECT['tool']['importlinter']['contracts'])} kept, 0 broken" in done.stdout
+
+
+def ruff(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    script = Path(sys.executable).with_name("ruff")
+    command = [str(script), "check", "--no-cache", "--select", "TID251", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, check=False)
+
+
+def test_no_file_imports_a_room_by_its_bare_name() -> None:
+    """`import graphs` works by accident from the repository's root, and loads every class twice."""
+    done = ruff(*OURS)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("statement", ["import {}", "from {} import plan", "from {}.plan import PruningPlan"])
+def test_ruff_bans_the_bare_names(room: str, statement: str) -> None:
+    done = ruff("--stdin-filename", ROOT / "tests" / "example.py", "-", stdin=statement.format(room) + "\n")
+    assert done.returncode == 1 and f"himap_export.{room}" in done.stdout
+
+
+def test_all_four_rooms_are_installed_as_one_namespace() -> None:
+    """From anywhere but the repository's root, and each under one name only."""
+    code = "import himap_export.graphs.plan, himap_export.validate as v\nprint(v.__file__)\nimport graphs"
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=False)
+    assert Path(done.stdout.strip()) == ROOT / "validate" / "__init__.py"
+    assert "No module named 'graphs'" in done.stderr
+    declared = PROJECT["tool"]["setuptools"]["packages"]
+    found = {".".join(("himap_export", *path.parent.relative_to(ROOT).parts)) for path in SOURCES}
+    assert found <= set(declared), "a folder with modules is missing in [tool.setuptools] packages"
