@@ -72,7 +72,7 @@ def run_arrays(
         mask = None if arrays.attention_mask is None else arrays.attention_mask[rows]
         start = time.perf_counter()
         prefilled, layout = pipeline.prefill(arrays.input_ids[rows], arrays.pixel_values[rows], mask)
-        answer = []
+        answer: list[npt.NDArray[np.int64]] = []
         for token in pipeline.generate(prefilled, layout, new_tokens, sampling):
             if not answer:
                 first, start = first or time.perf_counter() - start, time.perf_counter()
@@ -94,7 +94,12 @@ def run_arrays(
             print(rest, file=stream)
     width = max(t.shape[1] for t in tokens)
     padded = [np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=pad) for t in tokens]
-    found = {"kept_k1": kept_k1, "kept_k2": kept_k2, "logits": logits, "tokens": padded}
+    found: dict[str, list[npt.NDArray[Any]]] = {
+        "kept_k1": kept_k1,
+        "kept_k2": kept_k2,
+        "logits": logits,
+        "tokens": padded,
+    }
     return Answer(text, {k: np.concatenate(v) for k, v in found.items()}, first, decoding, steps)
 
 
@@ -115,6 +120,7 @@ def show(answer: Answer, bundle: Bundle, pipeline: Pipeline, opened: float, as_j
         print(json.dumps(facts))
         return
     speed = f"{rate:.0f} tokens/s" if answer.steps else "one token"
+    kept = f"image tokens {v0} -> {v1} -> {v2}"
     print(
-        f"[first token {answer.first * 1e3:.0f} ms, {speed}, image tokens {v0} -> {v1} -> {v2}, {pipeline.engines.device}]"
+        f"[first token {answer.first * 1e3:.0f} ms, {speed}, {kept}, {pipeline.backend} on {pipeline.engines.device}]"
     )

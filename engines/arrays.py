@@ -14,7 +14,7 @@ from himap_export.graphs.errors import Exit, HimapError
 
 @dataclass(frozen=True)
 class Inputs:
-    """`input_ids` [b,S] int64 with image placeholders expanded, `pixel_values` [b,3,H,W], `attention_mask` [b,S] or None."""
+    """`input_ids` [b,S] int64, placeholders expanded; `pixel_values` [b,3,H,W]; `attention_mask` [b,S] or None."""
 
     input_ids: npt.NDArray[np.int64]
     pixel_values: npt.NDArray[np.float32]
@@ -36,6 +36,9 @@ def load_inputs(file: Path) -> Inputs:
     if mask is not None and mask.shape != ids.shape:
         details = f"{list(mask.shape)}, input_ids are {list(ids.shape)}"
         raise HimapError(f"attention_mask in {file} has another shape", details, code=Exit.USAGE)
+    if len(arrays["pixel_values"]) != len(ids):
+        details = f"{len(ids)} prompts, {len(arrays['pixel_values'])} images"
+        raise HimapError(f"{file} does not hold one image per prompt", details, code=Exit.USAGE)
     if len(ids) == 0:
         raise HimapError(f"{file} holds no prompt", code=Exit.USAGE)
     return Inputs(ids, arrays["pixel_values"].astype(np.float32), None if mask is None else mask.astype(np.int64))
@@ -57,7 +60,7 @@ def save_outputs(file: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     part = file.with_name(f".{file.name}.partial")
     try:
         with part.open("wb") as f:
-            np.savez(f, **arrays)
+            np.savez(f, allow_pickle=False, **arrays)
         part.replace(file)
     except OSError as problem:
         part.unlink(missing_ok=True)

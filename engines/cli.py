@@ -26,7 +26,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     p.add_argument("--top-p", type=float, default=1.0)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--show-kept", type=Path, metavar="FILE.png", help="draw the image with the patches kept by both cuts")
+    p.add_argument(
+        "--show-kept", type=Path, metavar="FILE.png", help="draw the image with the patches kept by both cuts"
+    )
     p.add_argument("--load-inputs", type=Path, metavar="F.npz", help="input_ids, pixel_values, optional attention_mask")
     p.add_argument("--save-outputs", type=Path, metavar="F.npz", help="kept_k1, kept_k2, logits, tokens")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")

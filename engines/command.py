@@ -8,6 +8,8 @@ from typing import NoReturn
 
 from himap_export.graphs.errors import Exit, HimapError
 
+BACKENDS = ("onnxruntime", "tensorrt-rtx")  # one module each in engines/backends; named here, where nothing is imported
+
 
 def run_command(name: str, body: Callable[[], Exit | None]) -> NoReturn:
     """Runs `body` and leaves the process with its exit code; only bugs keep their traceback."""

@@ -22,11 +22,13 @@ class PromptLayout:
     lengths: Integers
 
 
-def lay_out(input_ids: Integers, attention_mask: Integers | None, image_token: int, budget: TokenBudget) -> PromptLayout:
+def lay_out(
+    input_ids: Integers, attention_mask: Integers | None, image_token: int, budget: TokenBudget
+) -> PromptLayout:
     """Any batch [b,S] of b <= B prompts, padded on either side, as the static stages want it.
 
-    Positions count a sample's real tokens from 0. Missing samples repeat the last one. HimapError (usage) if a prompt does
-    not hold exactly V0 image tokens, or more other tokens than the text budget.
+    Positions count a sample's real tokens from 0. Missing samples repeat the last one. HimapError (usage) if a prompt
+    does not hold exactly V0 image tokens, or holds more other tokens than the text budget.
     """
     batch, slots = budget.batch, budget.total[0]
     ids, kinds = np.zeros((batch, slots), np.int64), np.full((batch, slots), PADDING, np.int64)

@@ -107,11 +107,11 @@ def _tuples(d: dict[str, Any]) -> dict[str, Any]:
 
 
 def _graph(d: dict[str, Any]) -> GraphRecord:
-    sides = (
+    inputs, outputs = (
         {name: TensorSpec(t["dtype"], tuple(t["shape"])) for name, t in d[side].items()}
         for side in ("inputs", "outputs")
     )
-    return GraphRecord(d["file"], *sides, tuple(d["weights"]))
+    return GraphRecord(d["file"], inputs, outputs, tuple(d["weights"]))
 
 
 def read_manifest(folder: Path) -> Manifest:

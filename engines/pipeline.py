@@ -45,7 +45,7 @@ class Pipeline:
     """A bundle opened on a backend, for batches of up to B prompts at a time."""
 
     def __init__(self, bundle: Bundle, backend: str, threads: int | None = None) -> None:
-        self.bundle, self.manifest = bundle, bundle.manifest
+        self.bundle, self.manifest, self.backend = bundle, bundle.manifest, backend
         if backend not in self.manifest.engines:
             held = ", ".join(self.manifest.engines)
             raise HimapError(f"{bundle.folder} holds no {backend} engines", f"it holds {held}", code=Exit.MISSING)

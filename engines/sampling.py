@@ -31,7 +31,8 @@ class Sampler:
 
     def __call__(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
         if self.how.temperature == 0:
-            return logits.argmax(axis=1)
+            best: npt.NDArray[np.int64] = logits.argmax(axis=1)
+            return best
         scaled = logits.astype(np.float64) / self.how.temperature
         return np.array([self._draw(row) for row in scaled], np.int64)
 

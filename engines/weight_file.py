@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -77,8 +78,8 @@ def _entry(name: str, file: Path, entry: dict[str, object], data: int, size: int
 
 
 def map_tensors(tensors: Iterable[StoredTensor]) -> dict[str, npt.NDArray[np.generic]]:
-    """Arrays over the files' pages (copy on write): nothing is read before it is used, and two users share the memory."""
-    files: dict[Path, np.memmap] = {}  # type: ignore[type-arg]
+    """Arrays over the files' pages (copy on write): nothing is read before its use, two users share it."""
+    files: dict[Path, np.memmap[Any, np.dtype[np.uint8]]] = {}
     arrays = {}
     for t in tensors:
         if t.file not in files:

@@ -1,4 +1,4 @@
-"""Binding: which stored tensor is which weight of the graphs, and ONNX initializers that point into safetensors files."""
+"""Binding: which stored tensor is which weight, and ONNX initializers that point into safetensors files."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -14,7 +14,9 @@ _IR = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataTy
 class WeightNames:
     """Roles ("layers.0.mlp.up_proj.weight") to names in this checkpoint, by the candidates a family's layouts allow."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], candidates: Callable[[str], Iterator[str]], tied: bool) -> None:
+    def __init__(
+        self, tensors: Mapping[str, StoredTensor], candidates: Callable[[str], Iterator[str]], tied: bool
+    ) -> None:
         self._tensors, self._candidates, self._tied = tensors, candidates, tied
 
     def __call__(self, role: str) -> str:
@@ -30,12 +32,15 @@ class WeightNames:
 
 
 def bind(
-    graph: StageGraph, tensors: Mapping[str, StoredTensor], location: Callable[[StoredTensor], str], rename: Callable[[str], str]
+    graph: StageGraph,
+    tensors: Mapping[str, StoredTensor],
+    location: Callable[[StoredTensor], str],
+    rename: Callable[[str], str],
 ) -> tuple[ir.Model, tuple[str, ...]]:
     """The graph's model with its weight inputs turned into initializers at their place in a safetensors file.
 
-    `rename` maps the graph's weight names to the checkpoint's, `location` a stored tensor to its file's path relative to the
-    ONNX file. Returns the model and the checkpoint names bound. HimapError if a shape differs from the configuration's.
+    `rename` maps the graph's weight names to the checkpoint's, `location` a stored tensor to its file, relative to
+    the ONNX file. Returns the model and the names bound. HimapError if a shape differs from the configuration's.
     """
     g, names = graph.model.graph, {weight: rename(weight) for weight in graph.weights}
     for value in [v for v in g.inputs if v.name in graph.weights]:

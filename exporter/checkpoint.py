@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder: its configuration, and where each of its tensors lies. Nothing in it is executed."""
+"""A Hugging Face checkpoint folder: its configuration, and where each tensor lies. Nothing in it is executed."""
 
 import json
 from dataclasses import dataclass

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from himap_export.engines.backends import NAMES
-from himap_export.engines.command import run_command
+from himap_export.engines.command import BACKENDS, run_command
 from himap_export.graphs.plan import TASKS
 
 if TYPE_CHECKING:
@@ -16,7 +15,9 @@ if TYPE_CHECKING:
 
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="himap-export", description=__doc__)
-    p.add_argument("model", metavar="MODEL", help="llava-7b, llava-13b, shapes, a Hugging Face id, or a checkpoint folder")
+    p.add_argument(
+        "model", metavar="MODEL", help="llava-7b, llava-13b, shapes, a Hugging Face id, or a checkpoint folder"
+    )
     plan = p.add_argument_group("pruning plan (HiMAP, arXiv 2503.13108)")
     plan.add_argument("--task", choices=tuple(TASKS), default="qa", help="the authors' plan for a task (default: qa)")
     plan.add_argument("--k1", type=int, help="layer of the first cut")
@@ -24,11 +25,15 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--r1", type=float, help="fraction of image tokens removed at k1")
     plan.add_argument("--r2", type=float, help="fraction removed at k2 of what k1 left")
     budget = p.add_argument_group("static budgets")
-    budget.add_argument("--text-budget", type=int, default=192, metavar="N", help="all tokens but image tokens (default: 192)")
+    budget.add_argument(
+        "--text-budget", type=int, default=192, metavar="N", help="all tokens but image tokens (default: 192)"
+    )
     budget.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="answer tokens (default: 128)")
     budget.add_argument("--batch", type=int, default=1, metavar="N", help="prompts answered together (default: 1)")
-    p.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="default: the checkpoint's; fp16 if TensorRT meets fp32")
-    p.add_argument("--backend", action="append", choices=NAMES, help="repeatable (default: onnxruntime)")
+    p.add_argument(
+        "--dtype", choices=("fp16", "bf16", "fp32"), help="default: the checkpoint's; fp16 if TensorRT meets fp32"
+    )
+    p.add_argument("--backend", action="append", choices=BACKENDS, help="repeatable (default: onnxruntime)")
     p.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     p.add_argument("--dry-run", action="store_true", help="print the plan; needs no weights")
     p.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,13 +1,11 @@
 """An export, phase by phase: resolve, plan, vision, stages, compile, seal."""
 
-import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -65,7 +63,8 @@ class Export:
         """Builds the four language graphs, stores the weights that all five read, and writes the ONNX files."""
         p = self.planned
         self.graphs += StagedModel(p.decoder, p.plan, p.budget, p.dtype, self.names).graphs()
-        used = dict.fromkeys(self.names(weight) if g.name == "vision" else weight for g in self.graphs for weight in g.weights)
+        names = {"vision": self.names}  # the other graphs already call weights what the checkpoint calls them
+        used = dict.fromkeys(names.get(g.name, str)(weight) for g in self.graphs for weight in g.weights)
         files = store_weights([self.checkpoint.tensors[name] for name in used], self.work / "weights", p.dtype)
         for file in files:
             self.stored |= read_header(self.work / "weights" / file)
@@ -87,7 +86,8 @@ class Export:
         for name in self.planned.backends:
             backend = load_backend(name)
             self.engines[name] = {graph: backend.build(bundle, graph) for graph in self.records}
-        return ", ".join(f"{name} {sum(e.seconds for e in built.values()):.1f} s" for name, built in self.engines.items())
+        seconds = {name: sum(e.seconds for e in built.values()) for name, built in self.engines.items()}
+        return ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
 
     def seal(self) -> str:
         """Writes the processor's files, hashes everything, and writes the manifest last."""
@@ -136,8 +136,12 @@ def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: boo
         return state.manifest()
 
 
-def _specs(values: list[ir.Value] | Any) -> dict[str, TensorSpec]:
-    return {v.name: TensorSpec(_DTYPE[v.dtype], tuple(int(n) for n in v.shape.numpy())) for v in values}
+def _specs(values: Iterable[ir.Value]) -> dict[str, TensorSpec]:
+    specs = {}
+    for v in values:
+        assert v.name is not None and v.dtype is not None and v.shape is not None
+        specs[v.name] = TensorSpec(_DTYPE[v.dtype], tuple(int(n) for n in v.shape.numpy()))
+    return specs
 
 
 def _model_record(p: Planned, checkpoint: Checkpoint) -> ModelRecord:
@@ -164,8 +168,3 @@ def _toolchain(backends: tuple[str, ...]) -> dict[str, str]:
     for backend in backends:
         found |= load_backend(backend).version()
     return found
-
-
-def manifest_json(manifest: Manifest) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(manifest.to_json())
-    return data

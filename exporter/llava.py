@@ -57,7 +57,9 @@ def vision_spec(config: Mapping[str, Any]) -> VisionSpec:
 
     vision = LlavaConfig(**{k: v for k, v in config.items() if k != "model_type"}).vision_config
     if vision.model_type != "clip_vision_model":
-        raise HimapError(f"unsupported vision tower {vision.model_type}", "supported: clip_vision_model", code=Exit.USAGE)
+        raise HimapError(
+            f"unsupported vision tower {vision.model_type}", "supported: clip_vision_model", code=Exit.USAGE
+        )
     side = vision.image_size // vision.patch_size
     whole = config.get("vision_feature_select_strategy", "default") == "full"
     return VisionSpec(vision.image_size, vision.num_channels, side * side + whole, (side, side))
@@ -66,15 +68,15 @@ def vision_spec(config: Mapping[str, Any]) -> VisionSpec:
 def tensor_candidates(role: str) -> Iterator[str]:
     """The names under which releases of transformers stored a tensor, newest last.
 
-    `role` is a decoder name as in `graphs` ("layers.0.self_attn.q_proj.weight", "lm_head.weight") or a name in the vision
-    module ("vision_tower.encoder...", "multi_modal_projector...").
+    `role` is a decoder name as in `graphs` ("layers.0.self_attn.q_proj.weight", "lm_head.weight") or a name in the
+    vision module ("vision_tower.encoder...", "multi_modal_projector...").
     """
     if role.startswith("multi_modal_projector."):
         yield from (role, f"model.{role}")
     elif role.startswith("vision_tower."):
         rest = role.removeprefix("vision_tower.").removeprefix("vision_model.")
-        for prefix in ("vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower."):
-            yield prefix + rest
+        for prefix in ("vision_tower.", "model.vision_tower."):
+            yield from (f"{prefix}vision_model.{rest}", prefix + rest)
     elif role == "lm_head.weight":
         yield from ("language_model.lm_head.weight", role)
         # A tied head is stored once, as the embedding; config.json says so and `weight_names` has checked it.
@@ -89,7 +91,7 @@ def tied(config: Mapping[str, Any]) -> bool:
 
 
 def vision_module(config: Mapping[str, Any], dtype: "torch.dtype") -> "torch.nn.Module":
-    """Hugging Face's own tower and projector without storage (meta device): pixels to features, as LlavaModel computes them."""
+    """Hugging Face's own tower and projector without storage (meta device), joined as in LlavaModel."""
     import torch
     from transformers import AutoModel, LlavaConfig
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector

@@ -68,8 +68,12 @@ def _own_dtype(config: dict[str, Any], backends: tuple[str, ...]) -> Dtype:
     """The checkpoint's own; but fp16 for fp32 weights on TensorRT, which has no fused attention in fp32."""
     names: dict[str, Dtype] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
     text = config.get("text_config", {})
-    stored = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype") or "float16"
+    stored = (
+        config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype") or "float16"
+    )
     if stored not in names:
-        raise HimapError(f"unsupported dtype {stored} in config.json", f"use --dtype {'|'.join(get_args(Dtype))}", code=Exit.USAGE)
+        raise HimapError(
+            f"unsupported dtype {stored} in config.json", f"use --dtype {'|'.join(get_args(Dtype))}", code=Exit.USAGE
+        )
     own = names[stored]
     return "fp16" if own == "fp32" and any(b.startswith("tensorrt") for b in backends) else own

@@ -45,7 +45,10 @@ def plan_table(p: Planned) -> str:
     kv, flops = sum(c.kv_bytes for c in p.costs), sum(c.flops for c in p.costs)
     rows.append(("total", f"{p.decoder.layers}", "", "", _bytes(kv), _flops(flops)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True))) for r in rows]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True)))
+        for r in rows
+    ]
     paper, true = p.ratios
     return "\n".join(
         [
@@ -58,7 +61,8 @@ def plan_table(p: Planned) -> str:
             *lines[1:],
             "",
             f"FLOPs kept, as the paper counts (image tokens only): {paper:6.1%}",
-            f"FLOPs kept, text and every matrix included:          {true:6.1%}   at most {1 / true:.2f}x faster prefill",
+            f"FLOPs kept, text and every matrix included:          {true:6.1%}   "
+            f"at most {1 / true:.2f}x faster prefill",
         ]
     )
 

@@ -1,4 +1,4 @@
-"""Putting a checkpoint's weights into a bundle: the same bytes where the dtype allows, converted tensor by tensor where not."""
+"""A checkpoint's weights into a bundle: the same bytes where the dtype allows, converted one by one where not."""
 
 import fcntl
 import json
@@ -20,8 +20,8 @@ _FICLONE = 0x40049409  # linux/fs.h: share extents copy-on-write
 def store_weights(tensors: Iterable[StoredTensor], folder: Path, dtype: Dtype) -> list[str]:
     """Writes the files that hold `tensors` (each tensor used by a graph) into `folder`; returns their names, sorted.
 
-    A file whose used tensors all have `dtype` already is reflinked or copied whole, byte for byte; any other is rewritten
-    with its used tensors in `dtype`. OSError when the disk is full.
+    A file whose used tensors all have `dtype` already is reflinked or copied whole, byte for byte; any other is
+    rewritten with its used tensors in `dtype`. OSError when the disk is full.
     """
     by_file: dict[Path, list[StoredTensor]] = {}
     for t in tensors:

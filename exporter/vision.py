@@ -20,7 +20,7 @@ TORCH_DTYPE: Mapping[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch
 
 
 def vision_graph(config: Mapping[str, Any], decoder: DecoderSpec, budget: TokenBudget, dtype: Dtype) -> StageGraph:
-    """`pixel_values` [B,3,H,W] to `image_features` [B,V0,D], both in `dtype`; weights are inputs, named as in the module."""
+    """`pixel_values` [B,3,H,W] to `image_features` [B,V0,D]; weights are inputs, named as in the module."""
     spec = llava.vision_spec(config)
     module = llava.vision_module(config, TORCH_DTYPE[dtype])
     shape = (budget.batch, spec.channels, spec.image_size, spec.image_size)
@@ -41,7 +41,7 @@ def vision_graph(config: Mapping[str, Any], decoder: DecoderSpec, budget: TokenB
 
 
 def _free_weights(graph: ir.Graph) -> dict[str, tuple[int, ...]]:
-    """Turns the module's parameters, storageless initializers, into inputs; `position_ids` counts patches and is filled in."""
+    """Turns parameters, initializers without storage, into inputs; `position_ids` counts patches and is filled in."""
     weights: dict[str, tuple[int, ...]] = {}
     for name, value in list(graph.initializers.items()):
         assert value.shape is not None
@@ -58,7 +58,7 @@ def _free_weights(graph: ir.Graph) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints and warns about what is none of the user's business (torchvision absent, its own progress)."""
+    """The exporter prints and warns about what is not the user's business: torchvision absent, its own progress."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

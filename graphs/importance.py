@@ -57,7 +57,7 @@ def _score(
 ) -> ir.Value:
     """mean over heads of sum over `rows` [B,R] of weight [B,1,1,R] * softmax(q k^T / sqrt(E)) [B,H,R,S]."""
     batch, count = dim(rows, 0), dim(rows, 1)
-    tokens, groups, e = int(q.shape[2]), spec.kv_heads, spec.head_dim  # type: ignore[index]
+    tokens, groups, e = dim(q, 2), spec.kv_heads, spec.head_dim
     by_token = op.Transpose(q, perm=[0, 2, 1, 3])
     picked = op.Transpose(op.GatherND(by_token, op.Unsqueeze(rows, [2]), batch_dims=1), perm=[0, 2, 1, 3])
     # Heads that share a key stand together, so GQA is one batched product per group: [B,G,(H/G)*R,E] x [B,G,E,S].

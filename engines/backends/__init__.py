@@ -1,6 +1,6 @@
 """One module per backend, each with the same two functions.
 
-`build(bundle, graph, out)` compiles one ONNX graph of a bundle folder, and `open_engines(bundle, threads)` opens what was
+`build(bundle, graph)` compiles one ONNX graph of a bundle folder, and `open_engines(bundle, threads)` opens what was
 built. Both raise HimapError with exit code 4 when the backend's package or device is missing.
 """
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from himap_export.engines.bundle import Bundle
+from himap_export.engines.command import BACKENDS
 from himap_export.engines.manifest import EngineRecord, TensorSpec
 from himap_export.graphs.errors import Exit, HimapError
 
@@ -49,14 +50,11 @@ class Backend(Protocol):
     def version(self) -> dict[str, str]: ...
 
 
-_MODULES = {"onnxruntime": "onnxruntime", "tensorrt-rtx": "tensorrt_rtx"}
-NAMES = tuple(_MODULES)
-
-
 def load_backend(name: str) -> Backend:
-    if name not in _MODULES:
-        raise HimapError(f"unknown backend {name}", hint=f"known: {', '.join(NAMES)}", code=Exit.USAGE)
-    return cast(Backend, import_module(f"{__name__}.{_MODULES[name]}"))
+    """The module of a backend, by the name users give it; HimapError (usage) if there is none."""
+    if name not in BACKENDS:
+        raise HimapError(f"unknown backend {name}", hint=f"known: {', '.join(BACKENDS)}", code=Exit.USAGE)
+    return cast(Backend, import_module(f"{__name__}.{name.replace('-', '_')}"))
 
 
 def as_stored(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:

@@ -7,6 +7,7 @@ session, and prepacking is off because it would keep a second, private copy per 
 import os
 import time
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +25,7 @@ _ELEMENT = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16", "int64": "in
 
 def _onnxruntime() -> ModuleType:
     try:
-        import onnxruntime
+        onnxruntime = import_module("onnxruntime")
     except ImportError:
         hint = "pip install onnxruntime (CPU) or onnxruntime-gpu (CUDA), not both"
         raise HimapError("onnxruntime is not installed", hint=hint, code=Exit.MISSING) from None

@@ -1,0 +1,79 @@
+"""What validation found, as people read it and as programs do."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from himap_export.engines.bundle import Bundle
+from himap_export.validate.parity import Parity
+from himap_export.validate.speed import TORCH, UNPRUNED, Speed
+from himap_export.validate.workers import ACTS
+
+
+def parity_lines(parity: Parity, bundle: Bundle, backend: str) -> list[str]:
+    """One row per tensor, per cut, and for the answer; a mark for every gate."""
+    m = bundle.manifest
+    marks = {gate.name: "ok  " if gate.passed else "FAIL" for gate in parity.gates}
+    limits = {gate.name: gate.limit for gate in parity.gates}
+    lines = [
+        f"{m.model.name}, {backend}, {m.dtype}, against PyTorch in fp32: {parity.prompts} prompts",
+        f"      {'':14}{'max-abs':>10}{'of':>10}{'1 - cosine':>12}   gate",
+    ]
+    for t in parity.tensors:
+        far = f"{t.max_abs:>10.2e}{t.scale:>10.2e}{max(0.0, 1 - t.cosine):>12.1e}"
+        lines.append(f"{marks[t.name]}  {t.name:14}{far}   {limits[t.name]}")
+    for c in parity.cuts:
+        gate = f"kept after {c.name}"
+        facts = f"{c.verdict}, {c.kept - c.swapped} of {c.kept} image tokens agree"
+        if math.isfinite(c.margin):
+            facts += f"; score margin {c.margin:.1e}, score error {c.error:.1e}"
+        lines.append(f"{marks[gate]}  {gate:14}  {facts}")
+    forced = [c.name for c in parity.cuts if c.swapped]
+    if forced:
+        lines.append(f"      behind {' and '.join(forced)} the reference's kept set was forced")
+    answer = next(gate for gate in parity.gates if gate.name == "tokens")
+    lines.append(f"{marks['tokens']}  {'tokens':14}  {answer.found}")
+    return lines
+
+
+def parity_json(parity: Parity) -> dict[str, Any]:
+    return _finite(asdict(parity) | {"passed": parity.passed})  # type: ignore[no-any-return]
+
+
+def speed_lines(speed: Speed) -> list[str]:
+    """Medians side by side, then the bundle's speed-up over the others with its spread and its share of the ceiling."""
+    lines = [f"      {'':14}{'prefill':>12}{'decode':>16}{'vision':>12}{'peak memory':>14}"]
+    for t in speed.times:
+        ms = {act: t.median(act) * 1e3 for act in ACTS}
+        cells = f"{ms['prefill']:>9.1f} ms{ms['decode']:>9.2f} ms/tok{ms['vision']:>9.1f} ms"
+        lines.append(f"      {t.name:14}{cells}{t.peak_bytes / 2**20:>10.0f} MiB")
+    for name in (UNPRUNED, TORCH):
+        prefill, decode = speed.over(name, "prefill"), speed.over(name, "decode")
+        lines.append(
+            f"      over {name}: prefill {prefill[0]:.2f}x ({prefill[1]:.2f} to {prefill[2]:.2f}), "
+            f"decode {decode[0]:.2f}x ({decode[1]:.2f} to {decode[2]:.2f})"
+        )
+    share = speed.over(UNPRUNED, "prefill")[0] / speed.ceiling
+    lines.append(f"      prefill reaches {share:.0%} of the {speed.ceiling:.2f}x that FLOPs allow")
+    return lines
+
+
+def speed_json(speed: Speed) -> dict[str, Any]:
+    """Medians in seconds, peak memory in bytes, speed-ups as [median, lowest, highest] over rounds."""
+    return {
+        "ceiling": speed.ceiling,
+        "of_ceiling": speed.over(UNPRUNED, "prefill")[0] / speed.ceiling,
+        "contenders": {
+            t.name: {**{act: t.median(act) for act in ACTS}, "peak_bytes": t.peak_bytes} for t in speed.times
+        },
+        "over": {name: {act: speed.over(name, act) for act in ACTS} for name in (UNPRUNED, TORCH)},
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: None stands for it."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

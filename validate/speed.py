@@ -1,0 +1,58 @@
+"""Is it as much faster as its FLOPs promise? The bundle, the same backend unpruned, and PyTorch, side by side."""
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from himap_export.engines.bundle import Bundle
+from himap_export.graphs.flops import true_ratio
+from himap_export.graphs.plan import TokenBudget
+from himap_export.validate.workers import Contender, Times, race, ratios
+
+PRUNED, UNPRUNED, TORCH = "pruned", "unpruned", "PyTorch SDPA"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Times of the three contenders; `ceiling` is the prefill speed-up over unpruned that FLOPs allow."""
+
+    ceiling: float
+    times: tuple[Times, ...]
+
+    def over(self, name: str, act: str) -> tuple[float, float, float]:
+        """Speed-up of the bundle over contender `name`: median, lowest, highest of all rounds."""
+        return ratios(self.times[0], next(t for t in self.times if t.name == name), act)
+
+
+def ceiling(bundle: Bundle) -> float:
+    """1 / FLOPs kept in decoder prefill, every slot of the text budget filled."""
+    m = bundle.manifest
+    return 1 / true_ratio(m.decoder, m.plan, m.budget.visual[0], m.budget.text)
+
+
+def measure(bundle: Bundle, checkpoint: Path, backend: str, iterations: int, warm_up: int, threads: int) -> Speed:
+    """Exports the unpruned twin, then lets all three take turns."""
+    with tempfile.TemporaryDirectory(prefix="himap-unpruned-") as folder:
+        twin = export_unpruned(bundle, checkpoint, backend, Path(folder) / "bundle")
+        contenders = (
+            Contender(PRUNED, "bundle", bundle.folder, bundle.folder, backend),
+            Contender(UNPRUNED, "bundle", twin, bundle.folder, backend),
+            Contender(TORCH, "torch", checkpoint, bundle.folder),
+        )
+        return Speed(ceiling(bundle), tuple(race(contenders, iterations, warm_up, threads)))
+
+
+def export_unpruned(bundle: Bundle, checkpoint: Path, backend: str, out: Path) -> Path:
+    """The same model, budgets and dtype with nothing removed: same graphs, no scores, no gathers."""
+    from himap_export.exporter.export import export
+    from himap_export.exporter.llava import vision_spec
+    from himap_export.exporter.planning import Planned
+    from himap_export.exporter.registry import resolve
+
+    m = bundle.manifest
+    plan = replace(m.plan, r1=0.0, r2=0.0)
+    budget = TokenBudget(plan.kept(m.budget.visual[0]), m.budget.text, m.budget.new, m.budget.batch)
+    model = resolve(str(checkpoint))
+    planned = Planned(model, m.decoder, vision_spec(model.config), plan, budget, m.dtype, (backend,))
+    export(planned, out, ("himap-validate",), False, lambda line: None)
+    return out

@@ -1,0 +1,188 @@
+"""Timing that can be compared: one process per contender, taking turns.
+
+A runtime's spinning threads slow its neighbours, so each contender lives alone in a process; the machine's speed
+drifts, so they take turns, round by round, and ratios are taken within a round.
+"""
+
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from himap_export.graphs.errors import Exit, HimapError
+
+ACTS = ("vision", "prefill", "decode")
+DECODE_STEPS = 16
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`kind` "bundle" (then `source` is its folder and `backend` its engines) or "torch" (a checkpoint, PyTorch SDPA,
+    unpruned; prompts as in the bundle `like`)."""
+
+    name: str
+    kind: str
+    source: Path
+    like: Path
+    backend: str = ""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per round by act, of one contender, and its peak resident memory in bytes."""
+
+    name: str
+    seconds: dict[str, tuple[float, ...]]
+    peak_bytes: int
+
+    def median(self, act: str) -> float:
+        return statistics.median(self.seconds[act])
+
+
+def ratios(a: Times, b: Times, act: str) -> tuple[float, float, float]:
+    """How many times faster `a` is than `b`, within each round: median, lowest, highest."""
+    found = [his / mine for mine, his in zip(a.seconds[act], b.seconds[act], strict=True)]
+    return statistics.median(found), min(found), max(found)
+
+
+def race(contenders: Sequence[Contender], iterations: int, warm_up: int, threads: int) -> list[Times]:
+    """Every contender does every act `iterations` times, one after the other within a round."""
+    with ExitStack() as stack:
+        doors = [stack.enter_context(_worker(c, threads)) for c in contenders]
+        rounds: list[dict[str, list[float]]] = [{act: [] for act in ACTS} for _ in contenders]
+        for act in ACTS:
+            for n in range(warm_up + iterations):
+                for door, times in zip(doors, rounds, strict=True):
+                    seconds = _ask(door, act)
+                    if n >= warm_up:
+                        times[act].append(seconds)
+        return [
+            Times(c.name, {act: tuple(s) for act, s in times.items()}, int(_ask(door, "memory")))
+            for c, door, times in zip(contenders, doors, rounds, strict=True)
+        ]
+
+
+def _ask(door: Connection, act: str) -> float:
+    door.send(act)
+    answer = door.recv()
+    if isinstance(answer, HimapError):
+        raise answer
+    return float(answer)
+
+
+@contextmanager
+def _worker(contender: Contender, threads: int) -> Iterator[Connection]:
+    context = get_context("spawn")
+    mine, his = context.Pipe()
+    limits = {"OMP_NUM_THREADS": str(threads), "KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+    before = {name: os.environ.get(name) for name in limits}
+    os.environ.update(limits)  # read when the child loads its runtime
+    process = context.Process(target=_serve, args=(his, contender, threads), daemon=True)
+    try:
+        process.start()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    his.close()
+    try:
+        _ask(mine, "ready")
+        yield mine
+    except EOFError:
+        raise HimapError(f"the worker of {contender.name} died", hint="is there enough memory?") from None
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _serve(door: Connection, contender: Contender, threads: int) -> None:
+    try:
+        acts = (_bundle if contender.kind == "bundle" else _torch)(contender, threads)
+    except HimapError as problem:
+        door.send(HimapError(problem.summary, problem.details, problem.hint, problem.code))
+        return
+    while True:
+        act = door.recv()
+        if act == "ready":
+            door.send(0.0)
+        elif act == "memory":
+            door.send(float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        else:
+            door.send(acts[act]())
+
+
+def _clock(work: Callable[[], object], times: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    return (time.perf_counter() - start) / times
+
+
+def _bundle(contender: Contender, threads: int) -> dict[str, Callable[[], float]]:
+    from himap_export.engines.bundle import open_bundle
+    from himap_export.engines.pipeline import PREFILL, Pipeline
+    from himap_export.validate.questions import drawn_inputs
+
+    bundle = open_bundle(contender.source, verify=False)
+    pipeline = Pipeline(bundle, contender.backend, threads)
+    inputs = drawn_inputs(bundle, bundle.manifest.budget.batch, 0, fill=True)
+    prefilled, layout = pipeline.prefill(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
+    tokens = prefilled.logits.argmax(axis=1)
+    steps = min(DECODE_STEPS, bundle.manifest.budget.new)
+
+    def prefill() -> None:
+        for stage in PREFILL:
+            pipeline.run(stage)
+        pipeline.read("logits")
+
+    def decode() -> float:
+        return _clock(lambda: [pipeline.step(tokens, layout.lengths + i) for i in range(steps)]) / steps
+
+    def vision() -> None:
+        pipeline.run("vision")
+        pipeline.read("image_features")
+
+    return {"vision": lambda: _clock(vision), "prefill": lambda: _clock(prefill), "decode": decode}
+
+
+def _torch(contender: Contender, threads: int) -> dict[str, Callable[[], float]]:
+    import torch
+
+    from himap_export.engines.bundle import open_bundle
+    from himap_export.validate.questions import drawn_inputs
+    from himap_export.validate.reference import Reference
+
+    torch.set_num_threads(threads)
+    bundle = open_bundle(contender.like, verify=False)
+    inputs = drawn_inputs(bundle, bundle.manifest.budget.batch, 0, fill=True)
+    try:
+        model = Reference(contender.source, attn_implementation="sdpa")
+    except (OSError, ValueError) as problem:
+        raise HimapError(f"cannot load {contender.source}", str(problem).splitlines()[0], code=Exit.MISSING) from None
+    with torch.inference_mode():
+        embeds = torch.stack(model.embed(inputs.input_ids, inputs.pixel_values, inputs.attention_mask))
+        steps, length = min(DECODE_STEPS, bundle.manifest.budget.new), embeds.shape[1]
+
+        def decode() -> float:
+            logits, cache = model.forward(embeds)
+            tokens = logits.argmax(-1)
+            with torch.inference_mode():
+                return _clock(lambda: [model.step(tokens, length + i, cache) for i in range(steps)]) / steps
+
+    def quiet(work: Callable[[], object]) -> Callable[[], float]:
+        def timed() -> float:
+            with torch.inference_mode():
+                return _clock(work)
+
+        return timed
+
+    return {
+        "vision": quiet(lambda: model.image_features(inputs.pixel_values)),
+        "prefill": quiet(lambda: model.forward(embeds)),
+        "decode": decode,
+    }
