@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnxscript import OpBuilder
+from onnxscript.rewriter import pattern
 
 from himap_export.exporter import llava
 from himap_export.graphs.build import IR_VERSION, OPSET, StageGraph
@@ -35,9 +37,28 @@ def vision_graph(config: Mapping[str, Any], decoder: DecoderSpec, budget: TokenB
     model.ir_version, model.producer_name, model.graph.name = IR_VERSION, "himap-export", "vision"
     model.graph.outputs[0].shape = ir.Shape([budget.batch, spec.tokens, decoder.hidden])
     weights = _free_weights(model.graph)
+    pattern.RewriteRuleSet([_LinearAsGemm.rule()]).apply_to_model(model)
     for node in model.graph:
         node.metadata_props.clear()
     return StageGraph("vision", model, weights)
+
+
+class _LinearAsGemm(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # onnxscript is untyped here
+    """Add(MatMul(x, Transpose(W)), b) becomes one Gemm over the stored [out,in] weights, as in the decoder.
+
+    Requires static shapes. Without it TensorRT, to which weights are inputs, transposes every one at every inference.
+    """
+
+    def pattern(self, op: OpBuilder, x: ir.Value, w: ir.Value, b: ir.Value) -> ir.Value:
+        found: ir.Value = op.Add(op.MatMul(x, op.Transpose(w, perm=[1, 0])), b)
+        return found
+
+    def rewrite(self, op: OpBuilder, x: ir.Value, w: ir.Value, b: ir.Value) -> ir.Value:
+        assert x.shape is not None and w.shape is not None
+        rows, out = (int(n) for n in x.shape.numpy()[:-1]), int(w.shape.numpy()[0])
+        flat = op.Reshape(x, op.Constant(value_ints=[-1, int(w.shape.numpy()[1])]))
+        made: ir.Value = op.Reshape(op.Gemm(flat, w, b, transB=1), op.Constant(value_ints=[*rows, out]))
+        return made
 
 
 def _free_weights(graph: ir.Graph) -> dict[str, tuple[int, ...]]:

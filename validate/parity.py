@@ -157,8 +157,10 @@ class Comparison:
         self.pairs.setdefault(name, []).append((found.astype(np.float64), truth.astype(np.float64)))
 
     def divergence(self) -> tuple[int, int, float]:
-        """Tokens that agree, tokens in all, and the widest margin between the reference's best two logits where an answer
-        first parts from it (0 if none does)."""
+        """Tokens that agree, tokens in all, and the margin between the reference's best two logits where an answer parts.
+
+        The widest over all prompts; 0 if none parts.
+        """
         width = max(self.told.shape[1], self.said.shape[1])
         mine, his = (np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=-1) for t in (self.told, self.said))
         agree, margin = int((mine == his).sum()), 0.0

@@ -1,0 +1,89 @@
+"""CPU prefill at LLaVA's layout: staged and pruned, the same backend unpruned, and PyTorch, taking turns in one run.
+
+A random LLaVA with 16 decoder layers of 1024 (about 200 M parameters in them) and 35 + 576 + 135 prompt tokens. The model is
+random because times do not depend on weights; scoring and gather are included, the vision tower is timed apart.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from himap_export.validate.report import speed_json, speed_lines
+
+if TYPE_CHECKING:
+    from himap_export.engines.bundle import Bundle
+
+TEXT = 35 + 135
+BARS = (("of the FLOPs ceiling", 0.97), ("over PyTorch SDPA", 3.5), ("decode over PyTorch SDPA", 1.0))
+
+
+def write_model(folder: Path) -> None:
+    """A random checkpoint in Hugging Face format, fp32, its tower small: it is not what is measured."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16,
+        num_key_value_heads=16, max_position_embeddings=4096,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=336,
+        patch_size=14,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=31999, image_seq_length=576)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+
+
+def export_pruned(model: Path, out: Path) -> "Bundle":
+    from himap_export.engines.bundle import open_bundle
+    from himap_export.exporter.export import export
+    from himap_export.exporter.planning import Request, plan_export
+    from himap_export.exporter.registry import resolve
+
+    asked = Request(k1=2, k2=8, r1=0.5, r2=0.75, text_budget=TEXT, max_new_tokens=64, dtype="fp32")
+    export(
+        plan_export(resolve(str(model)), asked), out, tuple(sys.argv), False, lambda line: print(line, file=sys.stderr)
+    )
+    return open_bundle(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--iterations", type=int, default=15)
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    args = parser.parse_args()
+    from himap_export.validate.speed import TORCH, UNPRUNED, ceiling, measure
+
+    with tempfile.TemporaryDirectory(prefix="himap-bench-") as work:
+        model = Path(work) / "model"
+        write_model(model)
+        bundle = export_pruned(model, Path(work) / "bundle")
+        stored = sum(t.nbytes for t in bundle.tensors.values())
+        print(f"prompt 35 + 576 + 135 tokens, S = {list(bundle.manifest.budget.total)}, {args.threads} threads, fp32")
+        print(
+            f"FLOPs allow {ceiling(bundle):.2f}x over unpruned prefill; weights on disk {stored / 2**20:.0f} MiB, once"
+        )
+        speed = measure(bundle, model, "onnxruntime", args.iterations, args.warm_up, args.threads)
+    print("\n".join(speed_lines(speed)))
+    found = (
+        speed.over(UNPRUNED, "prefill")[0] / speed.ceiling,
+        speed.over(TORCH, "prefill")[0],
+        speed.over(TORCH, "decode")[0],
+    )
+    for (name, bar), value in zip(BARS, found, strict=True):
+        print(f"{'met    ' if value >= bar else 'NOT MET'}  {value:.2f} {name}, the bar is {bar}")
+    print(json.dumps(speed_json(speed) | {"weights_bytes": stored, "threads": args.threads}))
+
+
+if __name__ == "__main__":
+    main()
