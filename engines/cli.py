@@ -52,6 +52,11 @@ def _run(args: argparse.Namespace) -> None:
     from himap_export.engines.bundle import open_bundle
     from himap_export.engines.sampling import Sampling
 
+    for file in (args.save_outputs, args.show_kept):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise HimapError(f"cannot write {file}", f"{file.parent} is no folder", code=Exit.USAGE)
+    if args.show_kept is not None and args.image is None:
+        raise HimapError("--show-kept needs --image", "the picture is drawn over it", code=Exit.USAGE)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     bundle = open_bundle(args.bundle, verify=not args.no_verify)
     new_tokens = bundle.manifest.budget.new if args.max_new_tokens is None else args.max_new_tokens
@@ -69,8 +74,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.save_outputs is not None:
         save_outputs(args.save_outputs, answer.outputs)
     if args.show_kept is not None:
-        if question is None:
-            raise HimapError("--show-kept needs --image", "the picture is drawn over it", code=Exit.USAGE)
+        assert question is not None
         _draw(args.show_kept, bundle, question, answer)
     show(answer, bundle, pipeline, opened, args.json)
 

@@ -18,7 +18,7 @@ def run_command(name: str, body: Callable[[], Exit | None]) -> NoReturn:
         code = body() or Exit.OK
         sys.stdout.flush()
     except HimapError as problem:
-        print(f"{name}: error: {problem}", file=sys.stderr)
+        print(f"{name}: error: {' '.join(str(problem).split())}", file=sys.stderr)  # one line, whatever was quoted
         code = problem.code
     except KeyboardInterrupt:
         print(f"{name}: interrupted, nothing was left behind", file=sys.stderr)

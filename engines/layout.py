@@ -23,7 +23,7 @@ class PromptLayout:
 
 
 def lay_out(
-    input_ids: Integers, attention_mask: Integers | None, image_token: int, budget: TokenBudget
+    input_ids: Integers, attention_mask: Integers | None, image_token: int, vocab: int, budget: TokenBudget
 ) -> PromptLayout:
     """Any batch [b,S] of b <= B prompts, padded on either side, as the static stages want it.
 
@@ -38,8 +38,15 @@ def lay_out(
         source = min(row, len(input_ids) - 1)
         sample = input_ids[source][mask[source] != 0]
         _check(sample, source, image_token, budget)
+        words = sample[sample != image_token]
+        if len(words) and not 0 <= words.min() <= words.max() < vocab:
+            outside = words[(words < 0) | (words >= vocab)][0]
+            raise HimapError(f"prompt {row} holds token {outside}", f"the vocabulary has {vocab}", code=Exit.USAGE)
+        kind = _kinds(sample, image_token)
+        sample = np.where(kind == IMAGE, 0, sample)  # its row of the embedding, if it has one, is never used
         lengths[row] = len(sample)
-        ids[row, : len(sample)], kinds[row, : len(sample)] = sample, _kinds(sample, image_token)
+        kinds[row, : len(sample)] = kind
+        ids[row, : len(sample)] = sample
     return PromptLayout(ids, np.tile(np.arange(slots), (batch, 1)), kinds, lengths)
 
 

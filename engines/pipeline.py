@@ -73,7 +73,8 @@ class Pipeline:
         self, input_ids: Integers, pixel_values: npt.NDArray[Any], attention_mask: Integers | None = None
     ) -> PromptLayout:
         """Checks up to B prompts [b,S] with pixels [b,3,H,W] and writes them where vision and prefix read them."""
-        layout = lay_out(input_ids, attention_mask, self.manifest.model.image_token, self.manifest.budget)
+        m = self.manifest
+        layout = lay_out(input_ids, attention_mask, m.model.image_token, m.decoder.vocab, m.budget)
         spec = self.bundle.graph("vision").inputs["pixel_values"]
         if pixel_values.shape != (len(input_ids), *spec.shape[1:]):
             expected = f"expected {[len(input_ids), *spec.shape[1:]]}, one image per prompt"

@@ -55,13 +55,28 @@ class Planned:
 
 def plan_export(model: Model, asked: Request) -> Planned:
     """Fills in what was left open and checks the whole; HimapError (usage) for a plan that the model cannot follow."""
-    decoder, vision = llava.decoder_spec(model.config), llava.vision_spec(model.config)
+    try:
+        decoder, vision = llava.decoder_spec(model.config), llava.vision_spec(model.config)
+    except HimapError:
+        raise
+    except Exception as problem:  # transformers checks a configuration with errors of many kinds
+        hint = "is it a LLaVA configuration in Hugging Face format?"
+        raise HimapError(f"{model.name}: unusable config.json", str(problem), hint, Exit.USAGE) from None
     default = TASKS[asked.task]
     chosen = {name: getattr(asked, name) for name in ("k1", "k2", "r1", "r2")}
     plan = PruningPlan(**{n: getattr(default, n) if v is None else v for n, v in chosen.items()}).check(decoder.layers)
     budget = TokenBudget(plan.kept(vision.tokens), asked.text_budget, asked.max_new_tokens, asked.batch)
+    _check_positions(model.config, budget)
     dtype = asked.dtype or _own_dtype(model.config, asked.backends)
     return Planned(model, decoder, vision, plan, budget, dtype, asked.backends)
+
+
+def _check_positions(config: dict[str, Any], budget: TokenBudget) -> None:
+    """LlamaConfig's default is 2048; LLaVA-1.5's checkpoints say 4096."""
+    limit, needed = config.get("text_config", {}).get("max_position_embeddings", 2048), budget.capacity[0]
+    if needed > limit:
+        details = f"image, text and new tokens take {needed} positions, the model has {limit}"
+        raise HimapError("the budgets are too long", details, "lower --text-budget or --max-new-tokens", Exit.USAGE)
 
 
 def _own_dtype(config: dict[str, Any], backends: tuple[str, ...]) -> Dtype:
