@@ -1,6 +1,6 @@
 """CPU prefill at LLaVA's layout: staged and pruned, the same backend unpruned, and PyTorch, taking turns in one run.
 
-A random LLaVA with 16 decoder layers of 1024 (about 200 M parameters in them) and 35 + 576 + 135 prompt tokens. The model is
+A random LLaVA with 16 decoder layers of 1024 (about 200 M parameters in them) and 35 + 576 + 135 prompt tokens. It is
 random because times do not depend on weights; scoring and gather are included, the vision tower is timed apart.
 """
 

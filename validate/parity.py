@@ -157,7 +157,7 @@ class Comparison:
         self.pairs.setdefault(name, []).append((found.astype(np.float64), truth.astype(np.float64)))
 
     def divergence(self) -> tuple[int, int, float]:
-        """Tokens that agree, tokens in all, and the margin between the reference's best two logits where an answer parts.
+        """Tokens that agree, tokens in all, and the reference's margin between its best two where an answer parts.
 
         The widest over all prompts; 0 if none parts.
         """
