@@ -1,271 +1,175 @@
-"""Scenes of coloured shapes and lettered boxes: sampling, drawing, per-patch labels, questions and answers.
+"""Drawn scenes and the questions one can ask about them: the world that the `shapes` model knows.
 
-Needs Pillow and NumPy only. Everything is a pure function of a `random.Random`, so a seed gives the same images and
-the same questions on every machine with the same Pillow.
+A scene is a 4 x 4 grid of cells, some of which hold a coloured shape or a coloured box with a letter in it. Everything is
+reproducible from a seed, and nothing here needs torch.
 """
-
-from __future__ import annotations
 
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-SIZE = 336
-"""Side of a drawn image in pixels: three times what the model sees."""
-GRID = 3
-"""Objects stand in the cells of a GRID x GRID table, with jitter."""
-PATCHES = 8
-"""Patches a side that the vision tower cuts an image into."""
-SHAPES = ("circle", "square", "triangle", "star")
-KINDS = (*SHAPES, "box")
+SIDE, GRID = 336, 4  # pixels of a drawn image, cells a side
+CELL = SIDE // GRID
 COLORS = {
-    "red": (214, 40, 40),
-    "green": (46, 160, 67),
-    "blue": (38, 84, 214),
-    "yellow": (245, 214, 40),
-    "purple": (142, 58, 178),
-    "cyan": (60, 200, 220),
+    "red": (214, 40, 40), "green": (42, 157, 60), "blue": (38, 84, 214),
+    "yellow": (244, 208, 32), "purple": (140, 50, 170), "orange": (245, 130, 20),
+}  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "star")
+LETTERS = "ACEHKTXZ"
+NUMBERS = ("zero", "one", "two", "three", "four")
+ANSWERS = (*SHAPES, "box", *COLORS, *NUMBERS, *LETTERS, "yes", "no")
+TYPES = ("color", "shape", "count", "relation", "letter", "exists")
+PHRASES = {
+    "color": ("what color is the {0}?", "which color is the {0}?"),
+    "shape": ("what shape is {0}?", "which shape is {0}?"),
+    "count": ("how many {0}s?", "how many {0}s are there?"),
+    "relation": ("what is {1} the {0}?",),
+    "letter": ("which letter is in the {0} box?", "what letter is in the {0} box?"),
+    "exists": ("is there any {0} {1}?",),
 }
-LETTERS = ("A", "C", "H", "L", "O", "T", "X", "Z")
-COUNTS = tuple(str(n) for n in range(5))
-ANSWERS = (*KINDS, *COLORS, *COUNTS, *LETTERS)
-PLURALS = {kind: "boxes" if kind == "box" else f"{kind}s" for kind in KINDS}
-SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
-TEMPLATES = {
-    "color": ("What color is the {kind}?", "Which color does the {kind} have?", "Tell me the color of the {kind}."),
-    "shape": ("What shape is {color}?", "Which object is {color}?", "What is the {color} thing?"),
-    "count": ("How many {plural} are there?", "How many {plural} do you see?", "Count the {plural}."),
-    "relation": ("What is {side} the {kind}?", "Which object is {side} the {kind}?", "What stands {side} the {kind}?"),
-    "letter": (
-        "Which letter is in the {color} box?",
-        "What letter does the {color} box hold?",
-        "Read the letter in the {color} box.",
-    ),
-}
-TYPES = tuple(TEMPLATES)
+BESIDE = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 
 @dataclass(frozen=True)
 class Item:
-    """One object of a scene: `cell` is (row, column); centre and radius are in pixels of the drawn image."""
+    """A shape, or a "box" that holds `letter`, around pixel (x, y), `size` pixels wide, in cell (row, column)."""
 
     kind: str
     color: str
-    letter: str | None
-    cell: tuple[int, int]
-    x: float
-    y: float
-    radius: float
-    turn: float
-    rgb: tuple[int, int, int]
+    letter: str
+    row: int
+    column: int
+    x: int
+    y: int
+    size: int
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects and the seed of the background they stand on."""
-
     items: tuple[Item, ...]
-    texture: int
+    background: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with one right answer; `type` is a key of TEMPLATES."""
-
     text: str
     answer: str
     type: str
 
 
 def sample_scene(rng: random.Random) -> Scene:
-    """Three to seven objects in distinct cells; half of the scenes hold a crowd of two to four of one kind."""
-    kinds = [rng.choice(KINDS) for _ in range(rng.randint(3, 5))]
-    if rng.random() < 0.5:
-        crowd = rng.choice(KINDS)
-        kinds = [kind for kind in kinds if kind != crowd][:3] + [crowd] * rng.randint(2, 4)
-    kinds = _at_most(kinds, len(COUNTS) - 1)
-    cells = rng.sample([(row, column) for row in range(GRID) for column in range(GRID)], len(kinds))
-    return Scene(
-        tuple(_sample_item(rng, kind, cell) for kind, cell in zip(kinds, cells, strict=True)), rng.getrandbits(32)
-    )
+    """Two to six shapes, few kinds at a time so that counting matters, and up to two boxes."""
+    cells = rng.sample([(r, c) for r in range(GRID) for c in range(GRID)], rng.randint(3, 7))
+    boxes = rng.choice((0, 1, 1, 2))
+    kinds = rng.sample(SHAPES, rng.choice((2, 3, 4)))
+    items = []
+    for i, (row, column) in enumerate(cells):
+        kind = "box" if i < boxes else rng.choice(kinds)
+        size = rng.randint(62, 76) if kind == "box" else rng.randint(46, 74)
+        slack = (CELL - size) // 2
+        x = column * CELL + CELL // 2 + rng.randint(-slack, slack)
+        y = row * CELL + CELL // 2 + rng.randint(-slack, slack)
+        letter = rng.choice(LETTERS) if kind == "box" else ""
+        items.append(Item(kind, rng.choice(tuple(COLORS)), letter, row, column, x, y, size))
+    grey = rng.randint(205, 255)
+    low, high = -min(14, grey - 205), min(14, 255 - grey)
+    r, g, b = (grey + rng.randint(low, high) for _ in range(3))
+    return Scene(tuple(items), (r, g, b))
 
 
-def _at_most(kinds: list[str], limit: int) -> list[str]:
-    return [kind for place, kind in enumerate(kinds) if kinds[:place].count(kind) < limit]
-
-
-def _sample_item(rng: random.Random, kind: str, cell: tuple[int, int]) -> Item:
-    color = rng.choice(tuple(COLORS))
-    pitch = SIZE / GRID
-    row, column = cell
-    red, green, blue = (min(255, max(0, channel + rng.randint(-18, 18))) for channel in COLORS[color])
-    return Item(
-        kind=kind,
-        color=color,
-        letter=rng.choice(LETTERS) if kind == "box" else None,
-        cell=cell,
-        x=(column + 0.5) * pitch + rng.uniform(-8, 8),
-        y=(row + 0.5) * pitch + rng.uniform(-8, 8),
-        radius=rng.uniform(38, 46) if kind == "box" else rng.uniform(28, 44),
-        turn=rng.uniform(-0.2, 0.2),
-        rgb=(red, green, blue),
-    )
-
-
-def draw_scene(scene: Scene) -> Image.Image:
-    """The scene as an RGB image of SIZE x SIZE."""
-    image = _background(scene.texture)
-    canvas = ImageDraw.Draw(image)
+def draw(scene: Scene) -> Image.Image:
+    """The scene as an RGB image of SIDE x SIDE pixels."""
+    image = Image.new("RGB", (SIDE, SIDE), scene.background)
+    pen = ImageDraw.Draw(image)
     for item in scene.items:
-        _draw_outline(canvas, item, item.rgb)
-        if item.letter is not None:
-            _draw_letter(canvas, item)
+        _draw_item(pen, item)
     return image
 
 
-def label_map(scene: Scene) -> np.ndarray:
-    """What each patch shows: uint8 [3, PATCHES, PATCHES] of kind, colour and letter, 0 for background or no letter.
-
-    A patch belongs to the object that covers most of it, if that is at least a sixth of the patch.
-    """
-    mask = Image.new("L", (SIZE, SIZE))
-    canvas = ImageDraw.Draw(mask)
-    for index, item in enumerate(scene.items, start=1):
-        _draw_outline(canvas, item, index)
-    side = SIZE // PATCHES
-    pixels = np.asarray(mask).reshape(PATCHES, side, PATCHES, side).transpose(0, 2, 1, 3).reshape(PATCHES, PATCHES, -1)
-    covered = np.stack([(pixels == index).sum(-1) for index in range(1, len(scene.items) + 1)])
-    owner = np.where(covered.max(0) * 6 >= side * side, covered.argmax(0) + 1, 0)
-    colors, letters = tuple(COLORS), (None, *LETTERS)
-    table = np.zeros((3, len(scene.items) + 1), np.uint8)
-    for index, item in enumerate(scene.items, start=1):
-        table[:, index] = KINDS.index(item.kind) + 1, colors.index(item.color) + 1, letters.index(item.letter)
-    return table[:, owner]
-
-
-def _background(seed: int) -> Image.Image:
-    """A pale or dark grey-ish slope with soft blotches."""
-    noise = np.random.default_rng(seed)
-    base = noise.uniform(0.12, 0.88) * 255 + noise.uniform(-14, 14, 3)
-    blotches = noise.normal(0, 9, (7, 7, 1)) + noise.normal(0, 3, (7, 7, 3))
-    slope = np.linspace(-1, 1, 7)
-    blotches += (noise.uniform(-16, 16) * slope[:, None] + noise.uniform(-16, 16) * slope[None, :])[:, :, None]
-    small = Image.fromarray(np.clip(base + blotches, 0, 255).astype(np.uint8))
-    return small.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-
-
-def _draw_outline(canvas: ImageDraw.ImageDraw, item: Item, fill: tuple[int, int, int] | int) -> None:
+def _draw_item(pen: ImageDraw.ImageDraw, item: Item) -> None:
+    x, y, r, color = item.x, item.y, item.size / 2, COLORS[item.color]
     if item.kind == "circle":
-        box = (item.x - item.radius, item.y - item.radius, item.x + item.radius, item.y + item.radius)
-        canvas.ellipse(box, fill=fill)
-    elif item.kind == "box":
-        canvas.rounded_rectangle(_frame(item, 0), radius=8, fill=fill)
+        pen.ellipse((x - r, y - r, x + r, y + r), color)
+    elif item.kind == "square":
+        pen.rectangle((x - 0.88 * r, y - 0.88 * r, x + 0.88 * r, y + 0.88 * r), color)
+    elif item.kind == "triangle":
+        pen.polygon([(x, y - r), (x + r, y + 0.85 * r), (x - r, y + 0.85 * r)], color)
+    elif item.kind == "star":
+        turns = [math.pi * (i / 5 - 0.5) for i in range(10)]
+        radii = [r * 1.05, r * 0.44] * 5
+        pen.polygon([(x + q * math.cos(t), y + q * math.sin(t)) for q, t in zip(radii, turns, strict=True)], color)
     else:
-        canvas.polygon(_corners(item), fill=fill)
+        pen.rectangle((x - r, y - r, x + r, y + r), "white", color, width=round(item.size * 0.15))
+        pen.text((x, y), item.letter, color, ImageFont.load_default(round(item.size * 0.66)), anchor="mm", stroke_width=1)
 
 
-def _draw_letter(canvas: ImageDraw.ImageDraw, item: Item) -> None:
-    canvas.rectangle(_frame(item, 9), fill=(250, 250, 250))
-    font = ImageFont.load_default(size=round(item.radius * 1.55))
-    canvas.text((item.x, item.y), item.letter, fill=(15, 15, 15), font=font, anchor="mm", stroke_width=2)
+def patch_labels(scene: Scene, patches: int) -> npt.NDArray[np.int64]:
+    """[3, patches * patches]: kind, color and letter of the item that each patch's middle lies in; 0 is none."""
+    labels = np.zeros((3, patches, patches), np.int64)
+    middle = (np.arange(patches) + 0.5) * SIDE / patches
+    kinds, colors = (*SHAPES, "box"), tuple(COLORS)
+    for item in scene.items:
+        rows, columns = (np.abs(middle - at) <= item.size / 2 for at in (item.y, item.x))
+        letter = LETTERS.index(item.letter) + 1 if item.letter else 0
+        here = np.array([kinds.index(item.kind) + 1, colors.index(item.color) + 1, letter])
+        labels[:, np.outer(rows, columns)] = here[:, None]
+    return labels.reshape(3, -1)
 
 
-def _frame(item: Item, inset: float) -> tuple[float, float, float, float]:
-    reach = item.radius - inset
-    return (item.x - reach, item.y - reach, item.x + reach, item.y + reach)
+def questions(scene: Scene, rng: random.Random) -> list[Question]:
+    """Every well-posed question about the scene but for `exists`, of which there is one; in random order."""
+    shapes = [i for i in scene.items if i.kind != "box"]
+    kinds, colors = Counter(i.kind for i in shapes), Counter(i.color for i in shapes)
+    boxes = [i for i in scene.items if i.kind == "box"]
+    found = [("color", i.color, (i.kind,)) for i in shapes if kinds[i.kind] == 1]
+    found += [("shape", i.kind, (i.color,)) for i in shapes if colors[i.color] == 1]
+    absent = rng.sample([kind for kind in SHAPES if not kinds[kind]], min(1, len(SHAPES) - len(kinds)))
+    found += [("count", NUMBERS[kinds[kind]], (kind,)) for kind in (*kinds, *absent) if kinds[kind] < len(NUMBERS)]
+    found += [("letter", i.letter, (i.color,)) for i in boxes if sum(b.color == i.color for b in boxes) == 1]
+    found += _relations(scene.items, kinds)
+    there = rng.random() < 0.5
+    pairs = {(i.color, i.kind) for i in shapes}
+    asked = rng.choice(sorted(pairs) if there else sorted({(c, k) for c in COLORS for k in SHAPES} - pairs))
+    found.append(("exists", "yes" if there else "no", asked))
+    rng.shuffle(found)
+    return [Question(rng.choice(PHRASES[kind]).format(*words), answer, kind) for kind, answer, words in found]
 
 
-def _corners(item: Item) -> list[tuple[float, float]]:
-    """Corners of a square, a triangle or a five-pointed star, clockwise from the top."""
-    count = {"square": 4, "triangle": 3, "star": 10}[item.kind]
-    start = -math.pi / 2 + item.turn + (math.pi / 4 if item.kind == "square" else 0.0)
-    grow = {"square": 1.15, "triangle": 1.2, "star": 1.2}[item.kind]
-    corners = []
-    for step in range(count):
-        angle = start + 2 * math.pi * step / count
-        reach = item.radius * grow * (0.42 if item.kind == "star" and step % 2 else 1.0)
-        corners.append((item.x + reach * math.cos(angle), item.y + reach * math.sin(angle)))
-    return corners
-
-
-def ask(scene: Scene, kind_of_question: str, rng: random.Random) -> Question | None:
-    """A question of the given type, or None where the scene has no such question with one right answer."""
-    facts = _FACTS[kind_of_question](scene)
-    if not facts:
-        return None
-    answer = rng.choice(sorted({fact["answer"] for fact in facts}))
-    fact = rng.choice([fact for fact in facts if fact["answer"] == answer])
-    text = rng.choice(TEMPLATES[kind_of_question]).format(**fact)
-    if rng.random() < 0.5:
-        text = text[0].lower() + text[1:]
-    return Question(text, answer, kind_of_question)
-
-
-def ask_any(scene: Scene, rng: random.Random) -> Question:
-    """A question of a random type; every scene can be counted, so there always is one."""
-    for kind_of_question in rng.sample(TYPES, len(TYPES)):
-        question = ask(scene, kind_of_question, rng)
-        if question is not None:
-            return question
-    raise AssertionError("a scene without a question")
-
-
-def _unique(scene: Scene, of: Callable[[Item], str]) -> list[Item]:
-    """Objects that alone have their value of `of`."""
-    times = Counter(of(item) for item in scene.items)
-    return [item for item in scene.items if times[of(item)] == 1]
-
-
-def _color_facts(scene: Scene) -> list[dict[str, str]]:
-    return [{"kind": item.kind, "answer": item.color} for item in _unique(scene, lambda item: item.kind)]
-
-
-def _shape_facts(scene: Scene) -> list[dict[str, str]]:
-    return [{"color": item.color, "answer": item.kind} for item in _unique(scene, lambda item: item.color)]
-
-
-def _count_facts(scene: Scene) -> list[dict[str, str]]:
-    times = Counter(item.kind for item in scene.items)
-    return [{"plural": PLURALS[kind], "answer": str(times[kind])} for kind in KINDS]
-
-
-def _relation_facts(scene: Scene) -> list[dict[str, str]]:
-    """The neighbour in the next cell of an object that is the only one of its kind."""
-    at = {item.cell: item for item in scene.items}
-    facts = []
-    for item in _unique(scene, lambda item: item.kind):
-        for side, (down, right) in SIDES.items():
-            other = at.get((item.cell[0] + down, item.cell[1] + right))
-            if other is not None:
-                facts.append({"kind": item.kind, "side": side, "answer": other.kind})
-    return facts
-
-
-def _letter_facts(scene: Scene) -> list[dict[str, str]]:
-    boxes = Scene(tuple(item for item in scene.items if item.kind == "box"), scene.texture)
-    return [{"color": item.color, "answer": item.letter or ""} for item in _unique(boxes, lambda item: item.color)]
-
-
-_FACTS: dict[str, Callable[[Scene], list[dict[str, str]]]] = {
-    "color": _color_facts,
-    "shape": _shape_facts,
-    "count": _count_facts,
-    "relation": _relation_facts,
-    "letter": _letter_facts,
-}
+def _relations(items: tuple[Item, ...], kinds: Counter[str]) -> list[tuple[str, str, tuple[str, ...]]]:
+    """What stands on one side of a shape that is the only one of its kind, if just one item does in its row or column."""
+    found: list[tuple[str, str, tuple[str, ...]]] = []
+    for item in items:
+        if kinds[item.kind] != 1:
+            continue
+        for words, (down, right) in BESIDE.items():
+            there = [
+                o for o in items
+                if (o.row == item.row and (o.column - item.column) * right > 0)
+                or (o.column == item.column and (o.row - item.row) * down > 0)
+            ]  # fmt: skip
+            if len(there) == 1:
+                found.append(("relation", there[0].kind, (item.kind, words)))
+    return found
 
 
 def held_out(n: int, seed: int) -> Iterator[tuple[Image.Image, str, str, str]]:
-    """`n` of (image, question, answer, type), one question an image, the types in turn; no training seed meets these."""
-    rng = random.Random(f"held-out-{seed}")
-    for index in range(n):
+    """`n` of (image, question, answer, type), the types in turn, from a stream of scenes that training never draws from."""
+    rng = random.Random(f"held out {seed}")
+    for i in range(n):
         question = None
         while question is None:
             scene = sample_scene(rng)
-            question = ask(scene, TYPES[index % len(TYPES)], rng)
-        yield draw_scene(scene), question.text, question.answer, question.type
+            question = next((q for q in questions(scene, rng) if q.type == TYPES[i % len(TYPES)]), None)
+        yield draw(scene), question.text, question.answer, question.type
+
+
+def corpus() -> list[str]:
+    """Every word of the world in every phrase, for the tokenizer."""
+    lines = [p.format(w, b) for ps in PHRASES.values() for p in ps for w in (*SHAPES, *COLORS) for b in (*BESIDE, *SHAPES)]
+    return lines + [f" {word}" for word in ANSWERS] * 1000  # often enough to become one token each
