@@ -9,6 +9,8 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,9 +53,30 @@ def export_pruned(model: Path, out: Path) -> "Bundle":
 
     asked = Request(k1=2, k2=8, r1=0.5, r2=0.75, text_budget=TEXT, max_new_tokens=64, dtype="fp32")
     export(
-        plan_export(resolve(str(model)), asked), out, tuple(sys.argv), False, lambda line: print(line, file=sys.stderr)
+        plan_export(resolve(str(model)), asked), out, tuple(sys.argv), True, lambda line: print(line, file=sys.stderr)
     )
     return open_bundle(out)
+
+
+@contextmanager
+def work_folder(kept: Path | None) -> Iterator[Path]:
+    """`kept`, where the model of an earlier run is used again, or a folder that vanishes."""
+    if kept is None:
+        with tempfile.TemporaryDirectory(prefix="himap-bench-") as folder:
+            yield Path(folder)
+    else:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept
+
+
+def prepared(work: Path) -> tuple[Path, "Bundle"]:
+    """The checkpoint and its pruned bundle. The model is made once; the bundle always, so that it is today's graphs."""
+    model, out = work / "model", work / "bundle"
+    if not (model / "config.json").exists():
+        part = work / f"model.partial-{os.getpid()}"
+        write_model(part)
+        part.rename(model)
+    return model, export_pruned(model, out)
 
 
 def main() -> None:
@@ -61,13 +84,12 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=15)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep the model here for the next run")
     args = parser.parse_args()
     from himap_export.validate.speed import TORCH, UNPRUNED, ceiling, measure
 
-    with tempfile.TemporaryDirectory(prefix="himap-bench-") as work:
-        model = Path(work) / "model"
-        write_model(model)
-        bundle = export_pruned(model, Path(work) / "bundle")
+    with work_folder(args.work) as work:
+        model, bundle = prepared(work)
         stored = sum(t.nbytes for t in bundle.tensors.values())
         print(f"prompt 35 + 576 + 135 tokens, S = {list(bundle.manifest.budget.total)}, {args.threads} threads, fp32")
         print(

@@ -89,7 +89,7 @@ def _draw(file: Path, bundle: "Bundle", question: "Question", answer: "Answer") 
     )
 
 
-def open_pipeline(bundle: "Bundle", backend: str | None, threads: int | None) -> "Pipeline":
+def open_pipeline(bundle: "Bundle", backend: str | None, threads: int | None, command: str = "himap-run") -> "Pipeline":
     """The pipeline on `backend`, or on the first backend of the bundle that opens on this machine."""
     from himap_export.engines.pipeline import Pipeline
 
@@ -100,5 +100,5 @@ def open_pipeline(bundle: "Bundle", backend: str | None, threads: int | None) ->
         except HimapError as problem:
             if backend or problem.code != Exit.MISSING or name == held[-1]:
                 raise
-            print(f"himap-run: {problem}", file=sys.stderr)
+            print(f"{command}: {problem}", file=sys.stderr)
     raise HimapError(f"{bundle.folder} holds no engines", code=Exit.MISSING)

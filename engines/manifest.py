@@ -125,7 +125,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         hint = f"a bundle is the folder himap-export wrote, with its {FILE_NAME}"
         raise HimapError(f"{folder} is not a bundle", hint=hint, code=Exit.USAGE) from None
-    except (ValueError, KeyError, TypeError) as problem:
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise HimapError(
             f"{path} is damaged", f"{type(problem).__name__} {problem}", "export the bundle again"
         ) from None

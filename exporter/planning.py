@@ -55,6 +55,7 @@ class Planned:
 
 def plan_export(model: Model, asked: Request) -> Planned:
     """Fills in what was left open and checks the whole; HimapError (usage) for a plan that the model cannot follow."""
+    dtype = asked.dtype or _own_dtype(model.config, asked.backends)
     try:
         decoder, vision = llava.decoder_spec(model.config), llava.vision_spec(model.config)
     except HimapError:
@@ -67,7 +68,6 @@ def plan_export(model: Model, asked: Request) -> Planned:
     plan = PruningPlan(**{n: getattr(default, n) if v is None else v for n, v in chosen.items()}).check(decoder.layers)
     budget = TokenBudget(plan.kept(vision.tokens), asked.text_budget, asked.max_new_tokens, asked.batch)
     _check_positions(model.config, budget)
-    dtype = asked.dtype or _own_dtype(model.config, asked.backends)
     return Planned(model, decoder, vision, plan, budget, dtype, asked.backends)
 
 

@@ -12,6 +12,8 @@ from himap_export.graphs.errors import Exit, HimapError
 
 if TYPE_CHECKING:
     from himap_export.engines.bundle import Bundle
+    from himap_export.graphs.spec import Dtype
+    from himap_export.validate.reference import Reference
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -24,10 +26,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--image", type=Path, metavar="FILE")
     p.add_argument("--prompt", metavar="TEXT")
     p.add_argument("--load-inputs", type=Path, metavar="F.npz", help="as himap-run's; default: drawn from --seed")
+    p.add_argument(
+        "--save-outputs", type=Path, metavar="F.npz", help="kept_k1, kept_k2, logits, tokens, and reference_ of each"
+    )
     p.add_argument("--prompts", type=int, default=4, metavar="N", help="prompts to draw (default: 4)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="tokens to compare (default: 32)")
-    p.add_argument("--atol", type=float, help="largest difference of the logits (default: by dtype and depth)")
+    p.add_argument("--atol", type=float, help="allowed difference of logits (default: by dtype)")
+    p.add_argument("--rtol", type=float, help="the same, as a share of the largest logit; added to --atol")
     p.add_argument("--no-speed", action="store_true", help="parity only")
     p.add_argument("--iterations", type=int, default=10, help="rounds of the speed comparison (default: 10)")
     p.add_argument("--warm-up", type=int, default=2, help="rounds not counted (default: 2)")
@@ -46,39 +52,56 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("prompts", "max_new_tokens", "iterations", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("atol", "rtol", "warm_up"):
+        if (getattr(args, name) or 0) < 0:
+            parser.error(f"--{name.replace('_', '-')} must not be negative")
     run_command("himap-validate", lambda: _validate(args))
 
 
 def _validate(args: argparse.Namespace) -> Exit:
+    from himap_export.engines.arrays import save_outputs
     from himap_export.engines.bundle import open_bundle
     from himap_export.engines.cli import open_pipeline
-    from himap_export.validate.parity import compare
+    from himap_export.validate.parity import Asked, compare
     from himap_export.validate.questions import drawn_inputs, user_inputs
-    from himap_export.validate.report import parity_json, parity_lines, speed_json, speed_lines
-    from himap_export.validate.speed import ceiling, measure
+    from himap_export.validate.report import gates_json, parity_json, parity_lines
 
     bundle = open_bundle(args.bundle)
     inputs = user_inputs(bundle, args.load_inputs, args.image, args.prompt)
     inputs = inputs or drawn_inputs(bundle, args.prompts, args.seed)
     checkpoint = _checkpoint(bundle, args.model)
-    pipeline = open_pipeline(bundle, args.backend, args.threads)
-    reference = _reference(checkpoint, args.threads)
-    parity = compare(pipeline, reference, inputs, min(args.max_new_tokens, bundle.manifest.budget.new), args.atol)
-    result: dict[str, Any] = {"bundle": str(args.bundle), "backend": pipeline.backend, "parity": parity_json(parity)}
-    _say(args, parity_lines(parity, bundle, pipeline.backend))
+    pipeline = open_pipeline(bundle, args.backend, args.threads, "himap-validate")
+    backend, asked = pipeline.backend, Asked(min(args.max_new_tokens, bundle.manifest.budget.new), args.atol, args.rtol)
+    parity = compare(pipeline, lambda dtype: _reference(checkpoint, dtype, args.threads), inputs, asked, _progress)
+    del pipeline
+    result: dict[str, Any] = {"bundle": str(args.bundle), "backend": backend, "dtype": bundle.manifest.dtype}
+    result |= {"passed": parity.passed, "parity": parity_json(parity), "gates": gates_json(parity)}
+    _say(args, parity_lines(parity, bundle, backend))
+    if args.save_outputs is not None:
+        save_outputs(args.save_outputs, parity.outputs)
     if not args.no_speed:
-        backend = pipeline.backend
-        del pipeline, reference
-        _say(args, [f"\nspeed: FLOPs allow {ceiling(bundle):.2f}x over the unpruned decoder prefill"])
-        speed = measure(bundle, checkpoint, backend, args.iterations, args.warm_up, args.threads)
-        result["speed"] = speed_json(speed)
-        _say(args, speed_lines(speed))
+        result["speed"] = _speed(args, bundle, checkpoint, backend)
     if args.json:
         print(json.dumps(result, indent=1))
     failed = [gate.name for gate in parity.gates if not gate.passed]
     if failed:
         print(f"himap-validate: gates failed: {', '.join(failed)}", file=sys.stderr)
     return Exit.GATE if failed else Exit.OK
+
+
+def _speed(args: argparse.Namespace, bundle: "Bundle", checkpoint: Path, backend: str) -> dict[str, Any]:
+    from himap_export.validate.report import speed_json, speed_lines
+    from himap_export.validate.speed import ceiling, measure
+
+    _say(args, [f"\nspeed: FLOPs allow {ceiling(bundle):.2f}x over the unpruned decoder prefill"])
+    _progress(f"exporting the unpruned twin, then {args.warm_up} + {args.iterations} rounds of three processes")
+    speed = measure(bundle, checkpoint, backend, args.iterations, args.warm_up, args.threads)
+    _say(args, speed_lines(speed))
+    return speed_json(speed)
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _say(args: argparse.Namespace, lines: list[str]) -> None:
@@ -103,7 +126,7 @@ def _checkpoint(bundle: "Bundle", model: str | None) -> Path:
     return folder
 
 
-def _reference(checkpoint: Path, threads: int) -> Any:
+def _reference(checkpoint: Path, dtype: "Dtype", threads: int) -> "Reference":
     import torch
     from transformers.utils import logging
 
@@ -113,6 +136,6 @@ def _reference(checkpoint: Path, threads: int) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        return Reference(checkpoint)
+        return Reference(checkpoint, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
     except (OSError, ValueError) as problem:
         raise HimapError(f"PyTorch cannot load {checkpoint}", str(problem).splitlines()[0]) from None

@@ -5,39 +5,50 @@ from dataclasses import asdict
 from typing import Any
 
 from himap_export.engines.bundle import Bundle
-from himap_export.validate.parity import Parity
+from himap_export.validate.parity import Closeness, CutParity, Parity
 from himap_export.validate.speed import TORCH, UNPRUNED, Speed
 from himap_export.validate.workers import ACTS
 
 
 def parity_lines(parity: Parity, bundle: Bundle, backend: str) -> list[str]:
     """One row per tensor, per cut, and for the answer; a mark for every gate."""
-    m = bundle.manifest
-    marks = {gate.name: "ok  " if gate.passed else "FAIL" for gate in parity.gates}
-    limits = {gate.name: gate.limit for gate in parity.gates}
+    m, gates = bundle.manifest, {gate.name: gate for gate in parity.gates}
+    marks = {name: "ok  " if gate.passed else "FAIL" for name, gate in gates.items()}
     lines = [
         f"{m.model.name}, {backend}, {m.dtype}, against PyTorch in fp32: {parity.prompts} prompts",
-        f"      {'':14}{'max-abs':>10}{'of':>10}{'1 - cosine':>12}   gate",
+        f"      {'':10}{'max-abs':>10}{'allowed':>10}{'largest':>10}{'1 - cosine':>12}",
     ]
     for t in parity.tensors:
-        far = f"{t.max_abs:>10.2e}{t.scale:>10.2e}{max(0.0, 1 - t.cosine):>12.1e}"
-        lines.append(f"{marks[t.name]}  {t.name:14}{far}   {limits[t.name]}")
+        far = f"{t.max_abs:>10.1e}{gates[t.name].limit:>10.1e}{t.scale:>10.1e}{max(0.0, 1 - t.cosine):>12.1e}"
+        lines.append(f"{marks[t.name]}  {t.name:10}{far}")
     for c in parity.cuts:
-        gate = f"kept after {c.name}"
         facts = f"{c.verdict}, {c.kept - c.swapped} of {c.kept} image tokens agree"
+        if c.verdict == "tie":
+            facts += " (within error: the reference's were forced)"
         if math.isfinite(c.margin):
-            facts += f"; score margin {c.margin:.1e}, score error {c.error:.1e}"
-        lines.append(f"{marks[gate]}  {gate:14}  {facts}")
-    forced = [c.name for c in parity.cuts if c.swapped]
-    if forced:
-        lines.append(f"      behind {' and '.join(forced)} the reference's kept set was forced")
-    answer = next(gate for gate in parity.gates if gate.name == "tokens")
-    lines.append(f"{marks['tokens']}  {'tokens':14}  {answer.found}")
-    return lines
+            facts += f"; score margin {c.margin:.1e}, error {c.error:.1e}"
+        lines.append(f"{marks[f'kept {c.name}']}  {f'kept {c.name}':10}  {facts}")
+    a, facts = parity.answers, f"{parity.answers.equal} of {parity.answers.total} equal"
+    if a.first is not None:
+        facts += f"; first parts at token {a.first}, best two logits {a.margin:.1e} apart"
+        facts += f" (a tie up to {gates['tokens'].limit:.1e})"
+    return [*lines, f"{marks['tokens']}  {'tokens':10}  {facts}"]
 
 
 def parity_json(parity: Parity) -> dict[str, Any]:
-    return _finite(asdict(parity) | {"passed": parity.passed})  # type: ignore[no-any-return]
+    """By tensor: max_abs, scale (the reference's largest value), cosine; by cut: what happened there; the answers."""
+    tensors = {t.name.replace(" ", "_"): _without_name(t) for t in parity.tensors}
+    cuts = {f"kept_{c.name}": _without_name(c) | {"forced": c.swapped > 0} for c in parity.cuts}
+    found = {"prompts": parity.prompts, **tensors, **cuts, "tokens": asdict(parity.answers)}
+    return _finite(found)  # type: ignore[no-any-return]
+
+
+def gates_json(parity: Parity) -> list[dict[str, Any]]:
+    return [_finite(asdict(gate) | {"passed": gate.passed}) for gate in parity.gates]
+
+
+def _without_name(row: Closeness | CutParity) -> dict[str, Any]:
+    return {key: value for key, value in asdict(row).items() if key != "name"}
 
 
 def speed_lines(speed: Speed) -> list[str]:

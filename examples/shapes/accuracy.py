@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from draw import TYPES, held_out
 
+from himap_export.engines.bundle import open_bundle
 from himap_export.engines.image import ImagePreprocessing, preprocess
 from himap_export.engines.prompt import PromptFormat, encode, load_tokenizer
-from himap_export.engines.bundle import open_bundle
 from himap_export.validate.reference import Cuts, Reference
 
 SEED = 2  # of the held-out stream; training evaluates itself on stream 1

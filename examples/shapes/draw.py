@@ -1,6 +1,6 @@
 """Drawn scenes and the questions one can ask about them: the world that the `shapes` model knows.
 
-A scene is a 4 x 4 grid of cells, some of which hold a coloured shape or a coloured box with a letter in it. Everything is
+A scene is a 4 x 4 grid of cells, some of which hold a coloured shape or a coloured box with a letter in it. All is
 reproducible from a seed, and nothing here needs torch.
 """
 
@@ -106,7 +106,9 @@ def _draw_item(pen: ImageDraw.ImageDraw, item: Item) -> None:
         pen.polygon([(x + q * math.cos(t), y + q * math.sin(t)) for q, t in zip(radii, turns, strict=True)], color)
     else:
         pen.rectangle((x - r, y - r, x + r, y + r), "white", color, width=round(item.size * 0.15))
-        pen.text((x, y), item.letter, color, ImageFont.load_default(round(item.size * 0.66)), anchor="mm", stroke_width=1)
+        pen.text(
+            (x, y), item.letter, color, ImageFont.load_default(round(item.size * 0.66)), anchor="mm", stroke_width=1
+        )
 
 
 def patch_labels(scene: Scene, patches: int) -> npt.NDArray[np.int64]:
@@ -142,7 +144,7 @@ def questions(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def _relations(items: tuple[Item, ...], kinds: Counter[str]) -> list[tuple[str, str, tuple[str, ...]]]:
-    """What stands on one side of a shape that is the only one of its kind, if just one item does in its row or column."""
+    """What stands beside a shape that is the only one of its kind, if just one item does in its row or column."""
     found: list[tuple[str, str, tuple[str, ...]]] = []
     for item in items:
         if kinds[item.kind] != 1:
@@ -159,7 +161,7 @@ def _relations(items: tuple[Item, ...], kinds: Counter[str]) -> list[tuple[str, 
 
 
 def held_out(n: int, seed: int) -> Iterator[tuple[Image.Image, str, str, str]]:
-    """`n` of (image, question, answer, type), the types in turn, from a stream of scenes that training never draws from."""
+    """`n` of (image, question, answer, type), the types in turn, from scenes that training never draws."""
     rng = random.Random(f"held out {seed}")
     for i in range(n):
         question = None
@@ -171,5 +173,7 @@ def held_out(n: int, seed: int) -> Iterator[tuple[Image.Image, str, str, str]]:
 
 def corpus() -> list[str]:
     """Every word of the world in every phrase, for the tokenizer."""
-    lines = [p.format(w, b) for ps in PHRASES.values() for p in ps for w in (*SHAPES, *COLORS) for b in (*BESIDE, *SHAPES)]
+    lines = [
+        p.format(w, b) for ps in PHRASES.values() for p in ps for w in (*SHAPES, *COLORS) for b in (*BESIDE, *SHAPES)
+    ]
     return lines + [f" {word}" for word in ANSWERS] * 1000  # often enough to become one token each

@@ -10,14 +10,26 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from draw import ANSWERS, COLORS, LETTERS, SHAPES, Question, Scene, corpus, draw, held_out, patch_labels, questions, sample_scene
+from draw import (
+    ANSWERS,
+    COLORS,
+    LETTERS,
+    SHAPES,
+    Question,
+    Scene,
+    corpus,
+    draw,
+    held_out,
+    patch_labels,
+    questions,
+    sample_scene,
+)
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
@@ -38,11 +50,19 @@ PREAMBLE = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions. "
 )
-WEIGHTS = {"color": 1, "count": 1, "exists": 2, "shape": 3, "letter": 4, "relation": 4}  # hard ones are asked more often
+WEIGHTS = {
+    "color": 1,
+    "count": 1,
+    "exists": 2,
+    "shape": 3,
+    "letter": 4,
+    "relation": 4,
+}  # hard ones are asked more often
 SYSTEMS = ("", "", "", "Answer with one word. ", "You see a drawing. ", PREAMBLE)
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% else %} ASSISTANT: {{ message['content'][0]['text'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
@@ -64,7 +84,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "<image>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([*corpus(), *(["USER: ", " ASSISTANT:", *SYSTEMS] * 50)], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
@@ -74,7 +96,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS})
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS}
+    )
     return LlavaProcessor(
         image_processor, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=TEMPLATE,
@@ -151,7 +175,10 @@ class Trainer:
             step, recent["loss"], recent["steps"] = step + 1, recent["loss"] + loss.item(), recent["steps"] + 1
             if step % 100 == 0:
                 right = f"  answers {recent['right'] / recent['asked']:.1%}" if recent["asked"] else ""
-                log(f"{'dense' if dense else 'answers'} step {step} {done:4.0%} loss {recent['loss'] / recent['steps']:.4f}{right}")
+                log(
+                    f"{'dense' if dense else 'answers'} step {step} {done:4.0%} "
+                    f"loss {recent['loss'] / recent['steps']:.4f}{right}"
+                )
                 recent.clear()
 
     def _features(self, samples: list[Sample]) -> torch.Tensor:
@@ -162,7 +189,10 @@ class Trainer:
 
     def _patch_loss(self, features: torch.Tensor, samples: list[Sample]) -> torch.Tensor:
         labels = torch.from_numpy(np.stack([s.labels for s in samples]))
-        losses = [functional.cross_entropy(head(features).flatten(0, 1), labels[:, i].flatten()) for i, head in enumerate(self.heads)]
+        losses = [
+            functional.cross_entropy(head(features).flatten(0, 1), labels[:, i].flatten())
+            for i, head in enumerate(self.heads)
+        ]
         return torch.stack(losses).sum()
 
     def _dense_loss(self, batch: int) -> torch.Tensor:
@@ -174,7 +204,9 @@ class Trainer:
         samples = self.rng.choices(self.pool, k=batch)
         prefix = self._encode(f"{self.rng.choice(SYSTEMS)}USER: ", bos=True) + [3] * PATCHES**2 + self._encode("\n")
         asked = [self._questions(s.scene) for s in samples]
-        texts = [[self._encode(f"{q.text} ASSISTANT:") + self._encode(f" {q.answer}") + [2] for q in row] for row in asked]
+        texts = [
+            [self._encode(f"{q.text} ASSISTANT:") + self._encode(f" {q.answer}") + [2] for q in row] for row in asked
+        ]
         width = max(len(t) for row in texts for t in row)
         rows = torch.tensor([prefix + [i for t in row for i in t + [0] * (width - len(t))] for row in texts])
         features = self._features(samples)
@@ -190,11 +222,15 @@ class Trainer:
         logits, wanted = self.model.lm_head(picked), rows.gather(1, at + 1)
         recent["right"] += int((logits.argmax(-1) == wanted)[:, ::2].sum())
         recent["asked"] += batch * ASKED
-        return functional.cross_entropy(logits.flatten(0, 1), wanted.flatten()) * 2 + 0.1 * self._patch_loss(features, samples)
+        return functional.cross_entropy(logits.flatten(0, 1), wanted.flatten()) * 2 + 0.1 * self._patch_loss(
+            features, samples
+        )
 
     def _questions(self, scene: Scene) -> list[Question]:
         """ASKED of them, drawn by the weight of their type without putting any back."""
-        found = sorted(questions(scene, self.rng), key=lambda q: self.rng.random() ** (1 / WEIGHTS[q.type]), reverse=True)
+        found = sorted(
+            questions(scene, self.rng), key=lambda q: self.rng.random() ** (1 / WEIGHTS[q.type]), reverse=True
+        )
         return (found * ASKED)[:ASKED]
 
     def _encode(self, text: str, bos: bool = False) -> list[int]:
@@ -229,7 +265,9 @@ def evaluate(folder: Path, count: int, seed: int) -> dict[str, float]:
             prompts = [f"USER: <image>\n{question} ASSISTANT:" for _, question, _, _ in batch]
             inputs = processor(images=[i[0] for i in batch], text=prompts, padding=True, return_tensors="pt")
             tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-            for said, (_, _, answer, kind) in zip(processor.batch_decode(tokens, skip_special_tokens=True), batch, strict=True):
+            for said, (_, _, answer, kind) in zip(
+                processor.batch_decode(tokens, skip_special_tokens=True), batch, strict=True
+            ):
                 asked[kind] += 1
                 right[kind] += said.strip() == answer
             batch.clear()
@@ -251,11 +289,15 @@ def main() -> None:
     args = parser.parse_args()
     begin = time.monotonic()
     resumed = " --resume" if args.resume else ""
-    log(f"train.py --seed {args.seed} --minutes {args.minutes:g} --pool {args.pool}{resumed}   torch {torch.__version__}")
+    log(
+        f"train.py --seed {args.seed} --minutes {args.minutes:g} --pool {args.pool}{resumed}  torch {torch.__version__}"
+    )
     torch.set_num_threads(2)
     trainer = Trainer(args.seed, args.minutes, args.pool, args.resume)
     size = sum(p.numel() for p in trainer.model.parameters())
-    log(f"{size / 1e6:.2f} M parameters, vocabulary {len(trainer.tokenizer)}, pool drawn in {time.monotonic() - begin:.0f} s")
+    log(
+        f"{size / 1e6:.2f} M parameters, {len(trainer.tokenizer)} words, pool drawn in {time.monotonic() - begin:.0f} s"
+    )
     if args.resume is None:
         trainer.run(trainer.seconds * 0.12, 64, 2e-3, dense=True)
     trainer.run(trainer.seconds * (1 if args.resume else 0.88), 32, 1.2e-3, dense=False)

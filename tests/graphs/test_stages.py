@@ -169,7 +169,7 @@ class Example:
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(self.prompts):
             ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
-        return lay_out(ids, mask, IMAGE_TOKEN, self.model.budget)
+        return lay_out(ids, mask, IMAGE_TOKEN, self.model.spec.vocab, self.model.budget)
 
     def decoded(self) -> list[Decoded]:
         """What the statement says; examples whose ranking hangs on fp32's last bits are given up."""
