@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/himap-export shapes --backend onnxruntime --backend tensorrt-rtx --out $(BUNDLE) --overwrite
+	$(BIN)/himap-export shapes --backend onnxruntime --backend tensorrt-rtx --text-budget 48 --out $(BUNDLE) --overwrite
 	$(BIN)/himap-run $(BUNDLE) --image $(IMAGE) --prompt "$(QUESTION)" --show-kept demo/kept.png
 	$(BIN)/himap-validate $(BUNDLE) --image $(IMAGE) --prompt "$(QUESTION)"
 	@echo

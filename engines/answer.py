@@ -79,6 +79,7 @@ def run_arrays(
             answer.append(token)
             if question is not None and token[0] not in pipeline.manifest.model.eos_tokens:
                 piece = question.detokenizer.push(int(token[0]))
+                piece = piece if text else piece.lstrip()  # the space that tokenizers put before a word
                 text += piece
                 if stream is not None:
                     print(piece, end="", file=stream, flush=True)

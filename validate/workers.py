@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -95,7 +95,10 @@ def _worker(contender: Contender, threads: int) -> Iterator[Connection]:
     except EOFError:
         raise HimapError(f"the worker of {contender.name} died", hint="is there enough memory?") from None
     finally:
-        process.terminate()
+        with suppress(OSError):
+            mine.send("stop")
+        process.join(5)
+        process.terminate()  # one that is stuck, or still at work after a Ctrl-C
         process.join()
 
 
@@ -107,6 +110,8 @@ def _serve(door: Connection, contender: Contender, threads: int) -> None:
         return
     while True:
         act = door.recv()
+        if act == "stop":
+            return
         if act == "ready":
             door.send(0.0)
         elif act == "memory":
@@ -160,12 +165,14 @@ def _bundle(contender: Contender, threads: int) -> dict[str, Callable[[], float]
 
 def _torch(contender: Contender, threads: int) -> dict[str, Callable[[], float]]:
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from himap_export.engines.bundle import open_bundle
     from himap_export.validate.questions import drawn_inputs
     from himap_export.validate.reference import Reference
 
     torch.set_num_threads(threads)
+    disable_progress_bar()
     bundle = open_bundle(contender.like, verify=False)
     inputs = drawn_inputs(bundle, bundle.manifest.budget.batch, 0, fill=True)
     try:
