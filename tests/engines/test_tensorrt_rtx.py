@@ -337,7 +337,8 @@ def test_without_a_driver_engines_are_not_opened(built: Built, monkeypatch: pyte
 
 def test_without_the_bindings_the_package_is_named(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda library: None)
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    for name in ("cuda", "cuda.bindings", "cuda.bindings.runtime"):  # imported or not, they are gone
+        monkeypatch.setitem(sys.modules, name, None)
     error = refusal(lambda: tensorrt_rtx.open_engines(built[0]))
     assert error.code == Exit.MISSING and "pip install 'cuda-bindings" in error.hint
 
