@@ -92,7 +92,7 @@ def _worker(contender: Contender, threads: int) -> Iterator[Connection]:
     try:
         _ask(mine, "ready")
         yield mine
-    except EOFError:
+    except (EOFError, ConnectionError):
         raise HimapError(f"the worker of {contender.name} died", hint="is there enough memory?") from None
     finally:
         with suppress(OSError):
