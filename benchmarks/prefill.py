@@ -51,7 +51,7 @@ def export_pruned(model: Path, out: Path) -> "Bundle":
     from himap_export.exporter.planning import Request, plan_export
     from himap_export.exporter.registry import resolve
 
-    asked = Request(k1=2, k2=8, r1=0.5, r2=0.75, text_budget=TEXT, max_new_tokens=64, dtype="fp32")
+    asked = Request(k1=2, k2=8, r1=0.5, r2=0.75, text_budgets=(TEXT,), max_new_tokens=64, dtype="fp32")
     export(
         plan_export(resolve(str(model)), asked), out, tuple(sys.argv), True, lambda line: print(line, file=sys.stderr)
     )
@@ -91,7 +91,7 @@ def main() -> None:
     with work_folder(args.work) as work:
         model, bundle = prepared(work)
         stored = sum(t.nbytes for t in bundle.tensors.values())
-        print(f"prompt 35 + 576 + 135 tokens, S = {list(bundle.manifest.budget.total)}, {args.threads} threads, fp32")
+        print(f"prompt 35 + 576 + 135 tokens, S = {list(bundle.budget.total)}, {args.threads} threads, fp32")
         print(
             f"FLOPs allow {ceiling(bundle):.2f}x over unpruned prefill; weights on disk {stored / 2**20:.0f} MiB, once"
         )

@@ -14,7 +14,7 @@ from himap_export.engines.arrays import Inputs
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.image import ImagePreprocessing, load_image, preprocess
 from himap_export.engines.pipeline import Pipeline
-from himap_export.engines.prompt import Detokenizer, PromptFormat, encode, load_tokenizer
+from himap_export.engines.prompt import TOKENIZER, Detokenizer, PromptFormat, encode, load_tokenizer
 from himap_export.engines.sampling import Sampling
 from himap_export.graphs.errors import Exit, HimapError
 
@@ -42,14 +42,19 @@ class Answer:
     steps: int
 
 
-def load_question(bundle: Bundle, image_file: Path, prompt: str) -> Question:
-    """HimapError if the bundle has no tokenizer, or the image cannot be read."""
+def load_question(bundle: Bundle, image_file: Path, prompt: str, weights: Path | None = None) -> Question:
+    """HimapError if the bundle and the `weights` folder have no tokenizer, or the image cannot be read."""
     manifest = bundle.manifest
-    if manifest.prompt is None or manifest.tokenizer is None or manifest.image is None:
+    file = bundle.path(manifest.tokenizer) if manifest.tokenizer else weights and weights / TOKENIZER
+    if manifest.prompt is None or manifest.image is None or file is None or not file.is_file():
         hint = "its checkpoint had none: use --load-inputs"
+        if manifest.prompt is not None:
+            hint = (
+                f"it was exported without a checkpoint: put {TOKENIZER} into the --weights folder, or use --load-inputs"
+            )
         raise HimapError(f"{bundle.folder} holds no tokenizer", hint=hint, code=Exit.USAGE)
     image, how = load_image(image_file), ImagePreprocessing.from_json(manifest.image)
-    tokenizer = load_tokenizer(bundle.path(manifest.tokenizer))
+    tokenizer = load_tokenizer(file)
     ids = encode(tokenizer, PromptFormat.from_json(manifest.prompt), prompt)
     arrays = Inputs(ids[None], preprocess(image, how)[None])
     return Question(image, prompt, how, arrays, Detokenizer(tokenizer))
@@ -64,7 +69,7 @@ def run_arrays(
     stream: IO[str] | None,
 ) -> Answer:
     """All prompts, B at a time; shorter answers are filled with the padding token."""
-    batch, pad = pipeline.manifest.budget.batch, pipeline.manifest.model.pad_token
+    batch, pad = pipeline.bundle.budget.batch, pipeline.manifest.model.pad_token
     kept_k1, kept_k2, logits, tokens = [], [], [], []
     text, first, decoding, steps = "", 0.0, 0.0, 0
     for at in range(0, len(arrays.input_ids), batch):
@@ -106,7 +111,7 @@ def run_arrays(
 
 def show(answer: Answer, bundle: Bundle, pipeline: Pipeline, opened: float, as_json: bool) -> None:
     """What the answer cost: to standard output as JSON, else as one line."""
-    v0, v1, v2 = bundle.manifest.budget.visual
+    v0, v1, v2 = bundle.budget.visual
     rate = answer.steps / answer.decoding if answer.steps else 0.0
     if as_json:
         facts = {
@@ -117,11 +122,13 @@ def show(answer: Answer, bundle: Bundle, pipeline: Pipeline, opened: float, as_j
             "first_token_s": round(answer.first, 4),
             "tokens_per_s": round(rate, 1),
             "image_tokens": [v0, v1, v2],
+            "plan": bundle.variant.plan_name,
+            "text_budget": bundle.budget.text,
         }
         print(json.dumps(facts))
         return
     speed = f"{rate:.0f} tokens/s" if answer.steps else "one token"
-    kept = f"image tokens {v0} -> {v1} -> {v2}"
-    print(
-        f"[first token {answer.first * 1e3:.0f} ms, {speed}, {kept}, {pipeline.backend} on {pipeline.engines.device}]"
-    )
+    facts = [f"first token {answer.first * 1e3:.0f} ms", speed, f"image tokens {v0} -> {v1} -> {v2}"]
+    if len(bundle.manifest.variants) > 1:
+        facts.append(f"plan {bundle.variant.plan_name}, text budget {bundle.budget.text}")
+    print(f"[{', '.join(facts)}, {pipeline.backend} on {pipeline.engines.device}]")

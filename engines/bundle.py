@@ -1,42 +1,125 @@
-"""A bundle on disk: opened, checked byte by byte against its manifest, and its weights found."""
+"""A bundle on disk: opened at one variant, checked byte by byte against its manifest, and its weights found."""
 
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
-from himap_export.engines.manifest import FILE_NAME, FileRecord, GraphRecord, Manifest, read_manifest
+from himap_export.engines.manifest import (
+    FILE_NAME,
+    FileRecord,
+    GraphRecord,
+    Manifest,
+    TensorSpec,
+    Variant,
+    read_manifest,
+)
 from himap_export.engines.weight_file import StoredTensor, read_header
-from himap_export.graphs.errors import HimapError
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.plan import PruningPlan, TokenBudget
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A sealed bundle's folder and manifest."""
+    """A bundle's folder and manifest, seen at one of its variants; `completion`: tensors brought from elsewhere."""
 
     folder: Path
     manifest: Manifest
+    variant: Variant
+    completion: dict[str, StoredTensor] | None = None
+
+    @property
+    def plan(self) -> PruningPlan:
+        return self.variant.plan
+
+    @property
+    def budget(self) -> TokenBudget:
+        return self.variant.budget
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """Every stored weight by its checkpoint name."""
+        """Every stored weight by its checkpoint name; HimapError (missing) for a bundle of engines only."""
+        if self.completion is not None:
+            return self.completion
+        if self.manifest.weight_form == "absent":
+            hint = "give the checkpoint's folder with --weights"
+            raise HimapError(
+                f"{self.folder} holds no weights", "it was exported with --engines-only", hint, Exit.MISSING
+            )
         return {name: t for file in self.manifest.weights for name, t in read_header(self.folder / file).items()}
 
-    def graph(self, name: str) -> GraphRecord:
-        return self.manifest.graphs[name]
+    def weights(self) -> dict[str, StoredTensor]:
+        """Those of `tensors` that a graph of the bundle reads."""
+        wanted = {name for graph in self.manifest.graphs.values() for name in graph.weights}
+        return {name: t for name, t in self.tensors.items() if name in wanted}
+
+    def graph_name(self, stage: str) -> str:
+        """The graph that plays `stage` (vision, prefix, k1, k2 or decode) in this variant."""
+        return self.variant.graphs[stage]
+
+    def graph(self, stage: str) -> GraphRecord:
+        return self.manifest.graphs[self.graph_name(stage)]
 
     def path(self, file: str) -> Path:
         return self.folder / file
 
+    def at(self, plan: str | None = None, text_budget: int | None = None, text_tokens: int = 0) -> Self:
+        """The bundle at the smallest budget that fits `text_tokens`, else at the largest; at the first plan if none is
+        named. HimapError (usage) for a plan or a budget that it does not hold."""
+        plan = plan or self.manifest.variants[0].plan_name
+        found = sorted((v for v in self.manifest.variants if v.plan_name == plan), key=lambda v: v.budget.text)
+        if not found:
+            held = ", ".join(dict.fromkeys(v.plan_name for v in self.manifest.variants))
+            raise HimapError(f"{self.folder} holds no plan {plan}", f"it holds {held}", code=Exit.USAGE)
+        if text_budget is None:
+            return replace(self, variant=next((v for v in found if v.budget.text >= text_tokens), found[-1]))
+        for v in found:
+            if v.budget.text == text_budget:
+                return replace(self, variant=v)
+        held = ", ".join(str(v.budget.text) for v in found)
+        raise HimapError(f"{self.folder} holds no text budget of {text_budget}", f"it holds {held}", code=Exit.USAGE)
+
 
 def open_bundle(folder: Path, verify: bool = True) -> Bundle:
-    """The bundle in `folder`; with `verify`, every file's length and sha256 are checked first."""
+    """The bundle in `folder`, at its first variant; with `verify`, every file's length and sha256 are checked first."""
     manifest = read_manifest(folder)
     if verify:
         _verify(folder, manifest)
-    return Bundle(folder, manifest)
+    return Bundle(folder, manifest, manifest.variants[0])
+
+
+def completed(bundle: Bundle, folder: Path) -> Bundle:
+    """A bundle of engines only, with the weights of the checkpoint in `folder`.
+
+    Only headers are read. HimapError (usage) if a name is missing, or a shape or dtype is not what the engines take.
+    """
+    if bundle.manifest.weight_form != "absent":
+        raise HimapError(f"{bundle.folder} has its own weights", hint="leave --weights out", code=Exit.USAGE)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        expected = "expected the folder of the checkpoint that the engines were made for"
+        raise HimapError(f"{folder} holds no safetensors file", expected, code=Exit.USAGE)
+    stored = {name: t for file in files for name, t in read_header(file).items()}
+    wanted = {name: spec for graph in bundle.manifest.graphs.values() for name, spec in graph.weights.items()}
+    problems = [problem for name, spec in wanted.items() if (problem := _misfit(name, stored.get(name), spec))]
+    if problems:
+        more = f"; {len(problems) - 1} more of {len(wanted)} do not fit" if len(problems) > 1 else ""
+        hint = f"the engines were made for {bundle.manifest.model.source}"
+        raise HimapError(f"{folder} does not hold this bundle's weights", problems[0] + more, hint, Exit.USAGE)
+    return replace(bundle, completion={name: stored[name] for name in wanted})
+
+
+def _misfit(name: str, found: StoredTensor | None, wanted: TensorSpec) -> str:
+    if found is None:
+        return f"no tensor {name}"
+    if found.shape != wanted.shape:
+        return f"{name} is {list(found.shape)}, the engines take {list(wanted.shape)}"
+    if found.dtype != wanted.dtype:
+        return f"{name} is {found.dtype}, the engines take {wanted.dtype}"
+    return ""
 
 
 def digest(path: Path) -> FileRecord:

@@ -11,6 +11,7 @@ from himap_export.graphs.errors import Exit, HimapError
 
 if TYPE_CHECKING:
     from himap_export.engines.answer import Answer, Question
+    from himap_export.engines.backends import Opening
     from himap_export.engines.bundle import Bundle
     from himap_export.engines.pipeline import Pipeline
 
@@ -21,7 +22,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--image", type=Path, metavar="FILE")
     p.add_argument("--prompt", metavar="TEXT")
     p.add_argument("--backend", help="default: the first one in the bundle that opens here")
+    p.add_argument(
+        "--device", choices=("cpu", "cuda"), help="for onnxruntime (default: cuda where it has the provider)"
+    )
     p.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    p.add_argument("--plan", metavar="NAME", help="one of the bundle's plans (default: its first)")
+    p.add_argument("--text-budget", type=int, metavar="N", help="default: the smallest of the bundle's that fits")
+    p.add_argument("--weights", type=Path, metavar="DIR", help="checkpoint that completes an --engines-only bundle")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the bundle's budget")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     p.add_argument("--top-p", type=float, default=1.0)
@@ -49,7 +56,9 @@ def main(argv: list[str] | None = None) -> None:
 def _run(args: argparse.Namespace) -> None:
     from himap_export.engines.answer import load_question, run_arrays, show
     from himap_export.engines.arrays import load_inputs, save_outputs
-    from himap_export.engines.bundle import open_bundle
+    from himap_export.engines.backends import Opening
+    from himap_export.engines.bundle import completed, open_bundle
+    from himap_export.engines.layout import text_tokens
     from himap_export.engines.sampling import Sampling
 
     for file in (args.save_outputs, args.show_kept):
@@ -59,15 +68,19 @@ def _run(args: argparse.Namespace) -> None:
         raise HimapError("--show-kept needs --image", "the picture is drawn over it", code=Exit.USAGE)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     bundle = open_bundle(args.bundle, verify=not args.no_verify)
-    new_tokens = bundle.manifest.budget.new if args.max_new_tokens is None else args.max_new_tokens
+    if args.weights is not None:
+        bundle = completed(bundle, args.weights)
     question = None
     if args.load_inputs is None:
-        question = load_question(bundle, args.image, args.prompt)
+        question = load_question(bundle, args.image, args.prompt, args.weights)
         arrays = question.arrays
     else:
         arrays = load_inputs(args.load_inputs)
+    needed = text_tokens(arrays.input_ids, arrays.attention_mask, bundle.manifest.model.image_token)
+    bundle = bundle.at(args.plan, args.text_budget, needed)
+    new_tokens = bundle.budget.new if args.max_new_tokens is None else args.max_new_tokens
     start = time.perf_counter()
-    pipeline = open_pipeline(bundle, args.backend, args.threads)
+    pipeline = open_pipeline(bundle, args.backend, Opening(args.threads, args.device))
     opened = time.perf_counter() - start
     stream = None if args.json or question is None else sys.stdout
     answer = run_arrays(pipeline, arrays, new_tokens, sampling, question, stream)
@@ -82,21 +95,21 @@ def _run(args: argparse.Namespace) -> None:
 def _draw(file: Path, bundle: "Bundle", question: "Question", answer: "Answer") -> None:
     from himap_export.engines.picture import draw_kept, kept_patches
 
-    model, plan, ids = bundle.manifest.model, bundle.manifest.plan, question.arrays.input_ids[0]
+    model, plan, ids = bundle.manifest.model, bundle.plan, question.arrays.input_ids[0]
     first, second = (kept_patches(ids, answer.outputs[k][0], model.image_token) for k in ("kept_k1", "kept_k2"))
     draw_kept(
         file, question.image, question.preprocessing, (first, second), (plan.k1, plan.k2), question.prompt, answer.text
     )
 
 
-def open_pipeline(bundle: "Bundle", backend: str | None, threads: int | None, command: str = "himap-run") -> "Pipeline":
+def open_pipeline(bundle: "Bundle", backend: str | None, opening: "Opening", command: str = "himap-run") -> "Pipeline":
     """The pipeline on `backend`, or on the first backend of the bundle that opens on this machine."""
     from himap_export.engines.pipeline import Pipeline
 
     held = tuple(bundle.manifest.engines)
     for name in (backend,) if backend else held:
         try:
-            return Pipeline(bundle, name, threads)
+            return Pipeline(bundle, name, opening)
         except HimapError as problem:
             if backend or problem.code != Exit.MISSING or name == held[-1]:
                 raise

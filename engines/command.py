@@ -8,7 +8,11 @@ from typing import NoReturn
 
 from himap_export.graphs.errors import Exit, HimapError
 
-BACKENDS = ("onnxruntime", "tensorrt-rtx")  # one module each in engines/backends; named here, where nothing is imported
+BACKENDS = (
+    "onnxruntime",
+    "tensorrt-rtx",
+    "tensorrt",
+)  # one module each in engines/backends; named here, where nothing is imported
 
 
 def run_command(name: str, body: Callable[[], Exit | None]) -> NoReturn:

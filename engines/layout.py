@@ -50,6 +50,12 @@ def lay_out(
     return PromptLayout(ids, np.tile(np.arange(slots), (batch, 1)), kinds, lengths)
 
 
+def text_tokens(input_ids: Integers, attention_mask: Integers | None, image_token: int) -> int:
+    """The longest prompt's tokens that are not of the image: what a text budget has to hold."""
+    words = input_ids != image_token
+    return int((words if attention_mask is None else words & (attention_mask != 0)).sum(axis=1).max())
+
+
 def _kinds(sample: Integers, image_token: int) -> Integers:
     images = np.flatnonzero(sample == image_token)
     kinds = np.full(len(sample), SYSTEM, np.int64)

@@ -4,14 +4,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.plan import PruningPlan, TokenBudget
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
-SCHEMA = 1
+SCHEMA = 2
 FILE_NAME = "manifest.json"
+WeightForm = Literal["shared", "embedded", "absent"]
 
 
 @dataclass(frozen=True)
@@ -24,24 +25,43 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """One ONNX file: its tensors in and out, and the names of the checkpoint's weights it reads."""
+    """One graph: its tensors in and out, and the checkpoint's weights it reads, by name.
+
+    `file` is its ONNX file, empty where only engines with their weights inside are left of it.
+    """
 
     file: str
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
-    weights: tuple[str, ...]
+    weights: Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One plan at one text budget. `graphs` names the graph that plays each stage; variants share those that agree."""
+
+    plan_name: str
+    plan: PruningPlan
+    budget: TokenBudget
+    graphs: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.plan_name}-{self.budget.text}"
 
 
 @dataclass(frozen=True)
 class EngineRecord:
     """What a backend made of one graph. `gather` says in which form it holds the top-k gather: ops, plugin or none.
 
-    `kernels`, where a compiler tells: what the graph became, equal ones counted, "32x _gemm_mha_v2 (Attention)".
+    Where a compiler tells, equal ones counted: `layers` of the network it read ("64x KV_CACHE_UPDATE") and `kernels`
+    that became of them ("32x _gemm_mha_v2 (Attention)").
     """
 
     file: str
     seconds: float
     gather: str = "none"
+    layers: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
 
 
@@ -65,15 +85,19 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a bundle but its tensors; paths are relative to its folder."""
+    """Everything about a bundle but its tensors; paths are relative to its folder.
+
+    `weight_form`: "shared", the files in `weights` are read by all engines; "embedded", each engine holds its own;
+    "absent", the bundle was made without them and `himap-run --weights` brings them.
+    """
 
     model: ModelRecord
     decoder: DecoderSpec
-    plan: PruningPlan
-    budget: TokenBudget
+    variants: tuple[Variant, ...]
     dtype: Dtype
     graphs: Mapping[str, GraphRecord]
     engines: Mapping[str, Mapping[str, EngineRecord]]
+    weight_form: WeightForm
     weights: tuple[str, ...]
     image: Mapping[str, Any] | None
     prompt: Mapping[str, Any] | None
@@ -92,7 +116,7 @@ class Manifest:
         d = json.loads(text)
         d["model"] = ModelRecord(**_tuples(d["model"]))
         d["decoder"] = DecoderSpec(**d["decoder"])
-        d["plan"], d["budget"] = PruningPlan(**d["plan"]), TokenBudget(**_tuples(d["budget"]))
+        d["variants"] = tuple(_variant(v) for v in d["variants"])
         d["graphs"] = {name: _graph(g) for name, g in d["graphs"].items()}
         d["engines"] = {
             backend: {name: EngineRecord(**_tuples(e)) for name, e in engines.items()}
@@ -106,12 +130,16 @@ def _tuples(d: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in d.items()}
 
 
+def _variant(d: dict[str, Any]) -> Variant:
+    return Variant(d["plan_name"], PruningPlan(**d["plan"]), TokenBudget(**_tuples(d["budget"])), d["graphs"])
+
+
 def _graph(d: dict[str, Any]) -> GraphRecord:
-    inputs, outputs = (
+    inputs, outputs, weights = (
         {name: TensorSpec(t["dtype"], tuple(t["shape"])) for name, t in d[side].items()}
-        for side in ("inputs", "outputs")
+        for side in ("inputs", "outputs", "weights")
     )
-    return GraphRecord(d["file"], inputs, outputs, tuple(d["weights"]))
+    return GraphRecord(d["file"], inputs, outputs, weights)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.engines.backends import Engines, Tensor, load_backend
+from himap_export.engines.backends import ANYWAY, Engines, Opening, Tensor, load_backend
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.layout import Integers, PromptLayout, lay_out
 from himap_export.engines.manifest import TensorSpec
@@ -42,16 +42,21 @@ def tensor_name(graph: str, name: str) -> str:
 
 
 class Pipeline:
-    """A bundle opened on a backend, for batches of up to B prompts at a time."""
+    """A bundle, at its variant, opened on a backend, for batches of up to B prompts at a time.
 
-    def __init__(self, bundle: Bundle, backend: str, threads: int | None = None) -> None:
+    `engines` of another pipeline over the same bundle share its one copy of the weights; tensors are each one's own.
+    """
+
+    def __init__(self, bundle: Bundle, backend: str, opening: Opening = ANYWAY, engines: Engines | None = None) -> None:
         self.bundle, self.manifest, self.backend = bundle, bundle.manifest, backend
         if backend not in self.manifest.engines:
             held = ", ".join(self.manifest.engines)
             raise HimapError(f"{bundle.folder} holds no {backend} engines", f"it holds {held}", code=Exit.MISSING)
-        self.engines: Engines = load_backend(backend).open_engines(bundle, threads)
+        self.engines: Engines = engines or load_backend(backend).open_engines(bundle, opening)
         self.tensors: dict[str, Tensor] = {}
         self._run = {name: self._bind(name) for name in GRAPHS}
+        self._prefill = self.engines.chain([self._run[name] for name in ("vision", *PREFILL)])
+        self._decode = self.engines.chain([self._run["decode"]])
 
     def _bind(self, graph: str) -> Callable[[], None]:
         record = self.bundle.graph(graph)
@@ -60,7 +65,9 @@ class Pipeline:
             shared = tensor_name(graph, name)
             if shared not in self.tensors:
                 self.tensors[shared] = self.engines.tensor(spec)
-        return self.engines.bind(graph, {name: self.tensors[tensor_name(graph, name)] for name in doors})
+        return self.engines.bind(
+            self.bundle.graph_name(graph), {name: self.tensors[tensor_name(graph, name)] for name in doors}
+        )
 
     def run(self, graph: str) -> None:
         """One graph on whatever its tensors now hold."""
@@ -74,7 +81,7 @@ class Pipeline:
     ) -> PromptLayout:
         """Checks up to B prompts [b,S] with pixels [b,3,H,W] and writes them where vision and prefix read them."""
         m = self.manifest
-        layout = lay_out(input_ids, attention_mask, m.model.image_token, m.decoder.vocab, m.budget)
+        layout = lay_out(input_ids, attention_mask, m.model.image_token, m.decoder.vocab, self.bundle.budget)
         spec = self.bundle.graph("vision").inputs["pixel_values"]
         if pixel_values.shape != (len(input_ids), *spec.shape[1:]):
             expected = f"expected {[len(input_ids), *spec.shape[1:]]}, one image per prompt"
@@ -89,9 +96,7 @@ class Pipeline:
         self, input_ids: Integers, pixel_values: npt.NDArray[Any], attention_mask: Integers | None = None
     ) -> tuple[Prefilled, PromptLayout]:
         layout = self.load(input_ids, pixel_values, attention_mask)
-        self.run("vision")
-        for stage in PREFILL:
-            self.run(stage)
+        self._prefill()
         return self.prefilled(len(input_ids)), layout
 
     def prefilled(self, samples: int) -> Prefilled:
@@ -102,14 +107,14 @@ class Pipeline:
         """Appends one token [B] per sample at its original position [B]; logits [B,W]."""
         self.tensors["decode.input_ids"].write(tokens[:, None])
         self.tensors["decode.position_ids"].write(positions[:, None])
-        self.run("decode")
+        self._decode()
         return self.read("logits")
 
     def generate(
         self, prefilled: Prefilled, layout: PromptLayout, new_tokens: int, sampling: Sampling | None = None
     ) -> Iterator[Integers]:
         """Tokens [b], one array per step, until every sample has ended; an ended one goes on with the padding token."""
-        limit = self.manifest.budget.new
+        limit = self.bundle.budget.new
         if not 1 <= new_tokens <= limit:
             hint = f"1 to {limit}, or export with --max-new-tokens {new_tokens}"
             summary = f"--max-new-tokens {new_tokens} is outside the bundle's budget"

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from himap_export.graphs.errors import Exit, HimapError
 
+TOKENIZER = "tokenizer.json"  # by this name in a checkpoint's folder and in a bundle
 QUESTION = "{prompt}"  # where the question goes in a template
 REPLACEMENT = "\ufffd"  # what decoders give for bytes that are not (yet) UTF-8
 

@@ -12,49 +12,51 @@ _IR = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataTy
 
 
 class WeightNames:
-    """Roles ("layers.0.mlp.up_proj.weight") to names in this checkpoint, by the candidates a family's layouts allow."""
+    """Roles ("layers.0.mlp.up_proj.weight") to names in this checkpoint, by the candidates a family's layouts allow.
+
+    Without `tensors`, to names in the published checkpoints: the first candidate.
+    """
 
     def __init__(
-        self, tensors: Mapping[str, StoredTensor], candidates: Callable[[str], Iterator[str]], tied: bool
+        self, tensors: Mapping[str, StoredTensor] | None, candidates: Callable[[str], Iterator[str]], tied: bool
     ) -> None:
         self._tensors, self._candidates, self._tied = tensors, candidates, tied
 
     def __call__(self, role: str) -> str:
         """The name under which the checkpoint stores `role`; HimapError if it does not."""
+        if self._tensors is None:
+            return next(self._candidates("embed_tokens.weight" if self._is_tied(role) else role))
         for name in self._candidates(role):
             if name in self._tensors:
                 return name
-        if role == "lm_head.weight" and self._tied:
+        if self._is_tied(role):
             return self("embed_tokens.weight")
         tried = ", ".join(self._candidates(role))
         hint = "is this the checkpoint that config.json describes?"
         raise HimapError(f"the checkpoint holds no tensor {role}", f"looked for {tried}", hint, Exit.MISSING)
 
+    def _is_tied(self, role: str) -> bool:
+        return role == "lm_head.weight" and self._tied
 
-def bind(
-    graph: StageGraph,
-    tensors: Mapping[str, StoredTensor],
-    location: Callable[[StoredTensor], str],
-    rename: Callable[[str], str],
-) -> tuple[ir.Model, tuple[str, ...]]:
+
+def bind(graph: StageGraph, tensors: Mapping[str, StoredTensor], location: Callable[[StoredTensor], str]) -> ir.Model:
     """The graph's model with its weight inputs turned into initializers at their place in a safetensors file.
 
-    `rename` maps the graph's weight names to the checkpoint's, `location` a stored tensor to its file, relative to
-    the ONNX file. Returns the model and the names bound. HimapError if a shape differs from the configuration's.
+    `location` maps a stored tensor to its file, relative to the ONNX file. HimapError if a shape differs from the
+    configuration's.
     """
-    g, names = graph.model.graph, {weight: rename(weight) for weight in graph.weights}
+    g = graph.model.graph
     for value in [v for v in g.inputs if v.name in graph.weights]:
         assert value.name is not None
-        stored, shape = tensors[names[value.name]], graph.weights[value.name]
+        stored, shape = tensors[value.name], graph.weights[value.name]
         if stored.shape != shape:
             details = f"its shape is {list(stored.shape)}, config.json says {list(shape)}"
             hint = "is this the checkpoint that config.json describes?"
             raise HimapError(f"tensor {stored.name} does not fit", details, hint, Exit.USAGE)
         g.inputs.remove(value)
-        value.name = stored.name
         value.const_value = ir.ExternalTensor(
             location(stored), stored.offset, stored.nbytes, _IR[stored.dtype],
             shape=ir.Shape(shape), name=stored.name, base_dir="",
         )  # fmt: skip
         g.register_initializer(value)
-    return graph.model, tuple(dict.fromkeys(names.values()))
+    return graph.model

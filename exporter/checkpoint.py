@@ -34,13 +34,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder / "config.json")
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, single or sharded safetensors, every header checked against its file's length."""
+def open_checkpoint(folder: Path, weights: bool = True) -> Checkpoint:
+    """The checkpoint in `folder`, single or sharded safetensors, every header checked against its file's length.
+
+    HimapError (missing) if it holds none; without `weights` it need not.
+    """
     config = read_config(folder)
     generation_file = folder / "generation_config.json"
     generation = _read_json(generation_file) if generation_file.is_file() else {}
     tensors: dict[str, StoredTensor] = {}
-    for file in _shards(folder):
+    for file in _shards(folder) if weights or any(folder.glob("*.safetensors")) else ():
         tensors |= read_header(file)
     return Checkpoint(folder, config, generation, tensors)
 

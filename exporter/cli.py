@@ -20,13 +20,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan = p.add_argument_group("pruning plan (HiMAP, arXiv 2503.13108)")
     plan.add_argument("--task", choices=tuple(TASKS), default="qa", help="the authors' plan for a task (default: qa)")
+    plan.add_argument(
+        "--plan", action="append", default=[], metavar="PLAN",
+        help=f"repeatable, all in one bundle: {', '.join(TASKS)}, or a TOML file of plans",
+    )  # fmt: skip
     plan.add_argument("--k1", type=int, help="layer of the first cut")
     plan.add_argument("--k2", type=int, help="layer of the second cut")
     plan.add_argument("--r1", type=float, help="fraction of image tokens removed at k1")
     plan.add_argument("--r2", type=float, help="fraction removed at k2 of what k1 left")
     budget = p.add_argument_group("static budgets")
     budget.add_argument(
-        "--text-budget", type=int, default=192, metavar="N", help="all tokens but image tokens (default: 192)"
+        "--text-budget", type=int, nargs="+", default=[192], metavar="N",
+        help="all tokens but image tokens (default: 192); several go into one bundle",
+    )  # fmt: skip
+    budget.add_argument(
+        "--align", type=int, metavar="N", help="keep more image tokens, up to a multiple of N tokens a stage"
     )
     budget.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="answer tokens (default: 128)")
     budget.add_argument("--batch", type=int, default=1, metavar="N", help="prompts answered together (default: 1)")
@@ -34,6 +42,17 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("fp16", "bf16", "fp32"), help="default: the checkpoint's; fp16 if TensorRT meets fp32"
     )
     p.add_argument("--backend", action="append", choices=BACKENDS, help="repeatable (default: onnxruntime)")
+    p.add_argument(
+        "--gather", choices=("auto", "plugin", "ops"), default="auto",
+        help="top-k gather as a TensorRT plugin or in standard operators (auto: plugin on tensorrt, else ops)",
+    )  # fmt: skip
+    weights = p.add_argument_group("weights").add_mutually_exclusive_group()
+    weights.add_argument(
+        "--weights", choices=("shared", "embedded"), default="shared",
+        help="one copy for all engines (default), or each engine its own",
+    )  # fmt: skip
+    weights.add_argument("--engines-only", action="store_true", help="no weights: himap-run --weights brings them")
+    weights.add_argument("--hard-link", action="store_true", help="link the checkpoint's files instead of copying them")
     p.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     p.add_argument("--dry-run", action="store_true", help="print the plan; needs no weights")
     p.add_argument("--json", action="store_true", help="print one JSON object")
@@ -56,12 +75,18 @@ def _export(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.exporter.report import plan_json, plan_table
     from himap_export.exporter.target import check_target
 
-    names = ("task", "k1", "k2", "r1", "r2", "text_budget", "max_new_tokens", "batch", "dtype")
-    backends = tuple(dict.fromkeys(args.backend or ("onnxruntime",)))
+    same = ("task", "k1", "k2", "r1", "r2", "max_new_tokens", "batch", "align", "dtype", "gather", "hard_link")
+    request = Request(
+        **{name: getattr(args, name) for name in same},
+        plans=tuple(args.plan),
+        text_budgets=tuple(args.text_budget),
+        backends=tuple(dict.fromkeys(args.backend or ("onnxruntime",))),
+        weights="absent" if args.engines_only else args.weights,
+    )
     if not args.dry_run:
         check_target(args.out, args.overwrite)
-    model = resolve(args.model, args.revision, weights=not args.dry_run)
-    planned = plan_export(model, Request(**{n: getattr(args, n) for n in names}, backends=backends))
+    model = resolve(args.model, args.revision, weights=not (args.dry_run or args.engines_only))
+    planned = plan_export(model, request)
     if not args.json:
         print(plan_table(planned))
     result = plan_json(planned)
@@ -79,6 +104,7 @@ def _build(planned: "Planned", args: argparse.Namespace, argv: list[str]) -> dic
 
     manifest = export(planned, args.out, ("himap-export", *argv), args.overwrite, progress)
     if not args.json:
-        print(f"\nbundle: {args.out}   answer with: himap-run {args.out} --image FILE --prompt TEXT")
+        weights = " --weights CHECKPOINT" if manifest.weight_form == "absent" else ""
+        print(f"\nbundle: {args.out}   answer with: himap-run {args.out}{weights} --image FILE --prompt TEXT")
     size = sum(f.bytes for f in manifest.files.values())
     return {"bundle": str(args.out), "backends": list(manifest.engines), "bytes": size}

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from himap_export.engines.backends import load_backend
+from himap_export.engines.backends import build_all, load_backend
 from himap_export.engines.bundle import Bundle, digests
 from himap_export.engines.image import clip_preprocessing
 from himap_export.engines.manifest import (
@@ -20,14 +20,16 @@ from himap_export.engines.manifest import (
     Manifest,
     ModelRecord,
     TensorSpec,
+    Variant,
 )
+from himap_export.engines.prompt import TOKENIZER, PromptFormat
 from himap_export.engines.weight_file import StoredTensor, read_header
 from himap_export.exporter import llava
 from himap_export.exporter.bind import WeightNames, bind
 from himap_export.exporter.checkpoint import Checkpoint, open_checkpoint
 from himap_export.exporter.planning import Planned
-from himap_export.exporter.processor import TOKENIZER, ProcessorData, read_processor
-from himap_export.exporter.store import store_weights
+from himap_export.exporter.processor import LLAVA_TEMPLATE, ProcessorData, read_processor
+from himap_export.exporter.store import store_weights, write_weights
 from himap_export.exporter.target import check_target, work_folder
 from himap_export.graphs.build import IR_DTYPE, StageGraph
 from himap_export.graphs.stages import StagedModel
@@ -47,8 +49,9 @@ class Export:
     names: WeightNames
     work: Path
     command: tuple[str, ...]
-    graphs: list[StageGraph] = field(default_factory=list)
-    stored: dict[str, StoredTensor] = field(default_factory=dict)
+    graphs: dict[str, StageGraph] = field(default_factory=dict)
+    variants: list[Variant] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
     records: dict[str, GraphRecord] = field(default_factory=dict)
     engines: dict[str, dict[str, EngineRecord]] = field(default_factory=dict)
 
@@ -56,38 +59,75 @@ class Export:
         from himap_export.exporter.vision import vision_graph  # torch: seconds to import
 
         p = self.planned
-        self.graphs.append(vision_graph(p.model.config, p.decoder, p.budget, p.dtype))
+        budget = p.variants[0].budget  # of which all variants share what vision depends on
+        self.graphs["vision"] = vision_graph(p.model.config, p.decoder, budget, p.dtype, self.names)
         return f"{p.vision.tokens} image tokens"
 
     def stages(self) -> str:
-        """Builds the four language graphs, stores the weights that all five read, and writes the ONNX files."""
-        p = self.planned
-        self.graphs += StagedModel(p.decoder, p.plan, p.budget, p.dtype, self.names).graphs()
-        names = {"vision": self.names}  # the other graphs already call weights what the checkpoint calls them
-        used = dict.fromkeys(names.get(g.name, str)(weight) for g in self.graphs for weight in g.weights)
-        files = store_weights([self.checkpoint.tensors[name] for name in used], self.work / "weights", p.dtype)
-        for file in files:
-            self.stored |= read_header(self.work / "weights" / file)
-        for graph in self.graphs:
-            self._write(graph)
-        return f"S = {list(p.budget.total)}, {sum(self.stored[n].nbytes for n in used) / 1e6:.1f} MB of weights"
+        """Builds every variant's four language graphs, those that are equal once."""
+        p, known = self.planned, dict[bytes, str]()
+        for v in p.variants:
+            played = {"vision": "vision"}
+            for graph in StagedModel(p.decoder, v.plan, v.budget, p.dtype, self.names).graphs():
+                content = ir.to_proto(graph.model).SerializeToString(deterministic=True)
+                name = known.setdefault(content, graph.name if len(p.variants) == 1 else f"{graph.name}-{v.name}")
+                self.graphs.setdefault(name, graph)
+                played[graph.name] = name
+            self.variants.append(Variant(v.plan_name, v.plan, v.budget, played))
+        totals = ", ".join(str(list(v.budget.total)) for v in p.variants)
+        return f"{len(self.graphs)} graphs, S = {totals}"
 
-    def _write(self, graph: StageGraph) -> None:
-        inputs = [v for v in graph.model.graph.inputs if v.name not in graph.weights]
-        rename = self.names if graph.name == "vision" else str
-        model, weights = bind(graph, self.stored, lambda t: f"weights/{t.file.name}", rename)
-        path = self.work / f"{graph.name}.onnx"
+    def weights(self) -> str:
+        """Puts the weights where the graphs' form wants them, and writes the ONNX files that point there."""
+        p = self.planned
+        for name, graph in self.graphs.items():
+            doors = [v for v in graph.model.graph.inputs if v.name not in graph.weights]
+            weights = {weight: TensorSpec(p.dtype, shape) for weight, shape in graph.weights.items()}
+            self.records[name] = GraphRecord(f"{name}.onnx", _specs(doors), _specs(graph.model.graph.outputs), weights)
+        if p.weights == "absent":
+            for name, graph in self.graphs.items():
+                self._write(name, graph.model)
+            return "none: engines take them as inputs"
+        used = {weight: self.checkpoint.tensors[weight] for g in self.graphs.values() for weight in g.weights}
+        folder = self.work / "weights"
+        if p.weights == "shared":
+            self.files = store_weights(used.values(), folder, p.dtype, p.hard_link)
+            stored = {name: t for file in self.files for name, t in read_header(folder / file).items()}
+            for name, graph in self.graphs.items():
+                self._write(name, bind(graph, stored, _location))
+            return f"{sum(stored[name].nbytes for name in used) / 1e6:.1f} MB, shared by {len(self.graphs)} graphs"
+        folder.mkdir()
+        for name, graph in self.graphs.items():
+            file = folder / f"{name}.safetensors"
+            write_weights([used[weight] for weight in graph.weights], file, p.dtype)
+            self._write(name, bind(graph, read_header(file), _location))
+        self.files = [f"{name}.safetensors" for name in self.graphs]
+        return f"{sum((folder / file).stat().st_size for file in self.files) / 1e6:.1f} MB, each graph its own"
+
+    def _write(self, name: str, model: ir.Model) -> None:
+        path = self.work / f"{name}.onnx"
         ir.save(model, path)
         onnx.checker.check_model(path, full_check=True)
-        self.records[graph.name] = GraphRecord(path.name, _specs(inputs), _specs(model.graph.outputs), weights)
 
     def compile(self) -> str:
-        bundle = Bundle(self.work, self.manifest())
-        for name in self.planned.backends:
-            backend = load_backend(name)
-            self.engines[name] = {graph: backend.build(bundle, graph) for graph in self.records}
+        """Every graph on every backend. Where weights are embedded, an engine at a time, and what is compiled in goes."""
+        p = self.planned
+        bundle = Bundle(self.work, self.manifest(), self.variants[0])
+        self.engines = {backend: {} for backend in p.backends}
+        for graphs in [[g] for g in self.records] if p.weights == "embedded" else [list(self.records)]:
+            for backend in p.backends:
+                self.engines[backend] |= build_all(backend, bundle, graphs, p.gather, self.work)
+            if p.weights == "embedded" and "onnxruntime" not in p.backends:
+                self._drop_graph(graphs[0])
         seconds = {name: sum(e.seconds for e in built.values()) for name, built in self.engines.items()}
         return ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
+
+    def _drop_graph(self, name: str) -> None:
+        """Its engines hold it whole, weights and all."""
+        (self.work / f"{name}.onnx").unlink()
+        (self.work / "weights" / f"{name}.safetensors").unlink()
+        self.files.remove(f"{name}.safetensors")
+        self.records[name] = replace(self.records[name], file="")
 
     def seal(self) -> str:
         """Writes the processor's files, hashes everything, and writes the manifest last."""
@@ -102,15 +142,15 @@ class Export:
         return Manifest(
             model=_model_record(p, self.checkpoint),
             decoder=p.decoder,
-            plan=p.plan,
-            budget=p.budget,
+            variants=tuple(self.variants),
             dtype=p.dtype,
             graphs=self.records,
             engines=self.engines,
-            weights=tuple(sorted({f"weights/{t.file.name}" for t in self.stored.values()})),
+            weight_form=p.weights,
+            weights=tuple(f"weights/{file}" for file in self.files),
             image=processor.image.to_json(),
             prompt=processor.prompt.to_json() if processor.prompt else None,
-            tokenizer=TOKENIZER if processor.prompt else None,
+            tokenizer=TOKENIZER if TOKENIZER in processor.files else None,
             toolchain=_toolchain(p.backends),
             command=self.command,
         )
@@ -120,20 +160,35 @@ def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: boo
     """Writes the bundle of `planned` to `out` and returns its manifest; on any failure `out` is as it was."""
     check_target(out, overwrite)
     for name in planned.backends:
-        load_backend(name).check(planned.dtype)
-    assert planned.model.folder is not None
-    checkpoint = open_checkpoint(planned.model.folder)
-    names = WeightNames(checkpoint.tensors, llava.tensor_candidates, llava.tied(checkpoint.config))
-    record = _model_record(planned, checkpoint)
-    image = clip_preprocessing(planned.vision.image_size)
-    processor = read_processor(checkpoint.folder, planned.vision.tokens, record.image_token, image)
+        load_backend(name).check(planned.dtype, planned.gather)
+    checkpoint = _checkpoint(planned)
+    names = WeightNames(checkpoint.tensors or None, llava.tensor_candidates, llava.tied(checkpoint.config))
+    processor = _processor(planned, checkpoint)
     with work_folder(out) as work:
         state = Export(planned, checkpoint, processor, names, work, command)
-        for phase in (state.vision, state.stages, state.compile, state.seal):
+        for phase in (state.vision, state.stages, state.weights, state.compile, state.seal):
             start = time.perf_counter()
             result = phase()
             progress(f"{phase.__name__:8} {time.perf_counter() - start:6.1f} s   {result}")
         return state.manifest()
+
+
+def _checkpoint(p: Planned) -> Checkpoint:
+    """The checkpoint's folder opened; for an alias without one, what the registry knows of it."""
+    if p.model.folder is None:
+        return Checkpoint(Path(), p.model.config, {}, {})
+    return open_checkpoint(p.model.folder, weights=p.weights != "absent")
+
+
+def _processor(p: Planned, checkpoint: Checkpoint) -> ProcessorData:
+    image, tokens = clip_preprocessing(p.vision.image_size), p.vision.tokens
+    if p.model.folder is None:  # a published LLaVA: its prompt is known, its tokenizer comes with the weights
+        return ProcessorData(image, PromptFormat(LLAVA_TEMPLATE, "<image>", tokens))
+    return read_processor(checkpoint.folder, tokens, _model_record(p, checkpoint).image_token, image)
+
+
+def _location(stored: StoredTensor) -> str:
+    return f"weights/{stored.file.name}"
 
 
 def _specs(values: Iterable[ir.Value]) -> dict[str, TensorSpec]:

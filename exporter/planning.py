@@ -1,30 +1,60 @@
-"""From what the user asked to what will be built: model, plan, budget, dtype. Needs no weights."""
+"""From what the user asked to what will be built: model, plans, budgets, dtype. Needs no weights."""
 
-from dataclasses import dataclass
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, get_args
 
+from himap_export.engines.backends import Gather
+from himap_export.engines.manifest import WeightForm
 from himap_export.exporter import llava
 from himap_export.exporter.registry import Model
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.flops import StageCost, paper_ratio, stage_costs, true_ratio
-from himap_export.graphs.plan import TASKS, PruningPlan, TokenBudget
+from himap_export.graphs.flops import StageCost, Visual, paper_ratio, stage_costs, true_ratio
+from himap_export.graphs.plan import TASKS, PruningPlan, TokenBudget, align
 from himap_export.graphs.spec import DecoderSpec, Dtype
+
+_CUTS = ("k1", "k2", "r1", "r2")
 
 
 @dataclass(frozen=True)
 class Request:
-    """The command's arguments; None where the user left the choice to us."""
+    """The command's arguments; None where the user left the choice to us.
+
+    `plans` holds names of the authors' tasks and TOML files; empty: the `task` with `k1`, `k2`, `r1`, `r2` changed.
+    """
 
     task: str = "qa"
     k1: int | None = None
     k2: int | None = None
     r1: float | None = None
     r2: float | None = None
-    text_budget: int = 192
+    plans: tuple[str, ...] = ()
+    text_budgets: tuple[int, ...] = (192,)
     max_new_tokens: int = 128
     batch: int = 1
+    align: int | None = None
     dtype: Dtype | None = None
     backends: tuple[str, ...] = ("onnxruntime",)
+    gather: Gather = "auto"
+    weights: WeightForm = "shared"
+    hard_link: bool = False
+
+
+@dataclass(frozen=True)
+class PlannedVariant:
+    """One plan at one text budget; `asked` is what the plan keeps before `--align` adds to it."""
+
+    plan_name: str
+    plan: PruningPlan
+    budget: TokenBudget
+    asked: Visual
+
+    @property
+    def name(self) -> str:
+        return f"{self.plan_name}-{self.budget.text}"
 
 
 @dataclass(frozen=True)
@@ -34,23 +64,22 @@ class Planned:
     model: Model
     decoder: DecoderSpec
     vision: llava.VisionSpec
-    plan: PruningPlan
-    budget: TokenBudget
+    variants: tuple[PlannedVariant, ...]
     dtype: Dtype
     backends: tuple[str, ...]
+    gather: Gather = "auto"
+    weights: WeightForm = "shared"
+    hard_link: bool = False
+    align: int | None = None
 
-    @property
-    def costs(self) -> tuple[StageCost, ...]:
-        return stage_costs(self.decoder, self.plan, self.budget, self.dtype)
+    def costs(self, v: PlannedVariant) -> tuple[StageCost, ...]:
+        return stage_costs(self.decoder, v.plan, v.budget, self.dtype)
 
-    @property
-    def ratios(self) -> tuple[float, float]:
+    def ratios(self, v: PlannedVariant, visual: Visual | None = None) -> tuple[float, float]:
         """FLOPs kept: as the paper counts them (image tokens only), and with the text budget filled."""
-        visual = self.budget.visual[0]
-        return (
-            paper_ratio(self.decoder, self.plan, visual),
-            true_ratio(self.decoder, self.plan, visual, self.budget.text),
-        )
+        visual = visual or v.budget.visual
+        paper = paper_ratio(self.decoder, v.plan, visual)
+        return paper, true_ratio(self.decoder, v.plan, visual, v.budget.text)
 
 
 def plan_export(model: Model, asked: Request) -> Planned:
@@ -63,12 +92,65 @@ def plan_export(model: Model, asked: Request) -> Planned:
     except Exception as problem:  # transformers checks a configuration with errors of many kinds
         hint = "is it a LLaVA configuration in Hugging Face format?"
         raise HimapError(f"{model.name}: unusable config.json", str(problem), hint, Exit.USAGE) from None
-    default = TASKS[asked.task]
-    chosen = {name: getattr(asked, name) for name in ("k1", "k2", "r1", "r2")}
-    plan = PruningPlan(**{n: getattr(default, n) if v is None else v for n, v in chosen.items()}).check(decoder.layers)
-    budget = TokenBudget(plan.kept(vision.tokens), asked.text_budget, asked.max_new_tokens, asked.batch)
-    _check_positions(model.config, budget)
-    return Planned(model, decoder, vision, plan, budget, dtype, asked.backends)
+    variants = []
+    for name, plan in _plans(asked).items():
+        kept = plan.check(decoder.layers).kept(vision.tokens)
+        for text in dict.fromkeys(asked.text_budgets):
+            visual = align(kept, text, asked.align) if asked.align is not None else kept
+            budget = TokenBudget(visual, text, asked.max_new_tokens, asked.batch)
+            _check_positions(model.config, budget)
+            variants.append(PlannedVariant(name, plan, budget, kept))
+    return Planned(
+        model, decoder, vision, tuple(variants), dtype, asked.backends, asked.gather, asked.weights, asked.hard_link,
+        asked.align,
+    )  # fmt: skip
+
+
+def _plans(asked: Request) -> dict[str, PruningPlan]:
+    """Every plan by its name, in the order asked for."""
+    changes = {name: value for name in _CUTS if (value := getattr(asked, name)) is not None}
+    if not asked.plans:
+        plan = replace(TASKS[asked.task], **changes)
+        return {asked.task if plan == TASKS[asked.task] else "custom": plan}
+    if changes:
+        hint = "with --plan, write the plan into a TOML file"
+        raise HimapError(f"--{next(iter(changes))} changes one plan only", hint=hint, code=Exit.USAGE)
+    found: dict[str, PruningPlan] = {}
+    for source in asked.plans:
+        for name, plan in {source: TASKS[source]}.items() if source in TASKS else _read_plans(Path(source)):
+            if found.setdefault(name, plan) != plan:
+                raise HimapError(f"two plans are named {name}", hint="rename one", code=Exit.USAGE)
+    return found
+
+
+def _read_plans(file: Path) -> Iterator[tuple[str, PruningPlan]]:
+    """The plans of a TOML file, one table each: `[tight]`, `k1 = 2`, `k2 = 8`, `r1 = 0.5`, `r2 = 0.9`."""
+    try:
+        tables = tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError) as problem:
+        known = f"a plan is one of {', '.join(TASKS)}, or a TOML file"
+        reason = problem.strerror if isinstance(problem, OSError) else "it is not text"
+        raise HimapError(f"cannot read the plan {file}", f"{reason}", known, Exit.USAGE) from None
+    except tomllib.TOMLDecodeError as problem:
+        raise HimapError(f"{file} is not TOML", str(problem), code=Exit.USAGE) from None
+    if not tables:
+        raise HimapError(f"{file} holds no plan", hint="one table each, with k1, k2, r1 and r2", code=Exit.USAGE)
+    for name, table in tables.items():
+        if not re.fullmatch(r"[\w-]+", name) or not isinstance(table, dict):
+            hint = "one table each, named with letters, digits, - and _"
+            raise HimapError(f"{file}: {name} is not a plan", hint=hint, code=Exit.USAGE)
+        yield name, _plan(f"{file}: plan {name}", table)
+
+
+def _plan(what: str, table: Mapping[str, Any]) -> PruningPlan:
+    types = {"k1": (int,), "k2": (int,), "r1": (int, float), "r2": (int, float)}
+    for key in (*types, *table):
+        if key not in table or key not in types:
+            problem = "lacks" if key not in table else "has an unknown key"
+            raise HimapError(f"{what} {problem} {key}", f"expected {', '.join(types)}", code=Exit.USAGE)
+        if not isinstance(table[key], types[key]) or isinstance(table[key], bool):
+            raise HimapError(f"{what}: {key} is {table[key]!r}", "expected a number", code=Exit.USAGE)
+    return PruningPlan(**table)
 
 
 def _check_positions(config: dict[str, Any], budget: TokenBudget) -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from himap_export.engines.image import CLIP_MEAN, CLIP_STD, RESAMPLING, ImagePreprocessing
-from himap_export.engines.prompt import QUESTION, PromptFormat
+from himap_export.engines.prompt import QUESTION, TOKENIZER, PromptFormat
 from himap_export.graphs.errors import HimapError
 
 LLAVA_TEMPLATE: Final = "USER: <image>\n{prompt} ASSISTANT:"
-TOKENIZER: Final = "tokenizer.json"
 SENTINEL: Final = "himap-export asks 7c41"
 PROBE: Final = '  Is "5 < 6" & {true}?\n\tÆther  '  # what a template might strip or escape
 

@@ -20,7 +20,7 @@ class Alias:
 def _llava(hidden: int, ffn: int, layers: int, heads: int) -> dict[str, Any]:
     text = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers}
     text |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 32064, "rms_norm_eps": 1e-5}
-    text["max_position_embeddings"] = 4096
+    text |= {"max_position_embeddings": 4096, "pad_token_id": 32001}
     vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "image_size": 336}
     vision |= {"num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768}
     config = {"architectures": [llava.ARCHITECTURE], "model_type": "llava", "image_token_index": 32000}

@@ -1,27 +1,31 @@
 """A plan as people read it and as programs do."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from himap_export.exporter.planning import Planned
+from himap_export.exporter.planning import Planned, PlannedVariant
 
 
 def plan_json(p: Planned) -> dict[str, Any]:
-    """One object: model, plan, budget, flops, stages."""
-    paper, true = p.ratios
+    """One object: model, and the first variant's plan, budget, flops, stages; `variants` lists these for all."""
+    variants = [_variant_json(p, v) for v in p.variants]
+    return {"model": p.model.name, "source": p.model.source, "dtype": p.dtype, **variants[0], "variants": variants}
+
+
+def _variant_json(p: Planned, v: PlannedVariant) -> dict[str, Any]:
+    (paper, true), costs = p.ratios(v), p.costs(v)
     return {
-        "model": p.model.name,
-        "source": p.model.source,
-        "dtype": p.dtype,
-        "plan": {"k1": p.plan.k1, "k2": p.plan.k2, "r1": p.plan.r1, "r2": p.plan.r2},
+        "plan": {"name": v.plan_name, "k1": v.plan.k1, "k2": v.plan.k2, "r1": v.plan.r1, "r2": v.plan.r2},
         "budget": {
-            "visual": list(p.budget.visual),
-            "total": list(p.budget.total),
-            "capacity": list(p.budget.capacity),
-            "text": p.budget.text,
-            "max_new_tokens": p.budget.new,
-            "batch": p.budget.batch,
+            "visual": list(v.budget.visual),
+            "total": list(v.budget.total),
+            "capacity": list(v.budget.capacity),
+            "text": v.budget.text,
+            "max_new_tokens": v.budget.new,
+            "batch": v.budget.batch,
+            "align": p.align,
         },
-        "flops": {"paper_ratio": round(paper, 3), "ratio": round(true, 3), "prefill": sum(c.flops for c in p.costs)},
+        "flops": {"paper_ratio": round(paper, 3), "ratio": round(true, 3), "prefill": sum(c.flops for c in costs)},
         "stages": [
             {
                 "name": c.name,
@@ -31,47 +35,80 @@ def plan_json(p: Planned) -> dict[str, Any]:
                 "kv_bytes": c.kv_bytes,
                 "flops": c.flops,
             }
-            for c in p.costs
+            for c in costs
         ],
     }
 
 
 def plan_table(p: Planned) -> str:
-    """The plan as a table, one row per stage, and the two FLOPs ratios."""
+    """The plan as a table: one row per stage, or one per variant where there are several."""
+    head = f"{p.model.name} ({p.model.source})  {p.dtype}  batch {p.variants[0].budget.batch}"
+    return "\n".join([head, *(_stages(p, p.variants[0]) if len(p.variants) == 1 else _variants(p))])
+
+
+def _stages(p: Planned, v: PlannedVariant) -> list[str]:
+    costs, (paper, true) = p.costs(v), p.ratios(v)
     rows = [("stage", "layers", "tokens", "image tokens", "KV cache", "prefill FLOPs")]
-    for c in p.costs:
+    for c in costs:
         layers = f"{c.layers.start}..{c.layers.stop - 1}"
         rows.append((c.name, layers, f"{c.tokens}", f"{c.image_tokens}", _bytes(c.kv_bytes), _flops(c.flops)))
-    kv, flops = sum(c.kv_bytes for c in p.costs), sum(c.flops for c in p.costs)
+    kv, flops = sum(c.kv_bytes for c in costs), sum(c.flops for c in costs)
     rows.append(("total", f"{p.decoder.layers}", "", "", _bytes(kv), _flops(flops)))
+    return [
+        f"cuts at k1={v.plan.k1} (remove {v.plan.r1:.0%}) and k2={v.plan.k2} (remove {v.plan.r2:.0%} of the rest); "
+        f"{v.budget.text} text slots, up to {v.budget.new} new tokens",
+        "",
+        *_table(rows),
+        "",
+        f"FLOPs kept, as the paper counts (image tokens only): {paper:6.1%}",
+        f"FLOPs kept, text and every matrix included:          {true:6.1%}   at most {1 / true:.2f}x faster prefill",
+        *_alignment(p, v),
+    ]
+
+
+def _alignment(p: Planned, v: PlannedVariant) -> list[str]:
+    """What `--align` cost and gained: FLOPs, and image tokens that the same tiles of rows now hold."""
+    if p.align is None:
+        return []
+    before, after = p.ratios(v, v.asked)[1], p.ratios(v)[1]
+    tokens = ", ".join(
+        f"{name} {old + v.budget.text} -> {new + v.budget.text}"
+        for name, old, new in zip(("k1", "k2"), v.asked[1:], v.budget.visual[1:], strict=True)
+    )
+    gained = ", ".join(f"{new - old}" for old, new in zip(v.asked[1:], v.budget.visual[1:], strict=True))
+    return [
+        f"aligned to {p.align}: tokens {tokens}; it costs {before:.1%} -> {after:.1%} of the FLOPs and keeps "
+        f"{gained} image tokens more in as many tiles of {p.align} rows"
+    ]
+
+
+def _variants(p: Planned) -> list[str]:
+    rows = [("plan", "cuts", "text slots", "tokens", "image tokens", "KV cache", "FLOPs kept", "at most")]
+    for v in p.variants:
+        costs, (_, true) = p.costs(v), p.ratios(v)
+        total, visual = (" ".join(f"{n:>4}" for n in numbers) for numbers in (v.budget.total, v.budget.visual))
+        kv = _bytes(sum(c.kv_bytes for c in costs))
+        cuts = f"{v.plan.k1}:{v.plan.r1:.0%} {v.plan.k2}:{v.plan.r2:.0%}"
+        rows.append((v.plan_name, cuts, f"{v.budget.text}", total, visual, kv, f"{true:.1%}", f"{1 / true:.2f}x"))
+    new = p.variants[0].budget.new
+    return [f"{len(p.variants)} variants over one copy of the weights; up to {new} new tokens", "", *_table(rows)]
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The first row is the head; the first column stands left, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True)))
         for r in rows
     ]
-    paper, true = p.ratios
-    return "\n".join(
-        [
-            f"{p.model.name} ({p.model.source})  {p.dtype}  batch {p.budget.batch}",
-            f"cuts at k1={p.plan.k1} (remove {p.plan.r1:.0%}) and k2={p.plan.k2} (remove {p.plan.r2:.0%} of the rest); "
-            f"{p.budget.text} text slots, up to {p.budget.new} new tokens",
-            "",
-            *lines[:1],
-            "-" * len(lines[0]),
-            *lines[1:],
-            "",
-            f"FLOPs kept, as the paper counts (image tokens only): {paper:6.1%}",
-            f"FLOPs kept, text and every matrix included:          {true:6.1%}   "
-            f"at most {1 / true:.2f}x faster prefill",
-        ]
-    )
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def _bytes(n: int) -> str:
+def _bytes(n: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if n < 1024:
             return f"{n:.1f} {unit}"
-        n /= 1024  # type: ignore[assignment]
+        n /= 1024
     return f"{n:.2f} GiB"
 
 

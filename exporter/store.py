@@ -2,49 +2,50 @@
 
 import fcntl
 import json
-import shutil
+import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from himap_export.engines.backends import as_numbers, as_stored
 from himap_export.engines.weight_file import StoredTensor, map_tensors
+from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import Dtype
 
 _FLOATS = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 _FICLONE = 0x40049409  # linux/fs.h: share extents copy-on-write
+_CHUNK = 1 << 24
 
 
-def store_weights(tensors: Iterable[StoredTensor], folder: Path, dtype: Dtype) -> list[str]:
+def store_weights(tensors: Iterable[StoredTensor], folder: Path, dtype: Dtype, hard_link: bool = False) -> list[str]:
     """Writes the files that hold `tensors` (each tensor used by a graph) into `folder`; returns their names, sorted.
 
-    A file whose used tensors all have `dtype` already is reflinked or copied whole, byte for byte; any other is
-    rewritten with its used tensors in `dtype`. OSError when the disk is full.
+    A file whose used tensors all have `dtype` already is hard-linked on request, else reflinked, else copied whole,
+    byte for byte; any other is rewritten with its used tensors in `dtype`. OSError when the disk is full.
     """
     by_file: dict[Path, list[StoredTensor]] = {}
     for t in tensors:
         by_file.setdefault(t.file, []).append(t)
     folder.mkdir()
-    for file, used in by_file.items():
-        if all(t.dtype == dtype for t in used):
-            clone(file, folder / file.name)
-        else:
-            _convert(used, folder / file.name, dtype)
+    with _bar(sum(file.stat().st_size for file in by_file), "weights") as bar:
+        for file, used in by_file.items():
+            unlike = [t for t in used if t.dtype != dtype]
+            if unlike and hard_link:
+                details = f"{unlike[0].name} is {unlike[0].dtype}, the bundle wants {dtype}"
+                raise HimapError("cannot hard-link the weights", details, "leave --hard-link out", Exit.USAGE)
+            if unlike:
+                write_weights(used, folder / file.name, dtype, bar)
+            elif hard_link:
+                _link(file, folder / file.name)
+            else:
+                _clone(file, folder / file.name, bar)
     return sorted(file.name for file in by_file)
 
 
-def clone(source: Path, target: Path) -> None:
-    """A reflink where the file system can, else a copy."""
-    with source.open("rb") as src, target.open("wb") as dst:
-        try:
-            fcntl.ioctl(dst, _FICLONE, src.fileno())
-        except OSError:
-            shutil.copyfileobj(src, dst, 1 << 24)
-
-
-def _convert(tensors: list[StoredTensor], target: Path, dtype: Dtype) -> None:
+def write_weights(tensors: Sequence[StoredTensor], target: Path, dtype: Dtype, bar: "tqdm[None] | None" = None) -> None:
     """A safetensors file of `tensors` in `dtype`, one tensor in memory at a time."""
     width = 4 if dtype == "fp32" else 2
     header, end = {}, 0
@@ -58,4 +59,30 @@ def _convert(tensors: list[StoredTensor], target: Path, dtype: Dtype) -> None:
         f.write(struct.pack("<Q", len(text)) + text)
         for t in tensors:
             stored = map_tensors([t])[t.name]
-            f.write(as_stored(as_numbers(stored, t.dtype), dtype).tobytes())
+            f.write(stored.data if t.dtype == dtype else as_stored(as_numbers(stored, t.dtype), dtype).data)
+            if bar is not None:
+                bar.update(t.nbytes)
+
+
+def _bar(size: int, what: str) -> "tqdm[None]":
+    """On a terminal only, and only for what takes long."""
+    return tqdm(total=size, desc=what, unit="B", unit_scale=True, leave=False, disable=None, delay=0.5)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)  # a hub snapshot's files are links themselves
+    except OSError as problem:
+        hint = "--out must be on the checkpoint's file system, or leave --hard-link out"
+        raise HimapError(f"cannot hard-link {source}", problem.strerror or str(problem), hint) from None
+
+
+def _clone(source: Path, target: Path, bar: "tqdm[None]") -> None:
+    """A reflink where the file system can, else a copy."""
+    with source.open("rb") as src, target.open("wb") as dst:
+        try:
+            fcntl.ioctl(dst, _FICLONE, src.fileno())
+            bar.update(source.stat().st_size)
+        except OSError:
+            while chunk := os.sendfile(dst.fileno(), src.fileno(), None, _CHUNK):  # stays in the kernel
+                bar.update(chunk)

@@ -15,14 +15,17 @@ from onnxscript.rewriter import pattern
 
 from himap_export.exporter import llava
 from himap_export.graphs.build import IR_VERSION, OPSET, StageGraph
+from himap_export.graphs.decoder import Names
 from himap_export.graphs.plan import TokenBudget
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
 TORCH_DTYPE: Mapping[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def vision_graph(config: Mapping[str, Any], decoder: DecoderSpec, budget: TokenBudget, dtype: Dtype) -> StageGraph:
-    """`pixel_values` [B,3,H,W] to `image_features` [B,V0,D]; weights are inputs, named as in the module."""
+def vision_graph(
+    config: Mapping[str, Any], decoder: DecoderSpec, budget: TokenBudget, dtype: Dtype, names: Names
+) -> StageGraph:
+    """`pixel_values` [B,3,H,W] to `image_features` [B,V0,D]; weights are inputs, named by `names` of the module's."""
     spec = llava.vision_spec(config)
     module = llava.vision_module(config, TORCH_DTYPE[dtype])
     shape = (budget.batch, spec.channels, spec.image_size, spec.image_size)
@@ -36,7 +39,7 @@ def vision_graph(config: Mapping[str, Any], decoder: DecoderSpec, budget: TokenB
     model = program.model
     model.ir_version, model.producer_name, model.graph.name = IR_VERSION, "himap-export", "vision"
     model.graph.outputs[0].shape = ir.Shape([budget.batch, spec.tokens, decoder.hidden])
-    weights = _free_weights(model.graph)
+    weights = _free_weights(model.graph, names)
     pattern.RewriteRuleSet([_LinearAsGemm.rule()]).apply_to_model(model)
     for node in model.graph:
         node.metadata_props.clear()
@@ -44,9 +47,10 @@ def vision_graph(config: Mapping[str, Any], decoder: DecoderSpec, budget: TokenB
 
 
 class _LinearAsGemm(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # onnxscript is untyped here
-    """Add(MatMul(x, Transpose(W)), b) becomes one Gemm over the stored [out,in] weights, as in the decoder.
+    """MatMul(x, Transpose(W)) becomes one Gemm over the stored [out,in] weights, as in the decoder; the bias stays apart.
 
-    Requires static shapes. Without it TensorRT, to which weights are inputs, transposes every one at every inference.
+    Requires static shapes. Without it TensorRT, to which weights are inputs, transposes every one at every inference;
+    and it copies a bias that is an input of the Gemm, where it fuses one that is added behind the reshape.
     """
 
     def pattern(self, op: OpBuilder, x: ir.Value, w: ir.Value, b: ir.Value) -> ir.Value:
@@ -57,11 +61,11 @@ class _LinearAsGemm(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # onnx
         assert x.shape is not None and w.shape is not None
         rows, out = (int(n) for n in x.shape.numpy()[:-1]), int(w.shape.numpy()[0])
         flat = op.Reshape(x, op.Constant(value_ints=[-1, int(w.shape.numpy()[1])]))
-        made: ir.Value = op.Reshape(op.Gemm(flat, w, b, transB=1), op.Constant(value_ints=[*rows, out]))
+        made: ir.Value = op.Add(op.Reshape(op.Gemm(flat, w, transB=1), op.Constant(value_ints=[*rows, out])), b)
         return made
 
 
-def _free_weights(graph: ir.Graph) -> dict[str, tuple[int, ...]]:
+def _free_weights(graph: ir.Graph, names: Names) -> dict[str, tuple[int, ...]]:
     """Turns parameters, initializers without storage, into inputs; `position_ids` counts patches and is filled in."""
     weights: dict[str, tuple[int, ...]] = {}
     for name, value in list(graph.initializers.items()):
@@ -71,9 +75,9 @@ def _free_weights(graph: ir.Graph) -> dict[str, tuple[int, ...]]:
             value.const_value = ir.tensor(np.arange(shape[-1], dtype=np.int64).reshape(shape), name=name)
             continue
         del graph.initializers[name]
-        value.const_value = None
+        value.const_value, value.name = None, names(name)
         graph.inputs.append(value)
-        weights[name] = shape
+        weights[value.name] = shape
     return weights
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from himap_export.graphs.plan import PruningPlan, TokenBudget
 from himap_export.graphs.spec import DecoderSpec, Dtype, stage_layers
 
+Visual = tuple[int, int, int]  # [V0, V1, V2] of a budget
 BYTES: dict[Dtype, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
@@ -57,15 +58,15 @@ def stage_costs(spec: DecoderSpec, plan: PruningPlan, budget: TokenBudget, dtype
     )
 
 
-def paper_ratio(spec: DecoderSpec, plan: PruningPlan, image_tokens: int) -> float:
+def paper_ratio(spec: DecoderSpec, plan: PruningPlan, visual: Visual) -> float:
     """FLOPs of the pruned over the unpruned decoder as the paper counts them (LLaVA-7B at the default plan: 0.246)."""
-    stages = zip(stage_layers(plan, spec.layers), plan.kept(image_tokens), strict=True)
+    stages = zip(stage_layers(plan, spec.layers), visual, strict=True)
     pruned = sum(len(layers) * paper_flops(n, spec) for layers, n in stages)
-    return pruned / (spec.layers * paper_flops(image_tokens, spec))
+    return pruned / (spec.layers * paper_flops(visual[0], spec))
 
 
-def true_ratio(spec: DecoderSpec, plan: PruningPlan, image_tokens: int, text_tokens: int) -> float:
+def true_ratio(spec: DecoderSpec, plan: PruningPlan, visual: Visual, text_tokens: int) -> float:
     """FLOPs of the pruned over the unpruned decoder prefill, text tokens and all three FFN matrices included."""
-    stages = zip(stage_layers(plan, spec.layers), plan.kept(image_tokens), strict=True)
+    stages = zip(stage_layers(plan, spec.layers), visual, strict=True)
     pruned = sum(len(layers) * layer_flops(n + text_tokens, spec) for layers, n in stages)
-    return pruned / (spec.layers * layer_flops(image_tokens + text_tokens, spec))
+    return pruned / (spec.layers * layer_flops(visual[0] + text_tokens, spec))

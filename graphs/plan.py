@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Self
 
 from himap_export.graphs.errors import Exit, HimapError
@@ -39,6 +40,28 @@ class PruningPlan:
         """[V0, V1, V2]: image tokens alive in the three stages. Removed counts are floor(R * n)."""
         first = image_tokens - math.floor(self.r1 * image_tokens)
         return image_tokens, first, first - math.floor(self.r2 * first)
+
+
+def align(visual: tuple[int, int, int], text: int, multiple: int) -> tuple[int, int, int]:
+    """[V0, V1, V2] with more image tokens kept, so that each stage behind a cut holds a multiple of `multiple` tokens.
+
+    V0 is the image's own. A stage never holds more image tokens than the one before it; HimapError (usage) if a cut
+    that removed tokens would then remove none.
+    """
+    if multiple < 1:
+        raise _bad(f"--align {multiple} is below 1", "give the tile height of the matrix products, such as 64")
+    found = [visual[0]]
+    for before, after in pairwise(visual):
+        if before == after:
+            found.append(found[-1])
+            continue
+        kept = math.ceil((after + text) / multiple) * multiple - text
+        if kept >= found[-1]:
+            raise _bad(
+                f"--align {multiple} undoes a cut", f"{after} of {before} image tokens should stay: align to less"
+            )
+        found.append(kept)
+    return found[0], found[1], found[2]
 
 
 def _bad(summary: str, hint: str) -> HimapError:

@@ -4,14 +4,15 @@
 
 Each cut's top-k gather opens the stage behind it, so the score that decides it crosses a stage boundary where it can be
 seen, compared and forced. Prefill writes the caches of its own layers, [B,G,C_i,E], real keys first; decode appends one
-token to each and overwrites padding. Only weights' names come from outside.
+token to each and overwrites padding. Both update the caches in place: past and present are one tensor to the runtime,
+and TensorRT makes of it a KV-cache update. Only weights' names come from outside.
 """
 
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from himap_export.graphs.build import Frame, StageGraph
+from himap_export.graphs.build import Frame, StageGraph, dim
 from himap_export.graphs.decoder import Attended, Decoder, Names, Rotary, rotary
 from himap_export.graphs.gather import top_k_gather
 from himap_export.graphs.importance import image_score, instruction_score
@@ -109,28 +110,36 @@ class StagedModel:
         slot: ir.Value,
         mask: ir.Value,
     ) -> ir.Value:
-        shape = (self.budget.batch, self.spec.kv_heads, capacity, self.spec.head_dim)
-        past = [f.input(f"past_{what}.{i}", shape) for what in ("key", "value")]
+        caches = self._caches(f, i, capacity)
 
         def attend(q: ir.Value, k: ir.Value, v: ir.Value) -> Attended:
-            k, v = (f.op.TensorScatter(old, new, slot, axis=2) for old, new in zip(past, (k, v), strict=True))
+            k, v = (f.op.TensorScatter(old, new, slot, axis=2) for old, new in zip(caches, (k, v), strict=True))
             return Attended(f.op.Attention(q, k, v, mask), q, k, v)
 
         x, a = decoder.layer(i, x, rope, attend)
-        f.output(f"present_key.{i}", a.key, shape)
-        f.output(f"present_value.{i}", a.value, shape)
+        for past, present in zip(caches, (a.key, a.value), strict=True):
+            self._present(f, past, present)
         return x
 
+    def _caches(self, f: Frame, i: int, capacity: int) -> tuple[ir.Value, ir.Value]:
+        """Layer i's caches of keys and values as inputs, [B,G,C,E] each."""
+        shape = (self.budget.batch, self.spec.kv_heads, capacity, self.spec.head_dim)
+        return f.input(f"past_key.{i}", shape), f.input(f"past_value.{i}", shape)
+
+    def _present(self, f: Frame, past: ir.Value, present: ir.Value) -> None:
+        """Declares an updated cache as the output that shares its input's memory."""
+        assert past.name is not None
+        f.output(past.name.replace("past_", "present_"), present, tuple(dim(past, axis) for axis in range(4)))
+
     def _prefill(self, f: Frame, stage: int, x: ir.Value, position: ir.Value) -> tuple[ir.Value, Attended]:
-        """The stage's layers; each one's keys and values, padded to the cache's capacity, are outputs."""
-        b, spec, tokens, capacity = self.budget.batch, self.spec, self.budget.total[stage], self.budget.capacity[stage]
-        rope = rotary(f, spec, position)
-        decoder = Decoder(f, spec, self.names, b, tokens)
-        for i in stage_layers(self.plan, spec.layers)[stage]:
+        """The stage's layers; each one attends over its own keys and values and leaves them at the head of its caches."""
+        b, tokens, capacity = self.budget.batch, self.budget.total[stage], self.budget.capacity[stage]
+        rope, first = rotary(f, self.spec, position), f.op.Constant(value_ints=[0] * b)
+        decoder = Decoder(f, self.spec, self.names, b, tokens)
+        for i in stage_layers(self.plan, self.spec.layers)[stage]:
             x, a = decoder.layer(i, x, rope, decoder.prefill_attention)
-            for what, value in (("key", a.key), ("value", a.value)):
-                cache = f.op.Pad(value, [0, 0, 0, 0, 0, 0, capacity - tokens, 0])
-                f.output(f"present_{what}.{i}", cache, (b, spec.kv_heads, capacity, spec.head_dim))
+            for past, new in zip(self._caches(f, i, capacity), (a.key, a.value), strict=True):
+                self._present(f, past, f.op.TensorScatter(past, new, first, axis=2))
         return x, a
 
     def _cut(self, f: Frame, stage: int, position_name: str, kind_name: str) -> tuple[ir.Value, ir.Value, ir.Value]:

@@ -373,9 +373,9 @@ def test_manifests(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     inputs = save_inputs(tmp_path / "in.npz", prompts())
     good = json.loads((copy / "manifest.json").read_text())
     for changed, words in (
-        (good | {"schema": 2}, "update himap-export"),
+        (good | {"schema": 3}, "update himap-export"),
         (good | {"schema": 0}, "export it again"),
-        (good | {"budget": 3}, "is damaged"),
+        (good | {"variants": 3}, "is damaged"),
         ({k: v for k, v in good.items() if k != "graphs"}, "is damaged"),
     ):
         (copy / "manifest.json").write_text(json.dumps(changed))

@@ -98,7 +98,9 @@ def test_equals_the_reference(work: Workshop, name: str) -> None:
     inputs = case.inputs(work)
     expected = case.prefill(work, inputs)
     answer = work.answer(case.bundle(work), inputs)
-    _, v1, v2 = PruningPlan(**vars(case.cuts)).kept(work.tiny(case.name).image_tokens)
+    _, v1, v2 = PruningPlan(case.cuts.k1, case.cuts.k2, case.cuts.r1, case.cuts.r2).kept(
+        work.tiny(case.name).image_tokens
+    )
     np.testing.assert_array_equal(answer["kept_k1"], padded(expected.kept_k1, v1 + case.budget))
     np.testing.assert_array_equal(answer["kept_k2"], padded(expected.kept_k2, v2 + case.budget))
     np.testing.assert_allclose(answer["logits"], expected.logits, rtol=0, atol=FP32)

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from tiny import make_inputs
 
 from himap_export.engines.bundle import open_bundle
-from himap_export.engines.pipeline import GRAPHS
+from himap_export.engines.pipeline import GRAPHS, tensor_name
 from himap_export.validate.reference import Cuts
 
 CUTS = Cuts(2, 4, 0.5, 0.75)
@@ -98,9 +98,9 @@ def test_onnxruntime_opens_each_file_by_its_path_and_gives_the_pipelines_numbers
     pipeline.prefill(inputs.input_ids, inputs.pixel_values)
     for name in GRAPHS[:-1]:
         session = cpu_session(elsewhere / f"{name}.onnx")
-        outputs = session.run(None, {i.name: pipeline.read(i.name) for i in session.get_inputs()})
+        outputs = session.run(None, {i.name: pipeline.read(tensor_name(name, i.name)) for i in session.get_inputs()})
         for output, found in zip(session.get_outputs(), outputs, strict=True):
-            wanted = pipeline.read(output.name.replace("present_", "cache_"))
+            wanted = pipeline.read(tensor_name(name, output.name))
             if found.dtype == np.float16:  # another session may fuse otherwise: a few roundings of the largest number
                 np.testing.assert_allclose(found, wanted, rtol=0, atol=8 * 2**-11 * np.abs(wanted).max())
             else:

@@ -23,6 +23,11 @@ def _parser() -> argparse.ArgumentParser:
         "--model", metavar="MODEL", help="the checkpoint to compare with (default: the one it was made from)"
     )
     p.add_argument("--backend", help="default: the first one in the bundle that opens here")
+    p.add_argument(
+        "--device", choices=("cpu", "cuda"), help="for onnxruntime (default: cuda where it has the provider)"
+    )
+    p.add_argument("--plan", metavar="NAME", help="one of the bundle's plans (default: its first)")
+    p.add_argument("--text-budget", type=int, metavar="N", help="default: the smallest of the bundle's that fits")
     p.add_argument("--image", type=Path, metavar="FILE")
     p.add_argument("--prompt", metavar="TEXT")
     p.add_argument("--load-inputs", type=Path, metavar="F.npz", help="as himap-run's; default: drawn from --seed")
@@ -60,21 +65,29 @@ def main(argv: list[str] | None = None) -> None:
 
 def _validate(args: argparse.Namespace) -> Exit:
     from himap_export.engines.arrays import save_outputs
-    from himap_export.engines.bundle import open_bundle
+    from himap_export.engines.backends import Opening
+    from himap_export.engines.bundle import completed, open_bundle
     from himap_export.engines.cli import open_pipeline
+    from himap_export.engines.layout import text_tokens
     from himap_export.validate.parity import Asked, compare
     from himap_export.validate.questions import drawn_inputs, user_inputs
     from himap_export.validate.report import gates_json, parity_json, parity_lines
 
     bundle = open_bundle(args.bundle)
-    inputs = user_inputs(bundle, args.load_inputs, args.image, args.prompt)
-    inputs = inputs or drawn_inputs(bundle, args.prompts, args.seed)
     checkpoint = _checkpoint(bundle, args.model)
-    pipeline = open_pipeline(bundle, args.backend, args.threads, "himap-validate")
-    backend, asked = pipeline.backend, Asked(min(args.max_new_tokens, bundle.manifest.budget.new), args.atol, args.rtol)
+    if bundle.manifest.weight_form == "absent":
+        bundle = completed(bundle, checkpoint)
+    inputs = user_inputs(bundle, args.load_inputs, args.image, args.prompt, checkpoint)
+    image_token = bundle.manifest.model.image_token
+    needed = text_tokens(inputs.input_ids, inputs.attention_mask, image_token) if inputs else 0
+    bundle = bundle.at(args.plan, args.text_budget, needed)
+    inputs = inputs or drawn_inputs(bundle, args.prompts, args.seed)
+    pipeline = open_pipeline(bundle, args.backend, Opening(args.threads, args.device), "himap-validate")
+    backend, asked = pipeline.backend, Asked(min(args.max_new_tokens, bundle.budget.new), args.atol, args.rtol)
     parity = compare(pipeline, lambda dtype: _reference(checkpoint, dtype, args.threads), inputs, asked, _progress)
     del pipeline
     result: dict[str, Any] = {"bundle": str(args.bundle), "backend": backend, "dtype": bundle.manifest.dtype}
+    result |= {"plan": bundle.variant.plan_name, "text_budget": bundle.budget.text}
     result |= {"passed": parity.passed, "parity": parity_json(parity), "gates": gates_json(parity)}
     _say(args, parity_lines(parity, bundle, backend))
     if args.save_outputs is not None:

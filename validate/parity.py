@@ -132,8 +132,8 @@ class Comparison:
     def __init__(self, pipeline: Pipeline, reference: Reference, batch: Inputs, asked: Asked) -> None:
         self.pipeline, self.rows = pipeline, len(batch.input_ids)
         self.arrays = (batch.input_ids, batch.pixel_values, batch.attention_mask)
-        plan = pipeline.manifest.plan
-        self.cuts = Cuts(plan.k1, plan.k2, plan.r1, plan.r2)
+        plan, visual = pipeline.bundle.plan, pipeline.bundle.budget.visual
+        self.cuts = Cuts(plan.k1, plan.k2, plan.r1, plan.r2, None if plan.kept(visual[0]) == visual else visual[1:])
         self.truth = reference.prefill(*self.arrays, cuts=self.cuts)
         self.kept = (self.truth.kept_k1, self.truth.kept_k2)
         self.said = reference.generate(*self.arrays, max_new_tokens=asked.new_tokens, cuts=self.cuts, forced=self.kept)
@@ -184,7 +184,7 @@ class Comparison:
 
     def _cut(self, cut: str, kept: Integers) -> CutParity:
         """Compares `kept`, the positions kept at `cut`, with the reference's, in the light of both scores."""
-        stage, visual = int(cut[1]), self.pipeline.manifest.budget.visual
+        stage, visual = int(cut[1]), self.pipeline.bundle.budget.visual
         total, candidates = self.rows * visual[stage], self._candidates(stage)
         if f"score_{cut}" not in self.pipeline.tensors:
             return CutParity(cut, total, 0, 0, inf, 0.0, "nothing removed")
@@ -252,8 +252,8 @@ def compare(
     m, runs = pipeline.manifest, list[Comparison]()
     progress("PyTorch reference in fp32")
     reference = load("fp32")
-    for at in range(0, len(inputs.input_ids), m.budget.batch):
-        rows = slice(at, at + m.budget.batch)
+    for at in range(0, len(inputs.input_ids), pipeline.bundle.budget.batch):
+        rows = slice(at, at + pipeline.bundle.budget.batch)
         mask = None if inputs.attention_mask is None else inputs.attention_mask[rows]
         runs.append(
             Comparison(pipeline, reference, Inputs(inputs.input_ids[rows], inputs.pixel_values[rows], mask), asked)

@@ -9,12 +9,14 @@ from himap_export.engines.arrays import Inputs, load_inputs
 from himap_export.engines.bundle import Bundle
 
 
-def user_inputs(bundle: Bundle, arrays: Path | None, image: Path | None, prompt: str | None) -> Inputs | None:
+def user_inputs(
+    bundle: Bundle, arrays: Path | None, image: Path | None, prompt: str | None, checkpoint: Path
+) -> Inputs | None:
     """The prompts the user gave, as arrays or as an image and a question; None if neither."""
     if arrays is not None:
         return load_inputs(arrays)
     if image is not None and prompt is not None:
-        return load_question(bundle, image, prompt).arrays
+        return load_question(bundle, image, prompt, checkpoint).arrays
     return None
 
 
@@ -26,7 +28,7 @@ def drawn_inputs(bundle: Bundle, prompts: int, seed: int, fill: bool = False) ->
     m, rng = bundle.manifest, np.random.default_rng(seed)
     special = {m.model.image_token, m.model.pad_token, *m.model.eos_tokens}
     words = np.array([i for i in range(m.decoder.vocab) if i not in special])
-    visual, budget, slots = m.budget.visual[0], m.budget.text, m.budget.total[0]
+    visual, budget, slots = bundle.budget.visual[0], bundle.budget.text, bundle.budget.total[0]
     ids, mask = np.full((prompts, slots), m.model.pad_token, np.int64), np.zeros((prompts, slots), np.int64)
     for row in range(prompts):
         text = budget if fill else int(rng.integers(min(4, budget), budget + 1))

@@ -43,12 +43,16 @@ Item = TypeVar("Item", bound=np.generic)
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where HiMAP cuts (0-based layers) and the fraction of image tokens it removes there; r2 is of what K1 left."""
+    """Where HiMAP cuts (0-based layers) and the fraction of image tokens it removes there; r2 is of what K1 left.
+
+    `keep`: how many image tokens stay behind each cut, where a budget was rounded up; else what the fractions leave.
+    """
 
     k1: int
     k2: int
     r1: float
     r2: float
+    keep: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -260,7 +264,8 @@ class Reference:
             scores = attention[after_image if cut == 0 else is_image][:, is_image].sum(0)
             outputs.append(hidden[0])
             if forced is None:
-                kept = torch.cat((alive[~is_image], alive[is_image][_winners(scores, removed)])).sort().values
+                keep = _left(len(scores), removed) if cuts.keep is None else cuts.keep[cut]
+                kept = torch.cat((alive[~is_image], alive[is_image][_winners(scores, keep)])).sort().values
             else:
                 kept = _checked(forced[cut], alive)
             hidden, alive = hidden[:, torch.isin(alive, kept)], kept
@@ -336,9 +341,12 @@ def _attend(
     return base(module, query, key, value, attention_mask, **options)
 
 
-def _winners(scores: Tensor, removed: float) -> Tensor:
-    """Indices, ascending, of the `scores` [V] that stay when floor(removed * V) leave; of equals the first stay."""
-    keep = len(scores) - math.floor(removed * len(scores))
+def _left(tokens: int, removed: float) -> int:
+    return tokens - math.floor(removed * tokens)
+
+
+def _winners(scores: Tensor, keep: int) -> Tensor:
+    """Indices, ascending, of the `keep` largest of `scores` [V]; of equals the first stay."""
     return scores.sort(descending=True, stable=True).indices[:keep].sort().values
 
 

@@ -4,7 +4,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from himap_export.engines.bundle import Bundle
+from himap_export.engines.bundle import Bundle, open_bundle
 from himap_export.graphs.flops import true_ratio
 from himap_export.graphs.plan import TokenBudget
 from himap_export.validate.workers import Contender, Times, race, ratios
@@ -26,8 +26,7 @@ class Speed:
 
 def ceiling(bundle: Bundle) -> float:
     """1 / FLOPs kept in decoder prefill, every slot of the text budget filled."""
-    m = bundle.manifest
-    return 1 / true_ratio(m.decoder, m.plan, m.budget.visual[0], m.budget.text)
+    return 1 / true_ratio(bundle.manifest.decoder, bundle.plan, bundle.budget.visual, bundle.budget.text)
 
 
 def measure(bundle: Bundle, checkpoint: Path, backend: str, iterations: int, warm_up: int, threads: int) -> Speed:
@@ -35,9 +34,9 @@ def measure(bundle: Bundle, checkpoint: Path, backend: str, iterations: int, war
     with tempfile.TemporaryDirectory(prefix="himap-unpruned-") as folder:
         twin = export_unpruned(bundle, checkpoint, backend, Path(folder) / "bundle")
         contenders = (
-            Contender(PRUNED, "bundle", bundle.folder, bundle.folder, backend),
-            Contender(UNPRUNED, "bundle", twin, bundle.folder, backend),
-            Contender(TORCH, "torch", checkpoint, bundle.folder),
+            Contender(PRUNED, "bundle", bundle, checkpoint, backend),
+            Contender(UNPRUNED, "bundle", open_bundle(twin, verify=False), checkpoint, backend),
+            Contender(TORCH, "torch", bundle, checkpoint),
         )
         return Speed(ceiling(bundle), tuple(race(contenders, iterations, warm_up, threads)))
 
@@ -46,13 +45,12 @@ def export_unpruned(bundle: Bundle, checkpoint: Path, backend: str, out: Path) -
     """The same model, budgets and dtype with nothing removed: same graphs, no scores, no gathers."""
     from himap_export.exporter.export import export
     from himap_export.exporter.llava import vision_spec
-    from himap_export.exporter.planning import Planned
+    from himap_export.exporter.planning import Planned, PlannedVariant
     from himap_export.exporter.registry import resolve
 
-    m = bundle.manifest
-    plan = replace(m.plan, r1=0.0, r2=0.0)
-    budget = TokenBudget(plan.kept(m.budget.visual[0]), m.budget.text, m.budget.new, m.budget.batch)
-    model = resolve(str(checkpoint))
-    planned = Planned(model, m.decoder, vision_spec(model.config), plan, budget, m.dtype, (backend,))
+    m, old, plan = bundle.manifest, bundle.budget, replace(bundle.plan, r1=0.0, r2=0.0)
+    budget = TokenBudget(plan.kept(old.visual[0]), old.text, old.new, old.batch)
+    model, variant = resolve(str(checkpoint)), PlannedVariant("unpruned", plan, budget, budget.visual)
+    planned = Planned(model, m.decoder, vision_spec(model.config), (variant,), m.dtype, (backend,))
     export(planned, out, ("himap-validate",), False, lambda line: None)
     return out

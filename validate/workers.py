@@ -4,7 +4,6 @@ A runtime's spinning threads slow its neighbours, so each contender lives alone 
 drifts, so they take turns, round by round, and ratios are taken within a round.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from himap_export.engines.bundle import Bundle
+from himap_export.engines.isolation import environment
 from himap_export.graphs.errors import Exit, HimapError
 
 ACTS = ("vision", "prefill", "decode")
@@ -22,13 +23,13 @@ DECODE_STEPS = 16
 
 @dataclass(frozen=True)
 class Contender:
-    """`kind` "bundle" (then `source` is its folder and `backend` its engines) or "torch" (a checkpoint, PyTorch SDPA,
-    unpruned; prompts as in the bundle `like`)."""
+    """`kind` "bundle" (`backend` has its engines) or "torch" (the checkpoint, PyTorch SDPA, unpruned; prompts as the
+    bundle's)."""
 
     name: str
     kind: str
-    source: Path
-    like: Path
+    bundle: Bundle
+    checkpoint: Path
     backend: str = ""
 
 
@@ -80,14 +81,9 @@ def _worker(contender: Contender, threads: int) -> Iterator[Connection]:
     context = get_context("spawn")
     mine, his = context.Pipe()
     limits = {"OMP_NUM_THREADS": str(threads), "KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}
-    before = {name: os.environ.get(name) for name in limits}
-    os.environ.update(limits)  # read when the child loads its runtime
     process = context.Process(target=_serve, args=(his, contender, threads), daemon=True)
-    try:
+    with environment(limits):  # read when the child loads its runtime
         process.start()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
     his.close()
     try:
         _ask(mine, "ready")
@@ -137,16 +133,16 @@ def _clock(work: Callable[[], object], times: int = 1) -> float:
 
 
 def _bundle(contender: Contender, threads: int) -> dict[str, Callable[[], float]]:
-    from himap_export.engines.bundle import open_bundle
+    from himap_export.engines.backends import Opening
     from himap_export.engines.pipeline import PREFILL, Pipeline
     from himap_export.validate.questions import drawn_inputs
 
-    bundle = open_bundle(contender.source, verify=False)
-    pipeline = Pipeline(bundle, contender.backend, threads)
-    inputs = drawn_inputs(bundle, bundle.manifest.budget.batch, 0, fill=True)
+    bundle = contender.bundle
+    pipeline = Pipeline(bundle, contender.backend, Opening(threads))
+    inputs = drawn_inputs(bundle, bundle.budget.batch, 0, fill=True)
     prefilled, layout = pipeline.prefill(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
     tokens = prefilled.logits.argmax(axis=1)
-    steps = min(DECODE_STEPS, bundle.manifest.budget.new)
+    steps = min(DECODE_STEPS, bundle.budget.new)
 
     def prefill() -> None:
         for stage in PREFILL:
@@ -167,21 +163,22 @@ def _torch(contender: Contender, threads: int) -> dict[str, Callable[[], float]]
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from himap_export.engines.bundle import open_bundle
     from himap_export.validate.questions import drawn_inputs
     from himap_export.validate.reference import Reference
 
     torch.set_num_threads(threads)
     disable_progress_bar()
-    bundle = open_bundle(contender.like, verify=False)
-    inputs = drawn_inputs(bundle, bundle.manifest.budget.batch, 0, fill=True)
+    bundle = contender.bundle
+    inputs = drawn_inputs(bundle, bundle.budget.batch, 0, fill=True)
     try:
-        model = Reference(contender.source, attn_implementation="sdpa")
+        model = Reference(contender.checkpoint, attn_implementation="sdpa")
     except (OSError, ValueError) as problem:
-        raise HimapError(f"cannot load {contender.source}", str(problem).splitlines()[0], code=Exit.MISSING) from None
+        raise HimapError(
+            f"cannot load {contender.checkpoint}", str(problem).splitlines()[0], code=Exit.MISSING
+        ) from None
     with torch.inference_mode():
         embeds = torch.stack(model.embed(inputs.input_ids, inputs.pixel_values, inputs.attention_mask))
-        steps, length = min(DECODE_STEPS, bundle.manifest.budget.new), embeds.shape[1]
+        steps, length = min(DECODE_STEPS, bundle.budget.new), embeds.shape[1]
 
         def decode() -> float:
             logits, cache = model.forward(embeds)

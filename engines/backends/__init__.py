@@ -1,20 +1,36 @@
-"""One module per backend, each with the same two functions.
+"""One module per backend, each with the same functions.
 
-`build(bundle, graph)` compiles one ONNX graph of a bundle folder, and `open_engines(bundle, threads)` opens what was
-built. Both raise HimapError with exit code 4 when the backend's package or device is missing.
+`build(bundle, graph, gather)` compiles one ONNX graph of a bundle folder, and `open_engines(bundle, opening)` opens what
+was built. Both raise HimapError with exit code 4 when the backend's package or device is missing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol, cast
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.command import BACKENDS
+from himap_export.engines.isolation import isolated
 from himap_export.engines.manifest import EngineRecord, TensorSpec
 from himap_export.graphs.errors import Exit, HimapError
+
+Gather = Literal["auto", "plugin", "ops"]  # the form of the top-k gather in an engine
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How to open engines: CPU `threads` (None: all); `device` "cpu" or "cuda" where a backend knows both."""
+
+    threads: int | None = None
+    device: str | None = None
+
+
+ANYWAY = Opening()
 
 
 class Tensor(Protocol):
@@ -34,19 +50,30 @@ class Engines(Protocol):
     def tensor(self, spec: TensorSpec) -> Tensor: ...
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
-        """A function that runs `graph` on these tensors; one bound as input and output is updated in place."""
+        """A function that runs `graph`, as the manifest names it, on these tensors.
+
+        One that is bound as input and as output is updated in place.
+        """
+        ...
+
+    def chain(self, runs: Sequence[Callable[[], None]]) -> Callable[[], None]:
+        """One function that does what `runs` of this object do, one after the other, at the least cost."""
         ...
 
 
 class Backend(Protocol):
     """What a backend's module offers."""
 
-    def check(self, bundle_dtype: str) -> None:
-        """HimapError if this backend cannot build graphs of this dtype, or is not installed."""
+    def check(self, dtype: str, gather: Gather) -> None:
+        """HimapError if this backend cannot build graphs of this dtype and gather, or is not installed."""
         ...
 
-    def build(self, bundle: Bundle, graph: str) -> EngineRecord: ...
-    def open_engines(self, bundle: Bundle, threads: int | None = None) -> Engines: ...
+    def environment(self, gather: Gather, scratch: Path) -> Mapping[str, str] | None:
+        """Variables of the process of its own that a build needs, or None if any process will do."""
+        ...
+
+    def build(self, bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord: ...
+    def open_engines(self, bundle: Bundle, opening: Opening = ANYWAY) -> Engines: ...
     def version(self) -> dict[str, str]: ...
 
 
@@ -55,6 +82,21 @@ def load_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise HimapError(f"unknown backend {name}", hint=f"known: {', '.join(BACKENDS)}", code=Exit.USAGE)
     return cast(Backend, import_module(f"{__name__}.{name.replace('-', '_')}"))
+
+
+def build_all(
+    name: str, bundle: Bundle, graphs: Sequence[str], gather: Gather, scratch: Path
+) -> dict[str, EngineRecord]:
+    """Compiles `graphs` on one backend, in a process of its own if the backend wants one."""
+    variables = load_backend(name).environment(gather, scratch)
+    if variables is None:
+        return _build_here(name, bundle, graphs, gather)
+    return isolated(f"building {name} engines", variables, _build_here, name, bundle, graphs, gather)
+
+
+def _build_here(name: str, bundle: Bundle, graphs: Sequence[str], gather: Gather) -> dict[str, EngineRecord]:
+    backend = load_backend(name)
+    return {graph: backend.build(bundle, graph, gather) for graph in graphs}
 
 
 def as_stored(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:

@@ -1,26 +1,29 @@
-"""onnxruntime on the CPU: the bundle's ONNX graphs are its engines.
+"""onnxruntime on the CPU or, as onnxruntime-gpu, on a GPU: the bundle's ONNX graphs are its engines.
 
-All sessions read the same mapped weight files: each weight is one OrtValue over the file's pages, shared with every
-session, and prepacking is off because it would keep a second, private copy per session.
+All sessions share each weight as one OrtValue: over the mapped file's pages, or once on the device. Prepacking is off,
+because it would keep a second, private copy per session; but where weights are embedded that copy is the point.
+
+The CUDA provider has not been on hardware yet: it is written from onnxruntime's documentation.
 """
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.engines.backends import Tensor, as_stored
+from himap_export.engines.backends import ANYWAY, Gather, Opening, Tensor, as_stored
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import EngineRecord, TensorSpec
 from himap_export.engines.weight_file import NUMPY, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
 
-_ELEMENT = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16", "int64": "int64"}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def _onnxruntime() -> ModuleType:
@@ -32,27 +35,79 @@ def _onnxruntime() -> ModuleType:
     return onnxruntime
 
 
-def check(bundle_dtype: str) -> None:
+def check(dtype: str, gather: Gather) -> None:
     _onnxruntime()
-    if bundle_dtype == "bf16":
+    if dtype == "bf16":
         hint = "use --dtype fp16 or fp32"
         raise HimapError("onnxruntime's CPU kernels do not compute in bf16", hint=hint, code=Exit.USAGE)
+    if gather == "plugin":
+        hint = "leave --gather out: onnxruntime runs the gather's standard operators"
+        raise HimapError("onnxruntime has no plugins", hint=hint, code=Exit.USAGE)
+
+
+def environment(gather: Gather, scratch: Path) -> None:
+    return None
 
 
 def version() -> dict[str, str]:
     return {"onnxruntime": _onnxruntime().__version__}
 
 
-def build(bundle: Bundle, graph: str) -> EngineRecord:
+def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
     """Opens the graph once: proof that every node has a kernel. The ONNX file itself is the engine."""
     start = time.perf_counter()
-    _Sessions(bundle, None).session(graph)
-    gather = "ops" if any(name.startswith("score_") for name in bundle.graph(graph).inputs) else "none"
-    return EngineRecord(bundle.graph(graph).file, round(time.perf_counter() - start, 3), gather)
+    record = bundle.manifest.graphs[graph]
+    weights = {} if bundle.manifest.weight_form == "absent" else _values(bundle, record.weights, "cpu")
+    _session(bundle, graph, weights, ANYWAY, "cpu")
+    form = "ops" if any(name.startswith("score_") for name in record.inputs) else "none"
+    return EngineRecord(record.file, round(time.perf_counter() - start, 3), form)
 
 
-def open_engines(bundle: Bundle, threads: int | None = None) -> "OnnxRuntime":
-    return OnnxRuntime(bundle, threads)
+def open_engines(bundle: Bundle, opening: Opening = ANYWAY) -> "OnnxRuntime":
+    return OnnxRuntime(bundle, opening)
+
+
+def _device(asked: str | None) -> str:
+    """ "cuda" where the CUDA provider is installed, unless the user says otherwise; HimapError (missing) if it is not."""
+    held = _PROVIDERS["cuda"] in _onnxruntime().get_available_providers()
+    if asked == "cuda" and not held:
+        hint = "pip install 'himap-export[cuda]' in the place of onnxruntime"
+        raise HimapError("this onnxruntime has no CUDA provider", hint=hint, code=Exit.MISSING)
+    return asked or ("cuda" if held else "cpu")
+
+
+def _values(bundle: Bundle, names: Iterable[str], device: str) -> dict[str, Any]:
+    """Weights as OrtValues: on the CPU over the mapped files' pages, on a GPU copied there one by one."""
+    wanted = set(names)
+    arrays = map_tensors(t for name, t in bundle.tensors.items() if name in wanted)
+    made = _onnxruntime().OrtValue.ortvalue_from_numpy
+    return {name: made(array, device, 0) for name, array in arrays.items()}
+
+
+def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Opening, device: str) -> Any:
+    """A graph over `weights`, as far as it reads them from outside its own file."""
+    ort, options = _onnxruntime(), _onnxruntime().SessionOptions()
+    options.intra_op_num_threads = opening.threads or len(os.sched_getaffinity(0))
+    options.log_severity_level = 3
+    record = bundle.manifest.graphs[graph]
+    if bundle.manifest.weight_form != "embedded":
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if bundle.manifest.weight_form == "shared":
+        for name in record.weights:
+            options.add_initializer(name, weights[name])
+    providers = [_PROVIDERS["cpu"]] if device == "cpu" else [(_PROVIDERS["cuda"], {"device_id": 0}), _PROVIDERS["cpu"]]
+    path = str(bundle.path(record.file))
+    try:
+        # Constant folding would keep a transposed private copy of every weight of the vision tower.
+        session = ort.InferenceSession(path, options, providers=providers, disabled_optimizers=["ConstantFolding"])
+    except Exception as problem:  # onnxruntime's own exceptions share no base class
+        details = str(problem).splitlines()[0]
+        hint = "check onnxruntime's version against the manifest's"
+        raise HimapError(f"onnxruntime refuses {path}", details, hint) from None
+    if _PROVIDERS[device] not in session.get_providers():  # onnxruntime itself falls back with a warning
+        hint = "check the GPU's driver, or give --device cpu"
+        raise HimapError("onnxruntime cannot use the CUDA provider", hint=hint, code=Exit.MISSING)
+    return session
 
 
 class HostTensor:
@@ -70,56 +125,52 @@ class HostTensor:
         return self.array.copy()
 
 
-class _Sessions:
-    """Opens graphs over one set of weights."""
+class CudaTensor:
+    """Device memory that onnxruntime's sessions share; only `write` and `read` move it."""
 
-    def __init__(self, bundle: Bundle, threads: int | None) -> None:
-        self.bundle, self.ort = bundle, _onnxruntime()
-        self.threads = threads or len(os.sched_getaffinity(0))
-        wanted = {name for g in bundle.manifest.graphs.values() for name in g.weights}
-        arrays = map_tensors(t for name, t in bundle.tensors.items() if name in wanted)
-        self.weights = {name: self.ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec = spec
+        self.value = _onnxruntime().OrtValue.ortvalue_from_numpy(np.zeros(spec.shape, NUMPY[spec.dtype]), "cuda", 0)
 
-    def session(self, graph: str) -> Any:
-        options = self.ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = self.threads, 3
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        record = self.bundle.graph(graph)
-        for name in record.weights:
-            options.add_initializer(name, self.weights[name])
-        path = str(self.bundle.path(record.file))
-        try:
-            # Constant folding would keep a transposed private copy of every weight of the vision tower.
-            return self.ort.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
-            )
-        except Exception as problem:  # onnxruntime's own exceptions share no base class
-            details = str(problem).splitlines()[0]
-            raise HimapError(
-                f"onnxruntime refuses {path}", details, "check onnxruntime's version against the manifest's"
-            ) from None
+    def write(self, values: npt.NDArray[Any]) -> None:
+        stored = as_stored(values, self.spec.dtype)
+        self.value.update_inplace(np.ascontiguousarray(np.broadcast_to(stored, self.spec.shape)))
+
+    def read(self) -> npt.NDArray[Any]:
+        array: npt.NDArray[Any] = self.value.numpy()
+        return array
 
 
 class OnnxRuntime:
-    """The sessions of a bundle on the CPU."""
+    """The sessions of a bundle on one device, over one copy of its weights."""
 
-    device = "cpu"
+    def __init__(self, bundle: Bundle, opening: Opening) -> None:
+        self._bundle, self._opening, self.device = bundle, opening, _device(opening.device)
+        form = bundle.manifest.weight_form
+        self._weights = {} if form == "embedded" else _values(bundle, bundle.weights(), self.device)
 
-    def __init__(self, bundle: Bundle, threads: int | None) -> None:
-        self._sessions = _Sessions(bundle, threads)
-
-    def tensor(self, spec: TensorSpec) -> HostTensor:
-        return HostTensor(spec)
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        return HostTensor(spec) if self.device == "cpu" else CudaTensor(spec)
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
-        session, record = self._sessions.session(graph), self._sessions.bundle.graph(graph)
-        binding = session.io_binding()
+        session = _session(self._bundle, graph, self._weights, self._opening, self.device)
+        record, binding = self._bundle.manifest.graphs[graph], session.io_binding()
         for names, bind in (
             (record.inputs, binding.bind_ortvalue_input),
             (record.outputs, binding.bind_ortvalue_output),
         ):
             for name in names:
                 tensor = tensors[name]
-                assert isinstance(tensor, HostTensor)  # tensors come from this object's own `tensor`
+                assert isinstance(tensor, HostTensor | CudaTensor)  # tensors come from this object's own `tensor`
                 bind(name, tensor.value)
+        if self._bundle.manifest.weight_form == "absent":  # such a graph takes its weights as inputs
+            for name in record.weights:
+                binding.bind_ortvalue_input(name, self._weights[name])
         return lambda: session.run_with_iobinding(binding)
+
+    def chain(self, runs: Sequence[Callable[[], None]]) -> Callable[[], None]:
+        def run() -> None:
+            for each in runs:
+                each()
+
+        return run

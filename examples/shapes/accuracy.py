@@ -4,7 +4,6 @@ The first token decides: every answer is one token. All three run on the PyTorch
 """
 
 import argparse
-import json
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -43,7 +42,7 @@ def answers(job: tuple[Path, int, int, int, int]) -> list[tuple[str, dict[str, b
     assert m.image and m.prompt and m.tokenizer
     tokenizer = load_tokenizer(bundle.path(m.tokenizer))
     how, prompt = ImagePreprocessing.from_json(m.image), PromptFormat.from_json(m.prompt)
-    model, cuts = Reference(Path(m.model.source)), Cuts(m.plan.k1, m.plan.k2, m.plan.r1, m.plan.r2)
+    model, cuts = Reference(Path(m.model.source)), Cuts(bundle.plan.k1, bundle.plan.k2, bundle.plan.r1, bundle.plan.r2)
     found = []
     for n, (image, question, answer, kind) in enumerate(held_out(count, SEED)):
         if n % step != start:
@@ -57,7 +56,7 @@ def answers(job: tuple[Path, int, int, int, int]) -> list[tuple[str, dict[str, b
 
         results = {"unpruned": right(), "himap": right(cuts=cuts)}
         for seed in range(seeds):
-            forced = random_sets(ids, m.model.image_token, m.budget.visual[1:], f"{n} {seed}")
+            forced = random_sets(ids, m.model.image_token, bundle.budget.visual[1:], f"{n} {seed}")
             results[f"random {seed}"] = right(cuts=cuts, forced=forced)
         found.append((kind, results))
     return found
@@ -92,8 +91,8 @@ def main() -> None:
     jobs = [(args.bundle, args.questions, args.seeds, start, args.workers) for start in range(args.workers)]
     with ProcessPoolExecutor(args.workers) as pool:
         found = [row for part in pool.map(answers, jobs) for row in part]
-    manifest = json.loads((args.bundle / "manifest.json").read_text())
-    print(f"plan {manifest['plan']}, image tokens {manifest['budget']['visual']}\n")
+    bundle = open_bundle(args.bundle, verify=False)
+    print(f"plan {bundle.plan}, image tokens {list(bundle.budget.visual)}\n")
     print("\n".join(table(found)))
 
 

@@ -139,8 +139,14 @@ class Chain:
         have: Arrays = {name: getattr(layout, name) for name in ("input_ids", "position_ids", "token_kind")}
         have["image_features"] = features
         for name in ("prefix", "k1", "k2"):
+            # Whatever an earlier prompt left in the caches must not matter.
+            have |= {v.name: self.stale(v) for v in self.graphs[name].model.graph.inputs if "past_" in str(v.name)}
             self.run(name, have)
         return have
+
+    def stale(self, cache: ir.Value) -> Floats:
+        assert cache.shape is not None
+        return np.full(cache.shape.numpy(), 1e3, np.float32)
 
     def step(self, have: Arrays, tokens: Ints, positions: Ints) -> Floats:
         """Appends `tokens` [B] at `positions` [B] to the caches in `have`; logits [B,W]."""

@@ -9,6 +9,7 @@ import torch
 from commands import Workshop
 from numpy.typing import NDArray
 
+from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import open_bundle
 from himap_export.engines.pipeline import Pipeline
 from himap_export.validate.parity import (
@@ -35,7 +36,7 @@ class Sabotaged(Pipeline):
     """Every time `graph` has run, `tensor` is replaced by what `edit` makes of it."""
 
     def __init__(self, bundle: Path, graph: str, tensor: str, edit: Edit) -> None:
-        super().__init__(open_bundle(bundle), "onnxruntime", threads=1)
+        super().__init__(open_bundle(bundle), "onnxruntime", Opening(threads=1))
         self._edit, self._runs = (graph, tensor, edit), 0
 
     def run(self, graph: str) -> None:
@@ -150,7 +151,7 @@ def test_a_token_that_the_logits_do_not_explain_fails(work: Workshop, monkeypatc
 def test_a_swap_inside_the_error_is_a_tie_and_is_forced_away(work: Workshop) -> None:
     """The two scores at the threshold change places; in fp16 that is well inside what rounding may do to them."""
     bundle = work.bundle("gqa2", "--dtype", "fp16", cuts=CUTS)
-    keep = open_bundle(bundle).manifest.budget.visual[1]
+    keep = open_bundle(bundle).budget.visual[1]
 
     def edit(score: Floats, _: int) -> Floats:
         ranked = np.argsort(np.where(np.isfinite(score[0]), -score[0], np.inf))

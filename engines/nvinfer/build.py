@@ -1,0 +1,124 @@
+"""From an ONNX graph to an engine: parsed, configured, built, written, and read back for what it became."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import IO, TYPE_CHECKING, Any
+
+from himap_export.engines.backends import Gather
+from himap_export.engines.bundle import Bundle
+from himap_export.engines.manifest import EngineRecord
+from himap_export.engines.nvinfer.flavour import Flavour, log_of, one_line
+from himap_export.engines.nvinfer.kernels import kernels, layers
+from himap_export.graphs.errors import Exit, HimapError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def check(flavour: Flavour, dtype: str) -> None:
+    """HimapError if the product is not installed, or has no fused attention in `dtype`."""
+    flavour.api()
+    if dtype == "fp32":
+        hint = "use --dtype fp16 or bf16"
+        raise HimapError(f"{flavour.title} has no fused attention kernel in fp32", hint=hint, code=Exit.USAGE)
+
+
+def build(flavour: Flavour, bundle: Bundle, graph: str, gather: Gather) -> EngineRecord:
+    """Compiles one graph into `<flavour>/<graph>.engine`; `gather` "plugin" or "ops" says which form it must hold.
+
+    Weights are the engine's inputs, so that it is small and all engines share one copy; unless the bundle embeds them:
+    then they are constants inside it.
+    """
+    trt, log, start = flavour.api(), log_of(flavour), time.perf_counter()
+    log.clear()
+    record, file = bundle.manifest.graphs[graph], f"{flavour.name}/{graph}.engine"
+    source, path = bundle.path(record.file), bundle.path(file)
+    builder = trt.Builder(log)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, log)
+    operators = _parse(flavour, parser, source, bundle.manifest.weight_form == "embedded", frozenset(record.weights))
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as out:
+        built = builder.build_serialized_network_to_stream(network, _config(flavour, builder), _writer(trt, out))
+    if not built:
+        path.unlink()
+        raise _refused(flavour, source, next(iter(log.errors), "the builder says no more"))
+    form = _gather_form(trt, network, operators)
+    if form not in ("none", gather):
+        details = f"the engine of {graph} holds its {'standard operators' if form == 'ops' else form}"
+        raise HimapError(f"{flavour.title} did not take the gather as {gather}", details)
+    seconds = round(time.perf_counter() - start, 3)
+    return EngineRecord(file, seconds, form, layers(network), kernels(log.layers, operators))
+
+
+def _parse(flavour: Flavour, parser: Any, source: Path, inside: bool, weights: frozenset[str]) -> dict[str, str]:
+    """Reads `source` into the parser's network; returns each node's operator by name."""
+    import onnx_ir as ir
+
+    try:
+        model = ir.load(source)  # external initializers stay on disk
+    except Exception as problem:  # protobuf's and onnx_ir's errors share no base class
+        raise _refused(flavour, source, f"not a readable ONNX file, {problem}") from None
+    if inside:
+        parsed = parser.parse_from_file(str(source))
+    else:
+        _turn_into_inputs(model.graph, weights)
+        parsed = parser.parse(ir.to_proto(model).SerializeToString())
+    if not parsed:
+        raise _refused(flavour, source, _first_error(parser))
+    return {node.name or "": node.op_type for node in model.graph}
+
+
+def _turn_into_inputs(graph: "ir.Graph", weights: frozenset[str]) -> None:
+    """Initializers among `weights` become inputs; in a bundle without weights they are already."""
+    for name in sorted(weights & graph.initializers.keys()):
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)
+
+
+def _config(flavour: Flavour, builder: Any) -> Any:
+    trt, config = flavour.api(), builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it the log names no layers
+    if flavour.capabilities:
+        config.num_compute_capabilities = len(flavour.capabilities)
+    for i, capability in enumerate(flavour.capabilities):
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), i)
+    return config
+
+
+def _writer(trt: ModuleType, out: IO[bytes]) -> Any:
+    """The engine goes to its file in pieces: with weights inside it is larger than what memory should hold twice."""
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            return out.write(data)
+
+    return Writer()
+
+
+def _first_error(parser: Any) -> str:
+    if not parser.num_errors:
+        return "the parser says no more"
+    error = parser.get_error(0)
+    return f"{error.node_operator()} {error.node_name()}: {error.desc()}"
+
+
+def _refused(flavour: Flavour, source: Path, problem: str) -> HimapError:
+    if "not supported by a dedicated kernel" in problem:
+        details, hint = "it has no fused kernel for one of its Attention nodes", "heads as narrow as 8 have none"
+    else:
+        details, hint = one_line(problem), f"check {flavour.name}'s version"
+    return HimapError(f"{flavour.title} refuses {source}", details, hint)
+
+
+def _gather_form(trt: ModuleType, network: Any, operators: Mapping[str, str]) -> str:
+    """Whether the parser found a plugin for `himap::TopKGather` or inlined its standard operators."""
+    if any(network.get_layer(i).type == trt.LayerType.PLUGIN_V3 for i in range(network.num_layers)):
+        return "plugin"
+    return "ops" if "TopKGather" in operators.values() else "none"

@@ -1,0 +1,85 @@
+"""The two products behind one API, as data, and the one logger that each allows a process."""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from textwrap import shorten
+from types import ModuleType
+from typing import Any
+
+from himap_export.graphs.errors import Exit, HimapError
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """`name` as users write it, `title` as NVIDIA does, `module` as Python imports it.
+
+    `capabilities`: compute capabilities that an engine is built for ahead of time; empty: for the GPU at hand only.
+    """
+
+    name: str
+    title: str
+    module: str
+    capabilities: tuple[int, ...]
+    install: str
+
+    def api(self) -> ModuleType:
+        """The Python bindings; HimapError (missing) if they, or the libraries behind them, are not there."""
+        try:
+            return import_module(self.module)
+        except (ImportError, OSError) as problem:
+            raise HimapError(f"{self.name} is not installed", _reason(problem), self.install, Exit.MISSING) from None
+
+    def version(self) -> str:
+        return str(self.api().__version__)
+
+
+def _reason(problem: Exception) -> str:
+    """Why an import failed, unless it is simply absent."""
+    return "" if isinstance(problem, ModuleNotFoundError) else one_line(str(problem))
+
+
+RTX = Flavour(
+    name="tensorrt-rtx",
+    title="TensorRT-RTX",
+    module="tensorrt_rtx",
+    # All that it knows but Turing (75), which has neither bf16 nor the scores' fp32 products; it knows no Hopper.
+    capabilities=(80, 86, 89, 120, 121),
+    install="pip install 'himap-export[tensorrt-rtx]'; building engines needs no GPU",
+)
+DATACENTER = Flavour(
+    name="tensorrt",
+    title="TensorRT",
+    module="tensorrt",
+    capabilities=(),
+    install="pip install 'himap-export[tensorrt]', from NVIDIA's package index, on a machine with the GPU",
+)
+
+
+@cache
+def log_of(flavour: Flavour) -> Any:
+    """The process's one logger. TensorRT keeps the first it is given, so a second would never hear a word."""
+    trt = flavour.api()
+
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        """Prints nothing; keeps the errors and the list of layers of what was built last."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.clear()
+
+        def clear(self) -> None:
+            self.errors: list[str] = []
+            self.layers = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(message)
+            elif "Layers:" in message and len(message) > len(self.layers):
+                self.layers = message
+
+    return Log()
+
+
+def one_line(text: str) -> str:
+    return shorten(text, 300)

@@ -1,0 +1,84 @@
+"""Work folders as the exporter leaves them before it compiles, of a tiny decoder that every backend can build."""
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from himap_export.engines.bundle import Bundle
+from himap_export.engines.manifest import GraphRecord, Manifest, ModelRecord, TensorSpec, Variant, WeightForm
+from himap_export.engines.weight_file import read_header
+from himap_export.exporter.bind import bind
+from himap_export.graphs.build import IR_DTYPE, StageGraph
+from himap_export.graphs.plan import PruningPlan, TokenBudget
+from himap_export.graphs.spec import DecoderSpec, Dtype
+from himap_export.graphs.stages import StagedModel
+
+SPEC, V, T, NEW = DecoderSpec(4, 64, 128, 4, 2, 16, 96), 16, 24, 8
+PRUNED, WHOLE = PruningPlan(1, 3, 0.5, 0.75), PruningPlan(1, 3, 0, 0)
+LAYERS = {"prefix": 1, "k1": 2, "k2": 1, "decode": 4}
+_NAMES = {code: name for name, code in IR_DTYPE.items()} | {ir.DataType.INT64: "int64"}
+
+
+def staged(dtype: Dtype, plan: PruningPlan = PRUNED) -> StagedModel:
+    return StagedModel(SPEC, plan, TokenBudget(plan.kept(V), T, NEW), dtype, lambda role: f"model.{role}")
+
+
+def vision(dtype: Dtype) -> StageGraph:
+    """A CLIP tower whose heads are wide enough to fuse, and its projector."""
+    from himap_export.exporter.vision import vision_graph
+
+    tower = {"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128, "image_size": 56}
+    tower |= {"num_attention_heads": 4, "num_hidden_layers": 3, "patch_size": 14, "projection_dim": 64}
+    text = {"model_type": "llama", "hidden_size": SPEC.hidden, "intermediate_size": SPEC.ffn, "num_hidden_layers": 4}
+    text |= {"num_attention_heads": 4, "vocab_size": SPEC.vocab}
+    config = {"model_type": "llava", "image_token_index": 95, "text_config": text, "vision_config": tower}
+    return vision_graph(config, SPEC, TokenBudget((V, 8, 2), T, NEW), dtype, lambda name: name)
+
+
+def store(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: Dtype) -> None:
+    """Random weights as a safetensors file."""
+    random, header, data = np.random.default_rng(0), {}, b""
+    for name, shape in shapes.items():
+        values = (0.1 * random.standard_normal(shape)).astype(np.float32)
+        raw = {
+            "fp32": values,
+            "fp16": values.astype(np.float16),
+            "bf16": (values.view(np.uint32) >> 16).astype(np.uint16),
+        }
+        content = raw[dtype].tobytes()
+        kind = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}[dtype]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def specs(values: list[ir.Value]) -> dict[str, TensorSpec]:
+    found = {}
+    for v in values:
+        assert v.name and v.dtype and v.shape
+        found[v.name] = TensorSpec(_NAMES[v.dtype], tuple(int(n) for n in v.shape.numpy()))
+    return found
+
+
+def unsealed(folder: Path, model: StagedModel, graphs: tuple[StageGraph, ...], form: WeightForm = "shared") -> Bundle:
+    """A work folder as the exporter leaves it before it compiles."""
+    (folder / "weights").mkdir(parents=True)
+    store(folder / "weights/w.safetensors", {n: s for g in graphs for n, s in g.weights.items()}, model.dtype)
+    tensors, records = read_header(folder / "weights/w.safetensors"), {}
+    for graph in graphs:
+        inputs = specs([v for v in graph.model.graph.inputs if v.name not in graph.weights])
+        outputs = specs(list(graph.model.graph.outputs))
+        weights = {name: TensorSpec(model.dtype, shape) for name, shape in graph.weights.items()}
+        ir.save(bind(graph, tensors, lambda t: f"weights/{t.file.name}"), folder / f"{graph.name}.onnx")
+        records[graph.name] = GraphRecord(f"{graph.name}.onnx", inputs, outputs, weights)
+    variant = Variant("qa", model.plan, model.budget, {graph.name: graph.name for graph in graphs})
+    manifest = Manifest(
+        ModelRecord("tiny", "tiny", "tiny", 95, (2,), 0), model.spec, (variant,), model.dtype,
+        records, {}, form, ("weights/w.safetensors",), None, None, None, {}, (),
+    )  # fmt: skip
+    return Bundle(folder, manifest, variant)
