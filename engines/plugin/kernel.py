@@ -47,7 +47,7 @@ def top_k_gather(
     Program (i, b) moves what is kept of sequence b's tokens i * rows .. i * rows + rows - 1. Each program selects
     anew: the scores are a few KB that stay in the cache, and a second launch would cost more.
     """
-    tl.static_assert(keep > 0 and keep <= tokens and tokens <= width)  # else the search would not end
+    tl.static_assert(keep > 0 and keep <= tokens and tokens <= width)
     sequence = tl.program_id(1).to(tl.int64)
     score += sequence * tokens
 
@@ -58,7 +58,7 @@ def top_k_gather(
     threshold = tl.zeros((), tl.int64)
     bit = tl.full((), width << 31, tl.int64)
     count = tl.full((), tokens, tl.int32)
-    while count != keep:
+    while (count != keep) & (bit != 0):
         reached = tl.sum((key >= threshold + bit).to(tl.int32), 0)
         enough = reached >= keep
         threshold, count = tl.where(enough, threshold + bit, threshold), tl.where(enough, reached, count)

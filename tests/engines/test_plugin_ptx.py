@@ -123,7 +123,7 @@ def test_hidden_parameters_are_cut_off_unless_read() -> None:
 
 
 def test_a_shape_without_an_answer_is_refused() -> None:
-    """More kept than there are: on a GPU the search would never end."""
+    """More kept than there are."""
     with pytest.raises(triton.CompilationError):
         compile_gather(replace(LLAVA, keep=769))
 
