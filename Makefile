@@ -13,7 +13,7 @@ install: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[export,onnxruntime,tensorrt-rtx,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[export,onnxruntime,tensorrt-rtx,plugin,dev]'
 	touch $@
 
 demo: install

@@ -128,7 +128,7 @@ def show(answer: Answer, bundle: Bundle, pipeline: Pipeline, opened: float, as_j
         print(json.dumps(facts))
         return
     speed = f"{rate:.0f} tokens/s" if answer.steps else "one token"
-    facts = [f"first token {answer.first * 1e3:.0f} ms", speed, f"image tokens {v0} -> {v1} -> {v2}"]
+    spoken = [f"first token {answer.first * 1e3:.0f} ms", speed, f"image tokens {v0} -> {v1} -> {v2}"]
     if len(bundle.manifest.variants) > 1:
-        facts.append(f"plan {bundle.variant.plan_name}, text budget {bundle.budget.text}")
-    print(f"[{', '.join(facts)}, {pipeline.backend} on {pipeline.engines.device}]")
+        spoken.append(f"plan {bundle.variant.plan_name}, text budget {bundle.budget.text}")
+    print(f"[{', '.join(spoken)}, {pipeline.backend} on {pipeline.engines.device}]")

@@ -1,4 +1,4 @@
-"""One call in a process of its own: with variables that are read when a process starts, and memory that ends with it."""
+"""One call in a process of its own: with variables that are read at its start, and memory that ends with it."""
 
 import os
 import signal

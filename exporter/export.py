@@ -110,7 +110,7 @@ class Export:
         onnx.checker.check_model(path, full_check=True)
 
     def compile(self) -> str:
-        """Every graph on every backend. Where weights are embedded, an engine at a time, and what is compiled in goes."""
+        """Every graph on every backend. Where weights are embedded, one at a time, and what is compiled in goes."""
         p = self.planned
         bundle = Bundle(self.work, self.manifest(), self.variants[0])
         self.engines = {backend: {} for backend in p.backends}

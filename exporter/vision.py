@@ -47,7 +47,7 @@ def vision_graph(
 
 
 class _LinearAsGemm(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # onnxscript is untyped here
-    """MatMul(x, Transpose(W)) becomes one Gemm over the stored [out,in] weights, as in the decoder; the bias stays apart.
+    """MatMul(x, Transpose(W)) + b becomes one Gemm over the stored [out,in] weights, as in the decoder, and an Add.
 
     Requires static shapes. Without it TensorRT, to which weights are inputs, transposes every one at every inference;
     and it copies a bias that is an input of the Gemm, where it fuses one that is added behind the reshape.

@@ -132,7 +132,7 @@ class StagedModel:
         f.output(past.name.replace("past_", "present_"), present, tuple(dim(past, axis) for axis in range(4)))
 
     def _prefill(self, f: Frame, stage: int, x: ir.Value, position: ir.Value) -> tuple[ir.Value, Attended]:
-        """The stage's layers; each one attends over its own keys and values and leaves them at the head of its caches."""
+        """The stage's layers; each attends over its own keys and values and leaves them at the head of its caches."""
         b, tokens, capacity = self.budget.batch, self.budget.total[stage], self.budget.capacity[stage]
         rope, first = rotary(f, self.spec, position), f.op.Constant(value_ints=[0] * b)
         decoder = Decoder(f, self.spec, self.names, b, tokens)

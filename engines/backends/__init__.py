@@ -1,7 +1,7 @@
 """One module per backend, each with the same functions.
 
-`build(bundle, graph, gather)` compiles one ONNX graph of a bundle folder, `open_engines(bundle, opening)` opens what was
-built. Both raise HimapError with exit code 4 when the backend's package or device is missing.
+`build(bundle, graph, gather)` compiles one ONNX graph of a bundle folder; `open_engines(bundle, opening)` opens what
+was built. Both raise HimapError with exit code 4 when the backend's package or device is missing.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -68,7 +68,7 @@ def open_engines(bundle: Bundle, opening: Opening = ANYWAY) -> "OnnxRuntime":
 
 
 def _device(asked: str | None) -> str:
-    """ "cuda" where the CUDA provider is installed, unless the user says otherwise; HimapError (missing) if it is not."""
+    """What was asked for, else "cuda" where its provider is installed; HimapError (missing) if asked for and not."""
     held = _PROVIDERS["cuda"] in _onnxruntime().get_available_providers()
     if asked == "cuda" and not held:
         hint = "pip install 'himap-export[cuda]' in the place of onnxruntime"

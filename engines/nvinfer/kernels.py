@@ -1,4 +1,4 @@
-"""What an engine is made of, as far as the build says: an engine cannot be opened without a GPU, its log can be read."""
+"""What an engine is made of, as far as its build says: without a GPU it cannot be opened and asked."""
 
 import re
 from collections import Counter
