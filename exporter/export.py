@@ -116,7 +116,7 @@ class Export:
         self.engines = {backend: {} for backend in p.backends}
         for graphs in [[g] for g in self.records] if p.weights == "embedded" else [list(self.records)]:
             for backend in p.backends:
-                self.engines[backend] |= build_all(backend, bundle, graphs, p.gather, self.work)
+                self.engines[backend] |= build_all(backend, bundle, graphs, p.gather)
             if p.weights == "embedded" and "onnxruntime" not in p.backends:
                 self._drop_graph(graphs[0])
         seconds = {name: sum(e.seconds for e in built.values()) for name, built in self.engines.items()}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, Protocol, cast
 
 import numpy as np
@@ -69,7 +70,10 @@ class Backend(Protocol):
         ...
 
     def environment(self, gather: Gather, scratch: Path) -> Mapping[str, str] | None:
-        """Variables of the process of its own that a build needs, or None if any process will do."""
+        """Variables of the process of its own that a build needs, or None if any process will do.
+
+        What they point to is in the folder `scratch`, which lasts as long as the build.
+        """
         ...
 
     def build(self, bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord: ...
@@ -84,14 +88,13 @@ def load_backend(name: str) -> Backend:
     return cast(Backend, import_module(f"{__name__}.{name.replace('-', '_')}"))
 
 
-def build_all(
-    name: str, bundle: Bundle, graphs: Sequence[str], gather: Gather, scratch: Path
-) -> dict[str, EngineRecord]:
+def build_all(name: str, bundle: Bundle, graphs: Sequence[str], gather: Gather) -> dict[str, EngineRecord]:
     """Compiles `graphs` on one backend, in a process of its own if the backend wants one."""
-    variables = load_backend(name).environment(gather, scratch)
-    if variables is None:
-        return _build_here(name, bundle, graphs, gather)
-    return isolated(f"building {name} engines", variables, _build_here, name, bundle, graphs, gather)
+    with TemporaryDirectory(prefix="himap-build-") as scratch:
+        variables = load_backend(name).environment(gather, Path(scratch))
+        if variables is None:
+            return _build_here(name, bundle, graphs, gather)
+        return isolated(f"building {name} engines", variables, _build_here, name, bundle, graphs, gather)
 
 
 def _build_here(name: str, bundle: Bundle, graphs: Sequence[str], gather: Gather) -> dict[str, EngineRecord]:

@@ -1,5 +1,6 @@
 """TensorRT-RTX: engines built ahead of time on any machine, run on RTX GPUs."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,14 +10,22 @@ from himap_export.engines.manifest import EngineRecord
 from himap_export.engines.nvinfer import build as builder
 from himap_export.engines.nvinfer import run
 from himap_export.engines.nvinfer.flavour import RTX as FLAVOUR
+from himap_export.engines.plugin import tensorrt_rtx as plugin
 
 
 def check(dtype: str, gather: Gather) -> None:
     builder.check(FLAVOUR, dtype)
+    if gather == "plugin":
+        plugin.check()
 
 
 def environment(gather: Gather, scratch: Path) -> Mapping[str, str]:
-    return {}
+    """A build takes a process of its own: it may abort, and what it registers and allocates ends with it."""
+    if gather != "plugin":
+        return {}
+    found = plugin.link_library(scratch)
+    before = os.environ.get("LD_LIBRARY_PATH")
+    return found if not before else {name: f"{path}{os.pathsep}{before}" for name, path in found.items()}
 
 
 def version() -> dict[str, str]:
@@ -24,7 +33,13 @@ def version() -> dict[str, str]:
 
 
 def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
-    return builder.build(FLAVOUR, bundle, graph, "ops" if gather == "auto" else gather)
+    """Inlined unless asked otherwise: fused with the next norm it costs a few kernels, and loads without a plugin."""
+    if gather == "plugin":
+        plugin.check_library()
+        plugin.register()
+        return builder.build(FLAVOUR, bundle, graph, "plugin")
+    plugin.unregister()
+    return builder.build(FLAVOUR, bundle, graph, "ops")
 
 
 def open_engines(bundle: Bundle, opening: Opening = ANYWAY) -> run.NvInferEngines:

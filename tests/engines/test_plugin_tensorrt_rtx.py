@@ -1,0 +1,162 @@
+"""The gather's plugin inside real engines of TensorRT-RTX, built without a GPU, and what it does when it runs."""
+
+import ctypes
+import gc
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tensorrt_rtx as trt
+from unsealed import NEW, PRUNED, SPEC, WHOLE, T, V, staged, unsealed
+
+from himap_export.engines.backends import build_all, onnxruntime, tensorrt_rtx
+from himap_export.engines.bundle import Bundle
+from himap_export.engines.manifest import EngineRecord
+from himap_export.engines.plugin import tensorrt_rtx as plugin
+from himap_export.engines.plugin.ptx import GatherKernel, GatherShape, compile_gather
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.plan import TokenBudget
+
+BUDGET = TokenBudget(PRUNED.kept(V), T, NEW)
+
+
+@pytest.fixture(scope="module", params=["fp16", "bf16"])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Any]:
+    model = staged(request.param)
+    bundle = unsealed(tmp_path_factory.mktemp("plugin") / "work", model, model.graphs())
+    return bundle, build_all("tensorrt-rtx", bundle, list(bundle.manifest.graphs), "plugin")
+
+
+def test_engines_hold_the_plugin_and_its_kernel(built: tuple[Bundle, dict[str, EngineRecord]]) -> None:
+    bundle, records = built
+    assert {name: r.gather for name, r in records.items()} == {
+        "prefix": "none", "k1": "plugin", "k2": "plugin", "decode": "none"
+    }  # fmt: skip
+    for stage, name in enumerate(("prefix", "k1", "k2")):
+        engine = bundle.path(records[name].file).read_bytes()
+        assert ("1x PLUGIN_V3" in records[name].layers) == (stage > 0)
+        if stage > 0:
+            before, after = BUDGET.total[stage - 1 : stage + 1]
+            kernel = compile_gather(GatherShape(1, before, after, SPEC.hidden, bundle.manifest.dtype))
+            assert kernel.ptx.encode() in engine
+            gathers = [k for k in records[name].kernels if "TopKGather" in k]
+            assert gathers == ["1x custom_layer (TopKGather)"]
+
+
+def test_the_same_file_gives_standard_operators_where_no_plugin_is_asked_for(
+    built: tuple[Bundle, dict[str, EngineRecord]],
+) -> None:
+    bundle, _ = built
+    for gather in ("auto", "ops"):
+        record = build_all("tensorrt-rtx", bundle, ["k1"], gather)["k1"]  # type: ignore[arg-type]
+        assert record.gather == "ops" and not any("PLUGIN" in layer for layer in record.layers)
+
+
+def test_a_cut_that_removes_nothing_needs_no_plugin(tmp_path: Path) -> None:
+    whole = staged("fp16", WHOLE)
+    bundle = unsealed(tmp_path / "work", whole, (whole.k1(),))
+    assert build_all("tensorrt-rtx", bundle, ["k1"], "plugin")["k1"].gather == "none"
+
+
+def test_a_plugin_asked_for_and_not_taken_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = staged("fp16")
+    bundle = unsealed(tmp_path / "work", model, (model.k1(),))
+    monkeypatch.setattr(plugin, "register", lambda: None)
+    monkeypatch.setattr(plugin, "check_library", lambda: None)
+    with pytest.raises(HimapError, match="did not take the gather as plugin: the engine of k1 holds its standard"):
+        tensorrt_rtx.build(bundle, "k1", "plugin")
+
+
+def test_without_the_parsers_library_the_process_is_not_aborted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: no link was made for it before it started."""
+    model = staged("fp16")
+    bundle = unsealed(tmp_path / "work", model, (model.k1(),))
+    monkeypatch.setattr(plugin, "_libraries", lambda: tmp_path)
+    with pytest.raises(HimapError) as caught:
+        tensorrt_rtx.build(bundle, "k1", "plugin")
+    assert caught.value.code == Exit.MISSING and "LD_LIBRARY_PATH" in caught.value.hint
+    assert plugin.link_library(tmp_path) == {"LD_LIBRARY_PATH": str(tmp_path)}
+    assert (tmp_path / "libtensorrt_rtx.so").readlink() == tmp_path / "libtensorrt_rtx.so.1"
+
+
+def test_who_cannot_have_a_plugin_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(HimapError, match="onnxruntime has no plugins"):
+        onnxruntime.check("fp32", "plugin")
+    tensorrt_rtx.check("fp16", "plugin")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(plugin, "find_spec", lambda name: None)
+    with pytest.raises(HimapError, match="triton") as caught:
+        tensorrt_rtx.check("fp16", "plugin")
+    assert caught.value.code == Exit.MISSING
+
+
+class FakeDriver(SimpleNamespace):
+    """CUDA's driver that writes down what it is asked to do; `fails`: the call that goes wrong."""
+
+    CUresult = SimpleNamespace(CUDA_SUCCESS=0)
+
+    def __init__(self, fails: str = "") -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        for name, value in (("cuModuleLoadData", "module"), ("cuModuleGetFunction", "function"), ("cuLaunchKernel", 0)):
+            setattr(self, name, self._call(name, value, fails))
+        self.cuGetErrorString = lambda error: (0, b"no kernel image")
+
+    def _call(self, name: str, value: object, fails: str) -> Any:
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append((name, arguments))
+            return (209,) if name == fails else (0, value)
+
+        return call
+
+
+def loaded(kernel: GatherKernel, keep: int) -> Any:
+    """The plugin as TensorRT-RTX makes it when it loads an engine: from the fields that were stored."""
+    built = plugin._plugin_class(trt)(keep, kernel)
+    fields = built.get_fields_to_serialize()
+    gc.collect()
+    made = plugin._creator().create_plugin("gather", fields, trt.TensorRTPhase.RUNTIME)
+    return made.attach_to_context(None)
+
+
+def test_a_loaded_plugin_launches_the_stored_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, driver = compile_gather(GatherShape(2, 40, 32, 64, "fp16")), FakeDriver()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    made = loaded(kernel, 32)
+    assert made.kernel == kernel and made.keep == 32 and made.num_outputs == 3
+    for _ in range(2):
+        made.enqueue([], [], [11, 12, 13, 14], [21, 22, 23], 0, 77)
+    names = [name for name, _ in driver.calls]
+    assert names == ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel", "cuLaunchKernel"]
+    assert driver.calls[0][1] == (kernel.ptx.encode(),) and driver.calls[1][1] == ("module", b"top_k_gather")
+    function, *sizes, stream, arguments, extra = driver.calls[2][1]
+    assert function == "function" and tuple(sizes) == (*kernel.grid, *kernel.block, kernel.shared_bytes)
+    assert stream == 77 and extra == 0
+    assert arguments == ((11, 12, 13, 14, 21, 22, 23), (ctypes.c_void_p,) * 7)
+
+
+@pytest.mark.parametrize("fails", ["cuModuleLoadData", "cuLaunchKernel"])
+def test_a_kernel_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", FakeDriver(fails))
+    made = loaded(compile_gather(GatherShape(1, 8, 4, 16, "bf16")), 4)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        made.enqueue([], [], [1, 2, 3, 4], [5, 6, 7], 0, 0)
+
+
+def test_only_the_kernels_types_are_taken() -> None:
+    made = plugin._plugin_class(trt)(4)
+
+    def taken(at: int, *kinds: Any) -> bool:
+        tensors = [
+            SimpleNamespace(desc=SimpleNamespace(type=kind, format=trt.TensorFormat.LINEAR))
+            for kind in (*kinds, trt.DataType.INT64, trt.DataType.INT64, kinds[0], *[trt.DataType.INT64] * 2)
+        ]
+        return bool(made.supports_format_combination(at, tensors, 4))
+
+    half, full = trt.DataType.HALF, trt.DataType.FLOAT
+    assert all(taken(at, half, full) for at in range(7)) and all(taken(at, full, full) for at in range(7))
+    assert not taken(0, trt.DataType.INT8, full) and not taken(1, half, half)
+    assert [field.name for field in plugin._creator().field_names] == ["keep"]
