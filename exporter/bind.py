@@ -1,6 +1,6 @@
 """Binding: which stored tensor is which weight, and ONNX initializers that point into safetensors files."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 
 import onnx_ir as ir
 
@@ -14,20 +14,18 @@ _IR = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataTy
 class WeightNames:
     """Roles ("layers.0.mlp.up_proj.weight") to names in this checkpoint, by the candidates a family's layouts allow.
 
-    Without `tensors`, to names in the published checkpoints: the first candidate.
+    If none of its `names` are known, to those of the published checkpoints: the first candidate.
     """
 
-    def __init__(
-        self, tensors: Mapping[str, StoredTensor] | None, candidates: Callable[[str], Iterator[str]], tied: bool
-    ) -> None:
-        self._tensors, self._candidates, self._tied = tensors, candidates, tied
+    def __init__(self, names: Container[str], candidates: Callable[[str], Iterator[str]], tied: bool) -> None:
+        self._names, self._candidates, self._tied = names, candidates, tied
 
     def __call__(self, role: str) -> str:
         """The name under which the checkpoint stores `role`; HimapError if it does not."""
-        if self._tensors is None:
+        if not self._names:
             return next(self._candidates("embed_tokens.weight" if self._is_tied(role) else role))
         for name in self._candidates(role):
-            if name in self._tensors:
+            if name in self._names:
                 return name
         if self._is_tied(role):
             return self("embed_tokens.weight")

@@ -14,12 +14,16 @@ _PICKLES = ("pytorch_model*.bin*", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`config` as in config.json; `tensors` by name, none of them read. Both empty of what the folder does not hold."""
+    """`config` as in config.json; `tensors` by name, none of them read. Empty of what the folder does not hold.
+
+    `names`: all tensors' names, which an index tells even where its shards are absent.
+    """
 
     folder: Path
     config: dict[str, Any]
     generation: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    names: frozenset[str]
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -45,7 +49,8 @@ def open_checkpoint(folder: Path, weights: bool = True) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     for file in _shards(folder) if weights or any(folder.glob("*.safetensors")) else ():
         tensors |= read_header(file)
-    return Checkpoint(folder, config, generation, tensors)
+    names = tensors or (_weight_map(folder) if (folder / _INDEX).is_file() else {})
+    return Checkpoint(folder, config, generation, tensors, frozenset(names))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

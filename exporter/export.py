@@ -16,6 +16,7 @@ from himap_export.engines.image import clip_preprocessing
 from himap_export.engines.manifest import (
     FILE_NAME,
     EngineRecord,
+    FileRecord,
     GraphRecord,
     Manifest,
     ModelRecord,
@@ -54,6 +55,7 @@ class Export:
     files: list[str] = field(default_factory=list)
     records: dict[str, GraphRecord] = field(default_factory=dict)
     engines: dict[str, dict[str, EngineRecord]] = field(default_factory=dict)
+    hashes: dict[str, FileRecord] = field(default_factory=dict)
 
     def vision(self) -> str:
         from himap_export.exporter.vision import vision_graph  # torch: seconds to import
@@ -81,6 +83,7 @@ class Export:
         """Puts the weights where the graphs' form wants them, and writes the ONNX files that point there."""
         p = self.planned
         for name, graph in self.graphs.items():
+            onnx.checker.check_model(ir.to_proto(graph.model), full_check=True)
             doors = [v for v in graph.model.graph.inputs if v.name not in graph.weights]
             weights = {weight: TensorSpec(p.dtype, shape) for weight, shape in graph.weights.items()}
             self.records[name] = GraphRecord(f"{name}.onnx", _specs(doors), _specs(graph.model.graph.outputs), weights)
@@ -105,9 +108,7 @@ class Export:
         return f"{sum((folder / file).stat().st_size for file in self.files) / 1e6:.1f} MB, each graph its own"
 
     def _write(self, name: str, model: ir.Model) -> None:
-        path = self.work / f"{name}.onnx"
-        ir.save(model, path)
-        onnx.checker.check_model(path, full_check=True)
+        ir.save(model, self.work / f"{name}.onnx")
 
     def compile(self) -> str:
         """Every graph on every backend. Where weights are embedded, one at a time, and what is compiled in goes."""
@@ -119,6 +120,8 @@ class Export:
                 self.engines[backend] |= build_all(backend, bundle, graphs, p.gather)
             if p.weights == "embedded" and "onnxruntime" not in p.backends:
                 self._drop_graph(graphs[0])
+        if p.weights == "embedded" and not self.files:
+            (self.work / "weights").rmdir()
         seconds = {name: sum(e.seconds for e in built.values()) for name, built in self.engines.items()}
         return ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
 
@@ -133,9 +136,9 @@ class Export:
         """Writes the processor's files, hashes everything, and writes the manifest last."""
         for name, content in self.processor.files.items():
             (self.work / name).write_bytes(content)
-        manifest = replace(self.manifest(), files=digests(self.work))
-        (self.work / FILE_NAME).write_text(manifest.to_json())
-        return f"{len(manifest.files)} files, {sum(f.bytes for f in manifest.files.values()) / 1e6:.1f} MB"
+        self.hashes = digests(self.work)
+        (self.work / FILE_NAME).write_text(self.manifest().to_json())
+        return f"{len(self.hashes)} files, {sum(f.bytes for f in self.hashes.values()) / 1e6:.1f} MB"
 
     def manifest(self) -> Manifest:
         p, processor = self.planned, self.processor
@@ -153,6 +156,7 @@ class Export:
             tokenizer=TOKENIZER if TOKENIZER in processor.files else None,
             toolchain=_toolchain(p.backends),
             command=self.command,
+            files=self.hashes,
         )
 
 
@@ -162,7 +166,7 @@ def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: boo
     for name in planned.backends:
         load_backend(name).check(planned.dtype, planned.gather)
     checkpoint = _checkpoint(planned)
-    names = WeightNames(checkpoint.tensors or None, llava.tensor_candidates, llava.tied(checkpoint.config))
+    names = WeightNames(checkpoint.names, llava.tensor_candidates, llava.tied(checkpoint.config))
     processor = _processor(planned, checkpoint)
     with work_folder(out) as work:
         state = Export(planned, checkpoint, processor, names, work, command)
@@ -176,7 +180,7 @@ def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: boo
 def _checkpoint(p: Planned) -> Checkpoint:
     """The checkpoint's folder opened; for an alias without one, what the registry knows of it."""
     if p.model.folder is None:
-        return Checkpoint(Path(), p.model.config, {}, {})
+        return Checkpoint(Path(), p.model.config, {}, {}, frozenset())
     return open_checkpoint(p.model.folder, weights=p.weights != "absent")
 
 
