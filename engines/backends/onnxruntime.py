@@ -80,8 +80,19 @@ def _values(bundle: Bundle, names: Iterable[str], device: str) -> dict[str, Any]
     """Weights as OrtValues: on the CPU over the mapped files' pages, on a GPU copied there one by one."""
     wanted = set(names)
     arrays = map_tensors(t for name, t in bundle.tensors.items() if name in wanted)
-    made = _onnxruntime().OrtValue.ortvalue_from_numpy
-    return {name: made(array, device, 0) for name, array in arrays.items()}
+    if device == "cpu":
+        made = _onnxruntime().OrtValue.ortvalue_from_numpy
+        return {name: made(array) for name, array in arrays.items()}
+    return {name: _borrowed(_on_device(array)) for name, array in arrays.items()}
+
+
+def _on_device(array: npt.NDArray[Any]) -> Any:
+    return _onnxruntime().OrtValue.ortvalue_from_numpy(array, "cuda", 0)
+
+
+def _borrowed(value: Any) -> Any:
+    """The same memory as a value that does not own it: sessions refuse to share one that does."""
+    return _onnxruntime().OrtValue.from_dlpack(value)
 
 
 def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Opening, device: str) -> Any:
@@ -130,7 +141,7 @@ class CudaTensor:
 
     def __init__(self, spec: TensorSpec) -> None:
         self.spec = spec
-        self.value = _onnxruntime().OrtValue.ortvalue_from_numpy(np.zeros(spec.shape, NUMPY[spec.dtype]), "cuda", 0)
+        self.value = _on_device(np.zeros(spec.shape, NUMPY[spec.dtype]))
 
     def write(self, values: npt.NDArray[Any]) -> None:
         stored = as_stored(values, self.spec.dtype)
