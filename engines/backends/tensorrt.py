@@ -13,13 +13,17 @@ from himap_export.engines.manifest import EngineRecord
 from himap_export.engines.nvinfer import build as builder
 from himap_export.engines.nvinfer import run
 from himap_export.engines.nvinfer.flavour import DATACENTER as FLAVOUR
+from himap_export.engines.plugin import tensorrt as plugin
 
 
 def check(dtype: str, gather: Gather) -> None:
     builder.check(FLAVOUR, dtype)
+    if gather != "ops":
+        plugin.check()
 
 
 def environment(gather: Gather, scratch: Path) -> Mapping[str, str]:
+    """A build takes a process of its own: it may abort, and the plugin registered for it ends with it."""
     return {}
 
 
@@ -28,7 +32,11 @@ def version() -> dict[str, str]:
 
 
 def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
-    return builder.build(FLAVOUR, bundle, graph, "plugin" if gather == "auto" else gather)
+    """With the plugin unless asked otherwise: the engine holds its kernel, and loads without it."""
+    if gather == "ops":
+        return builder.build(FLAVOUR, bundle, graph, "ops")
+    plugin.register()
+    return builder.build(FLAVOUR, bundle, graph, "plugin")
 
 
 def open_engines(bundle: Bundle, opening: Opening = ANYWAY) -> run.NvInferEngines:
