@@ -38,8 +38,9 @@ class WeightNames:
 
 
 def bind(graph: StageGraph, tensors: Mapping[str, StoredTensor], location: Callable[[StoredTensor], str]) -> ir.Model:
-    """The graph's model with its weight inputs turned into initializers at their place in a safetensors file.
+    """The graph's model, each weight input with a default: an initializer at its place in a safetensors file.
 
+    They stay inputs, because a runtime may compute on a constant: onnxruntime would hold fp32 copies of all fp16 ones.
     `location` maps a stored tensor to its file, relative to the ONNX file. HimapError if a shape differs from the
     configuration's.
     """
@@ -51,7 +52,6 @@ def bind(graph: StageGraph, tensors: Mapping[str, StoredTensor], location: Calla
             details = f"its shape is {list(stored.shape)}, config.json says {list(shape)}"
             hint = "is this the checkpoint that config.json describes?"
             raise HimapError(f"tensor {stored.name} does not fit", details, hint, Exit.USAGE)
-        g.inputs.remove(value)
         value.const_value = ir.ExternalTensor(
             location(stored), stored.offset, stored.nbytes, _IR[stored.dtype],
             shape=ir.Shape(shape), name=stored.name, base_dir="",

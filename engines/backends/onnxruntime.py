@@ -1,7 +1,7 @@
 """onnxruntime on the CPU or, as onnxruntime-gpu, on a GPU: the bundle's ONNX graphs are its engines.
 
-All sessions share each weight as one OrtValue: over the mapped file's pages, or once on the device. Prepacking is off,
-because it would keep a second, private copy per session; but where weights are embedded that copy is the point.
+All sessions share each weight as one OrtValue: over the mapped file's pages, or once on the device. In the graphs
+weights are inputs with defaults, not constants, so no session makes copies of its own: prepacked, folded or cast.
 
 The CUDA provider has not been on hardware yet: it is written from onnxruntime's documentation.
 """
@@ -101,16 +101,13 @@ def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Op
     options.intra_op_num_threads = opening.threads or len(os.sched_getaffinity(0))
     options.log_severity_level = 3
     record = bundle.manifest.graphs[graph]
-    if bundle.manifest.weight_form != "embedded":
-        options.add_session_config_entry("session.disable_prepacking", "1")
     if bundle.manifest.weight_form == "shared":
         for name in record.weights:
             options.add_initializer(name, weights[name])
     providers = [_PROVIDERS["cpu"]] if device == "cpu" else [(_PROVIDERS["cuda"], {"device_id": 0}), _PROVIDERS["cpu"]]
     path = str(bundle.path(record.file))
     try:
-        # Constant folding would keep a transposed private copy of every weight of the vision tower.
-        session = ort.InferenceSession(path, options, providers=providers, disabled_optimizers=["ConstantFolding"])
+        session = ort.InferenceSession(path, options, providers=providers)
     except Exception as problem:  # onnxruntime's own exceptions share no base class
         details = str(problem).splitlines()[0]
         hint = "check onnxruntime's version against the manifest's"

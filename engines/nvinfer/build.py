@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from himap_export.engines.backends import Gather
 from himap_export.engines.bundle import Bundle
@@ -12,9 +12,6 @@ from himap_export.engines.manifest import EngineRecord
 from himap_export.engines.nvinfer.flavour import Flavour, log_of, one_line
 from himap_export.engines.nvinfer.kernels import kernels, layers
 from himap_export.graphs.errors import Exit, HimapError
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 
 def check(flavour: Flavour, dtype: str) -> None:
@@ -64,19 +61,12 @@ def _parse(flavour: Flavour, parser: Any, source: Path, inside: bool, weights: f
     if inside:
         parsed = parser.parse_from_file(str(source))
     else:
-        _turn_into_inputs(model.graph, weights)
+        for weight in weights:  # each is an input already, and the initializer only its default
+            model.graph.initializers.pop(weight, None)
         parsed = parser.parse(ir.to_proto(model).SerializeToString())
     if not parsed:
         raise _refused(flavour, source, _first_error(parser))
     return {node.name or "": node.op_type for node in model.graph}
-
-
-def _turn_into_inputs(graph: "ir.Graph", weights: frozenset[str]) -> None:
-    """Initializers among `weights` become inputs; in a bundle without weights they are already."""
-    for name in sorted(weights & graph.initializers.keys()):
-        value = graph.initializers.pop(name)
-        value.const_value = None
-        graph.inputs.append(value)
 
 
 def _config(flavour: Flavour, builder: Any) -> Any:
