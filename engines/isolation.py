@@ -43,6 +43,7 @@ def isolated(
 
 def _answer(door: Connection, function: Callable[..., object], arguments: tuple[object, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.dup2(2, 1)  # libraries print; standard output is the command's result
     try:
         result = function(*arguments)
     except HimapError as problem:

@@ -1,0 +1,59 @@
+"""The benchmark's own parts: a random checkpoint that the real command accepts, its table, its bars."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import Workshop, call
+
+from himap_export.engines.bundle import open_bundle
+from himap_export.exporter.checkpoint import open_checkpoint
+from himap_export.exporter.cli import main as export_main
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import real_size
+
+
+def test_a_random_checkpoint_is_whole_and_exports(work: Workshop, tmp_path: Path) -> None:
+    """The tensors of a tiny model, in shards of 50 kB, so that no tensor's bytes or place can be wrong unseen."""
+    like = open_checkpoint(work.checkpoint("gqa2"))
+    shapes = {name: t.shape for name, t in like.tensors.items()}
+    written = real_size.write_checkpoint(tmp_path / "model", like.config, shapes, limit=50_000)
+    made = open_checkpoint(tmp_path / "model")
+    assert {name: t.shape for name, t in made.tensors.items()} == shapes and len(made.files) > 3
+    assert written == sum(t.nbytes for t in made.tensors.values())
+    assert max(sum(t.nbytes for t in made.tensors.values() if t.file == f) for f in made.files) <= 50_000
+    out = tmp_path / "bundle"
+    flags = ("--k1", 1, "--k2", 3, "--text-budget", 24, "--dtype", "fp16", "--hard-link")
+    assert call(export_main, tmp_path / "model", *flags, "--out", out) == 0
+    bundle = open_bundle(out)
+    assert bundle.manifest.dtype == "fp16" and bundle.tensors.keys() <= shapes.keys()
+
+
+@pytest.mark.parametrize("shape", [(300, 70), (5000,)])
+def test_random_numbers_are_finite_small_and_never_the_same_twice(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    first, second = (np.frombuffer(b"".join(real_size.pieces(rng, shape)), np.float16) for _ in range(2))
+    assert first.size == np.prod(shape) and not np.array_equal(first, second)
+    middle = 1 if len(shape) == 1 else 0
+    assert np.isfinite(first).all() and np.abs(first - middle).max() < 0.13 and abs(first.mean() - middle) < 0.01
+
+
+def test_progress_lines_are_read_and_others_are_not() -> None:
+    assert real_size.phase_of("compile      7.4 s   onnxruntime 0.3 s, tensorrt-rtx 6.9 s\n") == ("compile", 7.4)
+    assert real_size.phase_of("himap-export: error: no such thing\n") is None
+
+
+def test_memory_counts_children() -> None:
+    own, resident = real_size.memory(os.getpid())
+    assert 10 << 20 < own <= resident
+    assert real_size.bare_interpreter() < resident
+
+
+def test_bars_are_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    phases = [real_size.Phase("vision", 3.0, 1 << 30, 3 << 30), real_size.Phase("seal", 50.0, 1 << 20, 1 << 30)]
+    found = real_size.report(phases, 55.0, 9.0, 1 << 20)
+    said = capsys.readouterr().out
+    assert found["unhashed_s"] == 5.0 and "NOT MET  3.00 peak resident" in said and "met      5.00 seconds" in said
