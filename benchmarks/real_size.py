@@ -24,7 +24,9 @@ from threading import Thread
 import numpy as np
 
 SHARD, PIECE = 5_000_000_000, 1 << 25  # bytes; fp16 numbers
-MEMORY_BAR, TIME_BAR = 2 << 30, 60.0
+# By the form of the weights: GiB resident above a bare interpreter, seconds without hashing. Engines that embed them
+# have to fit a machine of 24 GiB, in whatever time that takes.
+BARS = {"shared": (2.0, 60.0), "embedded": (24.0, float("inf"))}
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -175,7 +177,7 @@ def disk_speeds(file: Path, scratch: Path) -> tuple[float, float]:
     return size / (hashed - start), size / (copied - hashed)
 
 
-def report(phases: list[Phase], total: float, bound: float, bare: int) -> dict[str, object]:
+def report(phases: list[Phase], total: float, bound: float, bare: int, form: str = "shared") -> dict[str, object]:
     """Prints the table and the bars; the same as an object."""
     print(f"{'phase':10}{'seconds':>9}{'anonymous':>13}{'resident':>13}")
     for p in phases:
@@ -183,10 +185,8 @@ def report(phases: list[Phase], total: float, bound: float, bare: int) -> dict[s
     peak = max(p.resident for p in phases) - bare
     unhashed = total - next(p.seconds for p in phases if p.name == "seal")
     print(f"{'command':10}{total:9.1f}   lower bound {bound:.1f} s: its bytes hashed, and copied or linked")
-    for what, value, bar in (
-        ("peak resident memory above a bare interpreter, GiB", peak / 2**30, MEMORY_BAR / 2**30),
-        ("seconds without hashing", unhashed, TIME_BAR),
-    ):
+    names = ("peak resident memory above a bare interpreter, GiB", "seconds without hashing")
+    for what, value, bar in zip(names, (peak / 2**30, unhashed), BARS[form], strict=True):
         print(f"{'met    ' if value < bar else 'NOT MET'}  {value:.2f} {what}, the bar is {bar:g}")
     rows = {p.name: {"seconds": p.seconds, "anonymous": p.anonymous, "resident": p.resident} for p in phases}
     return {"seconds": total, "bound_s": bound, "unhashed_s": unhashed, "peak_above_bare": peak, "phases": rows}
@@ -240,7 +240,7 @@ def main() -> None:
             phases, total = export(command)
         finally:
             shutil.rmtree(out, ignore_errors=True)
-        print(json.dumps(report(phases, total, bound, bare_interpreter())))
+        print(json.dumps(report(phases, total, bound, bare_interpreter(), args.weights)))
 
 
 if __name__ == "__main__":
