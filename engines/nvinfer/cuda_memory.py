@@ -6,7 +6,7 @@ Not run on hardware yet: written from the documentation of cuda-bindings 13, tes
 import ctypes
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -56,10 +56,12 @@ class Gpu:
         # Not the default stream: TensorRT would synchronise the whole device around every run on it.
         self._stream = self._call(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
         self.stream = int(self._stream)
+        self.allocated = 0  # bytes, ever: tensors and weights live as long as their engines
 
     def allocate(self, nbytes: int, owner: object) -> int:
         """Address of `nbytes` bytes of zeros that live as long as `owner`."""
         address = int(self._call(self._cuda.cudaMalloc(max(nbytes, 1))))
+        self.allocated += nbytes
         weakref.finalize(owner, self._cuda.cudaFree, address)
         self._call(self._cuda.cudaMemsetAsync(address, 0, nbytes, self._stream))
         return address
@@ -73,6 +75,28 @@ class Gpu:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call(self._cuda.cudaMemcpyAsync(array.ctypes.data, address, array.nbytes, kind, self._stream))
         self.synchronize()
+
+    def capture(self, work: Callable[[], None], owner: object) -> int | None:
+        """What `work` enqueues, as a graph to `launch` as long as `owner` lives; None if CUDA cannot capture it."""
+        cuda = self._cuda
+        self._call(
+            cuda.cudaStreamBeginCapture(self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        )
+        try:
+            work()
+        except HimapError:  # TensorRT refuses what cannot be captured; the stream has to leave the mode all the same
+            cuda.cudaStreamEndCapture(self._stream)
+            return None
+        error, graph = cuda.cudaStreamEndCapture(self._stream)
+        if error != cuda.cudaError_t.cudaSuccess:
+            return None
+        executable = self._call(cuda.cudaGraphInstantiate(graph, 0))
+        self._call(cuda.cudaGraphDestroy(graph))
+        weakref.finalize(owner, cuda.cudaGraphExecDestroy, executable)
+        return int(executable)
+
+    def launch(self, graph: int) -> None:
+        self._call(self._cuda.cudaGraphLaunch(graph, self._stream))
 
     def synchronize(self) -> None:
         self._call(self._cuda.cudaStreamSynchronize(self._stream))

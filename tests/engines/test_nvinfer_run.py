@@ -14,8 +14,9 @@ from unsealed import staged, unsealed
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import EngineRecord, GraphRecord, TensorSpec
 from himap_export.engines.nvinfer import run
-from himap_export.engines.nvinfer.flavour import RTX, Flavour, log_of
+from himap_export.engines.nvinfer.flavour import DATACENTER, RTX, Flavour, log_of
 from himap_export.engines.nvinfer.run import open_engines
+from himap_export.engines.plugin import tensorrt_rtx as plugin
 from himap_export.graphs.errors import Exit, HimapError
 
 
@@ -32,6 +33,7 @@ class FakeCuda(SimpleNamespace):
     cudaError_t = SimpleNamespace(cudaSuccess=0, cudaErrorMemoryAllocation=2)  # noqa: N815  CUDA's own names
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
     cudaStreamNonBlocking = 1  # noqa: N815
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
 
     def __init__(self, major: int = 8, minor: int = 9, count: int = 1, limit: int = 1 << 30) -> None:
         self.memory: dict[int, Any] = {}
@@ -39,7 +41,7 @@ class FakeCuda(SimpleNamespace):
         name = SimpleNamespace(name=b"NVIDIA Fake", major=major, minor=minor)
         self.cudaGetDeviceCount = lambda: (0 if count else 100, count)
         self.cudaGetDeviceProperties = lambda device: (0, name)
-        self.cudaSetDevice = self.cudaStreamSynchronize = lambda _: (0,)
+        self.cudaSetDevice = lambda _: (0,)
         self.cudaStreamCreateWithFlags = lambda flags: (0, 77)
         self.cudaGetErrorString = lambda error: (0, {2: b"out of memory", 100: b"no device"}[error])
         self.cudaFree = lambda address: (0, self.memory.pop(address))[:1]
@@ -53,6 +55,22 @@ class FakeCuda(SimpleNamespace):
             return (0, ctypes.addressof(buffer)) if self.allocated <= limit else (2, 0)
 
         self.cudaMalloc = malloc
+        self.log: list[str] = []  # what a stream sees of graphs, and every wait for it
+        self.capture_fails = False
+        for call, value in (
+            ("cudaStreamBeginCapture", None), ("cudaStreamEndCapture", 5), ("cudaGraphInstantiate", 6),
+            ("cudaGraphDestroy", None), ("cudaGraphLaunch", None), ("cudaGraphExecDestroy", None),
+            ("cudaStreamSynchronize", None),
+        ):  # fmt: skip
+            setattr(self, call, self._logged(call, value))
+
+    def _logged(self, name: str, value: int | None) -> Callable[..., tuple[Any, ...]]:
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.log.append(name)
+            error = 100 if self.capture_fails and name == "cudaStreamEndCapture" else 0
+            return (error,) if value is None else (error, value)
+
+        return call
 
 
 class FakeEngine:
@@ -63,6 +81,11 @@ class FakeEngine:
         self.names = [*record.inputs, *record.weights, *record.outputs]
         self.num_io_tensors, self.get_tensor_name = len(self.names), self.names.__getitem__
         self.bound: dict[str, int] = {}
+        self.device_memory_size_v2 = 1000
+        self.capturable = True
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.capturable
 
     def get_tensor_mode(self, name: str) -> str:
         return "out" if name in self.record.outputs else "in"
@@ -100,8 +123,15 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
     def deserialize(engine: bytes) -> FakeEngine | None:
         return FakeEngine(bundle.graph(engine.decode()), runs) if engine.decode() in files else None
 
-    runtime = SimpleNamespace(deserialize_cuda_engine=deserialize)
-    fake = SimpleNamespace(Runtime=lambda log: runtime, TensorIOMode=SimpleNamespace(OUTPUT="out"), __version__="0")
+    api = RTX.api()
+    runtime = SimpleNamespace(
+        deserialize_cuda_engine=deserialize, get_engine_validity=lambda engine: (api.EngineValidity.VALID, 0)
+    )
+    fake = SimpleNamespace(
+        Runtime=lambda log: runtime, TensorIOMode=SimpleNamespace(OUTPUT="out"), __version__="0", runtime=runtime,
+        ILogger=type("ILogger", (), {"ERROR": 1}),
+        EngineValidity=api.EngineValidity, EngineInvalidityDiagnostics=api.EngineInvalidityDiagnostics,
+    )  # fmt: skip
     log_of(RTX)
     monkeypatch.setattr(Flavour, "api", lambda self: fake)
     monkeypatch.setattr(run, "cuda_runtime", lambda: cuda)
@@ -194,3 +224,113 @@ def test_a_gpu_that_cannot_do_it_is_told(
     monkeypatch.setattr(run, "cuda_runtime", lambda: cuda)
     error = refusal(lambda: open_engines(RTX, opened[0]))
     assert words in str(error) and error.code == (Exit.FAILURE if cuda.allocated else Exit.MISSING)
+
+
+def bound(opened: Opened) -> tuple[run.NvInferEngines, list[Callable[[], None]]]:
+    """Both graphs on tensors of their own, caches shared between past and present."""
+    engines = open_engines(RTX, opened[0])
+    runs = []
+    for name, graph in opened[0].manifest.graphs.items():
+        doors = {**graph.inputs, **graph.outputs}
+        tensors = {n: engines.tensor(s) for n, s in doors.items()}
+        tensors |= {n: tensors[n.replace("present", "past")] for n in doors if n.startswith("present")}
+        runs.append(engines.bind(name, tensors))
+    return engines, runs
+
+
+def test_a_chain_is_enqueued_once_captured_once_and_launched_ever_after(opened: Opened) -> None:
+    _, cuda, enqueued = opened
+    engines, runs = bound(opened)
+    chain = engines.chain(runs)
+    cuda.log.clear()
+    chain()
+    assert len(enqueued) == 2 and cuda.log == [] and not chain.captured  # no wait between the graphs, nor behind them
+    chain()
+    begin = ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphDestroy"]
+    assert len(enqueued) == 4 and cuda.log == [*begin, "cudaGraphLaunch"] and chain.captured
+    chain()
+    assert len(enqueued) == 4 and cuda.log == [*begin, "cudaGraphLaunch", "cudaGraphLaunch"]
+    del chain
+    assert cuda.log[-1] == "cudaGraphExecDestroy"
+
+
+def test_a_chain_that_cannot_be_captured_goes_on_one_by_one(opened: Opened) -> None:
+    _, cuda, enqueued = opened
+    engines, runs = bound(opened)
+    cuda.capture_fails = True
+    chain = engines.chain(runs)
+    for _ in range(3):
+        chain()
+    assert not chain.captured and "cudaGraphLaunch" not in cuda.log
+    assert len(enqueued) == 2 + 4 + 2  # what was captured in vain has not run, and is enqueued again
+    cuda.log.clear()
+    runs[1].context.capturable = False  # type: ignore[attr-defined]
+    other = engines.chain(runs)
+    other()
+    other()
+    assert not other.captured and cuda.log == []
+
+
+def test_a_run_that_fails_while_it_is_captured_ends_the_capture(opened: Opened) -> None:
+    _, cuda, _ = opened
+    engines, runs = bound(opened)
+    chain = engines.chain(runs)
+    chain()
+    runs[0].context.bound.clear()  # type: ignore[attr-defined]
+    with pytest.raises(HimapError, match="cannot run prefix"):
+        chain()
+    assert cuda.log[-2:] == ["cudaStreamBeginCapture", "cudaStreamEndCapture"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("VERSION_MISMATCH", "it was built by version 9.9, this is 0"),
+        ("UNSUPPORTED_CC", "not built for this GPU"),
+        ("OLD_CUDA_DRIVER", "driver is too old"),
+        ("OLD_CUDA_RUNTIME", "runtime is too old"),
+        ("INSUFFICIENT_GPU_MEMORY", "too little memory"),
+        ("MALFORMED_ENGINE", "damaged"),
+        ("CUDA_ERROR", "CUDA reports"),
+    ],
+)
+def test_an_engine_that_cannot_run_here_is_told_before_it_is_loaded(opened: Opened, flag: str, words: str) -> None:
+    bundle, api = opened[0], RTX.api()
+    bundle.manifest.toolchain["tensorrt-rtx"] = "9.9"  # type: ignore[index]
+    engines = open_engines(RTX, bundle)
+    api.runtime.get_engine_validity = lambda engine: (
+        api.EngineValidity.INVALID, getattr(api.EngineInvalidityDiagnostics, flag)
+    )  # fmt: skip
+    api.runtime.deserialize_cuda_engine = lambda engine: pytest.fail("it was loaded")
+    error = refusal(lambda: engines.bind("decode", {}))
+    assert words in str(error) and "decode.engine" in str(error) and "export again" in error.hint
+    assert set(run._INVALID) == set(api.EngineInvalidityDiagnostics.__members__)
+
+
+def test_tensorrt_loads_engines_of_its_own_version_only(opened: Opened) -> None:
+    bundle = opened[0]
+    bundle.manifest.engines["tensorrt"] = bundle.manifest.engines["tensorrt-rtx"]  # type: ignore[index]
+    log_of(DATACENTER)
+    bundle.manifest.toolchain["tensorrt"] = "11.3"  # type: ignore[index]
+    engines = open_engines(DATACENTER, bundle)
+    assert "built by tensorrt 11.3, this is 0" in str(refusal(lambda: engines.bind("decode", {})))
+
+
+def test_an_engine_with_the_plugin_has_it_registered_before_it_is_loaded(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, engines, order = opened[0], open_engines(RTX, opened[0]), []
+    load = RTX.api().runtime.deserialize_cuda_engine
+    monkeypatch.setattr(plugin, "register", lambda: order.append("register"))
+    RTX.api().runtime.deserialize_cuda_engine = lambda engine: order.append("load") or load(engine)
+    records = bundle.manifest.engines["tensorrt-rtx"]
+    for gather, expected in (("ops", ["load"]), ("plugin", ["register", "load"])):
+        order.clear()
+        records["decode"] = EngineRecord("decode.engine", 0.1, gather)  # type: ignore[index]
+        engines._engine("decode")
+        assert order == expected
+
+
+def test_device_memory_is_counted(opened: Opened) -> None:
+    engines, _ = bound(opened)
+    assert engines.memory_bytes() == opened[1].allocated + 2 * 1000
