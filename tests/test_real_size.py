@@ -1,19 +1,16 @@
 """The benchmark's own parts: a random checkpoint that the real command accepts, its table, its bars."""
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import real_size
 from commands import Workshop, call
 
 from himap_export.engines.bundle import open_bundle
 from himap_export.exporter.checkpoint import open_checkpoint
 from himap_export.exporter.cli import main as export_main
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import real_size
 
 
 def test_a_random_checkpoint_is_whole_and_exports(work: Workshop, tmp_path: Path) -> None:
