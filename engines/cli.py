@@ -70,6 +70,7 @@ def _run(args: argparse.Namespace) -> None:
     bundle = open_bundle(args.bundle, verify=not args.no_verify)
     if args.weights is not None:
         bundle = completed(bundle, args.weights)
+    bundle.weights()  # a bundle of engines only says that it needs --weights, before it looks for anything else
     question = None
     if args.load_inputs is None:
         question = load_question(bundle, args.image, args.prompt, args.weights)

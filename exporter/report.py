@@ -75,10 +75,10 @@ def _alignment(p: Planned, v: PlannedVariant) -> list[str]:
         f"{name} {old + v.budget.text} -> {new + v.budget.text}"
         for name, old, new in zip(("k1", "k2"), v.asked[1:], v.budget.visual[1:], strict=True)
     )
-    gained = ", ".join(f"{new - old}" for old, new in zip(v.asked[1:], v.budget.visual[1:], strict=True))
+    gained = " and ".join(f"{new - old}" for old, new in zip(v.asked[1:], v.budget.visual[1:], strict=True))
     return [
-        f"aligned to {p.align}: tokens {tokens}; it costs {before:.1%} -> {after:.1%} of the FLOPs and keeps "
-        f"{gained} image tokens more in as many tiles of {p.align} rows"
+        f"aligned to {p.align}: tokens {tokens}; {before:.1%} -> {after:.1%} of the FLOPs for {gained} image "
+        f"tokens more in as many tiles of {p.align} rows"
     ]
 
 
