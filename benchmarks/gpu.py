@@ -9,15 +9,14 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import gpu_parts
 import real_size
+from prefill import work_folder
 
 from himap_export.engines.bundle import open_bundle
 from himap_export.engines.isolation import isolated
@@ -159,14 +158,6 @@ def stages(results: Results, model: Path, work: Path, batch: int, iterations: in
                     print(f"{name}: parity with PyTorch {'passed' if same['passed'] else 'FAILED'}", flush=True)
     print(f"\nbatch {batch}")
     print("\n".join(table(times)))
-
-
-@contextmanager
-def work_folder(kept: Path | None) -> Iterator[Path]:
-    """`kept`, where the model of an earlier run is used again, or a folder that vanishes."""
-    with tempfile.TemporaryDirectory(prefix="himap-gpu-") as folder:
-        (kept or Path(folder)).mkdir(parents=True, exist_ok=True)
-        yield kept or Path(folder)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -13,15 +13,14 @@ import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
 import numpy as np
+from prefill import work_folder
 
 SHARD, PIECE = 5_000_000_000, 1 << 25  # bytes; fp16 numbers
 # By the form of the weights: GiB resident above a bare interpreter, seconds without hashing. Engines that embed them
@@ -190,17 +189,6 @@ def report(phases: list[Phase], total: float, bound: float, bare: int, form: str
         print(f"{'met    ' if value < bar else 'NOT MET'}  {value:.2f} {what}, the bar is {bar:g}")
     rows = {p.name: {"seconds": p.seconds, "anonymous": p.anonymous, "resident": p.resident} for p in phases}
     return {"seconds": total, "bound_s": bound, "unhashed_s": unhashed, "peak_above_bare": peak, "phases": rows}
-
-
-@contextmanager
-def work_folder(kept: Path | None) -> Iterator[Path]:
-    """`kept`, where the model of an earlier run is used again, or a folder that vanishes."""
-    if kept is None:
-        with tempfile.TemporaryDirectory(prefix="himap-real-size-") as folder:
-            yield Path(folder)
-    else:
-        kept.mkdir(parents=True, exist_ok=True)
-        yield kept
 
 
 def prepared(model: str, work: Path) -> Path:
