@@ -6,10 +6,11 @@ Not run on hardware yet: written from the documentation of cuda-bindings 13, tes
 import ctypes
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from importlib import import_module
+from itertools import cycle
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,8 @@ from himap_export.engines.backends import as_stored
 from himap_export.engines.manifest import TensorSpec
 from himap_export.engines.weight_file import NUMPY, StoredTensor, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
+
+PIECE = 32 << 20  # bytes of a weight on their way at once
 
 
 class NoGpu(Exception):  # noqa: N818  the message says which part of a GPU is missing, an answer more than an error
@@ -51,69 +54,61 @@ class Gpu:
     """Device 0: allocates, copies, and orders everything on one stream."""
 
     def __init__(self, cuda: ModuleType) -> None:
-        self._cuda = cuda
-        self._call(cuda.cudaSetDevice(0))
+        self.cuda = cuda
+        self.call(cuda.cudaSetDevice(0))
         # Not the default stream: TensorRT would synchronise the whole device around every run on it.
-        self._stream = self._call(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
-        self.stream = int(self._stream)
-        self.allocated = 0  # bytes, ever: tensors and weights live as long as their engines
+        self.stream = int(self.call(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking)))
+        self.held = 0  # bytes
+        self._uploading: list[npt.NDArray[Any]] = []
 
     def allocate(self, nbytes: int, owner: object) -> int:
         """Address of `nbytes` bytes of zeros that live as long as `owner`."""
-        address = int(self._call(self._cuda.cudaMalloc(max(nbytes, 1))))
-        self.allocated += nbytes
-        weakref.finalize(owner, self._cuda.cudaFree, address)
-        self._call(self._cuda.cudaMemsetAsync(address, 0, nbytes, self._stream))
+        address = int(self.call(self.cuda.cudaMalloc(max(nbytes, 1))))
+        weakref.finalize(owner, self.cuda.cudaFree, address)
+        self.count(nbytes, owner)
+        self.call(self.cuda.cudaMemsetAsync(address, 0, nbytes, self.stream))
         return address
 
+    def count(self, nbytes: int, owner: object) -> None:
+        """Adds to `held` what `owner` takes, as long as it lives."""
+        self.held += nbytes
+        weakref.finalize(owner, self._uncount, nbytes)
+
+    def _uncount(self, nbytes: int) -> None:
+        self.held -= nbytes
+
     def upload(self, address: int, array: npt.NDArray[Any]) -> None:
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._call(self._cuda.cudaMemcpyAsync(address, array.ctypes.data, array.nbytes, kind, self._stream))
-        self.synchronize()  # `array` may go away once we return
+        """Enqueues the copy and goes on: nobody may change `array` any more."""
+        self._uploading.append(array)
+        self.copy(address, array.ctypes.data, array.nbytes)
+
+    def copy(self, address: int, source: int, nbytes: int) -> None:
+        """Enqueues a copy from the host, whose memory must last until `synchronize`."""
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call(self.cuda.cudaMemcpyAsync(address, source, nbytes, kind, self.stream))
 
     def download(self, address: int, array: npt.NDArray[Any]) -> None:
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._call(self._cuda.cudaMemcpyAsync(array.ctypes.data, address, array.nbytes, kind, self._stream))
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call(self.cuda.cudaMemcpyAsync(array.ctypes.data, address, array.nbytes, kind, self.stream))
         self.synchronize()
 
-    def capture(self, work: Callable[[], None], owner: object) -> int | None:
-        """What `work` enqueues, as a graph to `launch` as long as `owner` lives; None if CUDA cannot capture it."""
-        cuda = self._cuda
-        self._call(
-            cuda.cudaStreamBeginCapture(self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
-        )
-        try:
-            work()
-        except HimapError:  # TensorRT refuses what cannot be captured; the stream has to leave the mode all the same
-            cuda.cudaStreamEndCapture(self._stream)
-            return None
-        error, graph = cuda.cudaStreamEndCapture(self._stream)
-        if error != cuda.cudaError_t.cudaSuccess:
-            return None
-        executable = self._call(cuda.cudaGraphInstantiate(graph, 0))
-        self._call(cuda.cudaGraphDestroy(graph))
-        weakref.finalize(owner, cuda.cudaGraphExecDestroy, executable)
-        return int(executable)
-
-    def launch(self, graph: int) -> None:
-        self._call(self._cuda.cudaGraphLaunch(graph, self._stream))
-
     def synchronize(self) -> None:
-        self._call(self._cuda.cudaStreamSynchronize(self._stream))
+        self.call(self.cuda.cudaStreamSynchronize(self.stream))
+        self._uploading.clear()
 
-    def _call(self, result: tuple[Any, ...]) -> Any:
-        """The value a CUDA call returned behind its error code."""
+    def call(self, result: tuple[Any, ...]) -> Any:
+        """The value a CUDA call returned behind its error code; HimapError if that is one."""
         error, *values = result
-        if error != self._cuda.cudaError_t.cudaSuccess:
-            memory = error == self._cuda.cudaError_t.cudaErrorMemoryAllocation
+        if error != self.cuda.cudaError_t.cudaSuccess:
+            memory = error == self.cuda.cudaError_t.cudaErrorMemoryAllocation
             hint = "the bundle's weights and caches do not fit the GPU's free memory" if memory else ""
-            _, text = self._cuda.cudaGetErrorString(error)
+            _, text = self.cuda.cudaGetErrorString(error)
             raise HimapError("the GPU reports an error", text.decode(), hint)
         return values[0] if values else None
 
 
 class DeviceTensor:
-    """A static tensor in GPU memory; `read` waits for everything enqueued before it."""
+    """A static tensor in GPU memory; only `read` waits, for everything enqueued before it."""
 
     def __init__(self, gpu: Gpu, spec: TensorSpec) -> None:
         self.spec, self._gpu = spec, gpu
@@ -122,7 +117,7 @@ class DeviceTensor:
 
     def write(self, values: npt.NDArray[Any]) -> None:
         stored = as_stored(values, self.spec.dtype)
-        self._gpu.upload(self.address, np.ascontiguousarray(np.broadcast_to(stored, self.spec.shape)))
+        self._gpu.upload(self.address, np.broadcast_to(stored, self.spec.shape).copy())  # the caller's may change
 
     def read(self) -> npt.NDArray[Any]:
         array = np.empty(self.spec.shape, self._dtype)
@@ -134,11 +129,34 @@ class DeviceWeights:
     """One copy of every weight on the device, for all engines; `addresses` by checkpoint name."""
 
     def __init__(self, gpu: Gpu, tensors: Iterable[StoredTensor]) -> None:
-        self.addresses: Mapping[str, int] = {
-            name: self._upload(gpu, array) for name, array in map_tensors(tensors).items()
-        }
+        self.addresses: dict[str, int] = {}
+        arrays = map_tensors(tensors)
+        if not arrays:
+            return
+        with _Staging(gpu) as staging:
+            for name, array in arrays.items():
+                self.addresses[name] = gpu.allocate(array.nbytes, self)
+                staging.upload(self.addresses[name], array)
 
-    def _upload(self, gpu: Gpu, array: npt.NDArray[Any]) -> int:
-        address = gpu.allocate(array.nbytes, self)
-        gpu.upload(address, array)
-        return address
+
+class _Staging:
+    """Two pinned buffers: while one is on its way to the device, the other is filled from the file."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._start = int(gpu.call(gpu.cuda.cudaMallocHost(2 * PIECE)))
+        self._halves = cycle((self._start, self._start + PIECE))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._gpu.cuda.cudaStreamSynchronize(self._gpu.stream)
+        self._gpu.cuda.cudaFreeHost(self._start)
+
+    def upload(self, address: int, array: npt.NDArray[Any]) -> None:
+        for offset in range(0, array.nbytes, PIECE):
+            half, size = next(self._halves), min(PIECE, array.nbytes - offset)
+            ctypes.memmove(half, array.ctypes.data + offset, size)
+            self._gpu.synchronize()  # the other half has arrived: it is filled next
+            self._gpu.copy(address + offset, half, size)

@@ -3,15 +3,19 @@
 Not run on hardware yet: written from the API's documentation, tested over stand-ins of its runtime and CUDA's.
 """
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from himap_export.engines.backends import Tensor
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import TensorSpec
+from himap_export.engines.nvinfer.cuda_graph import Chain
 from himap_export.engines.nvinfer.cuda_memory import DeviceTensor, DeviceWeights, Gpu, NoGpu, cuda_runtime, first_gpu
 from himap_export.engines.nvinfer.flavour import RTX, Flavour, log_of, one_line
 from himap_export.graphs.errors import Exit, HimapError
@@ -31,7 +35,9 @@ def open_engines(flavour: Flavour, bundle: Bundle) -> "NvInferEngines":
     if flavour.capabilities and capability not in flavour.capabilities:
         details = f"cuda:0 is {name}, SM{capability}; it runs on SM{', '.join(map(str, flavour.capabilities))}"
         raise HimapError(f"{flavour.title} does not support this GPU", details, _elsewhere(bundle), Exit.MISSING)
-    return NvInferEngines(flavour, bundle, Gpu(cuda), f"cuda:0 {name}")
+    runtime = flavour.api().Runtime(log_of(flavour))
+    check_engines(flavour, bundle, runtime, capability)
+    return NvInferEngines(flavour, bundle, runtime, Gpu(cuda), f"cuda:0 {name}")
 
 
 def _elsewhere(bundle: Bundle) -> str:
@@ -42,12 +48,12 @@ def _elsewhere(bundle: Bundle) -> str:
 class NvInferEngines:
     """The engines of a bundle on one GPU, over one copy of the weights, all on one stream."""
 
-    def __init__(self, flavour: Flavour, bundle: Bundle, gpu: Gpu, device: str) -> None:
-        self.flavour, self.device, self._bundle, self._gpu = flavour, device, bundle, gpu
+    def __init__(self, flavour: Flavour, bundle: Bundle, runtime: Any, gpu: Gpu, device: str) -> None:
+        self.flavour, self.device, self._bundle, self._runtime, self._gpu = flavour, device, bundle, runtime, gpu
         inside = bundle.manifest.weight_form == "embedded"
         self._weights = DeviceWeights(gpu, () if inside else bundle.weights().values())
-        self._runtime = flavour.api().Runtime(log_of(flavour))
-        self.stream, self._scratch = gpu.stream, 0
+        self._engines: dict[str, Any] = {}
+        self.stream = gpu.stream
 
     def tensor(self, spec: TensorSpec) -> DeviceTensor:
         return DeviceTensor(self._gpu, spec)
@@ -58,7 +64,6 @@ class NvInferEngines:
         context = engine.create_execution_context()
         if context is None:
             raise self.failed(f"cannot prepare {graph}")
-        self._scratch += int(engine.device_memory_size_v2)
         addresses = dict(self._weights.addresses)
         for name, tensor in tensors.items():
             assert isinstance(tensor, DeviceTensor)  # tensors come from this object's own `tensor`
@@ -67,27 +72,40 @@ class NvInferEngines:
         for name in _doors(engine):
             if not context.set_tensor_address(name, addresses[name]):
                 raise self.failed(f"cannot bind {name} of {graph}")
-        return _Run(self, graph, context, engine, tensors)
+        run = _Run(self, graph, context, engine, tensors)
+        self._gpu.count(int(engine.device_memory_size_v2), run)
+        return run
 
-    def chain(self, runs: Sequence[Callable[[], None]]) -> "Chain":
-        assert all(isinstance(run, _Run) for run in runs)  # they come from this object's own `bind`
-        return Chain(self._gpu, [run for run in runs if isinstance(run, _Run)])
+    def chain(self, runs: Sequence[Callable[[], None]]) -> Chain:
+        own = [run for run in runs if isinstance(run, _Run)]
+        assert len(own) == len(runs)  # they come from this object's own `bind`
+
+        def obstacle() -> str:
+            refused = [run.graph for run in own if not run.capturable()]
+            return f"{self.flavour.title} cannot be captured in {', '.join(refused)}" if refused else ""
+
+        return Chain(self._gpu, own, obstacle)
 
     def memory_bytes(self) -> int:
-        """Device memory of weights, tensors and engines' scratch, as far as it was asked for here."""
-        return self._gpu.allocated + self._scratch
+        """Device memory of weights, tensors and engines' scratch; CUDA's own and the kernels' is not in it."""
+        return self._gpu.held
 
     def _engine(self, graph: str) -> Any:
-        record = self._bundle.manifest.engines[self.flavour.name][graph]
-        path = self._bundle.path(record.file)
-        content = path.read_bytes()
-        check_validity(self.flavour, self._runtime, content, self._bundle, path)
-        if record.gather == "plugin" and self.flavour is RTX:  # TensorRT's own engines carry their plugins' kernels
-            from himap_export.engines.plugin import tensorrt_rtx as plugin
+        """Loaded once, however often it is bound."""
+        if graph not in self._engines:
+            record = self._bundle.manifest.engines[self.flavour.name][graph]
+            if record.gather == "plugin" and self.flavour is RTX:  # TensorRT's engines carry their plugin's kernel
+                from himap_export.engines.plugin import tensorrt_rtx as plugin
 
-            plugin.register()
+                plugin.register()
+            self._engines[graph] = engine = self._load(self._bundle.path(record.file))
+            # What of the weights is inside: all of them in an embedded bundle.
+            self._gpu.count(int(engine.get_engine_stat(self.flavour.api().EngineStat.TOTAL_WEIGHTS_SIZE)), self)
+        return self._engines[graph]
+
+    def _load(self, path: Path) -> Any:
         log_of(self.flavour).clear()
-        engine = self._runtime.deserialize_cuda_engine(content)
+        engine = self._runtime.deserialize_cuda_engine(np.memmap(path, np.uint8, "r"))
         if engine is None:
             raise self.failed(f"cannot open {path}")
         return engine
@@ -98,33 +116,80 @@ class NvInferEngines:
         return HimapError(f"{self.flavour.title} {what}", details, hint)
 
 
-def check_validity(flavour: Flavour, runtime: Any, engine: bytes, bundle: Bundle, path: Path) -> None:
-    """HimapError that says why this engine cannot run here, before it is loaded.
+def check_engines(flavour: Flavour, bundle: Bundle, runtime: Any, capability: int) -> None:
+    """HimapError that says why an engine of this bundle cannot run here, before anything is loaded.
 
-    TensorRT-RTX tells; TensorRT does not, and loads engines of its own version only, which the manifest names.
+    TensorRT-RTX tells, from a few bytes. TensorRT does not: its engines run only in the version, and on the kind of
+    GPU, that built them, which the manifest names.
     """
-    built, here = bundle.manifest.toolchain.get(flavour.name, "an unknown version"), flavour.version()
-    hint = f"export again, here or with {flavour.name} {here}"
-    if flavour.capabilities:
-        validity, diagnostics = runtime.get_engine_validity(engine)
-        kinds = flavour.api().EngineInvalidityDiagnostics
-        if validity == flavour.api().EngineValidity.INVALID:
-            told = [text for name, text in _INVALID.items() if int(getattr(kinds, name)) & int(diagnostics)]
-            details = "; ".join(told or ["it does not say why"]).format(built=built, here=here)
-            raise HimapError(f"{flavour.title} cannot run {path} here", details, hint)
-    elif built != here:
-        details = f"it was built by {flavour.name} {built}, this is {here}"
-        raise HimapError(f"{flavour.title} cannot run {path} here", details, hint)
+    tells = hasattr(runtime, "get_engine_validity")
+    for record in bundle.manifest.engines[flavour.name].values():
+        path = bundle.path(record.file)
+        header = _header(path, int(runtime.engine_header_size) if tells else 1)
+        problem = _mismatch(flavour, bundle.manifest.toolchain, capability, version=not tells)
+        if tells and not problem:
+            problem = _told(flavour, bundle.manifest.toolchain, runtime, capability, header)
+        if problem:
+            details, hint = problem
+            raise HimapError(f"{flavour.title} cannot run {path} here", one_line(details), hint, Exit.MISSING)
 
 
-_INVALID = {
-    "VERSION_MISMATCH": "it was built by version {built}, this is {here}",
-    "UNSUPPORTED_CC": "it was not built for this GPU's compute capability",
-    "OLD_CUDA_DRIVER": "the CUDA driver is too old for it",
-    "OLD_CUDA_RUNTIME": "the CUDA runtime is too old for it",
-    "INSUFFICIENT_GPU_MEMORY": "the GPU has too little memory",
-    "MALFORMED_ENGINE": "it is no engine, or a damaged one",
-    "CUDA_ERROR": "CUDA reports an error",
+def _header(path: Path, size: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            header = file.read(size)
+    except OSError as problem:
+        raise HimapError(f"cannot read {path}", problem.strerror or str(problem), "export the bundle again") from None
+    if not header:
+        raise HimapError(f"{path} is empty", hint="export the bundle again")
+    return header
+
+
+def _mismatch(flavour: Flavour, made: Mapping[str, str], capability: int, version: bool) -> tuple[str, str] | None:
+    """What the toolchain of a bundle and this machine disagree about, and a hint; what is not recorded may fit."""
+    system, here = made.get("platform", "").partition("-")[0], platform.platform().partition("-")[0]
+    if system and system != here:
+        return f"it was built on {system}, this is {here}", f"export again on {here}"
+    built = made.get(flavour.name)
+    if version and built and built != flavour.version():
+        return _INVALID["VERSION_MISMATCH"][0].format(built=built, here=flavour.version()), _versions(flavour, made)
+    gpu = made.get(f"{flavour.name} gpu", "").upper().removeprefix("SM").replace(".", "")
+    if version and gpu and gpu != str(capability):
+        return f"it was built for SM{gpu}, this GPU is SM{capability}", "export again on this machine"
+    return None
+
+
+def _told(
+    flavour: Flavour, made: Mapping[str, str], runtime: Any, capability: int, header: bytes
+) -> tuple[str, str] | None:
+    """What TensorRT-RTX finds wrong with an engine, and a hint. Its diagnostics are a sum of the enum's values."""
+    trt, log = flavour.api(), log_of(flavour)
+    log.clear()
+    validity, diagnostics = runtime.get_engine_validity(header)
+    if validity != trt.EngineValidity.INVALID:  # one that is only SUBOPTIMAL runs
+        return None
+    kinds = trt.EngineInvalidityDiagnostics
+    told = [both for name, both in _INVALID.items() if int(getattr(kinds, name)) & int(diagnostics)]
+    if not told:  # a CUDA that does not work has left no more than this
+        return next(iter(log.errors), "it does not say why"), "export again on this machine"
+    built = made.get(flavour.name, "an unknown version")
+    details = "; ".join(what for what, _ in told).format(built=built, here=flavour.version(), gpu=f"SM{capability}")
+    return details, told[0][1] or _versions(flavour, made)
+
+
+def _versions(flavour: Flavour, made: Mapping[str, str]) -> str:
+    built = f", or install {flavour.name} {made[flavour.name]}" if flavour.name in made else ""
+    return f"export again with {flavour.name} {flavour.version()}{built}"
+
+
+_INVALID = {  # TensorRT-RTX's diagnostics by name: what each means, and what helps
+    "VERSION_MISMATCH": ("it was built by version {built}, this is {here}", ""),
+    "UNSUPPORTED_CC": ("it was not built for this GPU, {gpu}", "export again with this version of himap-export"),
+    "OLD_CUDA_DRIVER": ("the CUDA driver is too old for it", "update NVIDIA's driver"),
+    "OLD_CUDA_RUNTIME": ("the CUDA runtime is too old for it", "update NVIDIA's driver and the package's libraries"),
+    "INSUFFICIENT_GPU_MEMORY": ("the GPU has too little memory", "export with a smaller --batch or --text-budget"),
+    "MALFORMED_ENGINE": ("it is no engine, or damaged, or of another platform", "export again"),
+    "CUDA_ERROR": ("CUDA's driver or runtime does not work", "check NVIDIA's driver with nvidia-smi"),
 }
 
 
@@ -139,42 +204,14 @@ class _Run:
     tensors: Mapping[str, Tensor]
 
     def __call__(self) -> None:
+        log_of(self.engines.flavour).clear()  # of what a capture was refused for
         if not self.context.execute_async_v3(self.engines.stream):
             raise self.engines.failed(f"cannot run {self.graph}")
 
     def capturable(self) -> bool:
-        """TensorRT-RTX knows; TensorRT finds out, and capturing fails."""
+        """TensorRT-RTX knows; TensorRT has no such call: there, capturing is tried."""
         ask = getattr(self.context, "is_stream_capturable", None)
         return ask is None or bool(ask(self.engines.stream))
-
-
-class Chain:
-    """Several graphs, one after the other: at first enqueued one by one, from the second time on one CUDA graph.
-
-    The first time TensorRT may allocate and compile, which cannot be captured. `captured` says whether the rest was;
-    a chain that cannot be goes on one by one, with the same results. Nothing waits for the host in between.
-    """
-
-    def __init__(self, gpu: Gpu, runs: Sequence[_Run]) -> None:
-        self._gpu, self._runs, self._calls = gpu, runs, 0
-        self._graph: int | None = None
-
-    @property
-    def captured(self) -> bool:
-        return self._graph is not None
-
-    def __call__(self) -> None:
-        self._calls += 1
-        if self._calls == 2 and all(run.capturable() for run in self._runs):
-            self._graph = self._gpu.capture(self._enqueue, self)
-        if self._graph is None:
-            self._enqueue()
-        else:
-            self._gpu.launch(self._graph)
-
-    def _enqueue(self) -> None:
-        for run in self._runs:
-            run()
 
 
 def _doors(engine: Any) -> list[str]:

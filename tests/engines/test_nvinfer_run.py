@@ -4,20 +4,22 @@ import ctypes
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
-from unsealed import staged, unsealed
+from nvinfer_stand_ins import FakeCuda, Opened, bound, stand_ins
 
-from himap_export.engines.bundle import Bundle
-from himap_export.engines.manifest import EngineRecord, GraphRecord, TensorSpec
-from himap_export.engines.nvinfer import run
-from himap_export.engines.nvinfer.flavour import DATACENTER, RTX, Flavour, log_of
+from himap_export.engines.manifest import EngineRecord, TensorSpec
+from himap_export.engines.nvinfer import cuda_memory, run
+from himap_export.engines.nvinfer.flavour import DATACENTER, RTX, log_of
 from himap_export.engines.nvinfer.run import open_engines
 from himap_export.engines.plugin import tensorrt_rtx as plugin
 from himap_export.graphs.errors import Exit, HimapError
+
+
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
+    return stand_ins(tmp_path, monkeypatch)
 
 
 def refusal(act: Callable[[], object]) -> HimapError:
@@ -27,143 +29,43 @@ def refusal(act: Callable[[], object]) -> HimapError:
     return caught.value
 
 
-class FakeCuda(SimpleNamespace):
-    """CUDA's runtime over host memory: enough of it that addresses, copies and errors are real."""
-
-    cudaError_t = SimpleNamespace(cudaSuccess=0, cudaErrorMemoryAllocation=2)  # noqa: N815  CUDA's own names
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
-    cudaStreamNonBlocking = 1  # noqa: N815
-    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
-
-    def __init__(self, major: int = 8, minor: int = 9, count: int = 1, limit: int = 1 << 30) -> None:
-        self.memory: dict[int, Any] = {}
-        self.allocated = 0
-        name = SimpleNamespace(name=b"NVIDIA Fake", major=major, minor=minor)
-        self.cudaGetDeviceCount = lambda: (0 if count else 100, count)
-        self.cudaGetDeviceProperties = lambda device: (0, name)
-        self.cudaSetDevice = lambda _: (0,)
-        self.cudaStreamCreateWithFlags = lambda flags: (0, 77)
-        self.cudaGetErrorString = lambda error: (0, {2: b"out of memory", 100: b"no device"}[error])
-        self.cudaFree = lambda address: (0, self.memory.pop(address))[:1]
-        self.cudaMemcpyAsync = lambda to, source, size, kind, stream: (0, ctypes.memmove(to, source, size))[:1]
-        self.cudaMemsetAsync = lambda to, value, size, stream: (0, ctypes.memset(to, value, size))[:1]
-
-        def malloc(size: int) -> tuple[int, int]:
-            self.allocated += size
-            buffer = ctypes.create_string_buffer(b"\xff" * size, size)
-            self.memory[ctypes.addressof(buffer)] = buffer
-            return (0, ctypes.addressof(buffer)) if self.allocated <= limit else (2, 0)
-
-        self.cudaMalloc = malloc
-        self.log: list[str] = []  # what a stream sees of graphs, and every wait for it
-        self.capture_fails = False
-        for call, value in (
-            ("cudaStreamBeginCapture", None), ("cudaStreamEndCapture", 5), ("cudaGraphInstantiate", 6),
-            ("cudaGraphDestroy", None), ("cudaGraphLaunch", None), ("cudaGraphExecDestroy", None),
-            ("cudaStreamSynchronize", None),
-        ):  # fmt: skip
-            setattr(self, call, self._logged(call, value))
-
-    def _logged(self, name: str, value: int | None) -> Callable[..., tuple[Any, ...]]:
-        def call(*arguments: Any) -> tuple[Any, ...]:
-            self.log.append(name)
-            error = 100 if self.capture_fails and name == "cudaStreamEndCapture" else 0
-            return (error,) if value is None else (error, value)
-
-        return call
-
-
-class FakeEngine:
-    """One graph's doors as TensorRT shows them; running it writes its bound addresses down."""
-
-    def __init__(self, record: GraphRecord, runs: list[tuple[int, dict[str, int]]]) -> None:
-        self.record, self.runs = record, runs
-        self.names = [*record.inputs, *record.weights, *record.outputs]
-        self.num_io_tensors, self.get_tensor_name = len(self.names), self.names.__getitem__
-        self.bound: dict[str, int] = {}
-        self.device_memory_size_v2 = 1000
-        self.capturable = True
-
-    def is_stream_capturable(self, stream: int) -> bool:
-        return self.capturable
-
-    def get_tensor_mode(self, name: str) -> str:
-        return "out" if name in self.record.outputs else "in"
-
-    def get_aliased_input_tensor(self, name: str) -> str | None:
-        past = name.replace("present", "past")
-        return past if past in self.record.inputs and past != name else None
-
-    def create_execution_context(self) -> "FakeEngine":
-        return self
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        self.bound[name] = address
-        return name in self.names and address > 0
-
-    def execute_async_v3(self, stream: int) -> bool:
-        self.runs.append((stream, dict(self.bound)))
-        return self.bound.keys() == set(self.names)
-
-
-Opened = tuple[Bundle, FakeCuda, list[tuple[int, dict[str, int]]]]
-
-
-@pytest.fixture
-def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
-    """prefix and decode, "built", and a machine with an RTX GPU."""
-    model, cuda, runs = staged("bf16"), FakeCuda(), list[tuple[int, dict[str, int]]]()
-    bundle = unsealed(tmp_path / "work", model, (model.prefix(), model.decode()))
-    files = {name: f"{name}.engine" for name in bundle.manifest.graphs}
-    for name, file in files.items():
-        bundle.path(file).write_text(name)
-    engines = {"tensorrt-rtx": {name: EngineRecord(file, 0.1) for name, file in files.items()}}
-    bundle.manifest.engines.update(engines)  # type: ignore[attr-defined]
-
-    def deserialize(engine: bytes) -> FakeEngine | None:
-        return FakeEngine(bundle.graph(engine.decode()), runs) if engine.decode() in files else None
-
-    api = RTX.api()
-    runtime = SimpleNamespace(
-        deserialize_cuda_engine=deserialize, get_engine_validity=lambda engine: (api.EngineValidity.VALID, 0)
-    )
-    fake = SimpleNamespace(
-        Runtime=lambda log: runtime, TensorIOMode=SimpleNamespace(OUTPUT="out"), __version__="0", runtime=runtime,
-        ILogger=type("ILogger", (), {"ERROR": 1}),
-        EngineValidity=api.EngineValidity, EngineInvalidityDiagnostics=api.EngineInvalidityDiagnostics,
-    )  # fmt: skip
-    log_of(RTX)
-    monkeypatch.setattr(Flavour, "api", lambda self: fake)
-    monkeypatch.setattr(run, "cuda_runtime", lambda: cuda)
-    return bundle, cuda, runs
-
-
 def test_engines_share_weights_and_update_caches_in_place(opened: Opened) -> None:
-    bundle, cuda, runs = opened
-    engines = open_engines(RTX, bundle)
+    bundle, cuda, seen = opened
+    engines, runs, _ = bound(opened)
     assert engines.device == "cuda:0 NVIDIA Fake"
-    assert cuda.allocated == sum(t.nbytes for t in bundle.tensors.values())
-    doors = {name: {**g.inputs, **g.outputs} for name, g in bundle.manifest.graphs.items()}
-    for name, specs_ in doors.items():
-        tensors = {n: engines.tensor(s) for n, s in specs_.items()}
-        tensors |= {n: tensors[n.replace("present", "past")] for n in specs_ if n.replace("present", "past") in tensors}
-        engines.bind(name, tensors)()
-    (stream, prefix), (again, decode) = runs
-    assert stream == again == 77
-    assert all(decode[n] == decode[n.replace("present", "past")] for n in decode)
+    for each in runs:
+        each()
+    cuda.cudaStreamSynchronize(77)
+    (_, prefix, _), (_, decode, _) = seen
+    for addresses in (prefix, decode):
+        caches = [n for n in addresses if n.startswith("present")]
+        assert caches and all(addresses[n] == addresses[n.replace("present", "past")] for n in caches)
     shared = set(bundle.graph("prefix").weights)
     assert shared and all(prefix[n] == decode[n] for n in shared)
-    stored = bundle.tensors["model.norm.weight"]
-    content = ctypes.string_at(decode["model.norm.weight"], stored.nbytes)
-    assert content == stored.file.read_bytes()[stored.offset : stored.offset + stored.nbytes]
 
 
-def test_a_cache_bound_apart_is_a_bug(opened: Opened) -> None:
-    bundle, _, _ = opened
-    engines, graph = open_engines(RTX, bundle), bundle.graph("decode")
+@pytest.mark.parametrize("piece", [1000, 32 << 20])
+def test_weights_are_uploaded_once_whole_and_in_pieces(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    bundle, cuda, _ = opened
+    monkeypatch.setattr(cuda_memory, "PIECE", piece)
+    engines = open_engines(RTX, bundle)
+    stored = bundle.weights()
+    assert len(cuda.memory) == len(stored) and cuda.allocated == sum(t.nbytes for t in stored.values())
+    assert cuda.log.count("copy 1") == sum(-(-t.nbytes // piece) for t in stored.values())
+    for name, tensor in stored.items():
+        content = ctypes.string_at(engines._weights.addresses[name], tensor.nbytes)
+        assert content == tensor.file.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes]
+    assert not cuda.pinned
+
+
+@pytest.mark.parametrize("name", ["prefix", "decode"])
+def test_a_cache_bound_apart_is_a_bug(opened: Opened, name: str) -> None:
+    engines, graph = open_engines(RTX, opened[0]), opened[0].graph(name)
     tensors = {n: engines.tensor(s) for n, s in {**graph.inputs, **graph.outputs}.items()}
-    with pytest.raises(ValueError, match=r"decode updates past_key\.0 in place"):
-        engines.bind("decode", tensors)
+    with pytest.raises(ValueError, match=rf"{name} updates past_key\.0 in place"):
+        engines.bind(name, tensors)
 
 
 def test_tensors_start_as_zeros_keep_what_is_written_and_free_their_memory(opened: Opened) -> None:
@@ -226,100 +128,87 @@ def test_a_gpu_that_cannot_do_it_is_told(
     assert words in str(error) and error.code == (Exit.FAILURE if cuda.allocated else Exit.MISSING)
 
 
-def bound(opened: Opened) -> tuple[run.NvInferEngines, list[Callable[[], None]]]:
-    """Both graphs on tensors of their own, caches shared between past and present."""
-    engines = open_engines(RTX, opened[0])
-    runs = []
-    for name, graph in opened[0].manifest.graphs.items():
-        doors = {**graph.inputs, **graph.outputs}
-        tensors = {n: engines.tensor(s) for n, s in doors.items()}
-        tensors |= {n: tensors[n.replace("present", "past")] for n in doors if n.startswith("present")}
-        runs.append(engines.bind(name, tensors))
-    return engines, runs
-
-
-def test_a_chain_is_enqueued_once_captured_once_and_launched_ever_after(opened: Opened) -> None:
-    _, cuda, enqueued = opened
-    engines, runs = bound(opened)
-    chain = engines.chain(runs)
-    cuda.log.clear()
-    chain()
-    assert len(enqueued) == 2 and cuda.log == [] and not chain.captured  # no wait between the graphs, nor behind them
-    chain()
-    begin = ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphDestroy"]
-    assert len(enqueued) == 4 and cuda.log == [*begin, "cudaGraphLaunch"] and chain.captured
-    chain()
-    assert len(enqueued) == 4 and cuda.log == [*begin, "cudaGraphLaunch", "cudaGraphLaunch"]
-    del chain
-    assert cuda.log[-1] == "cudaGraphExecDestroy"
-
-
-def test_a_chain_that_cannot_be_captured_goes_on_one_by_one(opened: Opened) -> None:
-    _, cuda, enqueued = opened
-    engines, runs = bound(opened)
-    cuda.capture_fails = True
-    chain = engines.chain(runs)
-    for _ in range(3):
-        chain()
-    assert not chain.captured and "cudaGraphLaunch" not in cuda.log
-    assert len(enqueued) == 2 + 4 + 2  # what was captured in vain has not run, and is enqueued again
-    cuda.log.clear()
-    runs[1].context.capturable = False  # type: ignore[attr-defined]
-    other = engines.chain(runs)
-    other()
-    other()
-    assert not other.captured and cuda.log == []
-
-
-def test_a_run_that_fails_while_it_is_captured_ends_the_capture(opened: Opened) -> None:
-    _, cuda, _ = opened
-    engines, runs = bound(opened)
-    chain = engines.chain(runs)
-    chain()
-    runs[0].context.bound.clear()  # type: ignore[attr-defined]
-    with pytest.raises(HimapError, match="cannot run prefix"):
-        chain()
-    assert cuda.log[-2:] == ["cudaStreamBeginCapture", "cudaStreamEndCapture"]
-
-
 @pytest.mark.parametrize(
-    ("flag", "words"),
+    ("flag", "words", "hint"),
     [
-        ("VERSION_MISMATCH", "it was built by version 9.9, this is 0"),
-        ("UNSUPPORTED_CC", "not built for this GPU"),
-        ("OLD_CUDA_DRIVER", "driver is too old"),
-        ("OLD_CUDA_RUNTIME", "runtime is too old"),
-        ("INSUFFICIENT_GPU_MEMORY", "too little memory"),
-        ("MALFORMED_ENGINE", "damaged"),
-        ("CUDA_ERROR", "CUDA reports"),
+        ("VERSION_MISMATCH", "it was built by version 9.9, this is 0", "or install tensorrt-rtx 9.9"),
+        ("UNSUPPORTED_CC", "not built for this GPU, SM89", "export again"),
+        ("OLD_CUDA_DRIVER", "driver is too old", "update"),
+        ("OLD_CUDA_RUNTIME", "runtime is too old", "update"),
+        ("INSUFFICIENT_GPU_MEMORY", "too little memory", "--batch"),
+        ("MALFORMED_ENGINE", "damaged", "export again"),
+        ("CUDA_ERROR", "CUDA's driver or runtime", "nvidia-smi"),
     ],
 )
-def test_an_engine_that_cannot_run_here_is_told_before_it_is_loaded(opened: Opened, flag: str, words: str) -> None:
-    bundle, api = opened[0], RTX.api()
+def test_an_engine_that_cannot_run_here_is_told_before_it_is_loaded(
+    opened: Opened, flag: str, words: str, hint: str
+) -> None:
+    bundle, cuda, _ = opened
+    api = RTX.api()
     bundle.manifest.toolchain["tensorrt-rtx"] = "9.9"  # type: ignore[index]
-    engines = open_engines(RTX, bundle)
-    api.runtime.get_engine_validity = lambda engine: (
-        api.EngineValidity.INVALID, getattr(api.EngineInvalidityDiagnostics, flag)
-    )  # fmt: skip
-    api.runtime.deserialize_cuda_engine = lambda engine: pytest.fail("it was loaded")
-    error = refusal(lambda: engines.bind("decode", {}))
-    assert words in str(error) and "decode.engine" in str(error) and "export again" in error.hint
+    diagnostics = int(getattr(api.EngineInvalidityDiagnostics, flag))
+    api.runtime.get_engine_validity = lambda engine: (api.EngineValidity.INVALID, diagnostics)
+    error = refusal(lambda: open_engines(RTX, bundle))
+    assert words in str(error) and "prefix.engine" in str(error) and hint in error.hint
+    assert not cuda.memory  # before its weights are uploaded, too
     assert set(run._INVALID) == set(api.EngineInvalidityDiagnostics.__members__)
 
 
-def test_tensorrt_loads_engines_of_its_own_version_only(opened: Opened) -> None:
+def test_tensorrt_rtx_itself_tells_a_damaged_engine(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    runtime = RTX.api().Runtime(log_of(RTX))
+    error = refusal(lambda: run.check_engines(RTX, opened[0], runtime, 89))
+    assert "it is no engine, or damaged" in str(error)
+
+
+def test_an_engine_that_is_invalid_for_no_given_reason_tells_the_log(opened: Opened) -> None:
+    api = RTX.api()
+
+    def validity(engine: bytes) -> tuple[object, int]:
+        log_of(RTX).errors.append("CUDA {is} old")
+        return api.EngineValidity.INVALID, 0
+
+    api.runtime.get_engine_validity = validity
+    assert "CUDA {is} old" in str(refusal(lambda: open_engines(RTX, opened[0])))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "words"),
+    [
+        ({"tensorrt": "11.3"}, "built by version 11.3, this is 0"),
+        ({"tensorrt": "0", "tensorrt gpu": "9.0"}, "built for SM90, this GPU is SM89"),
+        ({"tensorrt gpu": "SM80"}, "built for SM80, this GPU is SM89"),
+        ({"platform": "Plan9-4"}, "built on Plan9, this is"),
+        ({"tensorrt": "0", "tensorrt gpu": "SM89"}, ""),
+        ({}, ""),
+    ],
+)
+def test_tensorrt_runs_engines_of_its_own_version_and_gpu_only(
+    opened: Opened, recorded: dict[str, str], words: str
+) -> None:
     bundle = opened[0]
     bundle.manifest.engines["tensorrt"] = bundle.manifest.engines["tensorrt-rtx"]  # type: ignore[index]
+    bundle.manifest.toolchain.update(recorded)  # type: ignore[attr-defined]
     log_of(DATACENTER)
-    bundle.manifest.toolchain["tensorrt"] = "11.3"  # type: ignore[index]
-    engines = open_engines(DATACENTER, bundle)
-    assert "built by tensorrt 11.3, this is 0" in str(refusal(lambda: engines.bind("decode", {})))
+    del RTX.api().runtime.get_engine_validity, RTX.api().runtime.engine_header_size
+    if not words:
+        assert open_engines(DATACENTER, bundle).device
+        return
+    assert words in str(refusal(lambda: open_engines(DATACENTER, bundle)))
+
+
+def test_an_empty_or_missing_engine_is_told(opened: Opened) -> None:
+    path = opened[0].path("decode.engine")
+    path.write_bytes(b"")
+    assert "decode.engine is empty" in str(refusal(lambda: open_engines(RTX, opened[0])))
+    path.unlink()
+    assert "No such file" in str(refusal(lambda: open_engines(RTX, opened[0])))
 
 
 def test_an_engine_with_the_plugin_has_it_registered_before_it_is_loaded(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle, engines, order = opened[0], open_engines(RTX, opened[0]), []
+    bundle, order = opened[0], list[str]()
     load = RTX.api().runtime.deserialize_cuda_engine
     monkeypatch.setattr(plugin, "register", lambda: order.append("register"))
     RTX.api().runtime.deserialize_cuda_engine = lambda engine: order.append("load") or load(engine)
@@ -327,10 +216,15 @@ def test_an_engine_with_the_plugin_has_it_registered_before_it_is_loaded(
     for gather, expected in (("ops", ["load"]), ("plugin", ["register", "load"])):
         order.clear()
         records["decode"] = EngineRecord("decode.engine", 0.1, gather)  # type: ignore[index]
-        engines._engine("decode")
-        assert order == expected
+        engines = open_engines(RTX, bundle)
+        first = engines._engine("decode")
+        assert engines._engine("decode") is first and order == expected
 
 
-def test_device_memory_is_counted(opened: Opened) -> None:
-    engines, _ = bound(opened)
-    assert engines.memory_bytes() == opened[1].allocated + 2 * 1000
+def test_device_memory_is_counted_as_long_as_it_is_held(opened: Opened) -> None:
+    engines, runs, doors = bound(opened)
+    weights = sum(t.nbytes for t in opened[0].weights().values())
+    assert engines.memory_bytes() == opened[1].allocated + 2 * (1000 + 50)
+    runs.clear()
+    doors.clear()
+    assert engines.memory_bytes() == weights + 2 * 50
