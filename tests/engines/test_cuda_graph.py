@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from nvinfer_stand_ins import Opened, bound, stand_ins
 
+from himap_export.engines.nvinfer.flavour import RTX, log_of
 from himap_export.graphs.errors import HimapError
 
 
@@ -88,6 +89,19 @@ def test_a_run_that_fails_is_told_and_ends_the_capture(opened: Opened) -> None:
     with pytest.raises(HimapError, match="cannot run prefix"):
         chain()
     assert cuda.log == ["begin", "run prefix", "end", "run prefix"] and not cuda.graphs and cuda.recording is None
+
+
+def test_a_failure_is_told_in_its_own_words_after_a_capture_in_vain(opened: Opened) -> None:
+    _, cuda, _ = opened
+    engines, runs, _ = bound(opened)
+    cuda.failing.add("cudaStreamEndCapture")
+    chain = engines.chain(runs)
+    chain()
+    chain()
+    log_of(RTX).errors.append("of the capture")
+    runs[0].context.bound.clear()  # type: ignore[attr-defined]
+    with pytest.raises(HimapError, match="cannot run prefix: it says no more"):
+        chain()
 
 
 def test_an_interrupt_ends_the_capture(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
