@@ -1,0 +1,95 @@
+"""Hugging Face's decoder for one prompt, one layer at a time: the ground that every analysis stands on.
+
+Nothing here computes attention. Hugging Face's eager attention returns its probabilities beside its output, a decoder
+layer drops them, a hook on its `self_attn` keeps them. They are softmax in fp32, rounded to the model's dtype.
+
+Shape letters: S tokens, D hidden, H query heads, W vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from himap_export.graphs.errors import HimapError
+from himap_export.validate.analysis.sample import Progress, Sample, spans_of
+from himap_export.validate.reference import Reference
+
+
+class Prompt:
+    """One sample in the decoder. Valid inside `prompts` only, where the decoder's attention is eager."""
+
+    def __init__(self, reference: Reference, sample: Sample) -> None:
+        self.sample, self.spans = sample, spans_of(sample.input_ids, reference.image_token)
+        self.layers = reference.layers
+        self._decoder, self._head = reference.decoder, reference.model.lm_head
+        self.embeds = reference.embed(sample.input_ids[None], sample.pixel_values)[0][None]  # [1,S,D]
+        size, device = self.embeds.shape[1], self.embeds.device
+        self._positions = torch.arange(size, device=device)[None]
+        with torch.no_grad():
+            self._rotary = self._decoder.rotary_emb(self.embeds, position_ids=self._positions)
+        self.causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+
+    def run(self, layer: int, hidden: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """Layer `layer` on `hidden` [1,S,D].
+
+        `allowed` [S,S] bool: may row i see column j; causal if None. A row that may see nothing is NaN.
+        """
+        allowed = self.causal if allowed is None else allowed
+        mask = torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(~allowed, -torch.inf)
+        output: Tensor = self._decoder.layers[layer](
+            hidden, attention_mask=mask[None, None], position_ids=self._positions, position_embeddings=self._rotary
+        )
+        return output
+
+    def run_with_map(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, causal; also the attention probabilities [1,H,S,S], in the graph of the output if there is one."""
+        found: list[Tensor] = []
+        module = self._decoder.layers[layer].self_attn
+        hook = module.register_forward_hook(lambda module, arguments, outputs: found.append(outputs[1]))
+        try:
+            output = self.run(layer, hidden)
+        finally:
+            hook.remove()
+        return output, found[0]
+
+    @torch.no_grad()
+    def states(self) -> list[Tensor]:
+        """The undisturbed hidden states, L + 1 times [1,S,D]: entry l enters layer l, the last one enters the norm."""
+        states = [self.embeds]
+        for layer in range(self.layers):
+            states.append(self.run(layer, states[-1]))
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [W], in the model's dtype, that follow the last token of what the last layer passed on, [1,S,D]."""
+        logits: Tensor = self._head(self._decoder.norm(hidden[0, -1]))
+        return logits
+
+
+@contextmanager
+def _eager(decoder: Any) -> Iterator[None]:
+    """The decoder's attention is Hugging Face's eager one, whatever it was and will be again."""
+    before = decoder.config._attn_implementation
+    decoder.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        decoder.set_attn_implementation(before)
+
+
+@contextmanager
+def prompts(reference: Reference, samples: Sequence[Sample], progress: Progress) -> Iterator[Iterator[Prompt]]:
+    """`with prompts(...) as each: for prompt in each: ...`, one after the other, as each has a length of its own."""
+    if not samples:
+        raise HimapError("there is nothing to analyse", "no samples")
+
+    def each() -> Iterator[Prompt]:
+        for done, sample in enumerate(samples, 1):
+            yield Prompt(reference, sample)
+            progress(f"{done} of {len(samples)} prompts")
+
+    with _eager(reference.decoder):
+        yield each()
