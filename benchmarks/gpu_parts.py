@@ -11,7 +11,7 @@ import numpy as np
 
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle, open_bundle
-from himap_export.engines.pipeline import PREFILL, Pipeline
+from himap_export.engines.pipeline import Pipeline
 from himap_export.graphs.flops import stage_costs
 from himap_export.graphs.plan import PruningPlan
 
@@ -25,9 +25,10 @@ PLANS = {"pruned": (0.5, 0.75), "unpruned": (0.0, 0.0), "first only": (0.5, 0.0)
 
 
 def plan_file(file: Path, plan: PruningPlan) -> Path:
-    """The four plans as `himap-export --plan` reads them, cut where `plan` cuts."""
+    """The four plans as `himap-export --plan` reads them, cut where HiMAP's `plan` cuts."""
+    first, second = plan.cuts
     tables = (
-        f"[{name.replace(' ', '-')}]\nk1 = {plan.k1}\nk2 = {plan.k2}\nr1 = {r1}\nr2 = {r2}\n"
+        f"[{name.replace(' ', '-')}]\nk1 = {first.layer}\nk2 = {second.layer}\nr1 = {r1}\nr2 = {r2}\n"
         for name, (r1, r2) in PLANS.items()
     )
     file.write_text("\n".join(tables))
@@ -142,12 +143,15 @@ def _sdpa(checkpoint: Path, bundle: Bundle, device: str, iterations: int) -> Tim
 
 
 def _eager(checkpoint: Path, bundle: Bundle, device: str, iterations: int) -> Times:
+    from himap_export.validate.parity import reference_cuts
     from himap_export.validate.questions import drawn_inputs
-    from himap_export.validate.reference import Cuts, Reference
+    from himap_export.validate.reference import Reference
 
-    inputs, plan = drawn_inputs(bundle, bundle.budget.batch, 0, fill=True), bundle.plan
+    inputs, cuts = (
+        drawn_inputs(bundle, bundle.budget.batch, 0, fill=True),
+        reference_cuts(bundle.plan, bundle.budget.visual),
+    )
     model = Reference(checkpoint, _dtype(device), "eager", device)
-    cuts = Cuts(plan.k1, plan.k2, plan.r1, plan.r2)
 
     def first_token() -> object:
         return model.prefill(inputs.input_ids, inputs.pixel_values, inputs.attention_mask, cuts=cuts)
@@ -171,7 +175,7 @@ def bundle_times(folder: Path, backend: str, device: str, iterations: int) -> di
         shared = next(iter(pipelines.values())).engines if pipelines else None
         pipelines[name] = Pipeline(bundle.at(name), backend, opening, shared)
     found: dict[str, Times] = {name: {} for name in names}
-    for act in ("vision", *PREFILL, "prefill", "first token", "decode"):
+    for act in ("vision", *pipelines[names[0]].stages, "prefill", "first token", "decode"):
         rounds: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(3):  # turns, each of a third of the iterations
             for name, pipeline in pipelines.items():
@@ -198,7 +202,7 @@ def _timed(pipeline: Pipeline, act: str, iterations: int) -> float:
     if act == "first token":
         return clock(lambda: pipeline.prefill(*arrays), wait, iterations)
     if act == "prefill":
-        return clock(lambda: [pipeline.run(stage) for stage in PREFILL], wait, iterations)
+        return clock(lambda: [pipeline.run(stage) for stage in pipeline.stages], wait, iterations)
     if act == "decode":
         tokens, steps = prefilled.logits.argmax(axis=1), min(DECODE_STEPS, bundle.budget.new)
         tokens = np.resize(tokens, len(layout.lengths))

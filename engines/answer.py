@@ -32,8 +32,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """`outputs`: kept_k1, kept_k2, logits, tokens over all prompts. Seconds: `first` until the first token of the first
-    batch (vision and prefill), `decoding` for all `steps` after it."""
+    """`outputs`: logits, tokens and by cut kept_k1, .. over all prompts. Seconds: `first` until the first token of the
+    first batch (vision and prefill), `decoding` for all `steps` after it."""
 
     text: str
     outputs: dict[str, npt.NDArray[Any]]
@@ -68,15 +68,19 @@ def run_arrays(
     question: Question | None,
     stream: IO[str] | None,
 ) -> Answer:
-    """All prompts, B at a time; shorter answers are filled with the padding token."""
+    """All prompts, B at a time; shorter answers are filled with the padding token.
+
+    Prompt n draws its random cuts, if the plan has any, by the sampling's seed + n.
+    """
     batch, pad = pipeline.bundle.budget.batch, pipeline.manifest.model.pad_token
-    kept_k1, kept_k2, logits, tokens = [], [], [], []
+    seeds = sampling.seed + np.arange(len(arrays.input_ids))
+    found: dict[str, list[npt.NDArray[Any]]] = {}
     text, first, decoding, steps = "", 0.0, 0.0, 0
     for at in range(0, len(arrays.input_ids), batch):
         rows = slice(at, at + batch)
         mask = None if arrays.attention_mask is None else arrays.attention_mask[rows]
         start = time.perf_counter()
-        prefilled, layout = pipeline.prefill(arrays.input_ids[rows], arrays.pixel_values[rows], mask)
+        prefilled, layout = pipeline.prefill(arrays.input_ids[rows], arrays.pixel_values[rows], mask, seeds[rows])
         answer: list[npt.NDArray[np.int64]] = []
         for token in pipeline.generate(prefilled, layout, new_tokens, sampling):
             if not answer:
@@ -89,29 +93,21 @@ def run_arrays(
                 if stream is not None:
                     print(piece, end="", file=stream, flush=True)
         decoding, steps = decoding + time.perf_counter() - start, steps + len(answer) - 1
-        kept_k1.append(prefilled.kept_k1)
-        kept_k2.append(prefilled.kept_k2)
-        logits.append(prefilled.logits)
-        tokens.append(np.stack(answer, axis=1))
+        arrays_of: dict[str, npt.NDArray[Any]] = {**prefilled.kept, "logits": prefilled.logits}
+        for name, values in (arrays_of | {"tokens": np.stack(answer, axis=1)}).items():
+            found.setdefault(name, []).append(values)
     if question is not None:
         rest = question.detokenizer.finish()
         text += rest
         if stream is not None:
             print(rest, file=stream)
-    width = max(t.shape[1] for t in tokens)
-    padded = [np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=pad) for t in tokens]
-    found: dict[str, list[npt.NDArray[Any]]] = {
-        "kept_k1": kept_k1,
-        "kept_k2": kept_k2,
-        "logits": logits,
-        "tokens": padded,
-    }
+    width = max(t.shape[1] for t in found["tokens"])
+    found["tokens"] = [np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=pad) for t in found["tokens"]]
     return Answer(text, {k: np.concatenate(v) for k, v in found.items()}, first, decoding, steps)
 
 
 def show(answer: Answer, bundle: Bundle, pipeline: Pipeline, opened: float, as_json: bool) -> None:
     """What the answer cost: to standard output as JSON, else as one line."""
-    v0, v1, v2 = bundle.budget.visual
     rate = answer.steps / answer.decoding if answer.steps else 0.0
     if as_json:
         facts = {
@@ -121,14 +117,15 @@ def show(answer: Answer, bundle: Bundle, pipeline: Pipeline, opened: float, as_j
             "open_s": round(opened, 3),
             "first_token_s": round(answer.first, 4),
             "tokens_per_s": round(rate, 1),
-            "image_tokens": [v0, v1, v2],
+            "image_tokens": list(bundle.budget.visual),
             "plan": bundle.variant.plan_name,
             "text_budget": bundle.budget.text,
         }
         print(json.dumps(facts))
         return
     speed = f"{rate:.0f} tokens/s" if answer.steps else "one token"
-    spoken = [f"first token {answer.first * 1e3:.0f} ms", speed, f"image tokens {v0} -> {v1} -> {v2}"]
+    tokens = " -> ".join(map(str, bundle.budget.visual))
+    spoken = [f"first token {answer.first * 1e3:.0f} ms", speed, f"image tokens {tokens}"]
     if len(bundle.manifest.variants) > 1:
         spoken.append(f"plan {bundle.variant.plan_name}, text budget {bundle.budget.text}")
     print(f"[{', '.join(spoken)}, {pipeline.backend} on {pipeline.engines.device}]")

@@ -57,7 +57,7 @@ class Bundle:
         return {name: t for name, t in self.tensors.items() if name in wanted}
 
     def graph_name(self, stage: str) -> str:
-        """The graph that plays `stage` (vision, prefix, k1, k2 or decode) in this variant."""
+        """The graph that plays `stage` (vision, prefix, k1, .. or decode) in this variant."""
         return self.variant.graphs[stage]
 
     def graph(self, stage: str) -> GraphRecord:

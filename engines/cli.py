@@ -32,12 +32,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the bundle's budget")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     p.add_argument("--top-p", type=float, default=1.0)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of sampling and of random cuts (default: 0)")
     p.add_argument(
-        "--show-kept", type=Path, metavar="FILE.png", help="draw the image with the patches kept by both cuts"
+        "--show-kept", type=Path, metavar="FILE.png", help="draw the image with the patches kept by each cut"
     )
     p.add_argument("--load-inputs", type=Path, metavar="F.npz", help="input_ids, pixel_values, optional attention_mask")
-    p.add_argument("--save-outputs", type=Path, metavar="F.npz", help="kept_k1, kept_k2, logits, tokens")
+    p.add_argument("--save-outputs", type=Path, metavar="F.npz", help="kept_k1, .., logits, tokens")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
     p.add_argument("--no-verify", action="store_true", help="skip the bundle's sha256 check")
     return p
@@ -79,6 +79,11 @@ def _run(args: argparse.Namespace) -> None:
         arrays = load_inputs(args.load_inputs)
     needed = text_tokens(arrays.input_ids, arrays.attention_mask, bundle.manifest.model.image_token)
     bundle = bundle.at(args.plan, args.text_budget, needed)
+    if args.show_kept is not None and not bundle.plan.cuts:
+        hint = "choose another plan with --plan"
+        raise HimapError(
+            f"the plan {bundle.variant.plan_name} cuts nothing", "--show-kept draws cuts", hint, Exit.USAGE
+        )
     new_tokens = bundle.budget.new if args.max_new_tokens is None else args.max_new_tokens
     start = time.perf_counter()
     pipeline = open_pipeline(bundle, args.backend, Opening(args.threads, args.device))
@@ -96,11 +101,10 @@ def _run(args: argparse.Namespace) -> None:
 def _draw(file: Path, bundle: "Bundle", question: "Question", answer: "Answer") -> None:
     from himap_export.engines.picture import draw_kept, kept_patches
 
-    model, plan, ids = bundle.manifest.model, bundle.plan, question.arrays.input_ids[0]
-    first, second = (kept_patches(ids, answer.outputs[k][0], model.image_token) for k in ("kept_k1", "kept_k2"))
-    draw_kept(
-        file, question.image, question.preprocessing, (first, second), (plan.k1, plan.k2), question.prompt, answer.text
-    )
+    ids, image_token, plan = question.arrays.input_ids[0], bundle.manifest.model.image_token, bundle.plan
+    masks = [kept_patches(ids, answer.outputs[f"kept_{cut}"][0], image_token) for cut in plan.stages[1:]]
+    layers = [cut.layer for cut in plan.cuts]
+    draw_kept(file, question.image, question.preprocessing, masks, layers, question.prompt, answer.text)
 
 
 def open_pipeline(bundle: "Bundle", backend: str | None, opening: "Opening", command: str = "himap-run") -> "Pipeline":

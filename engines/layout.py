@@ -73,6 +73,9 @@ def _check(sample: Integers, row: int, image_token: int, budget: TokenBudget) ->
     if images != visual:
         details = f"the bundle was exported for {visual}"
         raise HimapError(f"prompt {row} holds {images} image tokens", details, "give exactly one image", Exit.USAGE)
+    if not text and not budget.visual[-1]:
+        details = f"the plan drops all {visual} image tokens"
+        raise HimapError(f"prompt {row} has no text", details, "ask something", Exit.USAGE)
     if text > budget.text:
         hint = f"shorten it, or export with --text-budget {text}"
         raise HimapError(f"prompt {row} has {text} text tokens", f"the budget is {budget.text}", hint, Exit.USAGE)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.plan import PruningPlan, TokenBudget
+from himap_export.graphs.plan import Cut, PruningPlan, TokenBudget
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
-SCHEMA = 2
+SCHEMA = 3
 FILE_NAME = "manifest.json"
 WeightForm = Literal["shared", "embedded", "absent"]
 
@@ -131,7 +131,8 @@ def _tuples(d: dict[str, Any]) -> dict[str, Any]:
 
 
 def _variant(d: dict[str, Any]) -> Variant:
-    return Variant(d["plan_name"], PruningPlan(**d["plan"]), TokenBudget(**_tuples(d["budget"])), d["graphs"])
+    plan = PruningPlan(tuple(Cut(**cut) for cut in d["plan"]["cuts"]))
+    return Variant(d["plan_name"], plan, TokenBudget(**_tuples(d["budget"])), d["graphs"])
 
 
 def _graph(d: dict[str, Any]) -> GraphRecord:

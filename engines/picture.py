@@ -1,5 +1,6 @@
-"""The image as the model saw it, with the patches that both cuts kept: three panels side by side."""
+"""The image as the model saw it, with the patches that each cut kept: panels side by side."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -39,16 +40,16 @@ def draw_kept(
     file: Path,
     image: Image.Image,
     how: ImagePreprocessing,
-    masks: tuple[Mask, Mask],
-    cuts: tuple[int, int],
+    masks: Sequence[Mask],
+    cuts: Sequence[int],
     question: str,
     answer: str,
 ) -> None:
     """Writes the picture as PNG; `masks` are the patches kept by the cuts at layers `cuts`. HimapError if it cannot."""
     panels = [Panel("what the model sees", f"{masks[0].size} patches", None)]
-    for name, layer, mask in zip(("K1", "K2"), cuts, masks, strict=True):
+    for n, (layer, mask) in enumerate(zip(cuts, masks, strict=True), 1):
         note = f"{mask.sum()} of {mask.size} patches ({mask.mean():.0%}) from layer {layer} on"
-        panels.append(Panel(f"kept after {name}", note, mask))
+        panels.append(Panel(f"kept after K{n}", note, mask))
     scale = -(-PANEL // min(how.output_size))
     view = crop_view(image, how, scale).convert("RGB")
     picture = _compose(view, panels, question, answer)

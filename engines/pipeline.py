@@ -1,4 +1,4 @@
-"""The chain: vision, prefix, k1, k2, then decode over three KV caches that stay where they are.
+"""The chain: vision, the stages of prefill, then decode over KV caches that stay where they are.
 
 Every tensor of every graph is static, so all are allocated once, when a bundle is opened, and bound by name: what one
 stage writes the next one reads in place, and prefill's caches are decode's.
@@ -20,18 +20,14 @@ from himap_export.engines.sampling import Sampler, Sampling
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import PADDING
 
-PREFILL = ("prefix", "k1", "k2")
-GRAPHS = ("vision", *PREFILL, "decode")
-
 
 @dataclass(frozen=True)
 class Prefilled:
-    """What prefill leaves: `logits` [b,W] fp32 at the last prompt token, and the original positions kept by each cut,
-    [b,S1] and [b,S2], -1 for padding."""
+    """What prefill leaves: `logits` [b,W] fp32 at the last prompt token, and by cut (`kept_k1`, ..) the original
+    positions it kept, [b,S1], [b,S2], .., -1 for padding."""
 
     logits: npt.NDArray[np.float32]
-    kept_k1: Integers
-    kept_k2: Integers
+    kept: Mapping[str, Integers]
 
 
 def tensor_name(graph: str, name: str) -> str:
@@ -54,8 +50,9 @@ class Pipeline:
             raise HimapError(f"{bundle.folder} holds no {backend} engines", f"it holds {held}", code=Exit.MISSING)
         self.engines: Engines = engines or load_backend(backend).open_engines(bundle, opening)
         self.tensors: dict[str, Tensor] = {}
-        self._run = {name: self._bind(name) for name in GRAPHS}
-        self._prefill = self.engines.chain([self._run[name] for name in ("vision", *PREFILL)])
+        self.stages = bundle.plan.stages
+        self._run = {name: self._bind(name) for name in ("vision", *self.stages, "decode")}
+        self._prefill = self.engines.chain([self._run[name] for name in ("vision", *self.stages)])
         self._decode = self.engines.chain([self._run["decode"]])
 
     def _bind(self, graph: str) -> Callable[[], None]:
@@ -77,9 +74,16 @@ class Pipeline:
         return self.tensors[name].read()
 
     def load(
-        self, input_ids: Integers, pixel_values: npt.NDArray[Any], attention_mask: Integers | None = None
+        self,
+        input_ids: Integers,
+        pixel_values: npt.NDArray[Any],
+        attention_mask: Integers | None = None,
+        seeds: Integers | None = None,
     ) -> PromptLayout:
-        """Checks up to B prompts [b,S] with pixels [b,3,H,W] and writes them where vision and prefix read them."""
+        """Checks up to B prompts [b,S] with pixels [b,3,H,W] and writes them where the stages read them.
+
+        `seeds` [b], 0 if not given, are what random cuts draw by; other plans read none.
+        """
         m = self.manifest
         layout = lay_out(input_ids, attention_mask, m.model.image_token, m.decoder.vocab, self.bundle.budget)
         spec = self.bundle.graph("vision").inputs["pixel_values"]
@@ -90,18 +94,31 @@ class Pipeline:
         self.tensors["pixel_values"].write(np.concatenate([pixel_values, *[pixel_values[-1:]] * missing]))
         for name in ("input_ids", "position_ids", "token_kind"):
             self.tensors[name].write(getattr(layout, name))
+        if "seed" in self.tensors:
+            given = np.zeros(len(input_ids), np.int64) if seeds is None else seeds
+            self.tensors["seed"].write(np.concatenate([given, *[given[-1:]] * missing])[:, None])
         return layout
 
     def prefill(
-        self, input_ids: Integers, pixel_values: npt.NDArray[Any], attention_mask: Integers | None = None
+        self,
+        input_ids: Integers,
+        pixel_values: npt.NDArray[Any],
+        attention_mask: Integers | None = None,
+        seeds: Integers | None = None,
     ) -> tuple[Prefilled, PromptLayout]:
-        layout = self.load(input_ids, pixel_values, attention_mask)
+        """`load`, then vision and all stages of prefill."""
+        layout = self.load(input_ids, pixel_values, attention_mask, seeds)
         self._prefill()
         return self.prefilled(len(input_ids)), layout
 
     def prefilled(self, samples: int) -> Prefilled:
-        kept = (np.where(self.read(f"kind_{k}") == PADDING, -1, self.read(f"kept_{k}"))[:samples] for k in ("k1", "k2"))
-        return Prefilled(self.read("logits")[:samples], *kept)
+        """What the tensors now hold, of the first `samples` prompts."""
+        kept = {f"kept_{cut}": self.kept(cut)[:samples] for cut in self.stages[1:]}
+        return Prefilled(self.read("logits")[:samples], kept)
+
+    def kept(self, cut: str) -> Integers:
+        """Original positions [B,S_i] that `cut` (k1, ..) kept, -1 for padding."""
+        return np.where(self.read(f"kind_{cut}") == PADDING, -1, self.read(f"kept_{cut}"))
 
     def step(self, tokens: Integers, positions: Integers) -> npt.NDArray[np.float32]:
         """Appends one token [B] per sample at its original position [B]; logits [B,W]."""

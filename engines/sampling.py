@@ -21,6 +21,8 @@ class Sampling:
             raise HimapError(f"--temperature {self.temperature} is negative", hint="0 is greedy", code=Exit.USAGE)
         if not 0 < self.top_p <= 1:
             raise HimapError(f"--top-p {self.top_p} is outside (0, 1]", hint="1 keeps all tokens", code=Exit.USAGE)
+        if not 0 <= self.seed < 2**32:
+            raise HimapError(f"--seed {self.seed} is outside [0, 2^32)", hint="give a number in it", code=Exit.USAGE)
 
 
 class Sampler:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from himap_export.engines.command import BACKENDS, run_command
-from himap_export.graphs.plan import TASKS
+from himap_export.graphs.plan import POLICIES, TASKS
 
 if TYPE_CHECKING:
     from himap_export.exporter.planning import Planned
@@ -18,16 +18,21 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "model", metavar="MODEL", help="llava-7b, llava-13b, shapes, a Hugging Face id, or a checkpoint folder"
     )
-    plan = p.add_argument_group("pruning plan (HiMAP, arXiv 2503.13108)")
+    plan = p.add_argument_group("pruning plan (HiMAP, arXiv 2503.13108, and what it is compared with)")
     plan.add_argument("--task", choices=tuple(TASKS), default="qa", help="the authors' plan for a task (default: qa)")
     plan.add_argument(
         "--plan", action="append", default=[], metavar="PLAN",
         help=f"repeatable, all in one bundle: {', '.join(TASKS)}, or a TOML file of plans",
     )  # fmt: skip
+    plan.add_argument(
+        "--policy", action="append", default=[], choices=tuple(POLICIES), metavar="POLICY",
+        help=f"repeatable, all in one bundle: {', '.join(POLICIES)} (default: himap)",
+    )  # fmt: skip
     plan.add_argument("--k1", type=int, help="layer of the first cut")
     plan.add_argument("--k2", type=int, help="layer of the second cut")
     plan.add_argument("--r1", type=float, help="fraction of image tokens removed at k1")
     plan.add_argument("--r2", type=float, help="fraction removed at k2 of what k1 left")
+    plan.add_argument("--keep", type=int, metavar="N", help="image tokens that a policy of one cut keeps, for --r1")
     budget = p.add_argument_group("static budgets")
     budget.add_argument(
         "--text-budget", type=int, nargs="+", default=[192], metavar="N",
@@ -75,9 +80,10 @@ def _export(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.exporter.report import plan_json, plan_table
     from himap_export.exporter.target import check_target
 
-    same = ("task", "k1", "k2", "r1", "r2", "max_new_tokens", "batch", "align", "dtype", "gather", "hard_link")
+    same = ("task", "k1", "k2", "r1", "r2", "keep", "max_new_tokens", "batch", "align", "dtype", "gather", "hard_link")
     request = Request(
         **{name: getattr(args, name) for name in same},
+        policies=tuple(args.policy),
         plans=tuple(args.plan),
         text_budgets=tuple(args.text_budget),
         backends=tuple(dict.fromkeys(args.backend or ("onnxruntime",))),

@@ -1,36 +1,34 @@
 """From what the user asked to what will be built: model, plans, budgets, dtype. Needs no weights."""
 
-import re
-import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from himap_export.engines.backends import Gather
 from himap_export.engines.manifest import WeightForm
 from himap_export.exporter import llava
+from himap_export.exporter.plans import KEYS, flag_plans, named_plans
 from himap_export.exporter.registry import Model
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.flops import StageCost, Visual, paper_ratio, stage_costs, true_ratio
-from himap_export.graphs.plan import TASKS, PruningPlan, TokenBudget, align
+from himap_export.graphs.flops import StageCost, paper_ratio, stage_costs, true_ratio
+from himap_export.graphs.plan import PruningPlan, TokenBudget, Visual, align
 from himap_export.graphs.spec import DecoderSpec, Dtype
-
-_CUTS = ("k1", "k2", "r1", "r2")
 
 
 @dataclass(frozen=True)
 class Request:
     """The command's arguments; None where the user left the choice to us.
 
-    `plans` holds names of the authors' tasks and TOML files; empty: the `task` with `k1`, `k2`, `r1`, `r2` changed.
+    `plans` holds names of the authors' tasks and TOML files; empty: each of `policies` (none named: himap), the
+    `task`'s cuts changed by `k1`, `k2`, `r1`, `r2`, `keep`.
     """
 
     task: str = "qa"
+    policies: tuple[str, ...] = ()
     k1: int | None = None
     k2: int | None = None
     r1: float | None = None
     r2: float | None = None
+    keep: int | None = None
     plans: tuple[str, ...] = ()
     text_budgets: tuple[int, ...] = (192,)
     max_new_tokens: int = 128
@@ -108,49 +106,14 @@ def plan_export(model: Model, asked: Request) -> Planned:
 
 def _plans(asked: Request) -> dict[str, PruningPlan]:
     """Every plan by its name, in the order asked for."""
-    changes = {name: value for name in _CUTS if (value := getattr(asked, name)) is not None}
+    values = {key: value for key in KEYS if (value := getattr(asked, key)) is not None}
     if not asked.plans:
-        plan = replace(TASKS[asked.task], **changes)
-        return {asked.task if plan == TASKS[asked.task] else "custom": plan}
-    if changes:
+        return flag_plans(asked.policies or ("himap",), asked.task, values)
+    given = [*values, *(["policy"] if asked.policies else [])]
+    if given:
         hint = "with --plan, write the plan into a TOML file"
-        raise HimapError(f"--{next(iter(changes))} changes one plan only", hint=hint, code=Exit.USAGE)
-    found: dict[str, PruningPlan] = {}
-    for source in asked.plans:
-        for name, plan in {source: TASKS[source]}.items() if source in TASKS else _read_plans(Path(source)):
-            if found.setdefault(name, plan) != plan:
-                raise HimapError(f"two plans are named {name}", hint="rename one", code=Exit.USAGE)
-    return found
-
-
-def _read_plans(file: Path) -> Iterator[tuple[str, PruningPlan]]:
-    """The plans of a TOML file, one table each: `[tight]`, `k1 = 2`, `k2 = 8`, `r1 = 0.5`, `r2 = 0.9`."""
-    try:
-        tables = tomllib.loads(file.read_text())
-    except (OSError, UnicodeDecodeError) as problem:
-        known = f"a plan is one of {', '.join(TASKS)}, or a TOML file"
-        reason = problem.strerror if isinstance(problem, OSError) else "it is not text"
-        raise HimapError(f"cannot read the plan {file}", f"{reason}", known, Exit.USAGE) from None
-    except tomllib.TOMLDecodeError as problem:
-        raise HimapError(f"{file} is not TOML", str(problem), code=Exit.USAGE) from None
-    if not tables:
-        raise HimapError(f"{file} holds no plan", hint="one table each, with k1, k2, r1 and r2", code=Exit.USAGE)
-    for name, table in tables.items():
-        if not re.fullmatch(r"[\w-]+", name) or not isinstance(table, dict):
-            hint = "one table each, named with letters, digits, - and _"
-            raise HimapError(f"{file}: {name} is not a plan", hint=hint, code=Exit.USAGE)
-        yield name, _plan(f"{file}: plan {name}", table)
-
-
-def _plan(what: str, table: Mapping[str, Any]) -> PruningPlan:
-    types = {"k1": (int,), "k2": (int,), "r1": (int, float), "r2": (int, float)}
-    for key in (*types, *table):
-        if key not in table or key not in types:
-            problem = "lacks" if key not in table else "has an unknown key"
-            raise HimapError(f"{what} {problem} {key}", f"expected {', '.join(types)}", code=Exit.USAGE)
-        if not isinstance(table[key], types[key]) or isinstance(table[key], bool):
-            raise HimapError(f"{what}: {key} is {table[key]!r}", "expected a number", code=Exit.USAGE)
-    return PruningPlan(**table)
+        raise HimapError(f"--{given[0]} changes one plan only", hint=hint, code=Exit.USAGE)
+    return named_plans(asked.plans)
 
 
 def _check_positions(config: dict[str, Any], budget: TokenBudget) -> None:

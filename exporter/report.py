@@ -1,6 +1,7 @@
 """A plan as people read it and as programs do."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from himap_export.exporter.planning import Planned, PlannedVariant
@@ -15,7 +16,7 @@ def plan_json(p: Planned) -> dict[str, Any]:
 def _variant_json(p: Planned, v: PlannedVariant) -> dict[str, Any]:
     (paper, true), costs = p.ratios(v), p.costs(v)
     return {
-        "plan": {"name": v.plan_name, "k1": v.plan.k1, "k2": v.plan.k2, "r1": v.plan.r1, "r2": v.plan.r2},
+        "plan": _plan_json(v),
         "budget": {
             "visual": list(v.budget.visual),
             "total": list(v.budget.total),
@@ -40,6 +41,13 @@ def _variant_json(p: Planned, v: PlannedVariant) -> dict[str, Any]:
     }
 
 
+def _plan_json(v: PlannedVariant) -> dict[str, Any]:
+    """The cuts in full, and as the flags that name them: k1, r1, .."""
+    flags: dict[str, float] = {f"k{n}": cut.layer for n, cut in enumerate(v.plan.cuts, 1)}
+    flags |= {f"r{n}": cut.remove for n, cut in enumerate(v.plan.cuts, 1) if cut.remove is not None}
+    return {"name": v.plan_name, "policy": v.plan.policy, **flags, "cuts": [asdict(cut) for cut in v.plan.cuts]}
+
+
 def plan_table(p: Planned) -> str:
     """The plan as a table: one row per stage, or one per variant where there are several."""
     head = f"{p.model.name} ({p.model.source})  {p.dtype}  batch {p.variants[0].budget.batch}"
@@ -55,8 +63,7 @@ def _stages(p: Planned, v: PlannedVariant) -> list[str]:
     kv, flops = sum(c.kv_bytes for c in costs), sum(c.flops for c in costs)
     rows.append(("total", f"{p.decoder.layers}", "", "", _bytes(kv), _flops(flops)))
     return [
-        f"cuts at k1={v.plan.k1} (remove {v.plan.r1:.0%}) and k2={v.plan.k2} (remove {v.plan.r2:.0%} of the rest); "
-        f"{v.budget.text} text slots, up to {v.budget.new} new tokens",
+        f"{_cuts(v)}; {v.budget.text} text slots, up to {v.budget.new} new tokens",
         "",
         *_table(rows),
         "",
@@ -66,6 +73,17 @@ def _stages(p: Planned, v: PlannedVariant) -> list[str]:
     ]
 
 
+def _cuts(v: PlannedVariant) -> str:
+    """policy himap: cuts at k1=2 (instruction, remove 50%) and k2=8 (image, remove 75% of the rest)"""
+    if not v.plan.cuts:
+        return f"policy {v.plan.policy}: no cuts"
+    found = []
+    for n, cut in enumerate(v.plan.cuts, 1):
+        share = f"remove {cut.remove:.0%}{' of the rest' if n > 1 else ''}" if cut.keep is None else f"keep {cut.keep}"
+        found.append(f"k{n}={cut.layer} ({cut.criterion}, {share})")
+    return f"policy {v.plan.policy}: cut{'s' * (len(found) > 1)} at {' and '.join(found)}"
+
+
 def _alignment(p: Planned, v: PlannedVariant) -> list[str]:
     """What `--align` cost and gained: FLOPs, and image tokens that the same tiles of rows now hold."""
     if p.align is None:
@@ -73,7 +91,7 @@ def _alignment(p: Planned, v: PlannedVariant) -> list[str]:
     before, after = p.ratios(v, v.asked)[1], p.ratios(v)[1]
     tokens = ", ".join(
         f"{name} {old + v.budget.text} -> {new + v.budget.text}"
-        for name, old, new in zip(("k1", "k2"), v.asked[1:], v.budget.visual[1:], strict=True)
+        for name, old, new in zip(v.plan.stages[1:], v.asked[1:], v.budget.visual[1:], strict=True)
     )
     gained = " and ".join(f"{new - old}" for old, new in zip(v.asked[1:], v.budget.visual[1:], strict=True))
     return [
@@ -83,13 +101,14 @@ def _alignment(p: Planned, v: PlannedVariant) -> list[str]:
 
 
 def _variants(p: Planned) -> list[str]:
-    rows = [("plan", "cuts", "text slots", "tokens", "image tokens", "KV cache", "FLOPs kept", "at most")]
+    rows = [("plan", "policy", "cuts", "text slots", "tokens", "image tokens", "KV cache", "FLOPs kept", "at most")]
     for v in p.variants:
         costs, (_, true) = p.costs(v), p.ratios(v)
         total, visual = (" ".join(f"{n:>4}" for n in numbers) for numbers in (v.budget.total, v.budget.visual))
         kv = _bytes(sum(c.kv_bytes for c in costs))
-        cuts = f"{v.plan.k1}:{v.plan.r1:.0%} {v.plan.k2}:{v.plan.r2:.0%}"
-        rows.append((v.plan_name, cuts, f"{v.budget.text}", total, visual, kv, f"{true:.1%}", f"{1 / true:.2f}x"))
+        cuts = " ".join(f"{c.layer}:{c.keep if c.remove is None else f'{c.remove:.0%}'}" for c in v.plan.cuts) or "-"
+        kept = (f"{true:.1%}", f"{1 / true:.2f}x")
+        rows.append((v.plan_name, v.plan.policy, cuts, f"{v.budget.text}", total, visual, kv, *kept))
     new = p.variants[0].budget.new
     return [f"{len(p.variants)} variants over one copy of the weights; up to {new} new tokens", "", *_table(rows)]
 

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from himap_export.graphs.plan import PruningPlan, TokenBudget
+from himap_export.graphs.plan import PruningPlan, TokenBudget, Visual
 from himap_export.graphs.spec import DecoderSpec, Dtype, stage_layers
 
-Visual = tuple[int, int, int]  # [V0, V1, V2] of a budget
 BYTES: dict[Dtype, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
@@ -36,7 +35,7 @@ def layer_flops(tokens: int, spec: DecoderSpec) -> int:
 
 
 def stage_costs(spec: DecoderSpec, plan: PruningPlan, budget: TokenBudget, dtype: Dtype) -> tuple[StageCost, ...]:
-    """The prefix, k1 and k2 rows. KV bytes count the whole static cache of C_i tokens."""
+    """One row per stage. KV bytes count the whole static cache of C_i tokens."""
     kv_token = 2 * spec.kv_heads * spec.head_dim * BYTES[dtype]
     return tuple(
         StageCost(
@@ -48,7 +47,7 @@ def stage_costs(spec: DecoderSpec, plan: PruningPlan, budget: TokenBudget, dtype
             flops=budget.batch * len(layers) * layer_flops(tokens, spec),
         )
         for name, layers, tokens, visual, capacity in zip(
-            ("prefix", "k1", "k2"),
+            plan.stages,
             stage_layers(plan, spec.layers),
             budget.total,
             budget.visual,

@@ -1,71 +1,142 @@
-"""The two importance scores of HiMAP (arXiv 2503.13108, section 4; authors' `himap.py`).
+"""The importance scores: what ranks image tokens at a cut, one function per criterion.
 
-Both are softmax attention of the layer before the cut, averaged over heads and summed over some rows: the instruction's
-text rows for the first cut, the kept image rows for the second. They are computed in fp32 beside the fused attention,
-and only for those rows: probabilities accumulated in fp16 flip kept tokens.
+HiMAP's two (arXiv 2503.13108, section 4; authors' `himap.py`), FastV's and truncation's are softmax attention of the
+layer before the cut, averaged over heads and summed over some rows; they differ only in the rows. They are computed in
+fp32 beside the fused attention, and only for those rows: probabilities accumulated in fp16 flip kept tokens. The
+controls, random and uniform, look at no attention at all.
 """
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
 from himap_export.graphs.build import dim
-from himap_export.graphs.spec import IMAGE, INSTRUCTION, DecoderSpec
+from himap_export.graphs.plan import Criterion
+from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, DecoderSpec
+
+FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+PRIME = 2**31 - 1  # products of two residues fit into int64, and x^5 permutes them: 5 does not divide PRIME - 1
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a criterion may look at, at the end of layer `layer` - 1.
+
+    query [B,H,S,E], key [B,G,S,E]: rotated; kind, position [B,S] int64; `seed` [B,1] int64, for random alone; of S
+    tokens `visual` = V are image tokens, of which `keep` = V' will stay, and `text` = T are not.
+    """
+
+    op: OpBuilder
+    spec: DecoderSpec
+    query: ir.Value
+    key: ir.Value
+    kind: ir.Value
+    position: ir.Value
+    seed: ir.Value | None
+    layer: int
+    visual: int
+    keep: int
+    text: int
+
+
+def instruction_score(s: Sight) -> ir.Value:
+    """HiMAP's first: what image tokens receive from the text behind the image.
+
+    All T rows that are not image are computed; those before the image and padding weigh nothing.
+    """
+    rows = positions_of(s.op, s.op.Not(s.op.Equal(s.kind, IMAGE)), dim(s.kind, 1), s.text)
+    return _attention(s, rows, _is(s, rows, INSTRUCTION))
+
+
+def image_score(s: Sight) -> ir.Value:
+    """HiMAP's second: what the V image tokens receive from one another."""
+    rows = positions_of(s.op, s.op.Equal(s.kind, IMAGE), dim(s.kind, 1), s.visual)
+    return _attention(s, rows, s.op.Constant(value=ir.tensor(np.ones((1, 1, 1, s.visual), np.float32))))
+
+
+def last_score(s: Sight) -> ir.Value:
+    """FastV (arXiv 2403.06764): what they receive from the last token of the prompt."""
+    real = s.op.Cast(s.op.Not(s.op.Equal(s.kind, PADDING)), to=INT64)
+    rows = s.op.Sub(s.op.ReduceSum(real, [1], keepdims=1), 1)
+    return _attention(s, rows, s.op.Constant(value=ir.tensor(np.ones((1, 1, 1, 1), np.float32))))
+
+
+def boundary_score(s: Sight) -> ir.Value:
+    """Truncation (arXiv 2406.06579, eqs. 7-11): what they receive from position Nsys + Nimg, the first text behind the
+    image; 0 if there is none."""
+    tokens = dim(s.kind, 1)
+    first = positions_of(s.op, s.op.Equal(s.kind, INSTRUCTION), tokens, 1)
+    rows = s.op.Min(first, tokens - 1)
+    return _attention(s, rows, _is(s, rows, INSTRUCTION))
+
+
+def random_score(s: Sight) -> ir.Value:
+    """A pseudo-random number in [0, 2^24), exact in fp32, of the request's seed, the cut's layer and the position.
+
+    Three rounds of x -> x^5 + c modulo PRIME: integers only, so that every runtime draws the same numbers.
+    """
+    op = s.op
+    x = op.Add(op.Mul(op.Mod(s.seed, PRIME), 48271), op.Add(op.Mul(s.position, 16807), s.layer * 69621 + 1))
+    for constant in (1013904223, 374761393, 668265263):
+        x = op.Mod(x, PRIME)
+        fourth = op.Mod(op.Mul(square := op.Mod(op.Mul(x, x), PRIME), square), PRIME)
+        x = op.Add(op.Mod(op.Mul(fourth, x), PRIME), constant)
+    return _of_images(s, op.Cast(op.Mod(x, 2**24), to=FLOAT))
+
+
+def uniform_score(s: Sight) -> ir.Value:
+    """1 for V' of the V tokens in even steps: the n-th one if floor((n+1) V' / V) > floor(n V' / V), else 0."""
+    op = s.op
+    nth = op.CumSum(op.Cast(op.Equal(s.kind, IMAGE), to=INT64), 1)
+    after = op.Div(op.Mul(nth, s.keep), s.visual)
+    before = op.Div(op.Mul(op.Max(op.Sub(nth, 1), 0), s.keep), s.visual)
+    return _of_images(s, op.Cast(op.Greater(after, before), to=FLOAT))
+
+
+# Each gives [B,S] fp32: the score of image tokens, +inf for all others, which always stay.
+SCORES: Mapping[Criterion, Callable[[Sight], ir.Value]] = {
+    "instruction": instruction_score,
+    "image": image_score,
+    "last": last_score,
+    "boundary": boundary_score,
+    "random": random_score,
+    "uniform": uniform_score,
+}
 
 
 def positions_of(op: OpBuilder, flags: ir.Value, tokens: int, count: int) -> ir.Value:
-    """Ascending indices [B,count] of the `count` true ones in `flags` [B,tokens]."""
+    """Ascending indices [B,count] of the first `count` true ones in `flags` [B,tokens]; `tokens` for missing ones."""
     order = op.Where(flags, list(range(tokens)), tokens)
     index, _ = op.TopK(order, [count], axis=1, largest=0, sorted=1, _outputs=2)
     return index
 
 
-def instruction_score(
-    op: OpBuilder, spec: DecoderSpec, q: ir.Value, k: ir.Value, kind: ir.Value, position: ir.Value, text: int
-) -> ir.Value:
-    """First cut: attention that image tokens get from the instruction, [B,S] fp32, +inf for tokens that are not image.
-
-    q [B,H,S,E], k [B,G,S,E]: layer K1-1's rotated queries and keys; kind, position [B,S] int64. All `text` = T rows
-    that are not image are computed; those before the image and padding weigh nothing.
-    """
-    tokens = dim(q, 2)
-    rows = positions_of(op, op.Not(op.Equal(kind, IMAGE)), tokens, text)
-    weight = op.Cast(op.Equal(op.GatherElements(kind, rows, axis=1), INSTRUCTION), to=ir.DataType.FLOAT)
-    return _score(op, spec, q, k, kind, position, rows, op.Unsqueeze(weight, [1, 2]))
+def _is(s: Sight, rows: ir.Value, kind: int) -> ir.Value:
+    """1 for the `rows` [B,R] of that kind, else 0: [B,1,1,R] fp32."""
+    same = s.op.Equal(s.op.GatherElements(s.kind, rows, axis=1), kind)
+    return s.op.Unsqueeze(s.op.Cast(same, to=FLOAT), [1, 2])
 
 
-def image_score(
-    op: OpBuilder, spec: DecoderSpec, q: ir.Value, k: ir.Value, kind: ir.Value, position: ir.Value, visual: int
-) -> ir.Value:
-    """Second cut: attention that the `visual` = V1 kept image tokens get from one another, [B,S] fp32, else +inf."""
-    tokens = dim(q, 2)
-    rows = positions_of(op, op.Equal(kind, IMAGE), tokens, visual)
-    return _score(
-        op, spec, q, k, kind, position, rows, op.Constant(value=ir.tensor(np.ones((1, 1, 1, visual), np.float32)))
-    )
+def _of_images(s: Sight, score: ir.Value) -> ir.Value:
+    return s.op.Where(s.op.Equal(s.kind, IMAGE), score, float("inf"))
 
 
-def _score(
-    op: OpBuilder,
-    spec: DecoderSpec,
-    q: ir.Value,
-    k: ir.Value,
-    kind: ir.Value,
-    position: ir.Value,
-    rows: ir.Value,
-    weight: ir.Value,
-) -> ir.Value:
+def _attention(s: Sight, rows: ir.Value, weight: ir.Value) -> ir.Value:
     """mean over heads of sum over `rows` [B,R] of weight [B,1,1,R] * softmax(q k^T / sqrt(E)) [B,H,R,S]."""
-    batch, count = dim(rows, 0), dim(rows, 1)
-    tokens, groups, e = dim(q, 2), spec.kv_heads, spec.head_dim
-    by_token = op.Transpose(q, perm=[0, 2, 1, 3])
+    op, batch, count = s.op, dim(rows, 0), dim(rows, 1)
+    tokens, groups, e = dim(s.query, 2), s.spec.kv_heads, s.spec.head_dim
+    by_token = op.Transpose(s.query, perm=[0, 2, 1, 3])
     picked = op.Transpose(op.GatherND(by_token, op.Unsqueeze(rows, [2]), batch_dims=1), perm=[0, 2, 1, 3])
     # Heads that share a key stand together, so GQA is one batched product per group: [B,G,(H/G)*R,E] x [B,G,E,S].
-    q32 = op.Reshape(op.Cast(picked, to=ir.DataType.FLOAT), [batch, groups, -1, e])
-    k32 = op.Transpose(op.Cast(k, to=ir.DataType.FLOAT), perm=[0, 1, 3, 2])
-    logits = op.Reshape(op.MatMul(op.Mul(q32, e**-0.5), k32), [batch, spec.heads, count, tokens])
-    visible = op.LessOrEqual(op.Unsqueeze(position, [1]), op.Unsqueeze(op.GatherElements(position, rows, axis=1), [2]))
+    q32 = op.Reshape(op.Cast(picked, to=FLOAT), [batch, groups, -1, e])
+    k32 = op.Transpose(op.Cast(s.key, to=FLOAT), perm=[0, 1, 3, 2])
+    logits = op.Reshape(op.MatMul(op.Mul(q32, e**-0.5), k32), [batch, s.spec.heads, count, tokens])
+    seen_from = op.Unsqueeze(op.GatherElements(s.position, rows, axis=1), [2])
+    visible = op.LessOrEqual(op.Unsqueeze(s.position, [1]), seen_from)
     causal = op.Unsqueeze(op.Where(visible, 0.0, float("-inf")), [1])
     probability = op.Softmax(op.Add(logits, causal), axis=-1)
     received = op.Reshape(op.ReduceMean(op.MatMul(weight, probability), [1], keepdims=0), [batch, tokens])
-    return op.Where(op.Equal(kind, IMAGE), received, float("inf"))
+    return _of_images(s, received)

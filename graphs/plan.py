@@ -1,49 +1,139 @@
-"""Where tokens are cut and how many survive (HiMAP, arXiv 2503.13108, section 4; authors' `himap.py`)."""
+"""Where tokens are cut, by what they are ranked, and how many survive.
+
+A plan is a list of cuts. HiMAP's two (arXiv 2503.13108, section 4; authors' `himap.py`) are the default; the other
+policies are the methods it is compared with, and the controls without which no comparison counts.
+"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Self
+from typing import Literal, Self, get_args
 
 from himap_export.graphs.errors import Exit, HimapError
+
+Visual = tuple[int, ...]  # [V0, V1, ..]: image tokens alive in each stage
+# What ranks image tokens at a cut; `graphs/importance.py` says how, one function each.
+Criterion = Literal["instruction", "image", "last", "boundary", "random", "uniform"]
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Layers `layer` and later (from 0) see only the image tokens that this cut keeps.
+
+    `criterion` ranks them by the layer before. Either `remove`, the fraction of the image tokens still alive that leave
+    (removed count: floor(R * n)), or `keep`, the number that stay.
+    """
+
+    layer: int
+    criterion: Criterion
+    remove: float | None = None
+    keep: int | None = None
+
+    def kept(self, alive: int) -> int:
+        """V' of V `alive` image tokens; HimapError (usage) if more are to be kept than there are."""
+        if self.keep is None:
+            return alive - math.floor((self.remove or 0) * alive)
+        if self.keep > alive:
+            summary = f"the cut at layer {self.layer} keeps {self.keep} image tokens"
+            raise HimapError(summary, f"only {alive} reach it", "keep fewer", Exit.USAGE)
+        return self.keep
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Two cuts of the image tokens, by attention of layers `k1 - 1` and `k2 - 1` (layers count from 0).
+    """The cuts, in the order of their layers; none: the unpruned model, in one stage.
 
-    Layers `0..k1-1` see all tokens, `k1..k2-1` those kept by the first cut, `k2..` those kept by the second.
-    `r1` is the fraction of image tokens *removed* at k1; `r2` the fraction removed of what k1 left.
+    Layers `0..k1-1` see all tokens, `k1..k2-1` those kept by the first cut, and so on. A fraction is of what the cut
+    before it left.
     """
 
-    k1: int = 2
-    k2: int = 8
-    r1: float = 0.5
-    r2: float = 0.75
+    cuts: tuple[Cut, ...] = ()
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """prefix, k1, k2, ..: the parts of prefill, each cut opening one."""
+        return "prefix", *(f"k{n}" for n, _ in enumerate(self.cuts, 1))
+
+    @property
+    def policy(self) -> str:
+        """The name in POLICIES of what the cuts do, or custom."""
+        found = tuple(cut.criterion for cut in self.cuts)
+        for name in ("random", "uniform"):
+            if found and set(found) == {name}:
+                return name
+        return next((name for name, criteria in POLICIES.items() if criteria == found), "custom")
+
+    def ranked_by(self, criterion: Criterion) -> Self:
+        """The same cuts at equal FLOPs, all by another criterion: the controls."""
+        return replace(self, cuts=tuple(replace(cut, criterion=criterion) for cut in self.cuts))
 
     def check(self, layers: int) -> Self:
         """The plan itself, if a decoder of `layers` layers can follow it; else HimapError (usage)."""
-        for name, ratio in (("r1", self.r1), ("r2", self.r2)):
-            if not 0 <= ratio < 1:
-                raise _bad(f"--{name} {ratio} is outside [0, 1)", "it is the fraction of image tokens to remove")
-        if self.k1 < 1:
-            raise _bad(f"--k1 {self.k1} is below 1", "the layer before the first cut ranks the tokens")
-        if self.k2 <= self.k1:
-            raise _bad(f"--k2 {self.k2} is not above --k1 {self.k1}", "the second cut comes after the first")
-        if self.k2 >= layers:
-            raise _bad(
-                f"--k2 {self.k2} is past the last layer", f"the model has {layers} layers: use at most {layers - 1}"
-            )
+        for name, cut in zip(self.stages[1:], self.cuts, strict=True):
+            _check_cut(name, cut, layers)
+        for n, (before, after) in enumerate(pairwise(self.cuts), 1):
+            if after.layer <= before.layer:
+                summary = f"--k{n + 1} {after.layer} is not above --k{n} {before.layer}"
+                raise _bad(summary, "cuts come in the order of their layers")
         return self
 
-    def kept(self, image_tokens: int) -> tuple[int, int, int]:
-        """[V0, V1, V2]: image tokens alive in the three stages. Removed counts are floor(R * n)."""
-        first = image_tokens - math.floor(self.r1 * image_tokens)
-        return image_tokens, first, first - math.floor(self.r2 * first)
+    def kept(self, image_tokens: int) -> Visual:
+        """[V0, V1, ..]: image tokens alive in each stage; HimapError (usage) if a cut finds too few."""
+        found = [image_tokens]
+        for cut in self.cuts:
+            if not found[-1]:
+                raise _bad(f"the cut at layer {cut.layer} finds no image token", "the cut before it keeps none")
+            found.append(cut.kept(found[-1]))
+        return tuple(found)
 
 
-def align(visual: tuple[int, int, int], text: int, multiple: int) -> tuple[int, int, int]:
-    """[V0, V1, V2] with more image tokens kept, so that each stage behind a cut holds a multiple of `multiple` tokens.
+def _check_cut(name: str, cut: Cut, layers: int) -> None:
+    if cut.criterion not in CRITERIA:
+        raise _bad(f"unknown criterion {cut.criterion}", f"known: {', '.join(CRITERIA)}")
+    if (cut.remove is None) == (cut.keep is None):
+        raise _bad(f"the cut {name} needs either a fraction to remove or a number to keep", "give one of the two")
+    if cut.remove is not None and not 0 <= cut.remove < 1:
+        summary = f"--r{name[1:]} {cut.remove} is outside [0, 1)"
+        raise _bad(summary, "it is the fraction of image tokens to remove")
+    if cut.keep is not None and cut.keep < 0:
+        raise _bad(f"--keep {cut.keep} is below 0", "it is the number of image tokens that stay")
+    if cut.layer < 1:
+        raise _bad(f"--{name} {cut.layer} is below 1", "the layer before a cut ranks the tokens")
+    if cut.layer >= layers:
+        hint = f"the model has {layers} layers: use at most {layers - 1}"
+        raise _bad(f"--{name} {cut.layer} is past the last layer", hint)
+
+
+def _bad(summary: str, hint: str) -> HimapError:
+    return HimapError(summary, hint=hint, code=Exit.USAGE)
+
+
+# himap: arXiv 2503.13108. fastv: arXiv 2403.06764. truncation: arXiv 2406.06579, eqs. 7-11. intra-visual: HiMAP's
+# ablation, its second criterion also at the shallow cut. random and uniform: the controls, at any plan's cuts.
+POLICIES: Mapping[str, tuple[Criterion, ...]] = {
+    "himap": ("instruction", "image"),
+    "fastv": ("last",),
+    "truncation": ("boundary",),
+    "intra-visual": ("image", "image"),
+    "random": ("random", "random"),
+    "uniform": ("uniform", "uniform"),
+    "none": (),
+}
+
+
+def himap(k1: int, k2: int, r1: float, r2: float) -> PruningPlan:
+    """HiMAP's plan: `r1` is removed at layer `k1`, `r2` of the rest at layer `k2`."""
+    return PruningPlan((Cut(k1, "instruction", r1), Cut(k2, "image", r2)))
+
+
+# The authors' settings: question answering (`eval_scivqa.sh`) and captioning.
+TASKS = {"qa": himap(2, 8, 0.5, 0.75), "caption": himap(2, 15, 0.5, 0.5)}
+
+
+def align(visual: Visual, text: int, multiple: int) -> Visual:
+    """[V0, V1, ..] with more image tokens kept, so that each stage behind a cut holds a multiple of `multiple` tokens.
 
     V0 is the image's own. A stage never holds more image tokens than the one before it; HimapError (usage) if a cut
     that removed tokens would then remove none.
@@ -61,26 +151,18 @@ def align(visual: tuple[int, int, int], text: int, multiple: int) -> tuple[int, 
                 f"--align {multiple} undoes a cut", f"{after} of {before} image tokens should stay: align to less"
             )
         found.append(kept)
-    return found[0], found[1], found[2]
-
-
-def _bad(summary: str, hint: str) -> HimapError:
-    return HimapError(summary, hint=hint, code=Exit.USAGE)
-
-
-# The authors' settings: question answering (`eval_scivqa.sh`) and captioning.
-TASKS = {"qa": PruningPlan(2, 8, 0.5, 0.75), "caption": PruningPlan(2, 15, 0.5, 0.5)}
+    return tuple(found)
 
 
 @dataclass(frozen=True)
 class TokenBudget:
-    """Static token counts of the three stages.
+    """Static token counts of the stages.
 
-    `visual` = [V0, V1, V2] image tokens, `text` = T slots for all other tokens (padding included), `new` = tokens that
+    `visual` = [V0, V1, ..] image tokens, `text` = T slots for all other tokens (padding included), `new` = tokens that
     may be generated. Stage i holds S_i = V_i + T tokens and a KV cache of C_i = S_i + new.
     """
 
-    visual: tuple[int, int, int]
+    visual: Visual
     text: int
     new: int
     batch: int = 1
@@ -91,13 +173,11 @@ class TokenBudget:
                 raise _bad(f"{name} {value} is below 1", "give a positive number of tokens or samples")
 
     @property
-    def total(self) -> tuple[int, int, int]:
-        """[S0, S1, S2]."""
-        v0, v1, v2 = self.visual
-        return v0 + self.text, v1 + self.text, v2 + self.text
+    def total(self) -> tuple[int, ...]:
+        """[S0, S1, ..]."""
+        return tuple(v + self.text for v in self.visual)
 
     @property
-    def capacity(self) -> tuple[int, int, int]:
-        """[C0, C1, C2]."""
-        s0, s1, s2 = self.total
-        return s0 + self.new, s1 + self.new, s2 + self.new
+    def capacity(self) -> tuple[int, ...]:
+        """[C0, C1, ..]."""
+        return tuple(s + self.new for s in self.total)

@@ -33,7 +33,7 @@ class DecoderSpec:
     mlp_bias: bool = False
 
 
-def stage_layers(plan: PruningPlan, layers: int) -> tuple[range, range, range]:
-    """The layers of the prefix, K1-pruned and K2-pruned stages."""
-    first, second, third = (range(a, b) for a, b in pairwise((0, plan.k1, plan.k2, layers)))
-    return first, second, third
+def stage_layers(plan: PruningPlan, layers: int) -> tuple[range, ...]:
+    """The layers of each stage: 0..k1-1, k1..k2-1, .."""
+    edges = (0, *(cut.layer for cut in plan.cuts), layers)
+    return tuple(range(a, b) for a, b in pairwise(edges))

@@ -1,4 +1,4 @@
-"""The four language graphs of a bundle: prefix, k1, k2 (prefill) and decode.
+"""The language graphs of a bundle: the stages of prefill (prefix, k1, k2, ..) and decode.
 
     image features, ids -> [prefix] -> hidden, score -> [gather | k1] -> hidden, score -> [gather | k2] -> logits
 
@@ -15,7 +15,7 @@ import onnx_ir as ir
 from himap_export.graphs.build import Frame, StageGraph, dim
 from himap_export.graphs.decoder import Attended, Decoder, Names, Rotary, rotary
 from himap_export.graphs.gather import top_k_gather
-from himap_export.graphs.importance import image_score, instruction_score
+from himap_export.graphs.importance import SCORES, Sight
 from himap_export.graphs.plan import PruningPlan, TokenBudget
 from himap_export.graphs.spec import IMAGE, PADDING, DecoderSpec, Dtype, stage_layers
 
@@ -24,7 +24,7 @@ FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
 @dataclass(frozen=True)
 class StagedModel:
-    """Everything that fixes the four graphs."""
+    """Everything that fixes the graphs."""
 
     spec: DecoderSpec
     plan: PruningPlan
@@ -33,55 +33,63 @@ class StagedModel:
     names: Names
 
     def graphs(self) -> tuple[StageGraph, ...]:
-        return self.prefix(), self.k1(), self.k2(), self.decode()
+        return *(self.stage(i) for i in range(len(self.plan.stages))), self.decode()
 
-    @property
-    def cuts(self) -> tuple[bool, bool]:
-        """Whether each cut removes anything; one that does not has no score and no gather."""
-        v0, v1, v2 = self.budget.visual
-        return v1 < v0, v2 < v1
+    def removes(self, cut: int) -> bool:
+        """Whether cut 1, 2, .. removes anything; one that does not has no score and no gather."""
+        return self.budget.visual[cut] < self.budget.visual[cut - 1]
 
-    def prefix(self) -> StageGraph:
-        """Embeds and merges image features, runs layers 0..K1-1, scores image tokens by instruction attention."""
-        b, spec, s0 = self.budget.batch, self.spec, self.budget.total[0]
-        f = Frame("prefix", self.dtype)
+    def stage(self, i: int) -> StageGraph:
+        """Stage i of prefill: opened by the prompt or by a gather, closed by the next cut's score or by the logits."""
+        f = Frame(self.plan.stages[i], self.dtype)
+        x, position, kind = self._prompt(f) if i == 0 else self._cut(f, i)
+        x, a = self._prefill(f, i, x, position)
+        by_token = (self.budget.batch, self.budget.total[i], self.spec.hidden)
+        hidden = f.op.Reshape(x, list(by_token))
+        if i == len(self.plan.cuts):
+            self._last_logits(f, hidden, kind)
+            f.output("hidden", hidden, by_token)
+            return f.finish()
+        f.output(f"hidden_k{i + 1}", hidden, by_token)
+        if self.removes(i + 1):
+            self._score(f, i + 1, a, kind, position)
+        return f.finish()
+
+    def _prompt(self, f: Frame) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Embedded ids [B*S0,D] with the image features in their places, position and kind [B,S0]."""
+        b, s0, hidden = self.budget.batch, self.budget.total[0], self.spec.hidden
         ids, position, kind = (f.integers(n, b, s0) for n in ("input_ids", "position_ids", "token_kind"))
-        features = f.input("image_features", (b, self.budget.visual[0], spec.hidden))
-        x = f.op.Reshape(self._merge(f, self._embed(f, ids), features, kind), [b * s0, spec.hidden])
-        x, a = self._prefill(f, 0, x, position)
-        f.output("hidden_k1", f.op.Reshape(x, [b, s0, spec.hidden]), (b, s0, spec.hidden))
-        if self.cuts[0]:
-            score = instruction_score(f.op, spec, a.query, a.key, kind, position, self.budget.text)
-            f.output("score_k1", score, (b, s0), FLOAT)
-        return f.finish()
+        features = f.input("image_features", (b, self.budget.visual[0], hidden))
+        return f.op.Reshape(self._merge(f, self._embed(f, ids), features, kind), [b * s0, hidden]), position, kind
 
-    def k1(self) -> StageGraph:
-        """First gather, layers K1..K2-1, score of the image tokens among themselves."""
-        b, spec, s1 = self.budget.batch, self.spec, self.budget.total[1]
-        f = Frame("k1", self.dtype)
-        x, position, kind = self._cut(f, 1, "position_ids", "token_kind")
-        x, a = self._prefill(f, 1, x, position)
-        f.output("hidden_k2", f.op.Reshape(x, [b, s1, spec.hidden]), (b, s1, spec.hidden))
-        if self.cuts[1]:
-            score = image_score(f.op, spec, a.query, a.key, kind, position, self.budget.visual[1])
-            f.output("score_k2", score, (b, s1), FLOAT)
-        return f.finish()
+    def _cut(self, f: Frame, i: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """The gather of cut i, from S_{i-1} to S_i tokens; outputs `kept_k*` and `kind_k*`."""
+        b, hidden, before, after = self.budget.batch, self.spec.hidden, *self.budget.total[i - 1 : i + 1]
+        x = f.input(f"hidden_k{i}", (b, before, hidden))
+        names = ("position_ids", "token_kind") if i == 1 else (f"kept_k{i - 1}", f"kind_k{i - 1}")
+        position, kind = (f.integers(name, b, before) for name in names)
+        if self.removes(i):
+            score = f.input(f"score_k{i}", (b, before), FLOAT)
+            x, position, kind = top_k_gather(f.op, x, score, position, kind, after)
+        f.output(f"kept_k{i}", position, (b, after), INT64)
+        f.output(f"kind_k{i}", kind, (b, after), INT64)
+        return f.op.Reshape(x, [b * after, hidden]), position, kind
 
-    def k2(self) -> StageGraph:
-        """Second gather, the remaining layers, logits of each sample's last prompt token."""
-        b, spec, s2 = self.budget.batch, self.spec, self.budget.total[2]
-        f = Frame("k2", self.dtype)
-        x, position, kind = self._cut(f, 2, "kept_k1", "kind_k1")
-        x, _ = self._prefill(f, 2, x, position)
+    def _score(self, f: Frame, i: int, a: Attended, kind: ir.Value, position: ir.Value) -> None:
+        """Outputs `score_k*`, by which cut i ranks; a random one reads the requests' seeds."""
+        cut, (before, after) = self.plan.cuts[i - 1], self.budget.visual[i - 1 : i + 1]
+        seed = f.integers("seed", self.budget.batch, 1) if cut.criterion == "random" else None
+        sight = Sight(f.op, self.spec, a.query, a.key, kind, position, seed, cut.layer, before, after, self.budget.text)
+        f.output(f"score_k{i}", SCORES[cut.criterion](sight), (self.budget.batch, self.budget.total[i - 1]), FLOAT)
+
+    def _last_logits(self, f: Frame, hidden: ir.Value, kind: ir.Value) -> None:
+        """Of each sample's last prompt token; padding lies behind it."""
         real = f.op.Cast(f.op.Not(f.op.Equal(kind, PADDING)), to=INT64)
         last = f.op.Sub(f.op.ReduceSum(real, [1], keepdims=1), 1)
-        by_token = f.op.Reshape(x, [b, s2, spec.hidden])
-        self._logits(f, f.op.GatherND(by_token, last, batch_dims=1))
-        f.output("hidden", by_token, (b, s2, spec.hidden))
-        return f.finish()
+        self._logits(f, f.op.GatherND(hidden, last, batch_dims=1))
 
     def decode(self) -> StageGraph:
-        """One token per sample through all layers, over the three caches."""
+        """One token per sample through all layers, over the caches of all stages."""
         b, spec = self.budget.batch, self.spec
         f = Frame("decode", self.dtype)
         ids, position = f.integers("input_ids", b, 1), f.integers("position_ids", b, 1)
@@ -141,18 +149,6 @@ class StagedModel:
             for past, new in zip(self._caches(f, i, capacity), (a.key, a.value), strict=True):
                 self._present(f, past, f.op.TensorScatter(past, new, first, axis=2))
         return x, a
-
-    def _cut(self, f: Frame, stage: int, position_name: str, kind_name: str) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """The gather that opens stage 1 or 2, from S_{i-1} to S_i tokens; outputs `kept_k*` and `kind_k*`."""
-        b, hidden, before, after = self.budget.batch, self.spec.hidden, *self.budget.total[stage - 1 : stage + 1]
-        x = f.input(f"hidden_k{stage}", (b, before, hidden))
-        position, kind = f.integers(position_name, b, before), f.integers(kind_name, b, before)
-        if self.cuts[stage - 1]:
-            score = f.input(f"score_k{stage}", (b, before), FLOAT)
-            x, position, kind = top_k_gather(f.op, x, score, position, kind, after)
-        f.output(f"kept_k{stage}", position, (b, after), INT64)
-        f.output(f"kind_k{stage}", kind, (b, after), INT64)
-        return f.op.Reshape(x, [b * after, hidden]), position, kind
 
     def _embed(self, f: Frame, ids: ir.Value) -> ir.Value:
         return f.op.Gather(f.weight(self.names("embed_tokens.weight"), self.spec.vocab, self.spec.hidden), ids)

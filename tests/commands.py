@@ -28,7 +28,8 @@ from himap_export.engines.bundle import open_bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline
 from himap_export.exporter.cli import main as export_main
-from himap_export.validate.reference import Cuts, Reference
+from himap_export.validate.criteria import Cuts
+from himap_export.validate.reference import Reference
 
 HIMAP_TINY = Path(__file__).parent / "fixtures" / "himap-tiny"
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -50,7 +51,9 @@ def spawn(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 def plan_flags(cuts: Cuts) -> tuple[str, ...]:
     """`--k1 2 --k2 5 --r1 0.5 --r2 0.75`."""
-    return ("--k1", f"{cuts.k1}", "--k2", f"{cuts.k2}", "--r1", f"{cuts.r1}", "--r2", f"{cuts.r2}")
+    return tuple(
+        text for n, cut in enumerate(cuts, 1) for text in (f"--k{n}", f"{cut.layer}", f"--r{n}", f"{cut.remove}")
+    )
 
 
 def save_inputs(file: Path, inputs: Inputs) -> Path:

@@ -150,7 +150,7 @@ Opened = tuple[Bundle, FakeCuda, Runs]
 def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
     """prefix and decode, "built", and a machine with an RTX GPU."""
     model, cuda, runs = staged("bf16"), FakeCuda(), Runs()
-    bundle = unsealed(tmp_path / "work", model, (model.prefix(), model.decode()))
+    bundle = unsealed(tmp_path / "work", model, (model.stage(0), model.decode()))
     files = {name: f"{name}.engine" for name in bundle.manifest.graphs}
     for name, file in files.items():
         bundle.path(file).write_text(name)

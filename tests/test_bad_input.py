@@ -21,7 +21,7 @@ from tiny import Inputs
 
 from himap_export.engines.cli import main as run_main
 from himap_export.exporter.cli import main as export_main
-from himap_export.graphs.plan import TASKS
+from himap_export.graphs.plan import himap
 from himap_export.validate.cli import main as validate_main
 
 Main = Callable[[list[str]], object]
@@ -187,7 +187,7 @@ def test_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[
 
 
 def test_the_largest_ratio_keeps_a_token() -> None:
-    plan = TASKS["qa"].__class__(2, 5, 0.999999, 0.999999)
+    plan = himap(2, 5, 0.999999, 0.999999)
     assert plan.kept(576) == (576, 1, 1)
 
 
@@ -373,7 +373,7 @@ def test_manifests(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     inputs = save_inputs(tmp_path / "in.npz", prompts())
     good = json.loads((copy / "manifest.json").read_text())
     for changed, words in (
-        (good | {"schema": 3}, "update himap-export"),
+        (good | {"schema": 4}, "update himap-export"),
         (good | {"schema": 0}, "export it again"),
         (good | {"variants": 3}, "is damaged"),
         ({k: v for k, v in good.items() if k != "graphs"}, "is damaged"),

@@ -11,12 +11,12 @@ from commands import Workshop
 
 from himap_export.engines.bundle import open_bundle
 from himap_export.graphs.errors import HimapError
-from himap_export.graphs.plan import PruningPlan
+from himap_export.graphs.plan import himap
 
 
 @pytest.fixture(scope="module")
 def bundle(work: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    plans = gpu_parts.plan_file(tmp_path_factory.mktemp("plans") / "plans.toml", PruningPlan(1, 3))
+    plans = gpu_parts.plan_file(tmp_path_factory.mktemp("plans") / "plans.toml", himap(1, 3, 0.5, 0.75))
     return work.bundle("gqa2", "--plan", plans)
 
 

@@ -18,12 +18,13 @@ from himap_export.engines.bundle import digest, open_bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline, Prefilled
 from himap_export.exporter.cli import main as export_main
-from himap_export.graphs.plan import PruningPlan
-from himap_export.validate.reference import Cuts, Prefill
+from himap_export.graphs import plan
+from himap_export.validate.criteria import Cuts, himap
+from himap_export.validate.reference import Prefill
 
 TEXT, NEW = 24, 12
 FP32 = 1e-3  # the bar; measured: 2e-5, with tied weights and their larger logits 2e-4
-QUARTER = Cuts(2, 4, 0.5, 0.75)
+QUARTER = himap(2, 4, 0.5, 0.75)
 SURE = 1e-4  # two fp32 computations of a score differ by less than 1e-5: rankings further apart than this are facts
 
 
@@ -50,7 +51,8 @@ class Case:
         """The reference's, refused where a ranking hangs on fp32's last bits: it proves nothing, choose a seed."""
         ids, pixels, mask = inputs.input_ids, inputs.pixel_values, inputs.attention_mask
         found = work.reference(self.name).prefill(ids, pixels, mask, self.cuts)
-        assert min(*margins(found.score_k1, self.cuts.r1), *margins(found.score_k2, self.cuts.r2)) > SURE
+        ranked = zip(found.scores, self.cuts, strict=True)
+        assert min(margin for scores, cut in ranked for margin in margins(scores, cut.remove)) > SURE
         return found
 
     def tokens(self, work: Workshop, inputs: Inputs) -> NDArray[np.int64]:
@@ -75,20 +77,20 @@ def rows(inputs: Inputs, *indices: int) -> Inputs:
 
 
 CASES = {
-    "mha": Case("mha", Cuts(2, 5, 0.5, 0.75), seed=1),
-    "gqa2-default-plan-late": Case("gqa2", Cuts(3, 5, 0.5, 0.75)),
-    "gqa2-fine-ratios": Case("gqa2", Cuts(1, 2, 0.3, 0.4), seed=1, runs=3),
-    "mqa4-36-image-tokens": Case("mqa4", Cuts(2, 4, 0.5, 0.75)),
-    "mqa4-in-five-runs": Case("mqa4", Cuts(1, 5, 0.4, 0.3), system=(0, 3, 1, 6), runs=5, seed=5),
-    "biased": Case("biased", Cuts(2, 3, 0.25, 0.5)),
-    "tied": Case("tied", Cuts(2, 4, 0.5, 0.5)),
-    "sharded-9-image-tokens": Case("sharded", Cuts(2, 4, 0.5, 0.75)),
+    "mha": Case("mha", himap(2, 5, 0.5, 0.75), seed=1),
+    "gqa2-default-plan-late": Case("gqa2", himap(3, 5, 0.5, 0.75)),
+    "gqa2-fine-ratios": Case("gqa2", himap(1, 2, 0.3, 0.4), seed=1, runs=3),
+    "mqa4-36-image-tokens": Case("mqa4", himap(2, 4, 0.5, 0.75)),
+    "mqa4-in-five-runs": Case("mqa4", himap(1, 5, 0.4, 0.3), system=(0, 3, 1, 6), runs=5, seed=5),
+    "biased": Case("biased", himap(2, 3, 0.25, 0.5)),
+    "tied": Case("tied", himap(2, 4, 0.5, 0.5)),
+    "sharded-9-image-tokens": Case("sharded", himap(2, 4, 0.5, 0.75)),
     "no-system-part": Case("gqa2", system=(0, 0, 4, 0), text=(9, 2, 7, 24)),
     "image-last": Case("biased", system=(7, 3, 0, 24), text=(0, 3, 5, 0)),
     "budget-filled": Case("sharded", system=(10, 4, 7, 1), text=(4, 10, 7, 13), budget=14),
-    "first-cut-only": Case("gqa2", Cuts(2, 4, 0.5, 0.0)),
-    "second-cut-only": Case("mqa4", Cuts(1, 3, 0.0, 0.8)),
-    "one-token-left": Case("gqa2", Cuts(2, 4, 0.9, 0.99)),
+    "first-cut-only": Case("gqa2", himap(2, 4, 0.5, 0.0)),
+    "second-cut-only": Case("mqa4", himap(1, 3, 0.0, 0.8)),
+    "one-token-left": Case("gqa2", himap(2, 4, 0.9, 0.99)),
 }
 
 
@@ -98,11 +100,12 @@ def test_equals_the_reference(work: Workshop, name: str) -> None:
     inputs = case.inputs(work)
     expected = case.prefill(work, inputs)
     answer = work.answer(case.bundle(work), inputs)
-    _, v1, v2 = PruningPlan(case.cuts.k1, case.cuts.k2, case.cuts.r1, case.cuts.r2).kept(
+    first, second = case.cuts
+    _, v1, v2 = plan.himap(first.layer, second.layer, first.remove, second.remove).kept(
         work.tiny(case.name).image_tokens
     )
-    np.testing.assert_array_equal(answer["kept_k1"], padded(expected.kept_k1, v1 + case.budget))
-    np.testing.assert_array_equal(answer["kept_k2"], padded(expected.kept_k2, v2 + case.budget))
+    np.testing.assert_array_equal(answer["kept_k1"], padded(expected.kept[0], v1 + case.budget))
+    np.testing.assert_array_equal(answer["kept_k2"], padded(expected.kept[1], v2 + case.budget))
     np.testing.assert_allclose(answer["logits"], expected.logits, rtol=0, atol=FP32)
     np.testing.assert_array_equal(answer["tokens"], case.tokens(work, inputs))
 
@@ -179,7 +182,7 @@ def test_one_image_for_each_prompt(work: Workshop, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize("name", ["gqa2", "biased", "tied"])
 def test_cutting_nothing_is_hugging_face_generate(work: Workshop, name: str) -> None:
     inputs = make_inputs(work.tiny(name), [9, 3, 14, 5], [5, 1, 2, 9], image_runs=2)
-    bundle = work.bundle(name, "--batch", 4, "--text-budget", TEXT, cuts=Cuts(2, 4, 0.0, 0.0))
+    bundle = work.bundle(name, "--batch", 4, "--text-budget", TEXT, cuts=himap(2, 4, 0.0, 0.0))
     left = inputs.left_padded()
     model = LlavaForConditionalGeneration.from_pretrained(work.checkpoint(name), dtype=torch.float32).eval()
     ids, mask, pixels = map(torch.from_numpy, (left.input_ids, left.attention_mask, left.pixel_values))
@@ -227,11 +230,11 @@ def prefill_by_stage(
 
 
 HALF_CASES = {
-    "gqa2": Case("gqa2", Cuts(2, 4, 0.5, 0.5)),
-    "mqa4": Case("mqa4", Cuts(2, 4, 0.5, 0.5)),
-    "sharded": Case("sharded", Cuts(2, 4, 0.5, 0.5), seed=3),
-    "half": Case("half", Cuts(2, 4, 0.5, 0.5)),
-    "mha": Case("mha", Cuts(2, 5, 0.5, 0.75), seed=1),
+    "gqa2": Case("gqa2", himap(2, 4, 0.5, 0.5)),
+    "mqa4": Case("mqa4", himap(2, 4, 0.5, 0.5)),
+    "sharded": Case("sharded", himap(2, 4, 0.5, 0.5), seed=3),
+    "half": Case("half", himap(2, 4, 0.5, 0.5)),
+    "mha": Case("mha", himap(2, 5, 0.5, 0.75), seed=1),
 }
 
 
@@ -243,8 +246,8 @@ def test_fp16_agrees_with_fp32(work: Workshop, name: str) -> None:
     full, half = (work.pipeline(case.bundle(work, 4, "--dtype", dtype)) for dtype in ("fp32", "fp16"))
     wanted, scores = prefill_by_stage(full, inputs)
     got, half_scores = prefill_by_stage(half, inputs, forced=scores)
-    np.testing.assert_array_equal(got.kept_k1, wanted.kept_k1)
-    np.testing.assert_array_equal(got.kept_k2, wanted.kept_k2)
+    for cut in ("kept_k1", "kept_k2"):
+        np.testing.assert_array_equal(got.kept[cut], wanted.kept[cut])
     for sample in range(len(inputs.input_ids)):
         assert rms_ratio(got.logits[sample] - wanted.logits[sample], wanted.logits[sample]) < tolerance
         for score, values in scores.items():
@@ -252,7 +255,7 @@ def test_fp16_agrees_with_fp32(work: Workshop, name: str) -> None:
             values, half_values = values[sample, image], half_scores[score][sample, image]
             assert rms_ratio(half_values - values, values) < tolerance
     # Over the batch, no further from fp32 than Hugging Face's fp16, given the same tokens (measured: 0.5 to 1.3 of it).
-    forced = (wanted.kept_k1, wanted.kept_k2)
+    forced = (wanted.kept["kept_k1"], wanted.kept["kept_k2"])
     arguments = (inputs.input_ids, inputs.pixel_values, inputs.attention_mask, case.cuts, forced)
     theirs, exact = (work.reference(case.name, d).prefill(*arguments).logits for d in (torch.float16, torch.float32))
     assert rms_ratio(got.logits - wanted.logits, wanted.logits) < 2 * rms_ratio(theirs - exact, exact)
@@ -274,8 +277,8 @@ def test_fp16_keeps_what_fp32_keeps_where_scores_lie_apart(work: Workshop, name:
     sure = []
     for sample in range(len(inputs.input_ids)):
         gaps = (
-            margins(scores[[sample]], removed)[0] - 2 * tolerance * np.sqrt(np.nanmean(scores[sample] ** 2))
-            for scores, removed in ((expected.score_k1, case.cuts.r1), (expected.score_k2, case.cuts.r2))
+            margins(scores[[sample]], cut.remove)[0] - 2 * tolerance * np.sqrt(np.nanmean(scores[sample] ** 2))
+            for scores, cut in zip(expected.scores, case.cuts, strict=True)
         )
         if min(gaps) > 0:
             sure.append(sample)
@@ -289,7 +292,7 @@ def test_fp16_keeps_what_fp32_keeps_where_scores_lie_apart(work: Workshop, name:
 @pytest.mark.parametrize(("name", "dtype"), [("half", "fp16"), ("sharded", "fp32"), ("tied", "fp32")])
 def test_weights_of_the_bundles_dtype_are_the_checkpoints_bytes(work: Workshop, name: str, dtype: str) -> None:
     """Without `--dtype`, a bundle has its checkpoint's dtype."""
-    bundle, source = open_bundle(Case(name, Cuts(2, 4, 0.5, 0.5)).bundle(work)), work.checkpoint(name)
+    bundle, source = open_bundle(Case(name, himap(2, 4, 0.5, 0.5)).bundle(work)), work.checkpoint(name)
     shards = sorted(source.glob("*.safetensors"))
     assert bundle.manifest.dtype == dtype
     assert len(shards) == len(bundle.manifest.weights) and (len(shards) > 1) == (name == "sharded")
@@ -324,7 +327,7 @@ def test_overwrite_replaces_a_bundle_and_nothing_else_does(work: Workshop, tmp_p
     def files() -> dict[str, bytes]:
         return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
-    old, new = Cuts(2, 3, 0.2, 0.2), CASES["sharded-9-image-tokens"].cuts
+    old, new = himap(2, 3, 0.2, 0.2), CASES["sharded-9-image-tokens"].cuts
     assert export(old) == 0
     before = files()
     assert export(new) == 2  # refused

@@ -16,9 +16,9 @@ from tiny import make_inputs
 
 from himap_export.engines.bundle import open_bundle
 from himap_export.engines.pipeline import GRAPHS, tensor_name
-from himap_export.validate.reference import Cuts
+from himap_export.validate.criteria import himap
 
-CUTS = Cuts(2, 4, 0.5, 0.75)
+CUTS = himap(2, 4, 0.5, 0.75)
 KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "one-file": ("gqa2", ()),
     "sharded": ("sharded", ()),

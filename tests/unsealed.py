@@ -13,12 +13,12 @@ from himap_export.engines.manifest import GraphRecord, Manifest, ModelRecord, Te
 from himap_export.engines.weight_file import read_header
 from himap_export.exporter.bind import bind
 from himap_export.graphs.build import IR_DTYPE, StageGraph
-from himap_export.graphs.plan import PruningPlan, TokenBudget
+from himap_export.graphs.plan import PruningPlan, TokenBudget, himap
 from himap_export.graphs.spec import DecoderSpec, Dtype
 from himap_export.graphs.stages import StagedModel
 
 SPEC, V, T, NEW = DecoderSpec(4, 64, 128, 4, 2, 16, 96), 16, 24, 8
-PRUNED, WHOLE = PruningPlan(1, 3, 0.5, 0.75), PruningPlan(1, 3, 0, 0)
+PRUNED, WHOLE = himap(1, 3, 0.5, 0.75), himap(1, 3, 0, 0)
 LAYERS = {"prefix": 1, "k1": 2, "k2": 1, "decode": 4}
 _NAMES = {code: name for name, code in IR_DTYPE.items()} | {ir.DataType.INT64: "int64"}
 

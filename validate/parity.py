@@ -17,9 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from himap_export.engines.arrays import Inputs
-from himap_export.engines.pipeline import PREFILL, Pipeline
-from himap_export.graphs.spec import IMAGE, PADDING, Dtype
-from himap_export.validate.reference import Cuts, Prefill, Reference
+from himap_export.engines.pipeline import Pipeline
+from himap_export.graphs.plan import PruningPlan, Visual
+from himap_export.graphs.spec import IMAGE, Dtype
+from himap_export.validate.criteria import Cut
+from himap_export.validate.reference import Prefill, Reference
 
 Floats = npt.NDArray[np.floating[Any]]
 Integers = npt.NDArray[np.int64]
@@ -129,34 +131,32 @@ def limit_of(t: Closeness, dtype: Dtype, layers: int, rounding: float | None, as
 class Comparison:
     """One batch through both. `found` and `exact` hold the same tensors, the pipeline's and the reference's."""
 
-    def __init__(self, pipeline: Pipeline, reference: Reference, batch: Inputs, asked: Asked) -> None:
-        self.pipeline, self.rows = pipeline, len(batch.input_ids)
+    def __init__(self, pipeline: Pipeline, reference: Reference, batch: Inputs, asked: Asked, seeds: Integers) -> None:
+        self.pipeline, self.rows, self.seeds = pipeline, len(batch.input_ids), seeds.tolist()
         self.arrays = (batch.input_ids, batch.pixel_values, batch.attention_mask)
-        plan, visual = pipeline.bundle.plan, pipeline.bundle.budget.visual
-        self.cuts = Cuts(plan.k1, plan.k2, plan.r1, plan.r2, None if plan.kept(visual[0]) == visual else visual[1:])
-        self.truth = reference.prefill(*self.arrays, cuts=self.cuts)
-        self.kept = (self.truth.kept_k1, self.truth.kept_k2)
+        self.cuts = reference_cuts(pipeline.bundle.plan, pipeline.bundle.budget.visual)
+        self.truth = reference.prefill(*self.arrays, cuts=self.cuts, seeds=self.seeds)
+        self.kept = self.truth.kept
         self.said = reference.generate(*self.arrays, max_new_tokens=asked.new_tokens, cuts=self.cuts, forced=self.kept)
         self.exact = self._reference_tensors(reference, self.truth)
         self.found: Tensors = {}
         self.outputs: dict[str, npt.NDArray[Any]] = {}
-        self.layout = pipeline.load(*self.arrays)
+        self.layout = pipeline.load(*self.arrays, seeds)
         self.cut_parity = self._stages()
         self.told = self._answer(asked.new_tokens)
 
     def rounding(self, reference: Reference) -> Tensors:
         """The same tensors of a reference in another dtype, with the same tokens kept and said."""
-        start = reference.prefill(*self.arrays, cuts=self.cuts, forced=self.kept)
+        start = reference.prefill(*self.arrays, cuts=self.cuts, forced=self.kept, seeds=self.seeds)
         return self._reference_tensors(reference, start)
 
     def _reference_tensors(self, reference: Reference, start: Prefill) -> Tensors:
         """`start` is used up: replaying the answer appends to its caches."""
         features = reference.image_features(self.arrays[1]).float().cpu().numpy()
         found: Tensors = {"vision": list(features)}
-        scores = {"k1": start.score_k1, "k2": start.score_k2}
-        for stage, name in enumerate(PREFILL):
+        for stage, name in enumerate(self.pipeline.stages):
             if f"score_{name}" in self.pipeline.tensors:
-                found[f"score {name}"] = list(scores[name])
+                found[f"score {name}"] = list(start.scores[stage - 1])
             found[name] = list(start.hidden[stage])
         found["logits"] = list(start.logits)
         if self.said.shape[1] > 1:
@@ -168,23 +168,22 @@ class Comparison:
         p, found = self.pipeline, list[CutParity]()
         p.run("vision")
         self._record("vision", list(p.read("image_features")[: self.rows]))
-        for stage, name in enumerate(PREFILL):
+        for stage, name in enumerate(p.stages):
             p.run(name)
             if stage > 0:
-                kept = np.where(p.read(f"kind_{name}") == PADDING, -1, p.read(f"kept_{name}"))[: self.rows]
-                self.outputs[f"kept_{name}"] = kept
-                found.append(self._cut(name, kept))
+                kept = self.outputs[f"kept_{name}"] = p.kept(name)[: self.rows]
+                found.append(self._cut(stage, kept))
                 if found[-1].swapped:
-                    self._force(name)
+                    self._force(stage)
                     p.run(name)
-            hidden = p.read(("hidden_k1", "hidden_k2", "hidden")[stage])
+            hidden = p.read("hidden" if name == p.stages[-1] else f"hidden_{p.stages[stage + 1]}")
             self._record(name, [hidden[row, : len(truth)] for row, truth in enumerate(self.truth.hidden[stage])])
         self._record("logits", list(p.read("logits")[: self.rows]))
         return found
 
-    def _cut(self, cut: str, kept: Integers) -> CutParity:
-        """Compares `kept`, the positions kept at `cut`, with the reference's, in the light of both scores."""
-        stage, visual = int(cut[1]), self.pipeline.bundle.budget.visual
+    def _cut(self, stage: int, kept: Integers) -> CutParity:
+        """Compares `kept`, the positions that open `stage`, with the reference's, in the light of both scores."""
+        cut, visual = self.pipeline.stages[stage], self.pipeline.bundle.budget.visual
         total, candidates = self.rows * visual[stage], self._candidates(stage)
         if f"score_{cut}" not in self.pipeline.tensors:
             return CutParity(cut, total, 0, 0, inf, 0.0, "nothing removed")
@@ -193,7 +192,7 @@ class Comparison:
         for row, (image, positions) in enumerate(candidates):
             mine, his = self.found[f"score {cut}"][row], self.exact[f"score {cut}"][row]
             in_mine, in_his = (np.isin(positions[image], k[row]) for k in (kept, self.kept[stage - 1]))
-            threshold, differs = his[in_his].min(), in_mine != in_his
+            threshold, differs = his[in_his].min(initial=inf), in_mine != in_his
             errors.append(_worst(np.abs(mine - his)))
             margins.append(float(threshold - his[~in_his].max()))
             swapped += -(-int(differs.sum()) // 2)
@@ -204,13 +203,15 @@ class Comparison:
 
     def _candidates(self, stage: int) -> list[tuple[npt.NDArray[np.bool_], Integers]]:
         """Per prompt: which tokens before the cut are image tokens [S], and all tokens' original positions [S]."""
-        kinds, positions = ("token_kind", "position_ids") if stage == 1 else ("kind_k1", "kept_k1")
+        before = self.pipeline.stages[stage - 1]
+        kinds, positions = ("token_kind", "position_ids") if stage == 1 else (f"kind_{before}", f"kept_{before}")
         kind, position = self.pipeline.read(kinds), self.pipeline.read(positions)
         return [(kind[row] == IMAGE, position[row]) for row in range(self.rows)]
 
-    def _force(self, cut: str) -> None:
+    def _force(self, stage: int) -> None:
         """Writes a score that keeps what the reference kept: 1 for those image tokens, 0 for the others."""
-        stage, score = int(cut[1]), self.pipeline.read(f"score_{cut}")
+        cut = self.pipeline.stages[stage]
+        score = self.pipeline.read(f"score_{cut}")
         for row, (image, positions) in enumerate(self._candidates(stage)):
             score[row][image] = np.isin(positions[image], self.kept[stage - 1][row])
         self.pipeline.tensors[f"score_{cut}"].write(score)
@@ -245,19 +246,30 @@ class Comparison:
         return Answers(int((mine == his).sum()), mine.size, min(firsts, default=None), _worst(np.array(margins)))
 
 
+def reference_cuts(plan: PruningPlan, visual: Visual) -> tuple[Cut, ...]:
+    """The plan in the reference's words; it rounds for itself unless the budget keeps more than the plan asks for."""
+    aligned = plan.kept(visual[0]) != visual
+    counts = visual[1:] if aligned else [cut.keep for cut in plan.cuts]
+    return tuple(
+        Cut(cut.layer, cut.criterion, cut.remove or 0.0, keep) for cut, keep in zip(plan.cuts, counts, strict=True)
+    )
+
+
 def compare(
     pipeline: Pipeline, load: Load, inputs: Inputs, asked: Asked, progress: Callable[[str], None] = lambda line: None
 ) -> Parity:
-    """Parity over all prompts of `inputs`. `load` gives the reference in a dtype; one is held at a time."""
-    m, runs = pipeline.manifest, list[Comparison]()
+    """Parity over all prompts of `inputs`. `load` gives the reference in a dtype; one is held at a time.
+
+    Prompt n draws its random cuts by seed n.
+    """
+    m, runs, seeds = pipeline.manifest, list[Comparison](), np.arange(len(inputs.input_ids))
     progress("PyTorch reference in fp32")
     reference = load("fp32")
     for at in range(0, len(inputs.input_ids), pipeline.bundle.budget.batch):
         rows = slice(at, at + pipeline.bundle.budget.batch)
         mask = None if inputs.attention_mask is None else inputs.attention_mask[rows]
-        runs.append(
-            Comparison(pipeline, reference, Inputs(inputs.input_ids[rows], inputs.pixel_values[rows], mask), asked)
-        )
+        batch = Inputs(inputs.input_ids[rows], inputs.pixel_values[rows], mask)
+        runs.append(Comparison(pipeline, reference, batch, asked, seeds[rows]))
         progress(f"compared {min(rows.stop, len(inputs.input_ids))} of {len(inputs.input_ids)} prompts")
     rounding: dict[str, float] = {}
     if m.dtype != "fp32":
@@ -315,15 +327,14 @@ def _merge(parts: Iterable[CutParity]) -> CutParity:
 
 
 def _outputs(runs: list[Comparison]) -> dict[str, npt.NDArray[Any]]:
-    """himap-run's four arrays and the reference's. Kept sets are the bundle's own; behind one that differs, logits and
+    """himap-run's arrays and the reference's. Kept sets are the bundle's own; behind one that differs, logits and
     tokens are those with the reference's forced."""
+    cuts = [f"kept_{cut}" for cut in runs[0].pipeline.stages[1:]]
     pairs: dict[str, list[npt.NDArray[Any]]] = {
-        "kept_k1": [r.outputs["kept_k1"] for r in runs],
-        "kept_k2": [r.outputs["kept_k2"] for r in runs],
+        **{name: [r.outputs[name] for r in runs] for name in cuts},
         "logits": [np.stack(r.found["logits"]) for r in runs],
         "tokens": [r.told for r in runs],
-        "reference_kept_k1": [r.truth.kept_k1 for r in runs],
-        "reference_kept_k2": [r.truth.kept_k2 for r in runs],
+        **{f"reference_{name}": [r.truth.kept[n] for r in runs] for n, name in enumerate(cuts)},
         "reference_logits": [r.truth.logits for r in runs],
         "reference_tokens": [r.said for r in runs],
     }

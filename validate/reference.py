@@ -1,12 +1,12 @@
-"""The PyTorch reference of HiMAP (arXiv 2503.13108): what every bundle is judged against.
+"""The PyTorch reference of HiMAP (arXiv 2503.13108) and of what it is compared with: the judge of every bundle.
 
-Hugging Face's own modules compute everything that HiMAP leaves alone (tower, projector, embedding, decoder layers,
+Hugging Face's own modules compute everything that pruning leaves alone (tower, projector, embedding, decoder layers,
 rotary embedding, norm, head). This file only decides which tokens enter which layers, as the authors' `himap.py` does:
 
 1. Layers 0..K1-1 see all tokens, K1..K2-1 those alive after the cut at K1, K2..L-1 those alive after the cut at K2.
-2. A cut at K ranks the image tokens by the attention of layer K-1: fp32 softmax, mean over the heads, then summed
-   over the text rows after the last image token (K1; no such row: all scores are 0, the first tokens stay) or over
-   the rows of the image tokens themselves (K2).
+2. A cut at K ranks the image tokens by its criterion, see CRITERIA. HiMAP's: the attention of layer K-1 (fp32 softmax,
+   mean over the heads), summed over the text rows after the last image token (first cut; no such row: all scores are
+   0, the first tokens stay) or over the rows of the image tokens themselves (second cut).
 3. floor(R * n) image tokens leave, those with the lowest scores; of equals, the last one leaves first. All text stays.
 4. Who stays keeps its order and its original position id; the causal mask is rebuilt.
 
@@ -16,14 +16,15 @@ prefill, and every layer caches the keys and values of the tokens that it saw. T
 Samples are computed one by one and without padding, so nothing here can depend on where padding lies. It shares no code
 with the rooms it judges, not even their errors: misuse is a ValueError.
 
-Shape letters: B batch, S tokens of a stage (S0, S1, S2), V image tokens that are candidates at a cut (V0, V1),
+Shape letters: B batch, S tokens of a stage (S0, S1, ..), V image tokens that are candidates at a cut (V0, V1, ..),
 D hidden, H query heads, G kv heads, E head dim, L layers, W vocabulary, N generated tokens.
 """
 
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,37 +37,21 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from himap_export.validate.criteria import CRITERIA, Cut, Cuts, State
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Item = TypeVar("Item", bound=np.generic)
 
 
 @dataclass(frozen=True)
-class Cuts:
-    """Where HiMAP cuts (0-based layers) and the fraction of image tokens it removes there; r2 is of what K1 left.
-
-    `keep`: how many image tokens stay behind each cut, where a budget was rounded up; else what the fractions leave.
-    """
-
-    k1: int
-    k2: int
-    r1: float
-    r2: float
-    keep: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
 class Prefill:
-    """What the prompts gave. Positions count a sample's real tokens from 0; padding of the prompt has none."""
+    """What the prompts gave, with one entry per cut. Positions count a sample's real tokens from 0."""
 
     lengths: Ints  # [B] real tokens of each prompt, which is also the position of the first generated token
-    kept_k1: Ints  # [B,S1] positions of the tokens alive after the cut at K1, ascending; -1 pads, on the right
-    kept_k2: Ints  # [B,S2]; without cuts, both hold every position
-    score_k1: Floats  # [B,V0] importance of the candidates, in the order of their positions; NaN pads, on the right
-    score_k2: Floats  # [B,V1]; without cuts, both are [B,0]
-    hidden: tuple[
-        tuple[Floats, ...], ...
-    ]  # per stage and sample [S,D], after layers K1-1, K2-1, L-1, before gather or norm
+    kept: tuple[Ints, ...]  # [B,S_i] positions of the tokens alive after the cut, ascending; -1 pads, on the right
+    scores: tuple[Floats, ...]  # [B,V_i] importance of its candidates, in the order of their positions; NaN pads
+    hidden: tuple[tuple[Floats, ...], ...]  # per stage and sample [S,D], before the next gather or the final norm
     logits: Floats  # [B,W] at the last prompt token
     caches: tuple[DynamicCache, ...]  # per sample; layer i holds keys (rotated) and values [1,G,S of its stage,E].
     # Decoding appends to the caches: the one thing in here that is not a constant.
@@ -76,9 +61,9 @@ class Prefill:
 class _Row:
     """One sample of a Prefill. `kept` and `scores` have one entry per cut, `hidden` one per stage."""
 
-    kept: tuple[Tensor, ...]  # [S1], [S2] int64
-    scores: tuple[Tensor, ...]  # [V0], [V1] fp32
-    hidden: tuple[Tensor, ...]  # [S0,D], [S1,D], [S2,D]
+    kept: tuple[Tensor, ...]  # [S1], [S2], .. int64
+    scores: tuple[Tensor, ...]  # [V0], [V1], .. fp32
+    hidden: tuple[Tensor, ...]  # [S0,D], [S1,D], ..
     logits: Tensor  # [W] fp32
     cache: DynamicCache
 
@@ -127,22 +112,24 @@ class Reference:
         input_ids: Ints,
         pixel_values: Floats | None,
         attention_mask: Ints | None = None,
-        cuts: Cuts | None = None,
-        forced: tuple[Ints, Ints] | None = None,
+        cuts: Cuts = (),
+        forced: Sequence[Ints] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Prefill:
         """Run the prompts.
 
         `input_ids` [B,S] int64 with one image placeholder per image token, anywhere; `pixel_values` [images,3,H,W],
         in the order of the placeholders; `attention_mask` [B,S], 0 where a token is padding, on either side.
-        `cuts=None` is the unpruned model. `forced` keeps the given positions ([B,S1], [B,S2], text included, -1 pads)
-        instead of the ranked ones; the scores are reported all the same.
+        No `cuts` is the unpruned model. `forced` keeps the given positions (per cut [B,S_i], text included, -1 pads)
+        instead of the ranked ones; the scores are reported all the same. `seeds` [B] (0) are what random cuts draw by.
         """
-        if forced is not None and cuts is None:
-            raise ValueError("forced positions need cuts: they say at which layers to keep them")
+        if forced is not None and len(forced) != len(cuts):
+            raise ValueError(f"forced positions of {len(forced)} cuts for {len(cuts)} cuts")
+        self._check(cuts)
         rows = []
         for sample, (embeds, image) in enumerate(self._embed(input_ids, pixel_values, attention_mask)):
-            given = None if forced is None else tuple(_real(kept[sample]).to(self.device) for kept in forced)
-            rows.append(self._unpruned(embeds) if cuts is None else self._pruned(embeds, image, cuts, given))
+            given = None if forced is None else [_real(kept[sample]).to(self.device) for kept in forced]
+            rows.append(self._row(embeds, image, cuts, given, 0 if seeds is None else int(seeds[sample])))
         return _stack(rows)
 
     @torch.no_grad()
@@ -153,8 +140,9 @@ class Reference:
         attention_mask: Ints | None = None,
         *,
         max_new_tokens: int,
-        cuts: Cuts | None = None,
-        forced: tuple[Ints, Ints] | None = None,
+        cuts: Cuts = (),
+        forced: Sequence[Ints] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Ints:
         """Greedy answers [B,N], N <= max_new_tokens, laid out as Hugging Face's `generate` does.
 
@@ -162,7 +150,7 @@ class Reference:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        start = self.prefill(input_ids, pixel_values, attention_mask, cuts, forced)
+        start = self.prefill(input_ids, pixel_values, attention_mask, cuts, forced, seeds)
         rows = []
         for logits, cache, length in zip(start.logits, start.caches, start.lengths.tolist(), strict=True):
             tokens = [int(logits.argmax())]
@@ -171,6 +159,34 @@ class Reference:
                 tokens.append(int(self.step(torch.tensor([tokens[-1]]), position, cache)[0].argmax()))
             rows.append(np.array(tokens, np.int64))
         return _pad(rows, self.pad_token)
+
+    @torch.no_grad()
+    def start(self, input_ids: Ints, pixel_values: Floats | None) -> State:
+        """One prompt [S] embedded, before layer 0: what `advance`, `cut` and `logits` take from stage to stage."""
+        embeds, image = next(self._embed(input_ids[None], pixel_values, None))
+        return State(0, embeds, torch.arange(embeds.shape[1], device=self.device), image)
+
+    @torch.no_grad()
+    def advance(self, state: State, layer: int, attention: bool = False) -> State:
+        """`state` after the layers before `layer`, with the probabilities of the last one if `attention`."""
+        layers = range(state.layer, layer)
+        hidden, probabilities = self._run(layers, state.hidden, state.alive, state.cache, attention)
+        return replace(state, layer=layer, hidden=hidden, attention=probabilities)
+
+    @torch.no_grad()
+    def cut(self, state: State, cut: Cut, seed: int = 0) -> tuple[State, Tensor]:
+        """`state` with the image tokens that `cut` keeps, and the scores [V] it ranked them by."""
+        is_image = state.is_image
+        count = int(is_image.sum())
+        keep = count - math.floor(cut.remove * count) if cut.keep is None else cut.keep
+        scores = CRITERIA[cut.criterion](state, keep, seed)
+        kept = torch.cat((state.alive[~is_image], state.alive[is_image][_winners(scores, keep)])).sort().values
+        return self._keep(state, kept), scores
+
+    @torch.no_grad()
+    def logits(self, state: State) -> Tensor:
+        """Logits [W] fp32 at the last token of a `state` that has been through all layers."""
+        return self._logits(state.hidden)[0]
 
     @torch.no_grad()
     def replay(self, start: Prefill, tokens: Ints) -> Floats:
@@ -242,43 +258,34 @@ class Reference:
             used += count
             yield embeds[None], image
 
-    def _unpruned(self, embeds: Tensor) -> _Row:
-        """All layers see all tokens [1,S0,D]."""
-        cache = DynamicCache(config=self.model.config.text_config)
-        positions = torch.arange(embeds.shape[1], device=self.device)
-        hidden, _ = self._run(range(self.layers), embeds, positions, cache)
-        empty = torch.empty(0)
-        return _Row((positions, positions), (empty, empty), (hidden[0],), self._logits(hidden)[0], cache)
+    def _check(self, cuts: Cuts) -> None:
+        layers = [0, *(cut.layer for cut in cuts), self.layers]
+        shares = [cut.remove for cut in cuts]
+        if any(a >= b for a, b in pairwise(layers)) or any(not 0 <= share <= 1 for share in shares):
+            raise ValueError(f"{cuts} is out of range: layers rise from 1 to {self.layers - 1}, fractions from 0 to 1")
 
-    def _pruned(self, embeds: Tensor, image: Tensor, cuts: Cuts, forced: tuple[Tensor, ...] | None) -> _Row:
-        """Three stages with a cut after the first and the second. `embeds` [1,S0,D], `image` [V0] positions."""
-        if not 0 < cuts.k1 < cuts.k2 < self.layers or not (0 <= cuts.r1 <= 1 and 0 <= cuts.r2 <= 1):
-            raise ValueError(f"{cuts} is out of range: 0 < k1 < k2 < {self.layers} layers, and fractions from 0 to 1")
+    def _row(self, embeds: Tensor, image: Tensor, cuts: Cuts, forced: list[Tensor] | None, seed: int) -> _Row:
+        """One stage more than there are cuts. `embeds` [1,S0,D], `image` [V0] positions."""
         cache = DynamicCache(config=self.model.config.text_config)
-        hidden, alive = embeds, torch.arange(embeds.shape[1], device=self.device)
-        after_image = alive > (image.max() if len(image) else -1)
-        all_kept, all_scores, outputs = [], [], []
-        for cut, (first, last, removed) in enumerate(((0, cuts.k1, cuts.r1), (cuts.k1, cuts.k2, cuts.r2))):
-            hidden, attention = self._run(range(first, last), hidden, alive, cache, score=True)
-            is_image = torch.isin(alive, image)
-            scores = attention[after_image if cut == 0 else is_image][:, is_image].sum(0)
-            outputs.append(hidden[0])
-            if forced is None:
-                keep = _left(len(scores), removed) if cuts.keep is None else cuts.keep[cut]
-                kept = torch.cat((alive[~is_image], alive[is_image][_winners(scores, keep)])).sort().values
-            else:
-                kept = _checked(forced[cut], alive)
-            hidden, alive = hidden[:, torch.isin(alive, kept)], kept
-            all_kept.append(kept)
-            all_scores.append(scores)
-        hidden, _ = self._run(range(cuts.k2, self.layers), hidden, alive, cache)
-        logits = self._logits(hidden)[0]
-        return _Row(tuple(all_kept), tuple(all_scores), (*outputs, hidden[0]), logits, cache)
+        state = State(0, embeds, torch.arange(embeds.shape[1], device=self.device), image, cache=cache)
+        kept, scores, hidden = [], [], []
+        for n, cut in enumerate(cuts):
+            state = self.advance(state, cut.layer, attention=True)
+            hidden.append(state.hidden[0])
+            ranked, score = self.cut(state, cut, seed)
+            state = ranked if forced is None else self._keep(state, _checked(forced[n], state.alive))
+            kept.append(state.alive)
+            scores.append(score)
+        state = self.advance(state, self.layers)
+        return _Row(tuple(kept), tuple(scores), (*hidden, state.hidden[0]), self.logits(state), cache)
+
+    def _keep(self, state: State, kept: Tensor) -> State:
+        return replace(state, hidden=state.hidden[:, torch.isin(state.alive, kept)], alive=kept, attention=None)
 
     def _run(
-        self, layers: range, hidden: Tensor, positions: Tensor, cache: DynamicCache, score: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Hugging Face's decoder `layers` on `hidden` [B,S,D] at `positions` [S], appended to `cache`.
+        self, layers: range, hidden: Tensor, positions: Tensor, cache: DynamicCache | None, score: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hugging Face's decoder `layers` on `hidden` [B,S,D] at `positions` [S], appended to `cache` if there is one.
 
         Also the attention probabilities [S,S] fp32 of the last of the layers, averaged over the heads, if `score`.
         """
@@ -294,11 +301,11 @@ class Reference:
                 attention_mask=mask,
                 position_ids=positions[None],
                 past_key_values=cache,
-                use_cache=True,
+                use_cache=cache is not None,
                 position_embeddings=rotary,
                 himap_sink=sink if score and index == layers[-1] else None,
             )
-        return hidden, sink[0].mean(0) if sink else torch.empty(0)
+        return hidden, sink[0].mean(0) if sink else None
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits [B,W] fp32 of the last row of `hidden` [B,S,D]."""
@@ -341,10 +348,6 @@ def _attend(
     return base(module, query, key, value, attention_mask, **options)
 
 
-def _left(tokens: int, removed: float) -> int:
-    return tokens - math.floor(removed * tokens)
-
-
 def _winners(scores: Tensor, keep: int) -> Tensor:
     """Indices, ascending, of the `keep` largest of `scores` [V]; of equals the first stay."""
     return scores.sort(descending=True, stable=True).indices[:keep].sort().values
@@ -374,15 +377,12 @@ def _pad(rows: Sequence[NDArray[Item]], fill: float) -> NDArray[Item]:
 
 def _stack(rows: Sequence[_Row]) -> Prefill:
     """One Prefill of the samples."""
-    kept = [_pad([row.kept[cut].cpu().numpy() for row in rows], -1) for cut in (0, 1)]
-    score = [_pad([row.scores[cut].float().cpu().numpy() for row in rows], np.nan) for cut in (0, 1)]
+    cuts = range(len(rows[0].kept))
     stages = zip(*(row.hidden for row in rows), strict=True)
     return Prefill(
         lengths=np.array([row.cache.get_seq_length(0) for row in rows], np.int64),
-        kept_k1=kept[0],
-        kept_k2=kept[1],
-        score_k1=score[0],
-        score_k2=score[1],
+        kept=tuple(_pad([row.kept[cut].cpu().numpy() for row in rows], -1) for cut in cuts),
+        scores=tuple(_pad([row.scores[cut].float().cpu().numpy() for row in rows], np.nan) for cut in cuts),
         hidden=tuple(tuple(hidden.float().cpu().numpy() for hidden in stage) for stage in stages),
         logits=np.stack([row.logits.cpu().numpy() for row in rows]),
         caches=tuple(row.cache for row in rows),

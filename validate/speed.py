@@ -1,12 +1,12 @@
 """Is it as much faster as its FLOPs promise? The bundle, the same backend unpruned, and PyTorch, side by side."""
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from himap_export.engines.bundle import Bundle, open_bundle
 from himap_export.graphs.flops import true_ratio
-from himap_export.graphs.plan import TokenBudget
+from himap_export.graphs.plan import PruningPlan, TokenBudget
 from himap_export.validate.workers import Contender, Times, race, ratios
 
 PRUNED, UNPRUNED, TORCH = "pruned", "unpruned", "PyTorch SDPA"
@@ -42,15 +42,15 @@ def measure(bundle: Bundle, checkpoint: Path, backend: str, iterations: int, war
 
 
 def export_unpruned(bundle: Bundle, checkpoint: Path, backend: str, out: Path) -> Path:
-    """The same model, budgets and dtype with nothing removed: same graphs, no scores, no gathers."""
+    """The same model, budgets and dtype with nothing removed: one stage, no scores, no gathers."""
     from himap_export.exporter.export import export
     from himap_export.exporter.llava import vision_spec
     from himap_export.exporter.planning import Planned, PlannedVariant
     from himap_export.exporter.registry import resolve
 
-    m, old, plan = bundle.manifest, bundle.budget, replace(bundle.plan, r1=0.0, r2=0.0)
+    m, old, plan = bundle.manifest, bundle.budget, PruningPlan()
     budget = TokenBudget(plan.kept(old.visual[0]), old.text, old.new, old.batch)
-    model, variant = resolve(str(checkpoint)), PlannedVariant("unpruned", plan, budget, budget.visual)
+    model, variant = resolve(str(checkpoint)), PlannedVariant("none", plan, budget, budget.visual)
     planned = Planned(model, m.decoder, vision_spec(model.config), (variant,), m.dtype, (backend,))
     export(planned, out, ("himap-validate",), False, lambda line: None)
     return out

@@ -134,7 +134,7 @@ def _clock(work: Callable[[], object], times: int = 1) -> float:
 
 def _bundle(contender: Contender, threads: int) -> dict[str, Callable[[], float]]:
     from himap_export.engines.backends import Opening
-    from himap_export.engines.pipeline import PREFILL, Pipeline
+    from himap_export.engines.pipeline import Pipeline
     from himap_export.validate.questions import drawn_inputs
 
     bundle = contender.bundle
@@ -145,7 +145,7 @@ def _bundle(contender: Contender, threads: int) -> dict[str, Callable[[], float]
     steps = min(DECODE_STEPS, bundle.budget.new)
 
     def prefill() -> None:
-        for stage in PREFILL:
+        for stage in pipeline.stages:
             pipeline.run(stage)
         pipeline.read("logits")
 

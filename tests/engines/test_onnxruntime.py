@@ -14,9 +14,9 @@ from himap_export.engines.bundle import open_bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.reference import Cuts
+from himap_export.validate.criteria import himap
 
-CUTS = Cuts(1, 3, 0.5, 0.75)
+CUTS = himap(1, 3, 0.5, 0.75)
 
 
 def owned(array: Any) -> Any:

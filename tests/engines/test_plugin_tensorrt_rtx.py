@@ -56,13 +56,13 @@ def test_the_same_file_gives_standard_operators_where_no_plugin_is_asked_for(
 
 def test_a_cut_that_removes_nothing_needs_no_plugin(tmp_path: Path) -> None:
     whole = staged("fp16", WHOLE)
-    bundle = unsealed(tmp_path / "work", whole, (whole.k1(),))
+    bundle = unsealed(tmp_path / "work", whole, (whole.stage(1),))
     assert build_all("tensorrt-rtx", bundle, ["k1"], "plugin")["k1"].gather == "none"
 
 
 def test_a_plugin_asked_for_and_not_taken_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = staged("fp16")
-    bundle = unsealed(tmp_path / "work", model, (model.k1(),))
+    bundle = unsealed(tmp_path / "work", model, (model.stage(1),))
     monkeypatch.setattr(plugin, "register", lambda: None)
     monkeypatch.setattr(plugin, "check_library", lambda: None)
     with pytest.raises(HimapError, match="did not take the gather as plugin: the engine of k1 holds its standard"):
@@ -74,7 +74,7 @@ def test_without_the_parsers_library_the_process_is_not_aborted(
 ) -> None:
     """In this process: no link was made for it before it started."""
     model = staged("fp16")
-    bundle = unsealed(tmp_path / "work", model, (model.k1(),))
+    bundle = unsealed(tmp_path / "work", model, (model.stage(1),))
     monkeypatch.setattr(plugin, "_libraries", lambda: tmp_path)
     with pytest.raises(HimapError) as caught:
         tensorrt_rtx.build(bundle, "k1", "plugin")

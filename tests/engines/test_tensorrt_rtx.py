@@ -77,7 +77,7 @@ def test_gather_is_recorded_in_the_form_it_has(built: Built, tmp_path: Path) -> 
     assert gathers == {"prefix": "none", "k1": "ops", "k2": "ops", "decode": "none", "vision": "none"}
     assert count(built[1]["k1"].kernels, "TopKGather") > 0
     whole = staged("fp16", WHOLE)
-    bundle = unsealed(tmp_path / "work", whole, (whole.k1(), whole.k2()))
+    bundle = unsealed(tmp_path / "work", whole, (whole.stage(1), whole.stage(2)))
     assert [tensorrt_rtx.build(bundle, name).gather for name in ("k1", "k2")] == ["none", "none"]
 
 
@@ -120,7 +120,7 @@ def test_fp32_and_a_missing_package_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_what_tensorrt_cannot_build_is_told_in_one_line(tmp_path: Path) -> None:
     model = staged("fp32")
-    bundle = unsealed(tmp_path / "work", model, (model.k2(),))
+    bundle = unsealed(tmp_path / "work", model, (model.stage(2),))
     assert "no fused kernel for one of its Attention" in str(refusal(lambda: tensorrt_rtx.build(bundle, "k2")))
     path = bundle.path("k2.onnx")
     bound = ir.load(path)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.flops import BYTES, layer_flops, paper_flops, paper_ratio, stage_costs, true_ratio
-from himap_export.graphs.plan import TASKS, PruningPlan, TokenBudget
+from himap_export.graphs.plan import CRITERIA, POLICIES, TASKS, Cut, PruningPlan, TokenBudget, himap
 from himap_export.graphs.spec import DecoderSpec, Dtype, stage_layers
 
 LLAVA_7B = DecoderSpec(32, 4096, 11008, 32, 32, 128, 32064)
@@ -23,7 +23,7 @@ RATIOS = st.floats(0, 1, exclude_max=True) | st.integers(0, 99).map(lambda n: n 
 @st.composite
 def plans(draw: st.DrawFn, layers: int = 40) -> PruningPlan:
     k1 = draw(st.integers(1, layers - 2))
-    return PruningPlan(k1, draw(st.integers(k1 + 1, layers - 1)), draw(RATIOS), draw(RATIOS))
+    return himap(k1, draw(st.integers(k1 + 1, layers - 1)), draw(RATIOS), draw(RATIOS))
 
 
 @st.composite
@@ -52,8 +52,8 @@ def test_the_papers_numbers(spec: DecoderSpec, task: str, visual: tuple[int, int
 
 
 def test_the_authors_settings() -> None:
-    assert TASKS["qa"] == PruningPlan() == PruningPlan(2, 8, 0.5, 0.75)
-    assert TASKS["caption"] == PruningPlan(2, 15, 0.5, 0.5)
+    assert TASKS["qa"] == PruningPlan((Cut(2, "instruction", 0.5), Cut(8, "image", 0.75)))
+    assert TASKS["caption"] == PruningPlan((Cut(2, "instruction", 0.5), Cut(15, "image", 0.5)))
 
 
 # --- plans ---
@@ -63,7 +63,8 @@ def test_the_authors_settings() -> None:
 def test_budgets_never_grow_and_removed_is_the_floor(plan: PruningPlan, image_tokens: int) -> None:
     v0, v1, v2 = plan.check(40).kept(image_tokens)
     assert image_tokens == v0 >= v1 >= v2 >= 1
-    for removed, ratio, of in ((v0 - v1, plan.r1, v0), (v1 - v2, plan.r2, v1)):
+    for removed, ratio, of in ((v0 - v1, plan.cuts[0].remove, v0), (v1 - v2, plan.cuts[1].remove, v1)):
+        assert ratio is not None
         # Exactly floor(R n), but for the one rounding of the product, as the authors' `int(R * n)` has it.
         assert removed == int(ratio * of) and abs(removed - math.floor(Fraction(ratio) * of)) <= 1
         assert (removed == 0) == (ratio * of < 1)
@@ -82,22 +83,27 @@ def test_text_is_in_every_stage(plan: PruningPlan, image_tokens: int, text: int,
 def test_every_layer_is_in_one_stage(plan: PruningPlan) -> None:
     stages = stage_layers(plan, 12)
     assert [i for stage in stages for i in stage] == list(range(12))
-    assert [stage.start for stage in stages] == [0, plan.k1, plan.k2] and all(stages)
+    assert [stage.start for stage in stages] == [0, *(cut.layer for cut in plan.cuts)] and all(stages)
 
 
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
-        (PruningPlan(0, 8), "--k1 0 is below 1"),
-        (PruningPlan(-3, 8), "--k1 -3"),
-        (PruningPlan(8, 8), "--k2 8 is not above --k1 8"),
-        (PruningPlan(9, 8), "--k2 8 is not above --k1 9"),
-        (PruningPlan(2, 32), "--k2 32 is past the last layer (the model has 32 layers: use at most 31)"),
-        (PruningPlan(2, 8, r1=1.0), "--r1 1.0 is outside [0, 1)"),
-        (PruningPlan(2, 8, r1=-0.1), "--r1 -0.1"),
-        (PruningPlan(2, 8, r2=1.5), "--r2 1.5"),
-        (PruningPlan(2, 8, r2=float("nan")), "--r2 nan"),
-        (PruningPlan(2, 8, r1=float("inf")), "--r1 inf"),
+        (himap(0, 8, 0.5, 0.5), "--k1 0 is below 1"),
+        (himap(-3, 8, 0.5, 0.5), "--k1 -3"),
+        (himap(8, 8, 0.5, 0.5), "--k2 8 is not above --k1 8"),
+        (himap(9, 8, 0.5, 0.5), "--k2 8 is not above --k1 9"),
+        (himap(2, 32, 0.5, 0.5), "--k2 32 is past the last layer (the model has 32 layers: use at most 31)"),
+        (himap(2, 8, 1.0, 0.5), "--r1 1.0 is outside [0, 1)"),
+        (himap(2, 8, -0.1, 0.5), "--r1 -0.1"),
+        (himap(2, 8, 0.5, 1.5), "--r2 1.5"),
+        (himap(2, 8, 0.5, float("nan")), "--r2 nan"),
+        (himap(2, 8, float("inf"), 0.5), "--r1 inf"),
+        (PruningPlan((Cut(2, "last", keep=-1),)), "--keep -1 is below 0"),
+        (PruningPlan((Cut(2, "last"),)), "needs either a fraction to remove or a number to keep"),
+        (PruningPlan((Cut(2, "last", 0.5, 3),)), "needs either a fraction to remove or a number to keep"),
+        (PruningPlan((Cut(2, "loudest", 0.5),)), "unknown criterion loudest"),  # type: ignore[arg-type]
+        (PruningPlan((*himap(2, 8, 0.5, 0.5).cuts, Cut(8, "last", 0.5))), "--k3 8 is not above --k2 8"),
     ],
 )
 def test_a_plan_the_model_cannot_follow(plan: PruningPlan, words: str) -> None:
@@ -106,7 +112,7 @@ def test_a_plan_the_model_cannot_follow(plan: PruningPlan, words: str) -> None:
     assert words in str(found.value) and found.value.code == Exit.USAGE
 
 
-@pytest.mark.parametrize("plan", [PruningPlan(1, 2, 0, 0), PruningPlan(30, 31, 0.999, 0.999)])
+@pytest.mark.parametrize("plan", [himap(1, 2, 0, 0), himap(30, 31, 0.999, 0.999), PruningPlan()])
 def test_the_outermost_plans_are_allowed(plan: PruningPlan) -> None:
     assert plan.check(32) is plan
 
@@ -145,6 +151,28 @@ def test_layer_flops_is_the_sum_of_its_matrix_products(spec: DecoderSpec, s: int
     products += [(s, e, s)] * spec.heads + [(s, s, e)] * spec.heads
     products += [(s, d, m), (s, d, m), (s, m, d)]
     assert layer_flops(s, spec) == sum(2 * rows * inner * columns for rows, inner, columns in products)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_plan_knows_its_policy_and_its_stages(policy: str) -> None:
+    plan = PruningPlan(tuple(Cut(n, criterion, 0.5) for n, criterion in enumerate(POLICIES[policy], 1)))
+    assert plan.policy == policy and plan.stages == ("prefix", "k1", "k2")[: 1 + len(plan.cuts)]
+    assert set(POLICIES[policy]) <= set(CRITERIA)
+
+
+def test_controls_are_cut_where_the_plan_is() -> None:
+    plan = TASKS["qa"].ranked_by("random")
+    assert plan == PruningPlan((Cut(2, "random", 0.5), Cut(8, "random", 0.75))) and plan.policy == "random"
+    assert TASKS["qa"].ranked_by("last").policy == "custom"
+
+
+def test_kept_by_number() -> None:
+    assert PruningPlan((Cut(3, "boundary", keep=100),)).kept(576) == (576, 100)
+    assert PruningPlan((Cut(3, "boundary", keep=0),)).kept(576) == (576, 0)
+    with pytest.raises(HimapError, match="keeps 600 image tokens"):
+        PruningPlan((Cut(3, "boundary", keep=600),)).kept(576)
+    with pytest.raises(HimapError, match="finds no image token"):
+        PruningPlan((Cut(3, "boundary", keep=0), Cut(4, "image", 0.5))).kept(576)
 
 
 def test_paper_flops_by_hand() -> None:

@@ -5,7 +5,7 @@ layers at once in fp64, and a cut only narrows what later layers may look at.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from himap_export.engines.layout import PromptLayout, lay_out
 from himap_export.graphs.build import Frame, StageGraph
-from himap_export.graphs.importance import image_score, instruction_score
-from himap_export.graphs.plan import PruningPlan, TokenBudget
+from himap_export.graphs.importance import SCORES, Sight
+from himap_export.graphs.plan import CRITERIA, Cut, PruningPlan, TokenBudget
 from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, SYSTEM, DecoderSpec, Dtype, stage_layers
 from himap_export.graphs.stages import StagedModel
 
@@ -27,6 +27,7 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
 Arrays = dict[str, NDArray[np.generic]]
 IMAGE_TOKEN, FIRST_WORD, NEW = 0, 1, 3
+PRIME = 2**31 - 1
 SURE = 1e-4  # fp32 scores err by less: rankings closer than this are left to chance, and to other examples
 
 
@@ -37,39 +38,60 @@ SURE = 1e-4  # fp32 scores err by less: rankings closer than this are left to ch
 class Decoded:
     """`kept`: positions alive after each cut. `logits` [1+N,W]: after the prompt and after each answer token."""
 
-    kept: tuple[Ints, Ints]
+    kept: tuple[Ints, ...]
     logits: Floats
     margin: float
 
 
 def decode(
-    spec: DecoderSpec, plan: PruningPlan, w: Mapping[str, Floats], prompt: Ints, image: Floats, answer: Ints
+    spec: DecoderSpec, plan: PruningPlan, w: Mapping[str, Floats], prompt: Ints, image: Floats, answer: Ints, seed: int
 ) -> Decoded:
-    """One prompt [S] with image features [V,D], followed by `answer` [N]."""
+    """One prompt [S] with image features [V,D], followed by `answer` [N]; random cuts draw by `seed`."""
     size, length = len(prompt) + len(answer), len(prompt)
     position = np.arange(size)
     is_image = np.append(prompt == IMAGE_TOKEN, np.zeros(len(answer), bool))
     x: Floats = w["embed_tokens.weight"][np.append(prompt, answer)].astype(np.float64)
     x[is_image] = image
     instruction = (position > np.flatnonzero(is_image)[-1]) & (position < length)
-    alive, kept, margin = np.ones(size, bool), [], np.inf
+    alive, kept, margin, cuts = np.ones(size, bool), [np.arange(length)], np.inf, list(plan.cuts)
     for i in range(spec.layers):
         x, attention = layer(spec, w, f"layers.{i}.", x, alive)
-        if i + 1 in (plan.k1, plan.k2):
-            removed, rows = (plan.r1, instruction) if i + 1 == plan.k1 else (plan.r2, is_image & alive)
-            candidates = np.flatnonzero(is_image & alive)
-            score = attention[rows][:, candidates].sum(0)
+        if cuts and i + 1 == cuts[0].layer:
+            cut, candidates = cuts.pop(0), np.flatnonzero(is_image & alive)
+            keep = len(candidates) - int((cut.remove or 0) * len(candidates)) if cut.keep is None else cut.keep
+            score = ranking(cut, attention, candidates, np.flatnonzero(alive[:length]), instruction, keep, seed)
             order = np.argsort(-score, kind="stable")
-            keep = len(order) - int(removed * len(order))
-            if keep < len(order) and score.any():
+            if 0 < keep < len(order) and score.any() and cut.criterion not in ("random", "uniform"):
                 margin = min(margin, score[order[keep - 1]] - score[order[keep]])
             alive = alive.copy()
             alive[candidates[order[keep:]]] = False
             kept.append(np.flatnonzero(alive[:length]))
     # Logits follow the last prompt token that is alive (an image token at the end may be gone), then each answer token.
-    followed = [kept[1][-1], *range(length, size)]
+    followed = [kept[-1][-1], *range(length, size)]
     n = norm(spec, x[followed], w["norm.weight"])
-    return Decoded((kept[0], kept[1]), n @ w["lm_head.weight"].T, float(margin))
+    return Decoded(tuple(kept[1:]), n @ w["lm_head.weight"].T, float(margin))
+
+
+def ranking(
+    cut: Cut, attention: Floats, candidates: Ints, alive: Ints, instruction: NDArray[np.bool_], keep: int, seed: int
+) -> Floats:
+    """Scores [V] of the image tokens at `candidates` from attention [S,S], mean over heads."""
+    if cut.criterion == "random":
+        x = [seed % PRIME * 48271 + int(p) * 16807 + cut.layer * 69621 + 1 for p in candidates]
+        for constant in (1013904223, 374761393, 668265263):
+            x = [int(v) ** 5 % PRIME + constant for v in x]
+        return np.array(x, np.float64) % 2**24
+    if cut.criterion == "uniform":
+        places = np.arange(len(candidates) + 1) * keep // len(candidates)
+        return np.diff(places).astype(np.float64)
+    rows = {
+        "instruction": np.flatnonzero(instruction),
+        "image": candidates,
+        "last": alive[-1:],
+        "boundary": np.flatnonzero(instruction)[:1],
+    }[cut.criterion]
+    scores: Floats = attention[rows][:, candidates].sum(0)
+    return scores
 
 
 def layer(
@@ -116,7 +138,7 @@ def rotate(spec: DecoderSpec, x: Floats) -> Floats:
 
 
 class Chain:
-    """The four graphs of a model in onnxruntime, weights fed as inputs."""
+    """The graphs of a model in onnxruntime, weights fed as inputs."""
 
     def __init__(self, model: StagedModel, weights: Mapping[str, Floats]) -> None:
         self.model, self.weights = model, weights
@@ -135,10 +157,10 @@ class Chain:
         feeds = {name: self.weights[name] if name in graph.weights else have[name] for name in names}
         have |= dict(zip((o.name for o in session.get_outputs()), session.run(None, feeds), strict=True))
 
-    def prefill(self, layout: PromptLayout, features: Floats) -> Arrays:
+    def prefill(self, layout: PromptLayout, features: Floats, seeds: Ints) -> Arrays:
         have: Arrays = {name: getattr(layout, name) for name in ("input_ids", "position_ids", "token_kind")}
-        have["image_features"] = features
-        for name in ("prefix", "k1", "k2"):
+        have |= {"image_features": features, "seed": seeds[:, None]}
+        for name in self.model.plan.stages:
             # Whatever an earlier prompt left in the caches must not matter.
             have |= {v.name: self.stale(v) for v in self.graphs[name].model.graph.inputs if "past_" in str(v.name)}
             self.run(name, have)
@@ -169,6 +191,7 @@ class Example:
     prompts: list[Ints]
     features: Floats
     answers: Ints
+    seeds: Ints
 
     def layout(self) -> PromptLayout:
         ids = np.full((len(self.prompts), max(map(len, self.prompts))), FIRST_WORD)
@@ -180,7 +203,7 @@ class Example:
     def decoded(self) -> list[Decoded]:
         """What the statement says; examples whose ranking hangs on fp32's last bits are given up."""
         spec, plan = self.model.spec, self.model.plan
-        samples = zip(self.prompts, self.features, self.answers, strict=True)
+        samples = zip(self.prompts, self.features, self.answers, self.seeds.tolist(), strict=True)
         found = [decode(spec, plan, self.weights, *sample) for sample in samples]
         assume(min(d.margin for d in found) > SURE)
         return found
@@ -201,7 +224,24 @@ def random_weights(model: StagedModel, random: np.random.Generator) -> dict[str,
 
 
 @st.composite
-def examples(draw: st.DrawFn, ratios: st.SearchStrategy[float] | None = None) -> Example:
+def plans(draw: st.DrawFn, layers: int, visual: int) -> PruningPlan:
+    """No cut, HiMAP's two, or any others in any order."""
+    places = sorted(draw(st.sets(st.integers(1, layers - 1), max_size=min(3, layers - 1))))
+    himap = draw(st.booleans())
+    cuts, alive = [], visual
+    for n, place in enumerate(places):
+        criterion = ("instruction", "image")[min(n, 1)] if himap else draw(st.sampled_from(CRITERIA))
+        if draw(st.booleans()):
+            cut = Cut(place, criterion, remove=draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99])))
+        else:
+            cut = Cut(place, criterion, keep=draw(st.integers(1, alive)))
+        alive = cut.kept(alive)
+        cuts.append(cut)
+    return PruningPlan(tuple(cuts)).check(layers)
+
+
+@st.composite
+def examples(draw: st.DrawFn, unpruned: bool = False) -> Example:
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     layers = draw(st.integers(3, 5))
     spec = DecoderSpec(
@@ -210,10 +250,10 @@ def examples(draw: st.DrawFn, ratios: st.SearchStrategy[float] | None = None) ->
         rope_base=draw(st.sampled_from([100.0, 10000.0])),
         qkv_bias=draw(st.booleans()), out_bias=draw(st.booleans()), mlp_bias=draw(st.booleans()),
     )  # fmt: skip
-    k1 = draw(st.integers(1, layers - 2))
-    ratios = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99]) if ratios is None else ratios
-    plan = PruningPlan(k1, draw(st.integers(k1 + 1, layers - 1)), draw(ratios), draw(ratios)).check(layers)
     visual, text, batch = draw(st.integers(1, 12)), draw(st.integers(1, 8)), draw(st.integers(1, 3))
+    plan = draw(plans(layers, visual))
+    if unpruned:
+        plan = PruningPlan(tuple(replace(cut, remove=0.0, keep=None) for cut in plan.cuts))
     model = StagedModel(spec, plan, TokenBudget(plan.kept(visual), text, NEW, batch), "fp32", lambda role: role)
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     prompts = []
@@ -225,7 +265,7 @@ def examples(draw: st.DrawFn, ratios: st.SearchStrategy[float] | None = None) ->
         prompts.append(np.insert(np.full(visual, IMAGE_TOKEN), places, words))
     features = random.standard_normal((batch, visual, spec.hidden)).astype(np.float32)
     answers = random.integers(FIRST_WORD, spec.vocab, (batch, NEW))
-    return Example(model, random_weights(model, random), prompts, features, answers)
+    return Example(model, random_weights(model, random), prompts, features, answers, random.integers(0, 2**32, batch))
 
 
 def real(kept: NDArray[np.generic], kind: NDArray[np.generic]) -> Ints:
@@ -240,9 +280,9 @@ def real(kept: NDArray[np.generic], kind: NDArray[np.generic]) -> Ints:
 def test_staged_prefill_and_decode_equal_the_statement(example: Example) -> None:
     expected = example.decoded()
     layout, chain = example.layout(), Chain(example.model, example.weights)
-    have = chain.prefill(layout, example.features)
+    have = chain.prefill(layout, example.features, example.seeds)
     for sample, wanted in enumerate(expected):
-        for cut, name in enumerate(("k1", "k2")):
+        for cut, name in enumerate(example.model.plan.stages[1:]):
             kept = real(have[f"kept_{name}"][sample], have[f"kind_{name}"][sample])
             np.testing.assert_array_equal(kept, wanted.kept[cut])
         np.testing.assert_allclose(have["logits"][sample], wanted.logits[0], atol=1e-3)
@@ -257,9 +297,9 @@ def test_staged_prefill_and_decode_equal_the_statement(example: Example) -> None
 def test_text_is_never_dropped_and_budgets_are_met(example: Example) -> None:
     """Whatever the ranking: also where scores are too close for the test above."""
     budget, prompts = example.model.budget, example.prompts
-    have = Chain(example.model, example.weights).prefill(example.layout(), example.features)
+    have = Chain(example.model, example.weights).prefill(example.layout(), example.features, example.seeds)
     before = [np.arange(len(prompt)) for prompt in prompts]
-    for name, visual, total in zip(("k1", "k2"), budget.visual[1:], budget.total[1:], strict=True):
+    for name, visual, total in zip(example.model.plan.stages[1:], budget.visual[1:], budget.total[1:], strict=True):
         assert have[f"kept_{name}"].shape == (len(prompts), total)
         for sample, prompt in enumerate(prompts):
             kept = real(have[f"kept_{name}"][sample], have[f"kind_{name}"][sample])
@@ -269,7 +309,7 @@ def test_text_is_never_dropped_and_budgets_are_met(example: Example) -> None:
             before[sample] = kept
 
 
-@given(examples(ratios=st.just(0.0)))
+@given(examples(unpruned=True))
 @settings(max_examples=10)
 def test_unpruned_decode_equals_prefill_of_the_longer_prompt(example: Example) -> None:
     """The same graphs both times, with room for the answer in the text budget: no statement in between."""
@@ -280,8 +320,8 @@ def test_unpruned_decode_equals_prefill_of_the_longer_prompt(example: Example) -
 
     def prefill(answered: int) -> tuple[PromptLayout, Arrays]:
         longer = [np.append(p, a[:answered]) for p, a in zip(example.prompts, example.answers, strict=True)]
-        layout = Example(model, example.weights, longer, example.features, example.answers).layout()
-        return layout, chain.prefill(layout, example.features)
+        layout = Example(model, example.weights, longer, example.features, example.answers, example.seeds).layout()
+        return layout, chain.prefill(layout, example.features, example.seeds)
 
     layout, have = prefill(0)
     for step in range(NEW):
@@ -295,10 +335,12 @@ def test_graphs_pass_on_what_the_next_one_reads(example: Example) -> None:
     """Inputs and outputs meet by name, dtype and shape; each layer's cache is written once, of its stage's capacity."""
     graphs = {graph.name: graph for graph in example.model.graphs()}
     made: dict[str, tuple[object, ...]] = {}
-    for name in ("prefix", "k1", "k2"):
+    for name in example.model.plan.stages:
         for value in graphs[name].model.graph.inputs:
             if value.name in made:
                 assert made[value.name] == (value.dtype, value.shape)
+            elif value.name == "seed":
+                made["seed"] = (value.dtype, value.shape)
         fresh = {v.name: (v.dtype, v.shape) for v in graphs[name].model.graph.outputs}
         assert not fresh.keys() & made.keys()
         made |= {str(n): v for n, v in fresh.items()}
@@ -325,15 +367,19 @@ def test_scores_are_fp32_whatever_the_model_is(dtype: Dtype) -> None:
     q, k = (2.4 * random.standard_normal((1, heads, len(kind), 16)) for heads in (6, 2))
     q, k = (a.astype(np.float16).astype(f.dtype.numpy()) for a in (q, k))
     inputs = f.input("q", q.shape), f.input("k", k.shape), *(f.integers(n, 1, len(kind)) for n in ("kind", "position"))
-    scores = instruction_score(f.op, spec, *inputs, text=17), image_score(f.op, spec, *inputs, visual=32)
-    for name, score in zip(("first", "second"), scores, strict=True):
-        f.output(name, score, (1, len(kind)), ir.DataType.FLOAT)
+    sight = Sight(f.op, spec, *inputs, seed=None, layer=2, visual=32, keep=8, text=17)
+    rows = {
+        "instruction": kind == INSTRUCTION, "image": is_image,
+        "last": np.arange(len(kind)) == 44, "boundary": np.arange(len(kind)) == 36,
+    }  # fmt: skip
+    for name in rows:
+        f.output(name, SCORES[name](sight), (1, len(kind)), ir.DataType.FLOAT)
     session = onnxruntime.InferenceSession(ir.to_proto(f.finish().model).SerializeToString())
     found = session.run(None, {"q": q, "k": k, "kind": kind[None], "position": position[None]})
 
     logits = q[0].astype(np.float64) @ np.repeat(k[0], 3, 0).astype(np.float64).swapaxes(1, 2) / 4
     probability = np.exp(np.where(np.tri(len(kind), dtype=bool), logits, -np.inf))
     attention = (probability / probability.sum(-1, keepdims=True)).mean(0)
-    for score, rows in zip(found, (kind == INSTRUCTION, is_image), strict=True):
+    for score, of in zip(found, rows.values(), strict=True):
         assert score.dtype == np.float32 and np.isposinf(score[0, ~is_image]).all()
-        np.testing.assert_allclose(score[0, is_image], attention[rows][:, is_image].sum(0), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(score[0, is_image], attention[of][:, is_image].sum(0), rtol=0, atol=1e-5)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import open_bundle
 from himap_export.engines.pipeline import Pipeline
+from himap_export.validate.criteria import himap
 from himap_export.validate.parity import (
     WORST,
     Asked,
@@ -23,11 +24,10 @@ from himap_export.validate.parity import (
     limit_of,
 )
 from himap_export.validate.questions import drawn_inputs
-from himap_export.validate.reference import Cuts
 
 Floats = NDArray[np.float32]
 Edit = Callable[[Floats, int], Floats]  # a tensor, and how often its graph has run
-CUTS = Cuts(2, 4, 0.5, 0.5)
+CUTS = himap(2, 4, 0.5, 0.5)
 ASKED = Asked(new_tokens=8)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -72,7 +72,7 @@ def test_a_right_bundle_passes(work: Workshop, name: str, dtype: str, batch: int
 
 
 def test_nothing_removed_has_no_scores_and_passes(work: Workshop) -> None:
-    parity = judged(work, "gqa2", work.pipeline(work.bundle("gqa2", cuts=Cuts(2, 4, 0.0, 0.0))))
+    parity = judged(work, "gqa2", work.pipeline(work.bundle("gqa2", cuts=himap(2, 4, 0.0, 0.0))))
     assert not failed(parity)
     assert [c.verdict for c in parity.cuts] == ["nothing removed"] * 2
     assert not any(t.name.startswith("score") for t in parity.tensors)

@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 from tiny import TINY, Inputs, Tiny, make_inputs, make_llava
 from transformers import LlavaForConditionalGeneration
 
-from himap_export.validate.reference import Cuts, Prefill, Reference
+from himap_export.validate.criteria import Cuts, himap
+from himap_export.validate.reference import Prefill, Reference
 
 HIMAP_TINY = Path(__file__).parents[1] / "fixtures" / "himap-tiny"
 GOLDEN = {
-    "golden_k2_5_n8_2.npz": Cuts(2, 5, 0.5, 0.75),
-    "golden_k1_4_n8_4.npz": Cuts(1, 4, 0.5, 0.5),
+    "golden_k2_5_n8_2.npz": himap(2, 5, 0.5, 0.75),
+    "golden_k1_4_n8_4.npz": himap(1, 4, 0.5, 0.5),
 }
-CUTS = Cuts(2, 4, 0.5, 0.75)
+CUTS = himap(2, 4, 0.5, 0.75)
 
 Ints = NDArray[np.int64]
 Made = Callable[[str], tuple[Tiny, Path, Reference]]
@@ -43,11 +44,11 @@ def golden_inputs() -> Inputs:
     return Inputs(stored["input_ids"], np.ones_like(stored["input_ids"]), stored["pixel_values"])
 
 
-def prefill(reference: Reference, inputs: Inputs, cuts: Cuts | None = None, **options: Any) -> Prefill:
+def prefill(reference: Reference, inputs: Inputs, cuts: Cuts = (), **options: Any) -> Prefill:
     return reference.prefill(inputs.input_ids, inputs.pixel_values, inputs.attention_mask, cuts, **options)
 
 
-def generate(reference: Reference, inputs: Inputs, count: int, cuts: Cuts | None = None) -> Ints:
+def generate(reference: Reference, inputs: Inputs, count: int, cuts: Cuts = ()) -> Ints:
     ids, pixels, mask = inputs.input_ids, inputs.pixel_values, inputs.attention_mask
     return reference.generate(ids, pixels, mask, max_new_tokens=count, cuts=cuts)
 
@@ -73,10 +74,10 @@ def test_himap_tiny_equals_the_authors_results(name: str, attention: str) -> Non
         Reference(HIMAP_TINY, torch.float32, attention),
     )
     got = prefill(reference, inputs, GOLDEN[name])
-    np.testing.assert_array_equal(got.kept_k1[0], golden["kept1"])
-    np.testing.assert_array_equal(got.kept_k2[0], golden["kept2"])
-    np.testing.assert_allclose(got.score_k1[0], golden["score1"], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(got.score_k2[0], golden["score2"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(got.kept[0][0], golden["kept1"])
+    np.testing.assert_array_equal(got.kept[1][0], golden["kept2"])
+    np.testing.assert_allclose(got.scores[0][0], golden["score1"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got.scores[1][0], golden["score2"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got.logits, golden["logits_last"], atol=1e-4)
     with torch.no_grad():
         rows = reference.model.lm_head(reference.decoder.norm(torch.from_numpy(got.hidden[-1][0])))
@@ -97,8 +98,8 @@ def test_unpruned_prefill_equals_hugging_face_forward(made: Made, name: str) -> 
     got = prefill(reference, inputs)
     for sample, length in enumerate(inputs.attention_mask.sum(1).tolist()):
         np.testing.assert_allclose(got.logits[sample], output.logits[sample, length - 1], atol=2e-5)
-        assert got.kept_k1[sample, :length].tolist() == got.kept_k2[sample, :length].tolist() == list(range(length))
-    assert got.score_k1.shape == got.score_k2.shape == (3, 0) and len(got.hidden) == 1
+        assert len(got.hidden[0][sample]) == length
+    assert got.kept == got.scores == () and len(got.hidden) == 1
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -160,7 +161,7 @@ def visible_forward(model: Any, inputs: Inputs, answer: list[int], alive: list[I
     return model.lm_head(decoder.norm(hidden[0])), attentions
 
 
-@pytest.mark.parametrize("cuts", [CUTS, Cuts(1, 5, 0.4, 0.3)], ids=["coarse", "fine"])
+@pytest.mark.parametrize("cuts", [CUTS, himap(1, 5, 0.4, 0.3)], ids=["coarse", "fine"])
 @pytest.mark.parametrize(("name", "runs"), [("mha", 1), ("gqa2", 3), ("mqa4", 2), ("biased", 1), ("sharded", 4)])
 @torch.no_grad()
 def test_pruning_and_cached_decoding_equal_explicit_visibility(made: Made, name: str, runs: int, cuts: Cuts) -> None:
@@ -168,21 +169,21 @@ def test_pruning_and_cached_decoding_equal_explicit_visibility(made: Made, name:
     inputs = make_inputs(tiny, [8], [4], seed=7, image_runs=runs)
     length, image = inputs.input_ids.shape[1], np.flatnonzero(inputs.input_ids[0] == tiny.image_token)
     got = prefill(reference, inputs, cuts)
-    alive = [np.arange(length)] * cuts.k1 + [got.kept_k1[0]] * (cuts.k2 - cuts.k1)
-    alive += [got.kept_k2[0]] * (tiny.layers - cuts.k2)
+    alive = [np.arange(length)] * cuts[0].layer + [got.kept[0][0]] * (cuts[1].layer - cuts[0].layer)
+    alive += [got.kept[1][0]] * (tiny.layers - cuts[1].layer)
     answer = generate(reference, inputs, 12, cuts)[0].tolist()
     logits, attentions = visible_forward(hugging_face(folder), inputs, answer, alive)
 
-    first, second = attentions[cuts.k1 - 1].mean(0).numpy(), attentions[cuts.k2 - 1].mean(0).numpy()
+    first, second = attentions[cuts[0].layer - 1].mean(0).numpy(), attentions[cuts[1].layer - 1].mean(0).numpy()
     score = first[image[-1] + 1 : length, image].sum(0)
-    np.testing.assert_allclose(got.score_k1[0], score, rtol=1e-4, atol=1e-5)
-    survivors = np.sort(np.argsort(-score, kind="stable")[: len(image) - int(cuts.r1 * len(image))])
+    np.testing.assert_allclose(got.scores[0][0], score, rtol=1e-4, atol=1e-5)
+    survivors = np.sort(np.argsort(-score, kind="stable")[: len(image) - int(cuts[0].remove * len(image))])
     kept = image[survivors]
-    assert sorted({*range(length)} - {*image} | {*kept}) == got.kept_k1[0].tolist()
+    assert sorted({*range(length)} - {*image} | {*kept}) == got.kept[0][0].tolist()
     score = second[np.ix_(kept, kept)].sum(0)
-    np.testing.assert_allclose(got.score_k2[0], score, rtol=1e-4, atol=1e-5)
-    kept = kept[np.argsort(-score, kind="stable")[: len(kept) - int(cuts.r2 * len(kept))]]
-    assert sorted({*range(length)} - {*image} | {*kept}) == got.kept_k2[0].tolist()
+    np.testing.assert_allclose(got.scores[1][0], score, rtol=1e-4, atol=1e-5)
+    kept = kept[np.argsort(-score, kind="stable")[: len(kept) - int(cuts[1].remove * len(kept))]]
+    assert sorted({*range(length)} - {*image} | {*kept}) == got.kept[1][0].tolist()
 
     np.testing.assert_allclose(got.logits[0], logits[length - 1], atol=5e-5)
     assert logits[length - 1 : -1].argmax(-1).tolist() == answer
@@ -198,24 +199,24 @@ def test_pruning_and_cached_decoding_equal_explicit_visibility(made: Made, name:
     [
         ("sharded", CUTS, (5, 2)),
         ("mqa4", CUTS, (18, 5)),
-        ("mha", Cuts(1, 2, 0.3, 0.0), (12, 12)),
+        ("mha", himap(1, 2, 0.3, 0.0), (12, 12)),
         ("gqa2", CUTS, (8, 2)),
     ],
 )
 def test_removed_is_the_floor(made: Made, name: str, cuts: Cuts, left: tuple[int, int]) -> None:
     tiny, _, reference = made(name)
     got = prefill(reference, make_inputs(tiny, [8], [4]), cuts)
-    assert (got.kept_k1.shape[1] - 12, got.kept_k2.shape[1] - 12) == left
-    assert (got.score_k1.shape[1], got.score_k2.shape[1]) == (tiny.image_tokens, left[0])
+    assert (got.kept[0].shape[1] - 12, got.kept[1].shape[1] - 12) == left
+    assert (got.scores[0].shape[1], got.scores[1].shape[1]) == (tiny.image_tokens, left[0])
     assert [len(stage[0]) for stage in got.hidden] == [12 + tiny.image_tokens, 12 + left[0], 12 + left[1]]
 
 
 def test_equals_go_to_the_lowest_position(made: Made) -> None:
     """With no text behind the image, no row scores at K1: all are equal."""
     tiny, _, reference = made("mha")
-    got = prefill(reference, make_inputs(tiny, [0], [4]), Cuts(2, 4, 0.5, 0.0))
-    assert not got.score_k1.any()
-    assert got.kept_k1[0].tolist() == list(range(4 + 8))
+    got = prefill(reference, make_inputs(tiny, [0], [4]), himap(2, 4, 0.5, 0.0))
+    assert not got.scores[0].any()
+    assert got.kept[0][0].tolist() == list(range(4 + 8))
 
 
 # --- batches and padding ---
@@ -228,16 +229,16 @@ def test_padding_and_neighbours_change_nothing(made: Made, name: str) -> None:
     right, left = prefill(reference, inputs, CUTS), prefill(reference, inputs.left_padded(), CUTS)
     answers = generate(reference, inputs, 6, CUTS)
     np.testing.assert_array_equal(answers, generate(reference, inputs.left_padded(), 6, CUTS))
-    for field in ("lengths", "kept_k1", "kept_k2", "score_k1", "score_k2", "logits"):
-        np.testing.assert_array_equal(getattr(right, field), getattr(left, field))
+    for mine, his in (((*p.kept, *p.scores, p.lengths, p.logits) for p in (right, left)),):
+        for ours, theirs in zip(mine, his, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
     for index in range(3):
         alone = prefill(reference, inputs.sample(index), CUTS)
         assert alone.lengths.tolist() == [right.lengths[index]]
-        for field in ("kept_k1", "kept_k2"):
-            padded = getattr(right, field)[index]
-            np.testing.assert_array_equal(padded[padded >= 0], getattr(alone, field)[0])
-        np.testing.assert_allclose(right.score_k1[index], alone.score_k1[0], rtol=1e-5)
-        np.testing.assert_allclose(right.score_k2[index], alone.score_k2[0], rtol=1e-5)
+        for padded, single in zip(right.kept, alone.kept, strict=True):
+            np.testing.assert_array_equal(padded[index][padded[index] >= 0], single[0])
+        np.testing.assert_allclose(right.scores[0][index], alone.scores[0][0], rtol=1e-5)
+        np.testing.assert_allclose(right.scores[1][index], alone.scores[1][0], rtol=1e-5)
         np.testing.assert_allclose(right.logits[index], alone.logits[0], atol=2e-5)
         for stage, single in zip(right.hidden, alone.hidden, strict=True):
             np.testing.assert_allclose(stage[index], single[0], atol=5e-5)
@@ -249,10 +250,10 @@ def test_text_only_and_two_images_per_prompt(made: Made) -> None:
     tiny, _, reference = made("mha")
     inputs = make_inputs(tiny, [6, 6], [3, 3])
     text = reference.prefill(inputs.input_ids[:, -6:], None, cuts=CUTS)
-    assert text.score_k1.shape == (2, 0) and text.kept_k2[0].tolist() == list(range(6))
+    assert text.scores[0].shape == (2, 0) and text.kept[1][0].tolist() == list(range(6))
     np.testing.assert_allclose(text.logits, reference.prefill(inputs.input_ids[:, -6:], None).logits, atol=1e-5)
     both = reference.prefill(inputs.input_ids.reshape(1, -1), inputs.pixel_values, cuts=CUTS)
-    assert both.score_k1.shape == (1, 2 * tiny.image_tokens)
+    assert both.scores[0].shape == (1, 2 * tiny.image_tokens)
 
 
 # --- forced keep sets ---
@@ -262,13 +263,14 @@ def test_forced_sets_replace_the_ranking_and_nothing_else(made: Made) -> None:
     tiny, _, reference = made("gqa2")
     inputs = make_inputs(tiny, [9, 4], [5, 2])
     ranked = prefill(reference, inputs, CUTS)
-    same = prefill(reference, inputs, CUTS, forced=(ranked.kept_k1, ranked.kept_k2))
+    same = prefill(reference, inputs, CUTS, forced=(ranked.kept[0], ranked.kept[1]))
     np.testing.assert_array_equal(ranked.logits, same.logits)
-    np.testing.assert_array_equal(ranked.score_k2, same.score_k2)
+    np.testing.assert_array_equal(ranked.scores[1], same.scores[1])
     everything = prefill(reference, inputs)
-    full = prefill(reference, inputs, CUTS, forced=(everything.kept_k1, everything.kept_k2))
+    all_kept = np.where(inputs.attention_mask, np.arange(inputs.attention_mask.shape[1]), -1)
+    full = prefill(reference, inputs, CUTS, forced=(all_kept, all_kept))
     np.testing.assert_allclose(full.logits, everything.logits, atol=2e-5)
-    np.testing.assert_array_equal(full.score_k1, ranked.score_k1)
+    np.testing.assert_array_equal(full.scores[0], ranked.scores[0])
     assert np.abs(full.logits - ranked.logits).max() > 0.1  # so the comparisons above could have failed
 
 
@@ -279,18 +281,18 @@ def test_half_precision_scores_are_fp32_and_near(made: Made) -> None:
     tiny, folder, wide = made("half")
     inputs = make_inputs(tiny, [9], [5])
     half, full = prefill(Reference(folder, torch.float16), inputs, CUTS), prefill(wide, inputs, CUTS)
-    assert half.score_k1.dtype == half.logits.dtype == half.hidden[0][0].dtype == np.float32
-    np.testing.assert_allclose(half.score_k1, full.score_k1, atol=0.02)
-    assert not np.array_equal(half.score_k1, half.score_k1.astype(np.float16))
+    assert half.scores[0].dtype == half.logits.dtype == half.hidden[0][0].dtype == np.float32
+    np.testing.assert_allclose(half.scores[0], full.scores[0], atol=0.02)
+    assert not np.array_equal(half.scores[0], half.scores[0].astype(np.float16))
 
 
 def test_misuse_is_a_value_error() -> None:
     inputs, reference = golden_inputs(), Reference(HIMAP_TINY)
     ids, pixels = inputs.input_ids, inputs.pixel_values
-    for cuts in (Cuts(0, 5, 0.5, 0.5), Cuts(5, 5, 0.5, 0.5), Cuts(2, 10, 0.5, 0.5), Cuts(2, 5, 1.5, 0.5)):
+    for cuts in (himap(0, 5, 0.5, 0.5), himap(5, 5, 0.5, 0.5), himap(2, 10, 0.5, 0.5), himap(2, 5, 1.5, 0.5)):
         with pytest.raises(ValueError, match="out of range"):
             reference.prefill(ids, pixels, cuts=cuts)
-    with pytest.raises(ValueError, match="need cuts"):
+    with pytest.raises(ValueError, match="of 2 cuts for 0 cuts"):
         reference.prefill(ids, pixels, forced=(ids, ids))
     for kept, words in (
         ([[3, 2, 29]], "ascending subset"),

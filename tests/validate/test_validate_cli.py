@@ -11,9 +11,9 @@ from commands import Workshop, call, save_inputs
 from tiny import make_inputs
 
 from himap_export.validate.cli import main
-from himap_export.validate.reference import Cuts
+from himap_export.validate.criteria import himap
 
-CUTS = Cuts(2, 4, 0.5, 0.5)
+CUTS = himap(2, 4, 0.5, 0.5)
 QUICK = ("--prompts", 2, "--max-new-tokens", 4, "--threads", 1)
 Capture = pytest.CaptureFixture[str]
 

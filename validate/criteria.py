@@ -1,0 +1,95 @@
+"""What the reference ranks image tokens by: a restatement of every selector on plain attention maps.
+
+It shares no code with the graphs that it judges. Letters as in reference.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Layers `layer` and later (0-based) see only the image tokens that rank highest by `criterion`, a key of CRITERIA.
+
+    `remove` is the fraction that leaves, of those still alive; or `keep` is how many stay.
+    """
+
+    layer: int
+    criterion: str
+    remove: float = 0.0
+    keep: int | None = None
+
+
+Cuts = Sequence[Cut]
+
+
+def himap(k1: int, k2: int, r1: float, r2: float) -> tuple[Cut, Cut]:
+    """The two cuts of HiMAP; `r2` is of what the first one left."""
+    return Cut(k1, "instruction", r1), Cut(k2, "image", r2)
+
+
+@dataclass(frozen=True)
+class State:
+    """One prompt on its way through the decoder, between layers `layer` - 1 and `layer`."""
+
+    layer: int
+    hidden: Tensor  # [1,S,D]
+    alive: Tensor  # [S] int64 original positions, ascending
+    image: Tensor  # [V0] int64 positions of the image tokens
+    attention: Tensor | None = None  # [S,S] fp32 probabilities of layer `layer` - 1, averaged over heads, if asked for
+    cache: DynamicCache | None = None  # a state without one can be advanced any number of times
+
+    @property
+    def is_image(self) -> Tensor:
+        """[S] bool."""
+        return torch.isin(self.alive, self.image)
+
+    @property
+    def is_instruction(self) -> Tensor:
+        """[S] bool: text after the last image token."""
+        return self.alive > (self.image.max() if len(self.image) else -1)
+
+    def received(self, rows: Tensor) -> Tensor:
+        """[V] attention that image tokens get from `rows` ([S] bool)."""
+        if self.attention is None:
+            raise ValueError("this state was advanced without attention")
+        return self.attention[rows][:, self.is_image].sum(0)
+
+
+def _boundary(s: State) -> Tensor:
+    """[S] bool: the first text token after the image, if there is one."""
+    return s.is_instruction & (s.is_instruction.cumsum(0) == 1)
+
+
+def _random(s: State, keep: int, seed: int) -> Tensor:
+    """Three rounds of x -> x^5 + c modulo the prime 2^31 - 1 over seed, layer and position; the last 24 bits."""
+    prime, found = 2**31 - 1, []
+    for position in s.alive[s.is_image].tolist():
+        x = seed % prime * 48271 + position * 16807 + s.layer * 69621 + 1
+        for constant in (1013904223, 374761393, 668265263):
+            x = pow(x, 5, prime) + constant
+        found.append(float(x % 2**24))
+    return torch.tensor(found, device=s.hidden.device)
+
+
+def _uniform(s: State, keep: int, seed: int) -> Tensor:
+    """1 for `keep` of V tokens in even steps."""
+    count = int(s.is_image.sum())
+    steps = [(n + 1) * keep // count > n * keep // count for n in range(count)]
+    return torch.tensor(steps, dtype=torch.float32, device=s.hidden.device)
+
+
+# Scores [V] of the image tokens alive, from a state, how many will stay, and the request's seed. himap: instruction,
+# then image. fastv (arXiv 2403.06764): last. truncation (arXiv 2406.06579, eqs. 7-11; position Nsys + Nimg): boundary.
+CRITERIA: dict[str, Callable[[State, int, int], Tensor]] = {
+    "instruction": lambda s, keep, seed: s.received(s.is_instruction),
+    "image": lambda s, keep, seed: s.received(s.is_image),
+    "last": lambda s, keep, seed: s.received(s.alive == s.alive[-1]),
+    "boundary": lambda s, keep, seed: s.received(_boundary(s)),
+    "random": _random,
+    "uniform": _uniform,
+}
