@@ -1,0 +1,127 @@
+"""The log of answers: goes on where it stopped, whatever stopped it, and refuses what it is not."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.validate.answers import Answered, AnswerLog, read_log
+
+HEADER = {"bundle": "12ab", "new_tokens": 8, "cuts": (2, 8)}
+
+
+def answered(line: int, policy: str = "himap", seed: int = 0) -> Answered:
+    return Answered(policy, seed, line, f"q{line}", "t", 'said "é"\n', "yes", line % 2 == 1)
+
+
+def written(file: Path, rows: Sequence[Answered], header: dict[str, Any] = HEADER) -> Path:
+    with AnswerLog(file, header) as log:
+        log.append(rows)
+    return file
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "log.jsonl"
+
+
+def test_every_line_is_json_and_comes_back(file: Path) -> None:
+    rows = [answered(1), answered(2), answered(1, "random", 3)]
+    written(file, rows)
+    objects = [json.loads(line) for line in file.read_text().splitlines()]
+    assert objects[0] == {"himap-validate": "answers", "bundle": "12ab", "new_tokens": 8, "cuts": [2, 8]}
+    assert objects[1] == {
+        "policy": "himap", "seed": 0, "line": 1, "id": "q1", "type": "t",
+        "said": 'said "é"\n', "expected": "yes", "right": True,
+    }  # fmt: skip
+    assert read_log(file) == rows
+
+
+def test_going_on(file: Path) -> None:
+    with AnswerLog(file, HEADER) as log:
+        assert log.done == set()
+        log.append([answered(1), answered(2)])
+        assert read_log(file) == [answered(1), answered(2)]  # on disk before the log is closed
+        assert log.done == {("himap", 0, 1), ("himap", 0, 2)}
+    with AnswerLog(file, dict(reversed(HEADER.items()))) as log:
+        assert log.done == {("himap", 0, 1), ("himap", 0, 2)}
+        log.append([answered(3)])
+    assert read_log(file) == [answered(1), answered(2), answered(3)]
+
+
+def test_a_kill_at_any_byte_loses_only_what_was_not_whole(file: Path) -> None:
+    rows = [answered(1), answered(2)]
+    whole = written(file, rows).read_bytes()
+    ends = [n + 1 for n, byte in enumerate(whole) if byte == 10]
+    for size in range(len(whole)):
+        file.write_bytes(whole[:size])
+        kept = max(sum(end <= size for end in ends) - 1, 0)
+        with AnswerLog(file, HEADER) as log:
+            assert log.done == {r.key for r in rows[:kept]}
+            log.append(rows[kept:])
+        assert file.read_bytes() == whole
+    file.write_bytes(whole[:-3])
+    assert read_log(file) == rows[:1]
+
+
+def test_another_measurement_is_refused_and_kept(file: Path) -> None:
+    before = written(file, [answered(1)]).read_bytes()
+    with pytest.raises(HimapError, match="another measurement") as told:
+        AnswerLog(file, {**HEADER, "new_tokens": 9, "seed": 1})
+    assert told.value.code == Exit.USAGE and "--log" in told.value.hint
+    assert told.value.details == "new_tokens is 9, was 8, seed is 1, was None"
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"precious\n", b"precious", b"{}\n", b"[]\n", b"\xff\n", b'{"himap-validate": 1}\n']
+)
+def test_another_file_is_refused_and_kept(content: bytes, file: Path) -> None:
+    file.write_bytes(content)
+    with pytest.raises(HimapError, match="no log of himap-validate") as told:
+        AnswerLog(file, HEADER)
+    assert told.value.code == Exit.USAGE and file.read_bytes() == content
+    with pytest.raises(HimapError, match="no log of himap-validate"):
+        read_log(file)
+
+
+@pytest.mark.parametrize("bad", ["{", "[]", '{"policy": "himap"}', None])
+def test_a_damaged_line_is_told_by_its_number(bad: str | None, file: Path) -> None:
+    lines = written(file, [answered(1), answered(2)]).read_text().splitlines()
+    lines[1] = lines[1].replace("true", "1") if bad is None else bad
+    file.write_text("\n".join(lines) + "\n")
+    for use in (lambda: AnswerLog(file, HEADER), lambda: read_log(file)):
+        with pytest.raises(HimapError, match="line 2 of") as told:
+            use()
+        assert told.value.code == Exit.USAGE
+
+
+def test_two_runs_do_not_share_a_log(file: Path) -> None:
+    with AnswerLog(file, HEADER), pytest.raises(HimapError, match="in use"):
+        AnswerLog(file, HEADER)
+    AnswerLog(file, HEADER).close()
+
+
+def test_files_that_cannot_be_written_or_read(tmp_path: Path) -> None:
+    for file in (tmp_path, tmp_path / "no" / "log.jsonl"):
+        with pytest.raises(HimapError, match="cannot write") as told:
+            AnswerLog(file, HEADER)
+        assert told.value.code == Exit.USAGE
+    with pytest.raises(HimapError, match="cannot read"):
+        read_log(tmp_path / "none")
+
+
+@pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="needs /dev/full")
+def test_a_full_disk(file: Path) -> None:
+    log = AnswerLog(file, HEADER)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, log._stream.fileno())
+    with pytest.raises(HimapError, match="cannot write"):
+        log.append([answered(1)])
+    assert log.done == set()
+    log.close()
+    os.close(full)
