@@ -229,9 +229,8 @@ def test_padding_and_neighbours_change_nothing(made: Made, name: str) -> None:
     right, left = prefill(reference, inputs, CUTS), prefill(reference, inputs.left_padded(), CUTS)
     answers = generate(reference, inputs, 6, CUTS)
     np.testing.assert_array_equal(answers, generate(reference, inputs.left_padded(), 6, CUTS))
-    for mine, his in (((*p.kept, *p.scores, p.lengths, p.logits) for p in (right, left)),):
-        for ours, theirs in zip(mine, his, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+    for there, here in zip(*((p.lengths, p.logits, *p.kept, *p.scores) for p in (right, left)), strict=True):
+        np.testing.assert_array_equal(there, here)
     for index in range(3):
         alone = prefill(reference, inputs.sample(index), CUTS)
         assert alone.lengths.tolist() == [right.lengths[index]]
