@@ -17,10 +17,17 @@ FASTV = PruningPlan((Cut(2, "last", 0.5),))  # its authors' own K and R
 
 
 def flag_plans(policies: Sequence[str], task: str, values: Values) -> dict[str, PruningPlan]:
-    """The plan of each policy by its name: the task's cuts, or the policy's own, changed by what was given."""
-    found = {}
-    for policy in dict.fromkeys(policies):
-        plan = _changed(policy, _default(policy, task), values)
+    """The plan of each policy by its name: the task's cuts, or the policy's own, changed by what was given.
+
+    Of several policies each takes what it has cuts for; HimapError (usage) if none does.
+    """
+    found, taken = {}, {policy: _allowed(len(POLICIES[policy])) for policy in policies}
+    for key in values:
+        if not any(key in allowed for allowed in taken.values()):
+            raise _not_for(policies[0], key)
+    for policy, allowed in taken.items():
+        own = {key: value for key, value in values.items() if key in allowed}
+        plan = _changed(policy, _default(policy, task), own)
         name = policy if policy != "himap" else task if plan == TASKS[task] else "custom"
         found[name] = plan
     return found
@@ -46,11 +53,6 @@ def _default(policy: str, task: str) -> PruningPlan | None:
 
 
 def _changed(policy: str, plan: PruningPlan | None, values: Values) -> PruningPlan:
-    count = len(POLICIES[policy])
-    for key in values:
-        if key not in _allowed(count):
-            hint = f"it has {count} cut{'s' * (count != 1)}: {_flags(_allowed(count)) or 'no flags'}"
-            raise HimapError(f"--{key} is not for the policy {policy}", hint=hint, code=Exit.USAGE)
     if "r1" in values and "keep" in values:
         raise HimapError("--r1 and --keep exclude each other", "a fraction or a number", code=Exit.USAGE)
     if plan is None and not ("k1" in values and {"r1", "keep"} & set(values)):
@@ -66,12 +68,14 @@ def _changed(policy: str, plan: PruningPlan | None, values: Values) -> PruningPl
     return PruningPlan(tuple(changed))
 
 
+def _not_for(policy: str, key: str) -> HimapError:
+    count = len(POLICIES[policy])
+    hint = f"it has {count} cut{'s' * (count != 1)}: {', '.join(f'--{own}' for own in _allowed(count)) or 'no flags'}"
+    return HimapError(f"--{key} is not for the policy {policy}", hint=hint, code=Exit.USAGE)
+
+
 def _allowed(cuts: int) -> tuple[str, ...]:
     return ((), ("k1", "r1", "keep"), ("k1", "k2", "r1", "r2"))[cuts]
-
-
-def _flags(keys: Sequence[str]) -> str:
-    return ", ".join(f"--{key}" for key in keys)
 
 
 def _read(file: Path) -> Iterator[tuple[str, PruningPlan]]:
