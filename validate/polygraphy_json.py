@@ -1,0 +1,114 @@
+"""What each graph of the chain read and wrote, as polygraphy's JSON: `polygraphy run` then repeats any graph alone.
+
+    captured = capture(pipeline, inputs)
+    save_inputs(Path("in"), captured)                       # polygraphy run BUNDLE/k1.onnx --load-inputs in/k1.json
+    save_outputs(Path("out"), captured, "himap-validate")   # --load-outputs out/k1.json, and the rest of its flags
+
+The files are written by polygraphy itself, so its own version reads them. docs/polygraphy.md has the commands.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy.typing as npt
+
+from himap_export.engines.arrays import Inputs
+from himap_export.engines.pipeline import Pipeline, tensor_name
+from himap_export.graphs.errors import Exit, HimapError
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One run of one graph, under its own tensor names, weights left out: `inputs` as they were before it ran,
+    `outputs` after. Caches are updated in place: `past_*` are the values before, `present_*` those after."""
+
+    inputs: Arrays
+    outputs: Arrays
+
+
+def capture(pipeline: Pipeline, arrays: Inputs) -> dict[str, Captured]:
+    """Runs vision, every stage of prefill and one decode step on the first batch [b <= B], and keeps what each read and
+    wrote, by graph name: the name of its ONNX file.
+
+    Decode takes the most likely token. HimapError (usage) for a bf16 bundle, (missing) if polygraphy is not installed.
+    """
+    _polygraphy("json")  # before anything runs
+    _refuse_bf16(pipeline)
+    batch = pipeline.bundle.budget.batch
+    mask = None if arrays.attention_mask is None else arrays.attention_mask[:batch]
+    layout = pipeline.load(arrays.input_ids[:batch], arrays.pixel_values[:batch], mask)
+    captured = {}
+    for stage, graph in pipeline.bundle.variant.graphs.items():
+        if stage == "decode":
+            tokens = pipeline.read("logits").argmax(axis=-1)
+            pipeline.tensors[tensor_name(stage, "input_ids")].write(tokens[:, None])
+            pipeline.tensors[tensor_name(stage, "position_ids")].write(layout.lengths[:, None])
+        record = pipeline.bundle.graph(stage)
+        inputs = _read(pipeline, stage, record.inputs)
+        pipeline.run(stage)
+        captured[graph] = Captured(inputs, _read(pipeline, stage, record.outputs))
+    return captured
+
+
+def save_inputs(folder: Path, captured: Mapping[str, Captured]) -> None:
+    """Writes FOLDER/<graph>.json for `polygraphy run --load-inputs`: a list of one feed dict, of exactly what the graph
+    read. HimapError if polygraphy is not installed, or a file cannot be written."""
+    save_json = _polygraphy("json").save_json
+    for graph, run in captured.items():
+        _write(folder, graph, partial(save_json, [dict(run.inputs)]))
+
+
+def save_outputs(folder: Path, captured: Mapping[str, Captured], runner_name: str) -> None:
+    """Writes FOLDER/<graph>.json for `polygraphy run --load-outputs`: RunResults of one iteration of the runner
+    `runner_name`. HimapError as `save_inputs`."""
+    comparator = _polygraphy("comparator")
+    for graph, run in captured.items():
+        results = comparator.RunResults()
+        results.add([dict(run.outputs)], runner_name=runner_name)
+        _write(folder, graph, results.save)
+
+
+def _read(pipeline: Pipeline, stage: str, names: Mapping[str, object]) -> Arrays:
+    return {name: pipeline.read(tensor_name(stage, name)) for name in names}
+
+
+def _refuse_bf16(pipeline: Pipeline) -> None:
+    for stage in pipeline.bundle.variant.graphs:
+        record = pipeline.bundle.graph(stage)
+        for name, spec in {**record.inputs, **record.outputs}.items():
+            if spec.dtype == "bf16":
+                details = f"NumPy, which it stores, has no such type, and {name} of {stage} is one"
+                hint = "export with --dtype fp16 or fp32"
+                raise HimapError("polygraphy's JSON cannot hold bf16 tensors", details, hint, Exit.USAGE)
+
+
+def _polygraphy(module: str) -> ModuleType:
+    try:
+        return import_module(f"polygraphy.{module}")
+    except ImportError:
+        hint = "pip install 'himap-export[polygraphy]'"
+        raise HimapError("polygraphy is not installed", hint=hint, code=Exit.MISSING) from None
+
+
+def _write(folder: Path, graph: str, save: Callable[[str], object]) -> None:
+    """One file, whole or not at all; polygraphy's log, which would go to stdout, is silenced."""
+    logger = _polygraphy("logger").G_LOGGER
+    file = folder / f"{graph}.json"
+    part = file.with_name(f".{file.name}.partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with logger.verbosity(logger.CRITICAL):
+            save(str(part))
+        part.replace(file)
+    except OSError as problem:
+        with suppress(OSError):
+            part.unlink()
+        raise HimapError(f"cannot write {file}", problem.strerror or str(problem)) from None
