@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from himap_export.graphs.plan import PruningPlan, TokenBudget, Visual
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.plan import Cut, PruningPlan, TokenBudget, Visual
 from himap_export.graphs.spec import DecoderSpec, Dtype, stage_layers
 
 BYTES: dict[Dtype, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -69,3 +70,16 @@ def true_ratio(spec: DecoderSpec, plan: PruningPlan, visual: Visual, text_tokens
     stages = zip(stage_layers(plan, spec.layers), visual, strict=True)
     pruned = sum(len(layers) * layer_flops(n + text_tokens, spec) for layers, n in stages)
     return pruned / (spec.layers * layer_flops(visual[0] + text_tokens, spec))
+
+
+def equal_keep(spec: DecoderSpec, layer: int, image_tokens: int, text_tokens: int, ratio: float) -> int:
+    """How many image tokens one cut at `layer` may keep so that `true_ratio` comes nearest to `ratio`.
+
+    HimapError (usage) if the layers before the cut alone cost more.
+    """
+    if layer / spec.layers > ratio:
+        details = f"its first {layer} of {spec.layers} layers alone take {layer / spec.layers:.0%}"
+        raise HimapError(f"one cut at layer {layer} cannot keep {ratio:.0%} of the FLOPs", details, code=Exit.USAGE)
+    plan = PruningPlan((Cut(layer, "last", keep=0),))
+    counts = range(image_tokens + 1)
+    return min(counts, key=lambda n: abs(true_ratio(spec, plan, (image_tokens, n), text_tokens) - ratio))

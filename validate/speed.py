@@ -4,9 +4,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from himap_export.engines.bundle import Bundle, open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.graphs.flops import true_ratio
-from himap_export.graphs.plan import PruningPlan, TokenBudget
+from himap_export.graphs.plan import PruningPlan
+from himap_export.validate.contenders import export_twin
 from himap_export.validate.workers import Contender, Times, race, ratios
 
 PRUNED, UNPRUNED, TORCH = "pruned", "unpruned", "PyTorch SDPA"
@@ -32,25 +33,11 @@ def ceiling(bundle: Bundle) -> float:
 def measure(bundle: Bundle, checkpoint: Path, backend: str, iterations: int, warm_up: int, threads: int) -> Speed:
     """Exports the unpruned twin, then lets all three take turns."""
     with tempfile.TemporaryDirectory(prefix="himap-unpruned-") as folder:
-        twin = export_unpruned(bundle, checkpoint, backend, Path(folder) / "bundle")
+        unpruned = {"none": (PruningPlan(), bundle.budget.visual[:1])}
+        twin = export_twin(bundle, checkpoint, backend, unpruned, Path(folder) / "bundle")
         contenders = (
             Contender(PRUNED, "bundle", bundle, checkpoint, backend),
-            Contender(UNPRUNED, "bundle", open_bundle(twin, verify=False), checkpoint, backend),
+            Contender(UNPRUNED, "bundle", twin, checkpoint, backend),
             Contender(TORCH, "torch", bundle, checkpoint),
         )
         return Speed(ceiling(bundle), tuple(race(contenders, iterations, warm_up, threads)))
-
-
-def export_unpruned(bundle: Bundle, checkpoint: Path, backend: str, out: Path) -> Path:
-    """The same model, budgets and dtype with nothing removed: one stage, no scores, no gathers."""
-    from himap_export.exporter.export import export
-    from himap_export.exporter.llava import vision_spec
-    from himap_export.exporter.planning import Planned, PlannedVariant
-    from himap_export.exporter.registry import resolve
-
-    m, old, plan = bundle.manifest, bundle.budget, PruningPlan()
-    budget = TokenBudget(plan.kept(old.visual[0]), old.text, old.new, old.batch)
-    model, variant = resolve(str(checkpoint)), PlannedVariant("none", plan, budget, budget.visual)
-    planned = Planned(model, m.decoder, vision_spec(model.config), (variant,), m.dtype, (backend,))
-    export(planned, out, ("himap-validate",), False, lambda line: None)
-    return out

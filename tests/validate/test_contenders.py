@@ -1,0 +1,86 @@
+"""The controls beside a bundle's plans: cut alike, ranked by nothing, and answering as the reference does."""
+
+import pytest
+from commands import Workshop
+from tiny import make_inputs
+
+from himap_export.engines.arrays import Inputs
+from himap_export.engines.backends import Opening
+from himap_export.graphs.errors import HimapError
+from himap_export.graphs.flops import equal_keep, true_ratio
+from himap_export.graphs.plan import Cut, PruningPlan, himap
+from himap_export.graphs.spec import DecoderSpec
+from himap_export.validate.contenders import PlanContender, contenders, controls_of, request_seed
+from himap_export.validate.parity import reference_cuts
+
+PLAN, FASTV, VISUAL = himap(1, 3, 0.5, 0.75), PruningPlan((Cut(1, "last", keep=8),)), (16, 8, 2)
+
+
+def test_a_plan_alone_gets_all_three_controls() -> None:
+    assert controls_of({"qa": (PLAN, VISUAL)}) == {
+        "none": (PruningPlan(), (16,)),
+        "random": (himap(1, 3, 0.5, 0.75).ranked_by("random"), VISUAL),
+        "uniform": (himap(1, 3, 0.5, 0.75).ranked_by("uniform"), VISUAL),
+    }
+
+
+def test_controls_are_not_repeated() -> None:
+    intra = PLAN.ranked_by("image")
+    held = {"a": (PLAN, VISUAL), "b": (intra, VISUAL), "f": (FASTV, (16, 8)), "none": (PruningPlan(), (16,))}
+    found = controls_of(held | {"mine": (PLAN.ranked_by("uniform"), VISUAL)})
+    assert list(found) == ["random-a", "random-f", "uniform-f"]
+    assert found["random-f"] == (FASTV.ranked_by("random"), (16, 8))
+
+
+def test_controls_of_an_aligned_plan_keep_what_it_keeps() -> None:
+    assert controls_of({"qa": (PLAN, (16, 11, 6))})["random"][1] == (16, 11, 6)
+
+
+@pytest.fixture(scope="module")
+def crowd(work: Workshop, tmp_path_factory: pytest.TempPathFactory) -> list[PlanContender]:
+    bundle = work.bundle("gqa2", "--k1", 1, "--k2", 3, "--batch", 2)
+    first = work.pipeline(bundle)
+    with contenders(first, work.checkpoint("gqa2"), Opening(threads=1), ["custom"], 2, 5) as found:
+        return found
+
+
+def test_everyone_answers_as_the_reference_does(work: Workshop, crowd: list[PlanContender]) -> None:
+    assert [(c.name, c.seed) for c in crowd] == [
+        ("custom", 0),
+        ("none", 0),
+        ("random", 0),
+        ("random", 1),
+        ("uniform", 0),
+    ]
+    inputs, numbers = make_inputs(work.tiny("gqa2"), [9, 3], [5, 2], seed=4), [7, 3]
+    singles = [inputs.sample(row) for row in range(2)]
+    batch = [Inputs(single.input_ids, single.pixel_values) for single in singles]
+    for contender in crowd:
+        budget = contender.pipeline.bundle.budget
+        cuts = reference_cuts(contender.pipeline.bundle.plan, budget.visual)
+        seeds = [request_seed(contender.seed, number) for number in numbers]
+        said = work.reference("gqa2").generate(
+            inputs.input_ids, inputs.pixel_values, inputs.attention_mask, max_new_tokens=5, cuts=cuts, seeds=seeds
+        )
+        assert contender.answer(batch, numbers) == said.tolist(), contender.name
+
+
+def test_controls_cost_what_the_plan_costs(crowd: list[PlanContender]) -> None:
+    flops = {c.name: c.flops for c in crowd}
+    assert flops["custom"] == flops["random"] == flops["uniform"] < flops["none"] == 1
+
+
+def test_no_two_requests_draw_alike() -> None:
+    assert len({request_seed(seed, number) for seed in range(20) for number in range(500)}) == 10000
+
+
+@pytest.mark.parametrize("layer", [1, 2, 4])
+def test_one_cut_at_equal_flops(layer: int) -> None:
+    spec = DecoderSpec(10, 128, 256, 4, 2, 32, 300)
+    keep = equal_keep(spec, layer, 64, 32, 0.6)
+    ratios = [
+        true_ratio(spec, PruningPlan((Cut(layer, "last", keep=n),)), (64, n), 32) for n in (keep - 1, keep, keep + 1)
+    ]
+    assert abs(ratios[1] - 0.6) <= min(abs(ratios[0] - 0.6), abs(ratios[2] - 0.6))
+    with pytest.raises(HimapError, match="cannot keep 30% of the FLOPs"):
+        equal_keep(spec, 4, 64, 32, 0.3)

@@ -1,0 +1,120 @@
+"""Who answers a data set: the bundle's plans on its backend, and beside each the controls at equal FLOPs.
+
+The controls are bundles like any other: the same model, budgets, backend and cuts, ranked by nothing (random, uniform)
+or not cut at all (none). They are exported into a temporary folder for as long as the comparison lasts.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from himap_export.engines.arrays import Inputs
+from himap_export.engines.backends import Opening
+from himap_export.engines.bundle import Bundle, open_bundle
+from himap_export.engines.pipeline import Pipeline
+from himap_export.graphs.flops import true_ratio
+from himap_export.graphs.plan import Criterion, PruningPlan, TokenBudget, Visual
+
+CONTROLS: tuple[Criterion, ...] = ("random", "uniform")
+UNPRUNED = "none"
+Kept = tuple[PruningPlan, Visual]  # a plan, and how many image tokens its bundle keeps: --align may have raised them
+
+
+@dataclass(frozen=True)
+class PlanContender:
+    """One plan on its pipeline; `seed` is one of the repetitions of a random plan, and 0 for all others."""
+
+    name: str
+    seed: int
+    pipeline: Pipeline
+    new_tokens: int
+
+    @property
+    def batch(self) -> int:
+        return self.pipeline.bundle.budget.batch
+
+    @property
+    def flops(self) -> float:
+        """Of the unpruned decoder's prefill, the text budget filled."""
+        bundle = self.pipeline.bundle
+        return true_ratio(bundle.manifest.decoder, bundle.plan, bundle.budget.visual, bundle.budget.text)
+
+    def answer(self, inputs: Sequence[Inputs], numbers: Sequence[int]) -> list[list[int]]:
+        """Greedy tokens of up to `batch` prompts, each of one sample; random cuts draw by seed and example number."""
+        width = max(i.input_ids.shape[1] for i in inputs)
+        ids, mask = np.zeros((len(inputs), width), np.int64), np.zeros((len(inputs), width), np.int64)
+        for row, i in enumerate(inputs):
+            length = i.input_ids.shape[1]
+            ids[row, :length], mask[row, :length] = i.input_ids[0], 1
+        pixels = np.concatenate([i.pixel_values for i in inputs])
+        seeds = np.array([request_seed(self.seed, n) for n in numbers], np.int64)
+        prefilled, layout = self.pipeline.prefill(ids, pixels, mask, seeds)
+        tokens = np.stack(list(self.pipeline.generate(prefilled, layout, self.new_tokens)), axis=1)
+        return [row.tolist() for row in tokens]
+
+
+def request_seed(seed: int, number: int) -> int:
+    """What the random cuts of example `number` draw by in repetition `seed`: 32 bits, unlike those of any neighbour."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+
+
+def controls_of(plans: Mapping[str, Kept]) -> dict[str, Kept]:
+    """The controls that `plans`, by name, lack: none, and for each plan that ranks, random and uniform at its cuts."""
+    unpruned = PruningPlan(), next(iter(plans.values()))[1][:1]
+    judged = {name: kept for name, kept in plans.items() if kept[0].policy not in (*CONTROLS, UNPRUNED)}
+    wanted = {UNPRUNED: unpruned}
+    for name, (plan, visual) in judged.items():
+        for control in CONTROLS:
+            wanted[control if len(judged) == 1 else f"{control}-{name}"] = plan.ranked_by(control), visual
+    found: dict[str, Kept] = {}
+    for name, kept in wanted.items():
+        if kept not in (*plans.values(), *found.values()):
+            found[name] = kept
+    return found
+
+
+@contextmanager
+def contenders(
+    first: Pipeline, checkpoint: Path, opening: Opening, names: Sequence[str], seeds: int, new_tokens: int
+) -> Iterator[list[PlanContender]]:
+    """The plans `names` of a bundle and their controls, random ones `seeds` times; `first` is open at the first plan.
+
+    All are at the text budget and on the backend of `first`.
+    """
+    bundle, backend = first.bundle, first.backend
+    here = [bundle.at(name, bundle.budget.text) for name in names]
+    plans = {b.variant.plan_name: (b.plan, b.budget.visual) for b in here}
+    with tempfile.TemporaryDirectory(prefix="himap-controls-") as folder:
+        pipelines = [first, *(Pipeline(b, backend, opening, first.engines) for b in here[1:])]
+        if controls := controls_of(plans):
+            twin = export_twin(bundle, checkpoint, backend, controls, Path(folder) / "bundle")
+            beside: list[Pipeline] = []
+            for name in controls:  # over one copy of the weights
+                beside.append(Pipeline(twin.at(name), backend, opening, beside[0].engines if beside else None))
+            pipelines += beside
+        yield [
+            PlanContender(p.bundle.variant.plan_name, seed, p, new_tokens)
+            for p in pipelines
+            for seed in range(seeds if p.bundle.plan.policy == "random" else 1)
+        ]
+
+
+def export_twin(bundle: Bundle, checkpoint: Path, backend: str, plans: Mapping[str, Kept], out: Path) -> Bundle:
+    """The same model, text budget, batch and dtype as `bundle`, with other `plans`, by name."""
+    from himap_export.exporter.export import export
+    from himap_export.exporter.llava import vision_spec
+    from himap_export.exporter.planning import Planned, PlannedVariant
+    from himap_export.exporter.registry import resolve
+
+    m, old, model = bundle.manifest, bundle.budget, resolve(str(checkpoint))
+    variants = tuple(
+        PlannedVariant(name, plan, TokenBudget(visual, old.text, old.new, old.batch), visual)
+        for name, (plan, visual) in plans.items()
+    )
+    planned = Planned(model, m.decoder, vision_spec(model.config), variants, m.dtype, (backend,))
+    export(planned, out, ("himap-validate",), False, lambda line: None)
+    return open_bundle(out, verify=False)

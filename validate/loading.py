@@ -1,0 +1,50 @@
+"""The checkpoint a bundle is judged against, and the PyTorch reference of it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from himap_export.engines.bundle import Bundle
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.spec import Dtype
+
+if TYPE_CHECKING:
+    from himap_export.validate.reference import Reference
+
+
+def checkpoint_folder(model: str) -> Path:
+    """The folder of an alias, a Hugging Face id or a folder, with weights. HimapError as `resolve`."""
+    from himap_export.exporter.checkpoint import open_checkpoint
+    from himap_export.exporter.registry import resolve
+
+    folder = resolve(model).folder
+    assert folder is not None  # `resolve` fetches weights unless told not to
+    open_checkpoint(folder)
+    return folder
+
+
+def checkpoint_of(bundle: Bundle, model: str | None) -> Path:
+    """The folder of `model`, else of the checkpoint that the bundle was made from; HimapError if it is not there."""
+    try:
+        return checkpoint_folder(model or bundle.manifest.model.source)
+    except HimapError as problem:
+        if model is not None or problem.code == Exit.MISSING:
+            raise
+        summary, hint = f"the model of {bundle.folder} is not at {bundle.manifest.model.source}", "give it with --model"
+        raise HimapError(summary, hint=hint, code=Exit.MISSING) from None
+
+
+def load_reference(checkpoint: Path, dtype: Dtype, threads: int, attention: str = "eager") -> "Reference":
+    """PyTorch's model, `threads` CPU threads; HimapError if transformers cannot load it."""
+    import torch
+    from transformers.utils import logging
+
+    from himap_export.validate.reference import Reference
+
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    try:
+        return Reference(checkpoint, kinds[dtype], attention)
+    except (OSError, ValueError) as problem:
+        raise HimapError(f"PyTorch cannot load {checkpoint}", str(problem).splitlines()[0]) from None
