@@ -1,0 +1,85 @@
+"""From an example to what a model reads, and from its tokens to what it said, by the processor of its model."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from himap_export.engines.arrays import Inputs
+from himap_export.engines.bundle import Bundle
+from himap_export.engines.image import ImagePreprocessing, clip_preprocessing, load_image, preprocess
+from himap_export.engines.prompt import TOKENIZER, Detokenizer, PromptFormat, encode, load_tokenizer
+from himap_export.exporter.checkpoint import read_config
+from himap_export.exporter.llava import vision_spec
+from himap_export.exporter.processor import read_processor
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.validate.dataset import Example, expected, prompt_of
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """The processor of one model: its tokenizer, its prompt's format, its image preprocessing."""
+
+    tokenizer: Tokenizer
+    prompt: PromptFormat
+    image: ImagePreprocessing
+
+    def arrays(self, example: Example) -> Inputs:
+        """`input_ids` [1,S] and `pixel_values` [1,3,H,W]. HimapError (usage) names the example's line."""
+        try:
+            ids = encode(self.tokenizer, self.prompt, prompt_of(example))
+            pixels = preprocess(load_image(example.image), self.image)
+        except HimapError as problem:
+            summary = f"line {example.line} of the data set: {problem.summary}"
+            raise HimapError(summary, problem.details, problem.hint, problem.code) from None
+        return Inputs(ids[None], pixels[None])
+
+    def text(self, tokens: Sequence[int], stop_tokens: Collection[int]) -> str:
+        """What `tokens` say up to the first of `stop_tokens`, as himap-run prints it."""
+        detokenizer = Detokenizer(self.tokenizer)
+        pieces = [detokenizer.push(token) for token in takewhile(lambda token: token not in stop_tokens, tokens)]
+        return ("".join(pieces) + detokenizer.finish()).lstrip()
+
+    def label(self, example: Example) -> int:
+        """The id of the first token of the right answer, as it follows the prompt.
+
+        The answer is a word of its own: a space goes before it unless the prompt ends in white space. HimapError if the
+        tokenizer would join the two, so that no token starts the answer.
+        """
+        prompt = self.prompt.render(prompt_of(example))
+        space = "" if prompt[-1:].isspace() else " "
+        before, whole = self._ids(prompt), self._ids(prompt + space + expected(example))
+        if whole[: len(before)] != before or len(whole) == len(before):
+            details = f"line {example.line} of the data set: {prompt[-20:]!r}, then {expected(example)[:20]!r}"
+            raise HimapError("no token starts the answer after the prompt", details)
+        return whole[len(before)]
+
+    def _ids(self, text: str) -> list[int]:
+        """The image's placeholder counts once: it is a token by itself, whatever follows it."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=self.prompt.add_special_tokens).ids
+        return ids
+
+
+def prompter_of_bundle(bundle: Bundle, checkpoint: Path | None) -> Prompter:
+    """The processor in a bundle; for one exported without a tokenizer, that file comes from the `checkpoint` folder.
+
+    HimapError (usage) if neither has one.
+    """
+    m = bundle.manifest
+    file = bundle.path(m.tokenizer) if m.tokenizer else checkpoint and checkpoint / TOKENIZER
+    if m.prompt is None or m.image is None or file is None or not file.is_file():
+        hint = "--dataset needs a bundle that was exported from a checkpoint with tokenizer.json"
+        raise HimapError(f"{bundle.folder} holds no tokenizer", hint=hint, code=Exit.USAGE)
+    return Prompter(load_tokenizer(file), PromptFormat.from_json(m.prompt), ImagePreprocessing.from_json(m.image))
+
+
+def prompter_of_checkpoint(folder: Path) -> Prompter:
+    """The processor in a checkpoint's folder, read as an export reads it. HimapError (usage) without a tokenizer."""
+    config = read_config(folder)
+    vision, image_token = vision_spec(config), config.get("image_token_index", config.get("image_token_id", 32000))
+    found = read_processor(folder, vision.tokens, image_token, clip_preprocessing(vision.image_size))
+    if found.prompt is None:
+        raise HimapError(f"{folder} holds no tokenizer", f"expected {TOKENIZER}", code=Exit.USAGE)
+    return Prompter(Tokenizer.from_buffer(found.files[TOKENIZER]), found.prompt, found.image)
