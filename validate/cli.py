@@ -4,16 +4,17 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from himap_export.engines.command import run_command
-from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.errors import Exit
 
 if TYPE_CHECKING:
+    from himap_export.engines.arrays import Inputs
     from himap_export.engines.bundle import Bundle
-    from himap_export.graphs.spec import Dtype
-    from himap_export.validate.reference import Reference
+    from himap_export.engines.pipeline import Pipeline
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -26,71 +27,120 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--device", choices=("cpu", "cuda"), help="for onnxruntime (default: cuda where it has the provider)"
     )
-    p.add_argument("--plan", metavar="NAME", help="one of the bundle's plans (default: its first)")
+    p.add_argument(
+        "--plan", action="append", default=[], metavar="NAME",
+        help="one of the bundle's plans (default: its first); repeatable with --dataset (default there: all)",
+    )  # fmt: skip
     p.add_argument("--text-budget", type=int, metavar="N", help="default: the smallest of the bundle's that fits")
     p.add_argument("--image", type=Path, metavar="FILE")
     p.add_argument("--prompt", metavar="TEXT")
     p.add_argument("--load-inputs", type=Path, metavar="F.npz", help="as himap-run's; default: drawn from --seed")
     p.add_argument(
-        "--save-outputs", type=Path, metavar="F.npz", help="kept_k1, kept_k2, logits, tokens, and reference_ of each"
-    )
+        "--save-outputs", type=Path, metavar="F.npz|DIR",
+        help="F.npz: kept_k1, .., logits, tokens, and reference_ of each; a folder: each graph's, as polygraphy's JSON",
+    )  # fmt: skip
+    p.add_argument("--save-inputs", type=Path, metavar="DIR", help="what each graph read, as polygraphy's JSON")
     p.add_argument("--prompts", type=int, default=4, metavar="N", help="prompts to draw (default: 4)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="tokens to compare (default: 32)")
+    p.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="tokens to compare, or of an answer (default: 32; --dataset: 8)"
+    )
     p.add_argument("--atol", type=float, help="allowed difference of logits (default: by dtype)")
     p.add_argument("--rtol", type=float, help="the same, as a share of the largest logit; added to --atol")
     p.add_argument("--no-speed", action="store_true", help="parity only")
     p.add_argument("--iterations", type=int, default=10, help="rounds of the speed comparison (default: 10)")
     p.add_argument("--warm-up", type=int, default=2, help="rounds not counted (default: 2)")
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (default: all)")
+    p.add_argument("--report", type=Path, metavar="DIR", help="write report.html, report.json and the plots there")
     p.add_argument("--json", action="store_true", help="print one JSON object")
+    scoring = p.add_argument_group("accuracy, beside the unpruned model and the controls at equal FLOPs")
+    scoring.add_argument("--dataset", type=Path, metavar="F.jsonl", help="lines of image, question, answer; options")
+    scoring.add_argument("--seeds", type=int, default=5, metavar="N", help="of the random control (default: 5)")
+    scoring.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
+    scoring.add_argument("--skip-bad", action="store_true", help="leave out lines that cannot be read, and say so")
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
-    if (args.image is None) != (args.prompt is None):
-        parser.error("--image and --prompt go together")
-    if args.load_inputs is not None and args.image is not None:
-        parser.error("--load-inputs excludes --image and --prompt")
-    for name in ("prompts", "max_new_tokens", "iterations", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for problem in _misuse(args):
+        parser.error(problem)
+    words = sys.argv[1:] if argv is None else argv
+    run_command("himap-validate", lambda: _score(args, words) if args.dataset is not None else _validate(args))
+
+
+def _misuse(args: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with the flags together."""
+    rules = {
+        "--image and --prompt go together": (args.image is None) != (args.prompt is None),
+        "--load-inputs excludes --image and --prompt": args.load_inputs is not None and args.image is not None,
+        "--dataset excludes --image, --prompt and --load-inputs": (
+            args.dataset is not None and (args.image is not None or args.load_inputs is not None)
+        ),
+        "--dataset needs --report DIR: answers are logged there": args.dataset is not None and args.report is None,
+        "several --plan are for --dataset": args.dataset is None and len(args.plan) > 1,
+    }
+    yield from (problem for problem, found in rules.items() if found)
+    for name in ("prompts", "max_new_tokens", "iterations", "threads", "seeds", "limit"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            yield f"--{name.replace('_', '-')} must be at least 1"
     for name in ("atol", "rtol", "warm_up"):
         if (getattr(args, name) or 0) < 0:
-            parser.error(f"--{name.replace('_', '-')} must not be negative")
-    run_command("himap-validate", lambda: _validate(args))
+            yield f"--{name.replace('_', '-')} must not be negative"
+
+
+def _opened(args: argparse.Namespace) -> tuple["Bundle", Path]:
+    from himap_export.engines.bundle import completed, open_bundle
+    from himap_export.validate.loading import checkpoint_of
+
+    bundle = open_bundle(args.bundle)
+    checkpoint = checkpoint_of(bundle, args.model)
+    return completed(bundle, checkpoint) if bundle.manifest.weight_form == "absent" else bundle, checkpoint
+
+
+def _score(args: argparse.Namespace, argv: list[str]) -> None:
+    from himap_export.engines.backends import Opening
+    from himap_export.validate.scoring import Scoring, score
+
+    bundle, checkpoint = _opened(args)
+    asked = Scoring(
+        args.dataset, args.report, tuple(args.plan), args.text_budget, args.backend, args.seeds, args.limit,
+        args.max_new_tokens, args.skip_bad, " ".join(["himap-validate", *argv]),
+    )  # fmt: skip
+    lines, facts = score(bundle, checkpoint, Opening(args.threads, args.device), asked, _progress)
+    if args.json:
+        print(json.dumps(facts, indent=1))
+    _say(args, lines)
 
 
 def _validate(args: argparse.Namespace) -> Exit:
     from himap_export.engines.arrays import save_outputs
     from himap_export.engines.backends import Opening
-    from himap_export.engines.bundle import completed, open_bundle
     from himap_export.engines.cli import open_pipeline
     from himap_export.engines.layout import text_tokens
+    from himap_export.validate.loading import load_reference
     from himap_export.validate.parity import Asked, compare
     from himap_export.validate.questions import drawn_inputs, user_inputs
     from himap_export.validate.report import gates_json, parity_json, parity_lines
 
-    bundle = open_bundle(args.bundle)
-    checkpoint = _checkpoint(bundle, args.model)
-    if bundle.manifest.weight_form == "absent":
-        bundle = completed(bundle, checkpoint)
+    bundle, checkpoint = _opened(args)
     inputs = user_inputs(bundle, args.load_inputs, args.image, args.prompt, checkpoint)
     image_token = bundle.manifest.model.image_token
     needed = text_tokens(inputs.input_ids, inputs.attention_mask, image_token) if inputs else 0
-    bundle = bundle.at(args.plan, args.text_budget, needed)
+    bundle = bundle.at(next(iter(args.plan), None), args.text_budget, needed)
     inputs = inputs or drawn_inputs(bundle, args.prompts, args.seed)
     pipeline = open_pipeline(bundle, args.backend, Opening(args.threads, args.device), "himap-validate")
-    backend, asked = pipeline.backend, Asked(min(args.max_new_tokens, bundle.budget.new), args.atol, args.rtol)
-    parity = compare(pipeline, lambda dtype: _reference(checkpoint, dtype, args.threads), inputs, asked, _progress)
+    _save_captured(args, pipeline, inputs)
+    new_tokens = min(args.max_new_tokens or 32, bundle.budget.new)
+    backend, asked = pipeline.backend, Asked(new_tokens, args.atol, args.rtol)
+    parity = compare(pipeline, lambda dtype: load_reference(checkpoint, dtype, args.threads), inputs, asked, _progress)
     del pipeline
     result: dict[str, Any] = {"bundle": str(args.bundle), "backend": backend, "dtype": bundle.manifest.dtype}
     result |= {"plan": bundle.variant.plan_name, "text_budget": bundle.budget.text}
     result |= {"passed": parity.passed, "parity": parity_json(parity), "gates": gates_json(parity)}
     _say(args, parity_lines(parity, bundle, backend))
-    if args.save_outputs is not None:
+    if args.save_outputs is not None and args.save_outputs.suffix == ".npz":
         save_outputs(args.save_outputs, parity.outputs)
     if not args.no_speed:
         result["speed"] = _speed(args, bundle, checkpoint, backend)
@@ -100,6 +150,20 @@ def _validate(args: argparse.Namespace) -> Exit:
     if failed:
         print(f"himap-validate: gates failed: {', '.join(failed)}", file=sys.stderr)
     return Exit.GATE if failed else Exit.OK
+
+
+def _save_captured(args: argparse.Namespace, pipeline: "Pipeline", inputs: "Inputs") -> None:
+    """What each graph reads and writes, as polygraphy's JSON, where folders were asked for."""
+    folder = args.save_outputs if args.save_outputs is not None and args.save_outputs.suffix != ".npz" else None
+    if args.save_inputs is None and folder is None:
+        return
+    from himap_export.validate import polygraphy_json
+
+    captured = polygraphy_json.capture(pipeline, inputs)
+    if args.save_inputs is not None:
+        polygraphy_json.save_inputs(args.save_inputs, captured)
+    if folder is not None:
+        polygraphy_json.save_outputs(folder, captured, "himap-validate")
 
 
 def _speed(args: argparse.Namespace, bundle: "Bundle", checkpoint: Path, backend: str) -> dict[str, Any]:
@@ -120,35 +184,3 @@ def _progress(line: str) -> None:
 def _say(args: argparse.Namespace, lines: list[str]) -> None:
     if not args.json:
         print("\n".join(lines), flush=True)
-
-
-def _checkpoint(bundle: "Bundle", model: str | None) -> Path:
-    from himap_export.exporter.checkpoint import open_checkpoint
-    from himap_export.exporter.registry import resolve
-
-    name = model or bundle.manifest.model.source
-    try:
-        folder = resolve(name).folder
-    except HimapError as problem:
-        if model is not None or problem.code == Exit.MISSING:
-            raise
-        hint = "give its checkpoint with --model"
-        raise HimapError(f"the model of {bundle.folder} is not at {name}", hint=hint, code=Exit.MISSING) from None
-    assert folder is not None  # `resolve` fetches weights unless told not to
-    open_checkpoint(folder)
-    return folder
-
-
-def _reference(checkpoint: Path, dtype: "Dtype", threads: int) -> "Reference":
-    import torch
-    from transformers.utils import logging
-
-    from himap_export.validate.reference import Reference
-
-    torch.set_num_threads(threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        return Reference(checkpoint, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
-    except (OSError, ValueError) as problem:
-        raise HimapError(f"PyTorch cannot load {checkpoint}", str(problem).splitlines()[0]) from None

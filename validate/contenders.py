@@ -32,6 +32,7 @@ class PlanContender:
     seed: int
     pipeline: Pipeline
     new_tokens: int
+    baselines: tuple[str, ...] = ()  # whom it is compared with
 
     @property
     def batch(self) -> int:
@@ -96,11 +97,22 @@ def contenders(
             for name in controls:  # over one copy of the weights
                 beside.append(Pipeline(twin.at(name), backend, opening, beside[0].engines if beside else None))
             pipelines += beside
+        everyone = {p.bundle.variant.plan_name: (p.bundle.plan, p.bundle.budget.visual) for p in pipelines}
         yield [
-            PlanContender(p.bundle.variant.plan_name, seed, p, new_tokens)
+            PlanContender(name, seed, p, new_tokens, _baselines(name, everyone))
             for p in pipelines
+            for name in [p.bundle.variant.plan_name]
             for seed in range(seeds if p.bundle.plan.policy == "random" else 1)
         ]
+
+
+def _baselines(name: str, everyone: Mapping[str, Kept]) -> tuple[str, ...]:
+    """The unpruned model and, for a plan that ranks, whoever keeps as many tokens at the same cuts by chance."""
+    plan, visual = everyone[name]
+    chance = (plan.ranked_by("random"), visual)
+    ranks = plan.policy not in (*CONTROLS, UNPRUNED)
+    found = [other for other, kept in everyone.items() if not kept[0].cuts or (ranks and kept == chance)]
+    return tuple(other for other in found if other != name)
 
 
 def export_twin(bundle: Bundle, checkpoint: Path, backend: str, plans: Mapping[str, Kept], out: Path) -> Bundle:

@@ -56,6 +56,10 @@ class Prompter:
             raise HimapError("no token starts the answer after the prompt", details)
         return whole[len(before)]
 
+    def text_tokens(self, question: str) -> int:
+        """Tokens of the prompt that are not of the image: what a text budget has to hold."""
+        return len(self._ids(self.prompt.render(question))) - 1
+
     def _ids(self, text: str) -> list[int]:
         """The image's placeholder counts once: it is a token by itself, whatever follows it."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=self.prompt.add_special_tokens).ids

@@ -1,0 +1,139 @@
+"""How often each contender is right, and how sure that is: the run over a data set, and what it sums up to."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from himap_export.engines.arrays import Inputs
+from himap_export.validate.answers import Answered, AnswerLog
+from himap_export.validate.dataset import Dataset, Example, expected, is_right
+from himap_export.validate.prompter import Prompter
+from himap_export.validate.statistics import Interval, SeedSpread, accuracy_interval, over_seeds, paired_difference
+
+ALL = "all"
+Progress = Callable[[int, int], None]  # answers there are, answers there will be
+
+
+class Contender(Protocol):
+    """Who answers, greedily, up to `batch` prompts at a time; `numbers`: the examples' places in the data set."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    def answer(self, inputs: Sequence[Inputs], numbers: Sequence[int]) -> list[list[int]]: ...
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One contender on the questions of one type. `over`: paired differences to its baselines, by name; `seeds`: the
+    spread over the repetitions of a random one."""
+
+    questions: int
+    accuracy: Interval
+    over: Mapping[str, Interval]
+    seeds: SeedSpread | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`cells[name][type]`, "all" first; contenders and types in the order in which they were given and found."""
+
+    types: tuple[str, ...]
+    cells: Mapping[str, Mapping[str, Cell]]
+
+
+def run(
+    contenders: Sequence[Contender],
+    dataset: Dataset,
+    prompter: Prompter,
+    log: AnswerLog,
+    stop_tokens: Collection[int],
+    progress: Progress,
+) -> None:
+    """Asks everyone whatever `log` does not hold yet."""
+    size, total = max(c.batch for c in contenders), len(contenders) * len(dataset.examples)
+    numbered = list(enumerate(dataset.examples))
+    progress(done := sum((c.name, c.seed, e.line) in log.done for c in contenders for e in dataset.examples), total)
+    # Examples outside, contenders inside: every image is read and preprocessed once, and none is kept.
+    for at in range(0, len(numbered), size):
+        chunk, prepared = numbered[at : at + size], dict[int, Inputs]()
+        for contender in contenders:
+            asked = [(n, e) for n, e in chunk if (contender.name, contender.seed, e.line) not in log.done]
+            prepared |= {n: prompter.arrays(e) for n, e in asked if n not in prepared}
+            for start in range(0, len(asked), contender.batch):
+                batch = asked[start : start + contender.batch]
+                numbers = [n for n, _ in batch]
+                tokens = contender.answer([prepared[n] for n in numbers], numbers)
+                said = [prompter.text(row, stop_tokens) for row in tokens]
+                log.append([_answered(contender, e, text) for (_, e), text in zip(batch, said, strict=True)])
+                progress(done := done + len(batch), total)
+
+
+def _answered(contender: Contender, e: Example, said: str) -> Answered:
+    right = is_right(e, said)
+    return Answered(contender.name, contender.seed, e.line, e.id, e.type, said, expected(e), right)
+
+
+def summarise(answered: Sequence[Answered], dataset: Dataset, baselines: Mapping[str, Sequence[str]]) -> Summary:
+    """`baselines` lists all contenders and whom each is compared with. KeyError if one lacks answers."""
+    lines = [e.line for e in dataset.examples]
+    kinds = np.array([e.type for e in dataset.examples])
+    types = (ALL, *dict.fromkeys(kind for kind in kinds.tolist() if kind))
+    right = {name: _right(answered, name, lines) for name in baselines}
+    cells: dict[str, dict[str, Cell]] = {}
+    for name, others in baselines.items():
+        cells[name] = {}
+        for kind in types:
+            here = np.ones(len(kinds), bool) if kind == ALL else kinds == kind
+            mine = right[name][:, here]
+            over = {other: paired_difference(mine, right[other][:, here], seed=0) for other in others}
+            spread = over_seeds(mine) if len(mine) > 1 else None
+            cells[name][kind] = Cell(int(here.sum()), accuracy_interval(mine, seed=0), over, spread)
+    return Summary(types, cells)
+
+
+def _right(answered: Sequence[Answered], name: str, lines: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """[seeds, n]"""
+    found = {(a.seed, a.line): a.right for a in answered if a.policy == name}
+    seeds = sorted({seed for seed, _ in found}) or [0]
+    return np.array([[found[seed, line] for line in lines] for seed in seeds])
+
+
+def summary_lines(summary: Summary) -> list[str]:
+    """Accuracy by contender and type, then each contender against its baselines."""
+    rows = [("", *summary.types)]
+    rows.append(("questions", *(f"{next(iter(summary.cells.values()))[kind].questions}" for kind in summary.types)))
+    rows += [
+        (name, *(f"{cells[kind].accuracy.mean:.1%}" for kind in summary.types)) for name, cells in summary.cells.items()
+    ]
+    lines = _aligned(rows)
+    differences = [("", "over", "points", "95 % interval")]
+    for name, cells in summary.cells.items():
+        for other, i in cells[ALL].over.items():
+            differences.append((name, other, f"{i.mean * 100:+.1f}", f"{i.low * 100:+.1f} to {i.high * 100:+.1f}"))
+    return [*lines, "", "paired differences on all questions:", *_aligned(differences)]
+
+
+def points(i: Interval) -> str:
+    """A difference in percentage points: +1.2 (-0.3 to +2.7)."""
+    return f"{i.mean * 100:+.1f} ({i.low * 100:+.1f} to {i.high * 100:+.1f})"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+
+
+def summary_json(summary: Summary) -> dict[str, Any]:
+    """{"types": [..], "accuracy": {contender: {type: {questions, accuracy, over, seeds}}}}"""
+    cells = {name: {kind: asdict(cell) for kind, cell in found.items()} for name, found in summary.cells.items()}
+    return {"types": list(summary.types), "accuracy": cells}

@@ -1,0 +1,139 @@
+"""An accuracy study as people read it: who is right how often, against whom, and on which patches."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from himap_export.engines.bundle import Bundle
+from himap_export.engines.image import load_image
+from himap_export.engines.picture import kept_patches
+from himap_export.graphs.plan import POLICIES
+from himap_export.validate.accuracy import ALL, Cell, Summary, points
+from himap_export.validate.answers import Answered
+from himap_export.validate.contenders import PlanContender, request_seed
+from himap_export.validate.dataset import Dataset, Example
+from himap_export.validate.html.images import kept_image, png
+from himap_export.validate.html.page import Block, Facts, Figure, Gallery, Page, Picture, Section, Table, Text
+from himap_export.validate.html.plots import Series, bars
+from himap_export.validate.prompter import Prompter
+
+SHOWN = 6  # example images
+HOW = (
+    "An answer is right if it is the expected one, but for case, white space and final punctuation; of options the "
+    "letter counts. Intervals are 95 %, resampled from the questions 10,000 times; differences are paired, question by "
+    "question. Repetitions of a random plan are averaged per question first: they are no further questions."
+)
+
+
+def accuracy_page(
+    summary: Summary,
+    answered: Sequence[Answered],
+    crowd: Sequence[PlanContender],
+    data: Dataset,
+    prompter: Prompter,
+    bundle: Bundle,
+    command: str,
+) -> Page:
+    """Headline, plot and tables, and example images with the patches that the first pruned plan kept."""
+    m, first = bundle.manifest, next((c for c in crowd if c.pipeline.bundle.plan.cuts), crowd[0])
+    sections = (
+        Section("Accuracy", (_facts(summary, first), _plot(summary), _table(summary, crowd))),
+        Section("Against the unpruned model and against chance", (_differences(summary), Text(HOW))),
+        *([Section("What was kept", _examples(first, answered, data, prompter))] if first.baselines else []),
+        Section("How this was made", (Text(_plans(crowd)), Text(f"`{command}`"))),
+    )
+    budget = f"{m.dtype}, {first.pipeline.backend}, text budget {bundle.budget.text}, batch {bundle.budget.batch}"
+    skipped = f"; {len(data.skipped)} lines left out" if data.skipped else ""
+    return Page(f"Accuracy of {m.model.name}, pruned", f"{len(data.examples)} questions{skipped}; {budget}", sections)
+
+
+def _facts(summary: Summary, first: PlanContender) -> Facts:
+    items = [("questions", f"{_cell(summary, first.name).questions}", f"of {len(summary.types) - 1} types")]
+    for name in dict.fromkeys((first.name, *first.baselines)):
+        i = _cell(summary, name).accuracy
+        items.append((name, f"{i.mean:.1%}", f"{i.low:.1%} to {i.high:.1%}"))
+    items.append(("FLOPs kept", f"{first.flops:.0%}", f"by {first.name}, of the decoder's prefill"))
+    return Facts(tuple(items))
+
+
+def _cell(summary: Summary, name: str, kind: str = ALL) -> Cell:
+    return summary.cells[name][kind]
+
+
+def _plot(summary: Summary) -> Figure:
+    series = []
+    for name, cells in summary.cells.items():
+        found = [cells[kind].accuracy for kind in summary.types]
+        mean, low, high = (tuple(100 * getattr(i, what) for i in found) for what in ("mean", "low", "high"))
+        series.append(Series(name, mean, low, high))
+    title = "Right answers by type of question, with 95 % intervals"
+    return bars("accuracy", title, summary.types, series, "right answers (%)")
+
+
+def _table(summary: Summary, crowd: Sequence[PlanContender]) -> Table:
+    flops = {c.name: c.flops for c in crowd}
+    rows = []
+    for name, cells in summary.cells.items():
+        found = [cells[kind].accuracy for kind in summary.types]
+        cells_text = [f"{i.mean:.1%} ±{100 * (i.high - i.low) / 2:.1f}" for i in found]
+        rows.append((name, f"{flops[name]:.0%}", *cells_text))
+    counts = ("questions", "", *(f"{next(iter(summary.cells.values()))[kind].questions}" for kind in summary.types))
+    caption = "± is half the 95 % interval, in percentage points."
+    return Table(("", "FLOPs kept", *summary.types), (counts, *rows), caption)
+
+
+def _differences(summary: Summary) -> Table:
+    rows = [
+        (f"{name} - {other}", *(points(cells[kind].over[other]) for kind in summary.types))
+        for name, cells in summary.cells.items()
+        for other in cells[ALL].over
+    ]
+    spread = [
+        (f"{name}, {seeds[0].seeds} seeds", *(f"{s.low:.1%} to {s.high:.1%}" for s in seeds))
+        for name, cells in summary.cells.items()
+        if (seeds := [s for kind in summary.types if (s := cells[kind].seeds) is not None])
+    ]
+    caption = "Percentage points; below them, the worst and the best seed of each random control."
+    return Table(("", *summary.types), (*rows, *spread), caption)
+
+
+def _plans(crowd: Sequence[PlanContender]) -> str:
+    told = {}
+    for c in crowd:
+        budget, plan = c.pipeline.bundle.budget, c.pipeline.bundle.plan
+        cuts = ", ".join(f"{cut.criterion} at layer {cut.layer}" for cut in plan.cuts) or "no cut"
+        policy = f" ({plan.policy})" if plan.policy != c.name and plan.policy in POLICIES else ""
+        told[c.name] = f"{c.name}{policy}: {cuts}; image tokens {' → '.join(map(str, budget.visual))}"
+    return "\n\n".join(told.values())
+
+
+def _examples(
+    first: PlanContender, answered: Sequence[Answered], data: Dataset, prompter: Prompter
+) -> tuple[Block, ...]:
+    """Half of them answered rightly, half wrongly though the unpruned model is right, as far as there are any."""
+    right = {(a.policy, a.line): a for a in answered if a.seed == 0}
+    numbered = list(enumerate(data.examples))
+    whole = first.baselines[0]
+    good = [(n, e) for n, e in numbered if right[first.name, e.line].right]
+    lost = [(n, e) for n, e in numbered if not right[first.name, e.line].right and right[whole, e.line].right]
+    chosen = [*good[: SHOWN // 2], *lost[: SHOWN // 2]]
+    pictures = [
+        Picture(f"kept-{e.line}", _drawn(first, n, e, prompter), _caption(right[first.name, e.line], e))
+        for n, e in chosen
+    ]
+    cut = first.pipeline.stages[-1].upper()
+    return (Gallery(tuple(pictures), f"The patches that {first.name} keeps behind its last cut, {cut}."),)
+
+
+def _drawn(first: PlanContender, number: int, e: Example, prompter: Prompter) -> bytes:
+    inputs, bundle = prompter.arrays(e), first.pipeline.bundle
+    seeds = np.array([request_seed(first.seed, number)])
+    prefilled, _ = first.pipeline.prefill(inputs.input_ids, inputs.pixel_values, seeds=seeds)
+    kept = list(prefilled.kept.values())[-1][0]
+    mask = kept_patches(inputs.input_ids[0], kept, bundle.manifest.model.image_token)
+    return png(kept_image(load_image(e.image), prompter.image, mask))
+
+
+def _caption(a: Answered, e: Example) -> str:
+    verdict = "right" if a.right else f"wrong: {a.expected}"
+    return f"{e.question} - {a.said.strip() or '(nothing)'} ({verdict})"

@@ -1,0 +1,116 @@
+"""`himap-validate --dataset`: a bundle's plans, the unpruned model and the controls answer a data set."""
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from himap_export.engines.backends import Opening
+from himap_export.engines.bundle import Bundle
+from himap_export.engines.cli import open_pipeline
+from himap_export.engines.manifest import FILE_NAME
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.validate.accuracy import run, summarise, summary_json, summary_lines
+from himap_export.validate.accuracy_page import accuracy_page
+from himap_export.validate.answers import AnswerLog, read_log
+from himap_export.validate.contenders import contenders
+from himap_export.validate.dataset import Dataset, prompt_of, read_dataset
+from himap_export.validate.html.page import write_report
+from himap_export.validate.prompter import Prompter, prompter_of_bundle
+
+ANSWERS = "answers.jsonl"
+SHORT = 8  # tokens of an answer, unless asked otherwise: a word or an option's letter
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """`plans` of the bundle to score (none named: all), random ones `seeds` times, on the first `limit` lines."""
+
+    dataset: Path
+    report: Path
+    plans: tuple[str, ...]
+    text_budget: int | None
+    backend: str | None
+    seeds: int
+    limit: int | None
+    new_tokens: int | None
+    skip_bad: bool
+    command: str
+
+
+def score(
+    bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring, progress: Callable[[str], None]
+) -> tuple[list[str], dict[str, Any]]:
+    """Answers what `report`/answers.jsonl does not hold yet, writes the report, and tells the result as text and JSON.
+
+    HimapError (usage) for bad lines, a prompt longer than the text budget, or an unknown plan.
+    """
+    data = read_dataset(asked.dataset, asked.skip_bad)
+    data = Dataset(data.examples[: asked.limit], data.skipped)
+    for line in data.skipped:
+        progress(f"left out: {line}")
+    prompter = prompter_of_bundle(bundle, checkpoint)
+    names = asked.plans or tuple(dict.fromkeys(v.plan_name for v in bundle.manifest.variants))
+    bundle = bundle.at(names[0], asked.text_budget, _longest(prompter, data, bundle, asked))
+    new_tokens = min(asked.new_tokens or SHORT, bundle.budget.new)
+    first = open_pipeline(bundle, asked.backend, opening, "himap-validate")
+    header = {
+        "bundle": _sha256(bundle.path(FILE_NAME)), "dataset": _sha256(asked.dataset), "plans": list(names),
+        "text_budget": bundle.budget.text, "backend": first.backend, "max_new_tokens": new_tokens,
+    }  # fmt: skip
+    asked.report.mkdir(parents=True, exist_ok=True)
+    with (
+        AnswerLog(asked.report / ANSWERS, header) as log,
+        contenders(first, checkpoint, opening, names, asked.seeds, new_tokens) as crowd,
+    ):
+        with _counted(progress) as counted:
+            run(crowd, data, prompter, log, bundle.manifest.model.eos_tokens, counted)
+        wanted = {(c.name, c.seed) for c in crowd}
+        lines = {e.line for e in data.examples}
+        answered = [a for a in read_log(log.file) if (a.policy, a.seed) in wanted and a.line in lines]
+        summary = summarise(answered, data, {c.name: c.baselines for c in crowd})
+        facts = header | {"flops_kept": {c.name: c.flops for c in crowd}, "skipped": list(data.skipped)}
+        facts |= summary_json(summary)
+        page = accuracy_page(summary, answered, crowd, data, prompter, bundle, asked.command)
+    written = write_report(asked.report, page, facts)
+    return [*summary_lines(summary), "", f"report: {written}"], facts
+
+
+def _longest(prompter: Prompter, data: Dataset, bundle: Bundle, asked: Scoring) -> int:
+    """Text tokens of the longest prompt; HimapError (usage) with its line if no text budget holds it."""
+    lengths = {e.line: prompter.text_tokens(prompt_of(e)) for e in data.examples}
+    line, longest = max(lengths.items(), key=lambda item: item[1])
+    budget = asked.text_budget or max(v.budget.text for v in bundle.manifest.variants)
+    if longest > budget:
+        summary = f"line {line} of {asked.dataset} has {longest} text tokens"
+        raise HimapError(
+            summary, f"the budget is {budget}", f"export with --text-budget {longest}, or leave it out", Exit.USAGE
+        )
+    return longest
+
+
+@contextmanager
+def _counted(progress: Callable[[str], None]) -> Iterator[Callable[[int, int], None]]:
+    """Counts answers: a bar on a terminal, else a line at every tenth."""
+    from tqdm import tqdm
+
+    told = -1
+    with tqdm(unit=" answers", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def count(done: int, total: int) -> None:
+            nonlocal told
+            bar.total, bar.n = total, done
+            bar.refresh()
+            if bar.disable and 10 * done // total > told:
+                told = 10 * done // total
+                progress(f"{done} of {total} answers")
+
+        yield count
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
