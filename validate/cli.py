@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from himap_export.engines.arrays import Inputs
     from himap_export.engines.bundle import Bundle
     from himap_export.engines.pipeline import Pipeline
+    from himap_export.validate.speed import Speed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     for problem in _misuse(args):
         parser.error(problem)
     words = sys.argv[1:] if argv is None else argv
-    run_command("himap-validate", lambda: _score(args, words) if args.dataset is not None else _validate(args))
+    run_command("himap-validate", lambda: _score(args, words) if args.dataset is not None else _validate(args, words))
 
 
 def _misuse(args: argparse.Namespace) -> Iterator[str]:
@@ -114,7 +115,7 @@ def _score(args: argparse.Namespace, argv: list[str]) -> None:
     _say(args, lines)
 
 
-def _validate(args: argparse.Namespace) -> Exit:
+def _validate(args: argparse.Namespace, argv: list[str]) -> Exit:
     from himap_export.engines.arrays import save_outputs
     from himap_export.engines.backends import Opening
     from himap_export.engines.cli import open_pipeline
@@ -122,7 +123,7 @@ def _validate(args: argparse.Namespace) -> Exit:
     from himap_export.validate.loading import load_reference
     from himap_export.validate.parity import Asked, compare
     from himap_export.validate.questions import drawn_inputs, user_inputs
-    from himap_export.validate.report import gates_json, parity_json, parity_lines
+    from himap_export.validate.report import gates_json, parity_json, parity_lines, speed_json
 
     bundle, checkpoint = _opened(args)
     inputs = user_inputs(bundle, args.load_inputs, args.image, args.prompt, checkpoint)
@@ -142,8 +143,15 @@ def _validate(args: argparse.Namespace) -> Exit:
     _say(args, parity_lines(parity, bundle, backend))
     if args.save_outputs is not None and args.save_outputs.suffix == ".npz":
         save_outputs(args.save_outputs, parity.outputs)
-    if not args.no_speed:
-        result["speed"] = _speed(args, bundle, checkpoint, backend)
+    speed = None if args.no_speed else _speed(args, bundle, checkpoint, backend)
+    if speed is not None:
+        result["speed"] = speed_json(speed)
+    if args.report is not None:
+        from himap_export.validate.html.page import write_report
+        from himap_export.validate.parity_page import parity_page
+
+        page = parity_page(parity, speed, bundle, backend, " ".join(["himap-validate", *argv]))
+        _say(args, ["", f"report: {write_report(args.report, page, result)}"])
     if args.json:
         print(json.dumps(result, indent=1))
     failed = [gate.name for gate in parity.gates if not gate.passed]
@@ -166,15 +174,15 @@ def _save_captured(args: argparse.Namespace, pipeline: "Pipeline", inputs: "Inpu
         polygraphy_json.save_outputs(folder, captured, "himap-validate")
 
 
-def _speed(args: argparse.Namespace, bundle: "Bundle", checkpoint: Path, backend: str) -> dict[str, Any]:
-    from himap_export.validate.report import speed_json, speed_lines
+def _speed(args: argparse.Namespace, bundle: "Bundle", checkpoint: Path, backend: str) -> "Speed":
+    from himap_export.validate.report import speed_lines
     from himap_export.validate.speed import ceiling, measure
 
     _say(args, [f"\nspeed: FLOPs allow {ceiling(bundle):.2f}x over the unpruned decoder prefill"])
     _progress(f"exporting the unpruned twin, then {args.warm_up} + {args.iterations} rounds of three processes")
     speed = measure(bundle, checkpoint, backend, args.iterations, args.warm_up, args.threads)
     _say(args, speed_lines(speed))
-    return speed_json(speed)
+    return speed
 
 
 def _progress(line: str) -> None:

@@ -1,0 +1,125 @@
+"""The run over a data set with contenders whose accuracy is known, and what it sums up to."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from himap_export.engines.arrays import Inputs
+from himap_export.validate.accuracy import run, summarise, summary_json, summary_lines
+from himap_export.validate.answers import Answered, AnswerLog, read_log
+from himap_export.validate.dataset import Dataset, read_dataset
+from himap_export.validate.prompter import Prompter, prompter_of_checkpoint
+
+ROOT = Path(__file__).parents[2]
+SHAPES = ROOT / "exporter" / "shapes"
+
+
+@dataclass
+class Knows:
+    """Says the right answer to the examples whose number is in `known`, and the end of a sentence to the others."""
+
+    name: str
+    known: frozenset[int]
+    labels: Sequence[int]
+    stop: int
+    seed: int = 0
+    batch: int = 2
+    fails_at: int | None = None
+    asked: list[int] = field(default_factory=list)
+
+    def answer(self, inputs: Sequence[Inputs], numbers: Sequence[int]) -> list[list[int]]:
+        assert len(inputs) == len(numbers) <= self.batch and all(i.input_ids.shape[0] == 1 for i in inputs)
+        if self.fails_at is not None and len(self.asked) >= self.fails_at:
+            raise KeyboardInterrupt
+        self.asked += numbers
+        return [[self.labels[n], self.stop] if n in self.known else [self.stop] for n in numbers]
+
+
+@pytest.fixture(scope="module")
+def prompter() -> Prompter:
+    return prompter_of_checkpoint(SHAPES)
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return read_dataset(ROOT / "examples" / "shapes" / "images" / "questions.jsonl")
+
+
+def stop_of(prompter: Prompter) -> int:
+    found = json.loads((SHAPES / "generation_config.json").read_text())["eos_token_id"]
+    return int(found if isinstance(found, int) else found[0])
+
+
+def crowd(prompter: Prompter, data: Dataset, fails_at: int | None = None) -> list[Knows]:
+    labels, stop = [prompter.label(e) for e in data.examples], stop_of(prompter)
+    everything = frozenset(range(len(labels)))
+    return [
+        Knows("none", everything, labels, stop),
+        Knows("himap", frozenset([0, 1, 2]), labels, stop, batch=3),
+        Knows("random", frozenset([0]), labels, stop, seed=0, fails_at=fails_at),
+        Knows("random", frozenset([0, 3]), labels, stop, seed=1),
+    ]
+
+
+def asked(prompter: Prompter, data: Dataset, file: Path, contenders: list[Knows]) -> list[Answered]:
+    with AnswerLog(file, {"what": "test"}) as log:
+        run(contenders, data, prompter, log, [stop_of(prompter)], lambda done, total: None)
+    return read_log(file)
+
+
+def test_everyone_is_asked_everything_once(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:
+    contenders = crowd(prompter, data)
+    answered = asked(prompter, data, tmp_path / "a.jsonl", contenders)
+    assert len(answered) == len(contenders) * len(data.examples) == len({a.key for a in answered})
+    for contender in contenders:
+        assert contender.asked == list(range(len(data.examples)))
+        right = {a.line for a in answered if a.policy == contender.name and a.seed == contender.seed and a.right}
+        assert right == {e.line for n, e in enumerate(data.examples) if n in contender.known}
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:
+    whole = asked(prompter, data, tmp_path / "whole.jsonl", crowd(prompter, data))
+    with pytest.raises(KeyboardInterrupt):
+        asked(prompter, data, tmp_path / "cut.jsonl", crowd(prompter, data, fails_at=2))
+    before = read_log(tmp_path / "cut.jsonl")
+    assert 0 < len(before) < len(whole)
+    rest = crowd(prompter, data)
+    resumed = asked(prompter, data, tmp_path / "cut.jsonl", rest)
+    assert sum(len(c.asked) for c in rest) == len(whole) - len(before)
+    assert sorted(resumed, key=lambda a: a.key) == sorted(whole, key=lambda a: a.key)
+
+
+def test_progress_counts_up_to_all(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    with AnswerLog(tmp_path / "a.jsonl", {}) as log:
+        run(crowd(prompter, data), data, prompter, log, [stop_of(prompter)], lambda *counts: told.append(counts))
+    total = 4 * len(data.examples)
+    assert told[0] == (0, total) and told[-1] == (total, total) and told == sorted(told)
+
+
+def test_the_summary_by_hand(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:
+    answered, n = asked(prompter, data, tmp_path / "a.jsonl", crowd(prompter, data)), len(data.examples)
+    summary = summarise(answered, data, {"none": (), "himap": ("none", "random"), "random": ("none",)})
+    assert summary.types == ("all", *dict.fromkeys(e.type for e in data.examples))
+    himap, random = summary.cells["himap"]["all"], summary.cells["random"]["all"]
+    assert himap.accuracy.mean == pytest.approx(3 / n) and himap.seeds is None and himap.questions == n
+    assert random.accuracy.mean == pytest.approx(1.5 / n)
+    assert random.seeds is not None and (random.seeds.low, random.seeds.high) == pytest.approx((1 / n, 2 / n))
+    assert himap.over["random"].mean == pytest.approx(1.5 / n) and himap.over["none"].mean == pytest.approx(3 / n - 1)
+    one = data.examples[0].type
+    of_type = [number for number, e in enumerate(data.examples) if e.type == one]
+    right = np.isin(of_type, [0, 1, 2]).mean()
+    assert summary.cells["himap"][one].accuracy.mean == pytest.approx(right)
+    text = "\n".join(summary_lines(summary))
+    assert f"{3 / n:.1%}" in text and "himap" in text and "paired differences" in text
+    assert json.loads(json.dumps(summary_json(summary)))["accuracy"]["himap"]["all"]["questions"] == n
+
+
+def test_missing_answers_are_no_wrong_answers(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:
+    answered = asked(prompter, data, tmp_path / "a.jsonl", crowd(prompter, data))
+    with pytest.raises(KeyError):
+        summarise(answered[1:], data, {"none": ()})

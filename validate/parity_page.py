@@ -1,0 +1,95 @@
+"""A validation as people read it: what was compared, what it may differ by, and how fast it is beside the ceiling."""
+
+import math
+
+from himap_export.engines.bundle import Bundle
+from himap_export.validate.html.page import Block, Facts, Figure, Page, Section, Table, Text
+from himap_export.validate.html.plots import Series, bars
+from himap_export.validate.parity import Parity
+from himap_export.validate.speed import TORCH, UNPRUNED, Speed
+from himap_export.validate.workers import ACTS, Times
+
+HOW = (
+    "Everything is compared with Hugging Face's own modules in fp32, cut between their layers. A kept set may differ "
+    "only where the reference's scores lie closer together than their measured error: that is a tie, and what lies "
+    "behind it is compared with the reference's choice forced."
+)
+
+
+def parity_page(parity: Parity, speed: Speed | None, bundle: Bundle, backend: str, command: str) -> Page:
+    """Verdict, tensors, kept sets, and the times if they were measured."""
+    m = bundle.manifest
+    sections = [
+        Section("Verdict", (_facts(parity, speed, bundle), Text(HOW))),
+        Section("Tensors", (_tensors(parity),)),
+        Section("Kept image tokens and answers", (_kept(parity),)),
+    ]
+    if speed is not None:
+        sections.append(Section("Speed, side by side", _speed(speed)))
+    sections.append(Section("How this was made", (Text(f"`{command}`"),)))
+    tokens = " → ".join(map(str, bundle.budget.visual))
+    subtitle = f"{m.model.name}, {backend}, {m.dtype}; plan {bundle.variant.plan_name}, image tokens {tokens}"
+    return Page(f"Validation of {bundle.folder.name}", subtitle, tuple(sections))
+
+
+def _facts(parity: Parity, speed: Speed | None, bundle: Bundle) -> Facts:
+    failed = [gate.name for gate in parity.gates if not gate.passed]
+    items = [
+        ("parity", "failed" if failed else "passed", ", ".join(failed) or f"{len(parity.gates)} gates"),
+        ("prompts", f"{parity.prompts}", "against PyTorch in fp32"),
+        ("tokens equal", f"{parity.answers.equal} of {parity.answers.total}", "greedy answers"),
+    ]
+    if speed is not None:
+        median, low, high = speed.over(UNPRUNED, "prefill")
+        ceiling = f"{low:.2f} to {high:.2f}; FLOPs allow {speed.ceiling:.2f}x"
+        items.append(("prefill over unpruned", f"{median:.2f}x", ceiling))
+    return Facts(tuple(items))
+
+
+def _tensors(parity: Parity) -> Table:
+    gates = {gate.name: gate for gate in parity.gates}
+    rows = [
+        (
+            t.name, f"{t.max_abs:.1e}", f"{gates[t.name].limit:.1e}", f"{t.scale:.1e}",
+            f"{max(0.0, 1 - t.cosine):.1e}", "ok" if gates[t.name].passed else "FAIL",
+        )
+        for t in parity.tensors
+    ]  # fmt: skip
+    wrong = tuple(n for n, row in enumerate(rows) if row[-1] == "FAIL")
+    head = ("tensor", "largest difference", "allowed", "largest value", "1 - cosine", "gate")
+    return Table(head, tuple(rows), strong=wrong)
+
+
+def _kept(parity: Parity) -> Table:
+    rows = []
+    for c in parity.cuts:
+        margin = f"{c.margin:.1e}" if math.isfinite(c.margin) else "-"
+        rows.append((c.name, c.verdict, f"{c.kept - c.swapped} of {c.kept}", margin, f"{c.error:.1e}"))
+    return Table(("cut", "verdict", "image tokens that agree", "score margin", "score error"), tuple(rows))
+
+
+def _speed(speed: Speed) -> tuple[Block, ...]:
+    rows = [(t.name, *(_time(t, act) for act in ACTS), f"{t.peak_bytes / 2**20:.0f} MiB") for t in speed.times]
+    over = [(f"over {name}", *(_ratio(speed.over(name, act)) for act in ACTS), "") for name in (UNPRUNED, TORCH)]
+    head = ("", *ACTS, "peak memory")
+    caption = "Medians with the lowest and highest round. Contenders take turns; ratios are taken within a round."
+    return _bars(speed), Table(head, (*rows, *over), caption)
+
+
+def _bars(speed: Speed) -> Figure:
+    series = []
+    for t in speed.times:
+        found = [sorted(t.seconds[act]) for act in ACTS]
+        median = tuple(1e3 * t.median(act) for act in ACTS)
+        series.append(Series(t.name, median, tuple(1e3 * s[0] for s in found), tuple(1e3 * s[-1] for s in found)))
+    title = "Time by act, median with the lowest and highest round"
+    return bars("speed", title, ("vision", "prefill", "decode, a token"), series, "ms")
+
+
+def _time(t: Times, act: str) -> str:
+    seconds = t.seconds[act]
+    return f"{1e3 * t.median(act):.1f} ms ({1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f})"
+
+
+def _ratio(found: tuple[float, float, float]) -> str:
+    return f"{found[0]:.2f}x ({found[1]:.2f} to {found[2]:.2f})"
