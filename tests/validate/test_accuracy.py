@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from himap_export.engines.arrays import Inputs
+from himap_export.validate import prompter as prompter_module
 from himap_export.validate.accuracy import run, summarise, summary_json, summary_lines
 from himap_export.validate.answers import Answered, AnswerLog, read_log
-from himap_export.validate.dataset import Dataset, read_dataset
+from himap_export.validate.dataset import Dataset, Example, read_dataset
 from himap_export.validate.prompter import Prompter, prompter_of_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -123,3 +124,57 @@ def test_missing_answers_are_no_wrong_answers(prompter: Prompter, data: Dataset,
     answered = asked(prompter, data, tmp_path / "a.jsonl", crowd(prompter, data))
     with pytest.raises(KeyError):
         summarise(answered[1:], data, {"none": ()})
+
+
+def test_everyone_sees_its_example_and_speaks_until_the_end(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:
+    class Talks(Knows):
+        def answer(self, inputs: Sequence[Inputs], numbers: Sequence[int]) -> list[list[int]]:
+            for given, number in zip(inputs, numbers, strict=True):
+                own = prompter.arrays(data.examples[number])
+                np.testing.assert_array_equal(given.input_ids, own.input_ids)
+                np.testing.assert_array_equal(given.pixel_values, own.pixel_values)
+            return [[self.labels[n], self.stop, *self.labels] for n in numbers]
+
+    labels = [prompter.label(e) for e in data.examples]
+    contenders = [Talks(f"{batch}", frozenset(), labels, stop_of(prompter), batch=batch) for batch in (3, 2)]
+    for a in asked(prompter, data, tmp_path / "a.jsonl", [*contenders]):
+        assert a.said == a.expected == data.examples[a.line - 1].answer and a.right
+
+
+def test_a_picture_is_read_once_whoever_asks(
+    prompter: Prompter, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    load = prompter_module.load_image
+    monkeypatch.setattr(prompter_module, "load_image", lambda file: (read.append(file), load(file))[1])
+    asked(prompter, data, tmp_path / "a.jsonl", crowd(prompter, data))
+    assert read == [e.image for e in data.examples]
+
+
+RIGHT = {  # by contender and seed, on lines 1 to 6; the first four are of type "a", the others of type "b"
+    ("none", 0): "111101",
+    ("himap", 0): "101100",
+    ("random", 0): "100010",
+    ("random", 1): "110000",
+    ("random", 2): "000000",
+}
+
+
+def test_differences_within_a_type_are_of_its_questions() -> None:
+    kinds = "aaaabb"
+    data = Dataset(tuple(Example(n + 1, "", Path(), "", "", kind) for n, kind in enumerate(kinds)), ())
+    answered = [
+        Answered(name, seed, n + 1, "", kinds[n], "", "", row[n] == "1")
+        for (name, seed), row in RIGHT.items()
+        for n in (3, 5, 0, 1, 4, 2)  # a resumed log is in any order
+    ]
+    shares = {"none": (5 / 6, 1, 1 / 2), "himap": (1 / 2, 3 / 4, 0), "random": (4 / 18, 3 / 12, 1 / 6)}
+    summary = summarise(answered, data, {"none": (), "himap": ("none", "random", "himap"), "random": ("none",)})
+    for name, cells in summary.cells.items():
+        for kind, share, n in zip(("all", "a", "b"), shares[name], (6, 4, 2), strict=True):
+            assert cells[kind].questions == n and cells[kind].accuracy.mean == pytest.approx(share)
+            for other, difference in cells[kind].over.items():
+                theirs = shares[other][("all", "a", "b").index(kind)]
+                assert difference.mean == pytest.approx(share - theirs)
+    own = summary.cells["himap"]["all"]
+    assert (own.over["himap"].low, own.over["himap"].high) == (0, 0) and own.accuracy.low < own.accuracy.high
