@@ -5,14 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from himap_export.engines.bundle import Bundle
-from himap_export.engines.image import load_image
+from himap_export.engines.image import crop_view, load_image
 from himap_export.engines.picture import kept_patches
 from himap_export.graphs.plan import POLICIES
 from himap_export.validate.accuracy import ALL, Cell, Summary, points
 from himap_export.validate.answers import Answered
 from himap_export.validate.contenders import PlanContender, request_seed
 from himap_export.validate.dataset import Dataset, Example
-from himap_export.validate.html.images import kept_image, png
+from himap_export.validate.html.images import kept_patches as drawn_patches
+from himap_export.validate.html.images import png
 from himap_export.validate.html.page import Block, Facts, Figure, Gallery, Page, Picture, Section, Table, Text
 from himap_export.validate.html.plots import Series, bars
 from himap_export.validate.prompter import Prompter
@@ -131,7 +132,7 @@ def _drawn(first: PlanContender, number: int, e: Example, prompter: Prompter) ->
     prefilled, _ = first.pipeline.prefill(inputs.input_ids, inputs.pixel_values, seeds=seeds)
     kept = list(prefilled.kept.values())[-1][0]
     mask = kept_patches(inputs.input_ids[0], kept, bundle.manifest.model.image_token)
-    return png(kept_image(load_image(e.image), prompter.image, mask))
+    return png(drawn_patches(crop_view(load_image(e.image), prompter.image, 1), mask))
 
 
 def _caption(a: Answered, e: Example) -> str:

@@ -1,0 +1,102 @@
+"""Everything an analysis finds, in one pass over a data set."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from himap_export.engines.image import load_image
+from himap_export.validate.analysis.disruption import KINDS, Disruption, disruption
+from himap_export.validate.analysis.gradcam import grad_cams
+from himap_export.validate.analysis.overlay import overlay, strip
+from himap_export.validate.analysis.recommend import Curves, Recommendation, recommend
+from himap_export.validate.analysis.saliency import LayerFlow, saliency
+from himap_export.validate.analysis.sample import Progress, Sample, average
+from himap_export.validate.analysis.shares import LayerShares, shares
+from himap_export.validate.dataset import Example, expected
+from himap_export.validate.prompter import Prompter
+from himap_export.validate.reference import Reference
+
+
+@dataclass(frozen=True)
+class Asked:
+    """`width` layers disrupted together; Grad-CAM of the first `cams` questions, `smooth` noisy copies each."""
+
+    width: int
+    cams: int
+    smooth: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One question's Grad-CAM over its image: a contact sheet of the decoder's layers, one of the tower's."""
+
+    question: str
+    answer: str
+    decoder: Image.Image
+    vision: Image.Image
+
+
+@dataclass(frozen=True)
+class Flow:
+    """`flows[i][l]` and `shares[i][l]`: saliency and attention shares of sample i in layer l."""
+
+    layers: int
+    image_tokens: int
+    flows: list[tuple[LayerFlow, ...]]
+    shares: list[tuple[LayerShares, ...]]
+    disruptions: tuple[Disruption, ...]
+    seen: tuple[Seen, ...]
+    advice: Recommendation
+
+
+def analyze(
+    reference: Reference, prompter: Prompter, examples: Sequence[Example], asked: Asked, progress: Progress
+) -> Flow:
+    """Saliency, attention shares, disruption and Grad-CAM of `examples`, and the cuts that follow from them."""
+    samples = [_sample(prompter, example) for example in examples]
+
+    def told(what: str) -> Progress:
+        return lambda line: progress(f"{what}: {line}")
+
+    flows = saliency(reference, samples, told("saliency"))
+    looks = shares(reference, samples, told("attention shares"))
+    disrupted = disruption(reference, samples, width=asked.width, seed=asked.seed, progress=told("disruption"))
+    seen = tuple(
+        _seen(reference, prompter, example, sample, asked)
+        for example, sample in list(zip(examples, samples, strict=True))[: asked.cams]
+    )
+    advice = recommend(curves(flows, disrupted, reference.layers))
+    tokens = int((samples[0].input_ids == reference.image_token).sum())
+    return Flow(reference.layers, tokens, flows, looks, disrupted, seen, advice)
+
+
+def curves(flows: Sequence[Sequence[LayerFlow]], disruptions: Sequence[Disruption], layers: int) -> Curves:
+    """What a recommendation reads. Where a window does not fit, in the last layers, the last one that did stands."""
+    changes = {}
+    for kind in KINDS:
+        found = {d.first: 1 - d.label_consistency for d in disruptions if d.kind == kind}
+        changes[kind] = tuple(found[min(layer, max(found))] for layer in range(layers))
+    means = average(flows)
+    return Curves(
+        changes["image-to-text"],
+        changes["image-to-image"],
+        changes["random"],
+        tuple(f.visual_to_visual for f in means),
+        tuple(f.visual_to_text for f in means),
+    )
+
+
+def _sample(prompter: Prompter, example: Example) -> Sample:
+    arrays = prompter.arrays(example)
+    return Sample(arrays.input_ids[0], arrays.pixel_values, prompter.label(example))
+
+
+def _seen(reference: Reference, prompter: Prompter, example: Example, sample: Sample, asked: Asked) -> Seen:
+    cams, image = grad_cams(reference, sample, asked.smooth, seed=asked.seed), load_image(example.image)
+    decoder, vision = (
+        strip([(f"layer {n}", overlay(image, prompter.image, heat)) for n, heat in enumerate(part)])
+        for part in (cams.decoder, cams.vision)
+    )
+    return Seen(example.question, expected(example), decoder, vision)

@@ -1,0 +1,178 @@
+"""An analysis as people read it: the curves, the Grad-CAMs, and where to cut."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from math import sqrt
+from typing import Any, TypeVar
+
+import numpy as np
+
+from himap_export.validate.analysis.disruption import KINDS, Disruption, bias_ratio
+from himap_export.validate.analysis.flow import Flow
+from himap_export.validate.analysis.saliency import LayerFlow
+from himap_export.validate.analysis.sample import average
+from himap_export.validate.analysis.shares import LayerShares
+from himap_export.validate.html.images import png
+from himap_export.validate.html.page import Block, Command, Facts, Figure, Gallery, Page, Picture, Section, Table, Text
+from himap_export.validate.html.plots import Series, lines
+
+LAYER = "decoder layer (from 0)"
+SPREAD = "Lines are means over questions, bands run from the 10th to the 90th percentile."
+Layer = TypeVar("Layer")
+
+
+def flow_json(flow: Flow) -> dict[str, Any]:
+    """Means by layer, every disruption, and the advice."""
+    return {
+        "questions": len(flow.flows),
+        "saliency": [asdict(layer) for layer in average(flow.flows)],
+        "attention_shares": [asdict(layer) for layer in average(flow.shares)],
+        "disruption": [asdict(d) for d in flow.disruptions],
+        "bias_ratio": {str(first): ratio for first, ratio in bias_ratio(flow.disruptions).items()},
+        "recommendation": asdict(flow.advice),
+    }
+
+
+def flow_lines(flow: Flow) -> list[str]:
+    """One row per layer, then the advice."""
+    rows = [_HEAD, *_rows(flow)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    table = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    return [*table, "", _note(flow), "", *flow.advice.reasons]
+
+
+_HEAD = ("layer", "saliency image", "S_vv / S_vt", "attention to image", *KINDS, "D")
+
+
+def _rows(flow: Flow) -> list[tuple[str, ...]]:
+    kept = {(d.kind, d.first): d.label_consistency for d in flow.disruptions}
+    ratios, found = bias_ratio(flow.disruptions), []
+    for layer, (saliency, look) in enumerate(zip(average(flow.flows), average(flow.shares), strict=True)):
+        told = [f"{kept[kind, layer]:.0%}" if (kind, layer) in kept else "" for kind in KINDS]
+        balance = saliency.visual_to_visual / saliency.visual_to_text if saliency.visual_to_text else float("inf")
+        bias = "" if (ratio := ratios.get(layer)) is None else f"{ratio:+.2f}"
+        found.append((f"{layer}", f"{saliency.image:.1%}", f"{balance:.2g}", f"{look.image:.1%}", *told, bias))
+    return found
+
+
+def _note(flow: Flow) -> str:
+    window = f"{_width(flow)} layer{'s' * (_width(flow) > 1)} from this one on"
+    return f"{', '.join(KINDS)}: answers that stay the same when this attention is blocked in {window}"
+
+
+def flow_page(flow: Flow, model: str, dtype: str, command: str) -> Page:
+    """Saliency, attention, disruption, Grad-CAM, advice: one section each."""
+    advice: list[Block] = [Text("\n\n".join(flow.advice.reasons))]
+    if flow.advice.k1 is not None and flow.advice.k2 is not None:
+        cuts = f"--k1 {flow.advice.k1} --k2 {flow.advice.k2}"
+        advice.append(Command(f"himap-export {model} {cuts} --out bundle/"))
+        advice.append(Text("`himap-tune` measures what plans around these cuts cost in accuracy and gain in time."))
+    k1, k2 = (("none" if k is None else f"{k}") for k in (flow.advice.k1, flow.advice.k2))
+    trust = "the curves show the pattern" if flow.advice.confident else "the curves do not show the pattern clearly"
+    facts = Facts((
+        ("questions", f"{len(flow.flows)}", f"of {flow.image_tokens} image tokens each"),
+        ("first cut K1", k1, trust),
+        ("second cut K2", k2, f"of {flow.layers} layers"),
+    ))  # fmt: skip
+    sections = (
+        Section("Where to cut", (facts, *advice, Table(_HEAD, tuple(_rows(flow)), _note(flow)))),
+        Section("Saliency: what the answer's loss depends on", _saliency(flow)),
+        Section("Attention: where the answer looks", _attention(flow)),
+        Section("Disruption: what the answer survives", _disruption(flow)),
+        *([Section("Grad-CAM: which patches speak for the answer", _cams(flow))] if flow.seen else []),
+        Section("How this was made", (Command(command), Text(_METHOD))),
+    )
+    return Page(f"Information flow in {model}", f"PyTorch reference in {dtype}", sections)
+
+
+_METHOD = (
+    "Saliency and disruption follow HiMAP (arXiv 2503.13108) and its authors' code; attention shares and Grad-CAM "
+    "follow arXiv 2406.06579. Each is computed on Hugging Face's own modules, a layer at a time."
+)
+
+
+def _saliency(flow: Flow) -> tuple[Block, ...]:
+    shares = [_series(name, flow.flows, _of(name)) for name in ("system", "image", "instruction")]
+    both = [
+        _series("image to image, S_vv", flow.flows, lambda f: f.visual_to_visual / _visual(f)),
+        _series("image to instruction, S_vt", flow.flows, lambda f: f.visual_to_text / _visual(f)),
+    ]
+    return (
+        _lines("saliency-shares", "A token's share of saliency, by kind of token", shares, "share per token"),
+        _lines(
+            "saliency-visual", "What leaves the image: to other image tokens, or to the instruction", both,
+            "share of the image's saliency",
+        ),
+    )  # fmt: skip
+
+
+def _visual(f: LayerFlow) -> float:
+    return (f.visual_to_visual + f.visual_to_text) or 1.0
+
+
+def _attention(flow: Flow) -> tuple[Block, ...]:
+    found = [_series(name, flow.shares, _of(name)) for name in ("system", "image", "user")]
+    return (_lines("attention-shares", "The answer token's attention, by kind of token", found, "share of attention"),)
+
+
+def _disruption(flow: Flow) -> tuple[Block, ...]:
+    width = _width(flow)
+    window = f"blocked in {width} layer{'s' * (width > 1)} from here"
+    ratios = bias_ratio(flow.disruptions)
+    bias = Series("D", tuple(ratios.get(layer) for layer in range(flow.layers)))
+    return (
+        _consistency(flow, "label_consistency", "label", "Answers that stay the same", window),
+        _consistency(flow, "score_consistency", "score", "Overlap of the five likeliest tokens", window),
+        _lines(
+            "bias-ratio", "Above 0 the image talks to itself, below 0 to the text", [bias], "D = log(E_vv / E_vt)",
+            "E is 1 - score consistency. There is no point where blocking one of the two changes nothing.",
+        ),
+    )  # fmt: skip
+
+
+def _consistency(flow: Flow, field: str, name: str, title: str, window: str) -> Figure:
+    found = []
+    for kind in KINDS:
+        at = {d.first: d for d in flow.disruptions if d.kind == kind}
+        y = tuple(getattr(at[layer], field) if layer in at else None for layer in range(flow.layers))
+        half = tuple(1.96 * _error(at[layer], field) if layer in at else None for layer in range(flow.layers))
+        low = tuple(None if v is None or h is None else max(0.0, v - h) for v, h in zip(y, half, strict=True))
+        high = tuple(None if v is None or h is None else min(1.0, v + h) for v, h in zip(y, half, strict=True))
+        found.append(Series(kind, y, low, high))
+    caption = f"Attention {window} on. Bands: 95 % for a share of {len(flow.flows)} questions."
+    return _lines(f"{name}-consistency", title, found, "share of questions" if name == "label" else "Jaccard", caption)
+
+
+def _error(d: Disruption, field: str) -> float:
+    """Standard error of a share; of a mean in [0, 1] it is an upper bound."""
+    p: float = getattr(d, field)
+    return sqrt(p * (1 - p) / d.samples)
+
+
+def _cams(flow: Flow) -> tuple[Block, ...]:
+    pictures = [
+        Picture(f"cam-{n}-{part}", png(image, 1600), f"{seen.question} - {seen.answer} ({part})")
+        for n, seen in enumerate(flow.seen, 1)
+        for part, image in (("decoder", seen.decoder), ("vision tower", seen.vision))
+    ]
+    return (Gallery(tuple(pictures), "Heat is relative to the largest value of its layer."),)
+
+
+def _series(name: str, samples: Sequence[Sequence[Layer]], value: Callable[[Layer], float]) -> Series:
+    """Mean over samples, by layer, with the 10th and 90th percentile."""
+    values = np.array([[value(layer) for layer in layers] for layers in samples])
+    low, high = np.percentile(values, (10, 90), axis=0)
+    return Series(name, tuple(values.mean(0).tolist()), tuple(low.tolist()), tuple(high.tolist()))
+
+
+def _of(name: str) -> Callable[[LayerFlow | LayerShares], float]:
+    return lambda layer: float(getattr(layer, name))
+
+
+def _lines(name: str, title: str, series: Sequence[Series], unit: str, caption: str = SPREAD) -> Figure:
+    layers = tuple(range(len(series[0].y)))
+    return lines(name, title, layers, series, LAYER, unit, caption)
+
+
+def _width(flow: Flow) -> int:
+    return flow.disruptions[0].width
