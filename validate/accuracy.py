@@ -1,6 +1,6 @@
 """How often each contender is right, and how sure that is: the run over a data set, and what it sums up to."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -10,11 +10,11 @@ import numpy.typing as npt
 from himap_export.engines.arrays import Inputs
 from himap_export.validate.answers import Answered, AnswerLog
 from himap_export.validate.dataset import Dataset, Example, expected, is_right
+from himap_export.validate.progress import Count
 from himap_export.validate.prompter import Prompter
 from himap_export.validate.statistics import Interval, SeedSpread, accuracy_interval, over_seeds, paired_difference
 
 ALL = "all"
-Progress = Callable[[int, int], None]  # answers there are, answers there will be
 
 
 class Contender(Protocol):
@@ -54,7 +54,7 @@ def run(
     prompter: Prompter,
     log: AnswerLog,
     stop_tokens: Collection[int],
-    progress: Progress,
+    progress: Count,
 ) -> None:
     """Asks everyone whatever `log` does not hold yet."""
     size, total = max(c.batch for c in contenders), len(contenders) * len(dataset.examples)

@@ -14,7 +14,7 @@ from himap_export.validate.contenders import PlanContender, request_seed
 from himap_export.validate.dataset import Dataset, Example
 from himap_export.validate.html.images import kept_patches as drawn_patches
 from himap_export.validate.html.images import png
-from himap_export.validate.html.page import Block, Facts, Figure, Gallery, Page, Picture, Section, Table, Text
+from himap_export.validate.html.page import Block, Command, Facts, Figure, Gallery, Page, Picture, Section, Table, Text
 from himap_export.validate.html.plots import Series, bars
 from himap_export.validate.prompter import Prompter
 
@@ -41,7 +41,7 @@ def accuracy_page(
         Section("Accuracy", (_facts(summary, first), _plot(summary), _table(summary, crowd))),
         Section("Against the unpruned model and against chance", (_differences(summary), Text(HOW))),
         *([Section("What was kept", _examples(first, answered, data, prompter))] if first.baselines else []),
-        Section("How this was made", (Text(_plans(crowd)), Text(f"`{command}`"))),
+        Section("How this was made", (Text(_plans(crowd)), Command(command))),
     )
     budget = f"{m.dtype}, {first.pipeline.backend}, text budget {bundle.budget.text}, batch {bundle.budget.batch}"
     skipped = f"; {len(data.skipped)} lines left out" if data.skipped else ""
@@ -76,10 +76,10 @@ def _table(summary: Summary, crowd: Sequence[PlanContender]) -> Table:
     rows = []
     for name, cells in summary.cells.items():
         found = [cells[kind].accuracy for kind in summary.types]
-        cells_text = [f"{i.mean:.1%} ±{100 * (i.high - i.low) / 2:.1f}" for i in found]
+        cells_text = [f"{100 * i.mean:.1f} ±{50 * (i.high - i.low):.1f}" for i in found]
         rows.append((name, f"{flops[name]:.0%}", *cells_text))
     counts = ("questions", "", *(f"{next(iter(summary.cells.values()))[kind].questions}" for kind in summary.types))
-    caption = "± is half the 95 % interval, in percentage points."
+    caption = "Right answers, in percent, and half the 95 % interval."
     return Table(("", "FLOPs kept", *summary.types), (counts, *rows), caption)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from himap_export.engines.command import run_command
 from himap_export.graphs.errors import Exit
+from himap_export.validate.progress import say
 
 if TYPE_CHECKING:
     from himap_export.engines.arrays import Inputs
@@ -109,7 +110,7 @@ def _score(args: argparse.Namespace, argv: list[str]) -> None:
         args.dataset, args.report, tuple(args.plan), args.text_budget, args.backend, args.seeds, args.limit,
         args.max_new_tokens, args.skip_bad, " ".join(["himap-validate", *argv]),
     )  # fmt: skip
-    lines, facts = score(bundle, checkpoint, Opening(args.threads, args.device), asked, _progress)
+    lines, facts = score(bundle, checkpoint, Opening(args.threads, args.device), asked)
     if args.json:
         print(json.dumps(facts, indent=1))
     _say(args, lines)
@@ -135,7 +136,7 @@ def _validate(args: argparse.Namespace, argv: list[str]) -> Exit:
     _save_captured(args, pipeline, inputs)
     new_tokens = min(args.max_new_tokens or 32, bundle.budget.new)
     backend, asked = pipeline.backend, Asked(new_tokens, args.atol, args.rtol)
-    parity = compare(pipeline, lambda dtype: load_reference(checkpoint, dtype, args.threads), inputs, asked, _progress)
+    parity = compare(pipeline, lambda dtype: load_reference(checkpoint, dtype, args.threads), inputs, asked, say)
     del pipeline
     result: dict[str, Any] = {"bundle": str(args.bundle), "backend": backend, "dtype": bundle.manifest.dtype}
     result |= {"plan": bundle.variant.plan_name, "text_budget": bundle.budget.text}
@@ -179,14 +180,10 @@ def _speed(args: argparse.Namespace, bundle: "Bundle", checkpoint: Path, backend
     from himap_export.validate.speed import ceiling, measure
 
     _say(args, [f"\nspeed: FLOPs allow {ceiling(bundle):.2f}x over the unpruned decoder prefill"])
-    _progress(f"exporting the unpruned twin, then {args.warm_up} + {args.iterations} rounds of three processes")
+    say(f"exporting the unpruned twin, then {args.warm_up} + {args.iterations} rounds of three processes")
     speed = measure(bundle, checkpoint, backend, args.iterations, args.warm_up, args.threads)
     _say(args, speed_lines(speed))
     return speed
-
-
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _say(args: argparse.Namespace, lines: list[str]) -> None:

@@ -3,7 +3,7 @@
 import math
 
 from himap_export.engines.bundle import Bundle
-from himap_export.validate.html.page import Block, Facts, Figure, Page, Section, Table, Text
+from himap_export.validate.html.page import Block, Command, Facts, Figure, Page, Section, Table, Text
 from himap_export.validate.html.plots import Series, bars
 from himap_export.validate.parity import Parity
 from himap_export.validate.speed import TORCH, UNPRUNED, Speed
@@ -26,7 +26,7 @@ def parity_page(parity: Parity, speed: Speed | None, bundle: Bundle, backend: st
     ]
     if speed is not None:
         sections.append(Section("Speed, side by side", _speed(speed)))
-    sections.append(Section("How this was made", (Text(f"`{command}`"),)))
+    sections.append(Section("How this was made", (Command(command),)))
     tokens = " → ".join(map(str, bundle.budget.visual))
     subtitle = f"{m.model.name}, {backend}, {m.dtype}; plan {bundle.variant.plan_name}, image tokens {tokens}"
     return Page(f"Validation of {bundle.folder.name}", subtitle, tuple(sections))

@@ -1,9 +1,6 @@
 """`himap-validate --dataset`: a bundle's plans, the unpruned model and the controls answer a data set."""
 
 import hashlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from himap_export.validate.answers import AnswerLog, read_log
 from himap_export.validate.contenders import contenders
 from himap_export.validate.dataset import Dataset, prompt_of, read_dataset
 from himap_export.validate.html.page import write_report
+from himap_export.validate.progress import counted, say
 from himap_export.validate.prompter import Prompter, prompter_of_bundle
 
 ANSWERS = "answers.jsonl"
@@ -41,9 +39,7 @@ class Scoring:
     command: str
 
 
-def score(
-    bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring, progress: Callable[[str], None]
-) -> tuple[list[str], dict[str, Any]]:
+def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) -> tuple[list[str], dict[str, Any]]:
     """Answers what `report`/answers.jsonl does not hold yet, writes the report, and tells the result as text and JSON.
 
     HimapError (usage) for bad lines, a prompt longer than the text budget, or an unknown plan.
@@ -51,7 +47,7 @@ def score(
     data = read_dataset(asked.dataset, asked.skip_bad)
     data = Dataset(data.examples[: asked.limit], data.skipped)
     for line in data.skipped:
-        progress(f"left out: {line}")
+        say(f"left out: {line}")
     prompter = prompter_of_bundle(bundle, checkpoint)
     names = asked.plans or tuple(dict.fromkeys(v.plan_name for v in bundle.manifest.variants))
     bundle = bundle.at(names[0], asked.text_budget, _longest(prompter, data, bundle, asked))
@@ -66,8 +62,8 @@ def score(
         AnswerLog(asked.report / ANSWERS, header) as log,
         contenders(first, checkpoint, opening, names, asked.seeds, new_tokens) as crowd,
     ):
-        with _counted(progress) as counted:
-            run(crowd, data, prompter, log, bundle.manifest.model.eos_tokens, counted)
+        with counted("answers") as count:
+            run(crowd, data, prompter, log, bundle.manifest.model.eos_tokens, count)
         wanted = {(c.name, c.seed) for c in crowd}
         lines = {e.line for e in data.examples}
         answered = [a for a in read_log(log.file) if (a.policy, a.seed) in wanted and a.line in lines]
@@ -90,25 +86,6 @@ def _longest(prompter: Prompter, data: Dataset, bundle: Bundle, asked: Scoring) 
             summary, f"the budget is {budget}", f"export with --text-budget {longest}, or leave it out", Exit.USAGE
         )
     return longest
-
-
-@contextmanager
-def _counted(progress: Callable[[str], None]) -> Iterator[Callable[[int, int], None]]:
-    """Counts answers: a bar on a terminal, else a line at every tenth."""
-    from tqdm import tqdm
-
-    told = -1
-    with tqdm(unit=" answers", disable=not sys.stderr.isatty(), leave=False) as bar:
-
-        def count(done: int, total: int) -> None:
-            nonlocal told
-            bar.total, bar.n = total, done
-            bar.refresh()
-            if bar.disable and 10 * done // total > told:
-                told = 10 * done // total
-                progress(f"{done} of {total} answers")
-
-        yield count
 
 
 def _sha256(file: Path) -> str:
