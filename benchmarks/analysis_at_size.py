@@ -76,16 +76,15 @@ def prompts(reference: "Reference", count: int) -> list["Sample"]:
 def analyses(reference: "Reference", samples: "Sequence[Sample]") -> dict[str, Callable[[], object]]:
     """What is measured, by name: every layer, every kind of disruption at every layer."""
     from himap_export.validate.analysis.disruption import disruption
+    from himap_export.validate.analysis.gradcam import grad_cams
     from himap_export.validate.analysis.saliency import saliency
     from himap_export.validate.analysis.shares import shares
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
-
     return {
-        "saliency": lambda: saliency(reference, samples, say),
-        "shares": lambda: shares(reference, samples, say),
-        "disruption": lambda: disruption(reference, samples, progress=say),
+        "saliency": lambda: saliency(reference, samples),
+        "shares": lambda: shares(reference, samples),
+        "gradcam": lambda: [grad_cams(reference, sample) for sample in samples],
+        "disruption": lambda: disruption(reference, samples),
     }
 
 

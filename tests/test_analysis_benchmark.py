@@ -35,9 +35,10 @@ def test_judges_the_peak(
     assert int(left.value.code or 0) == code
     lines = capsys.readouterr().out.splitlines()
     found = json.loads(lines[-1])
-    assert lines[-2].startswith(said) and [line.split()[0] for line in lines[:3]] == [
+    assert lines[-2].startswith(said) and [line.split()[0] for line in lines[:4]] == [
         "saliency",
         "shares",
+        "gradcam",
         "disruption",
     ]
     assert 0.01 < found["loaded_gib"] <= found["saliency_gib"] <= found["disruption_gib"] <= found["peak_gib"] < 100

@@ -7,6 +7,10 @@ from contextlib import contextmanager
 Count = Callable[[int, int], None]  # how much is done, of how much
 
 
+def silent(done: int, total: int) -> None:
+    """Counts nothing."""
+
+
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 

@@ -149,10 +149,10 @@ def test_leaves_the_reference_as_it_was(work: Workshop) -> None:
 
 
 def test_samples_do_not_mix_and_are_averaged(work: Workshop) -> None:
-    samples, lines = [prompt("mha", shape)[1] for shape in PROMPTS], list[str]()
-    together = saliency(work.reference("mha"), samples, lines.append)
+    samples, told = [prompt("mha", shape)[1] for shape in PROMPTS], list[tuple[int, int]]()
+    together = saliency(work.reference("mha"), samples, lambda *counts: told.append(counts))
     assert together == [saliency(work.reference("mha"), [sample])[0] for sample in samples]
-    assert lines[-1] == "4 of 4 prompts" and len(lines) == 4
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     mean = average(together)
     for field in fields(LayerFlow):
         wanted = [np.mean([getattr(found[i], field.name) for found in together]) for i in range(len(mean))]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from himap_export.graphs.errors import HimapError
-from himap_export.validate.analysis.sample import Progress, Sample, spans_of
+from himap_export.validate.analysis.sample import Sample, spans_of
+from himap_export.validate.progress import Count
 from himap_export.validate.reference import Reference
 
 
@@ -81,7 +82,7 @@ def _eager(decoder: Any) -> Iterator[None]:
 
 
 @contextmanager
-def prompts(reference: Reference, samples: Sequence[Sample], progress: Progress) -> Iterator[Iterator[Prompt]]:
+def prompts(reference: Reference, samples: Sequence[Sample], progress: Count) -> Iterator[Iterator[Prompt]]:
     """`with prompts(...) as each: for prompt in each: ...`, one after the other, as each has a length of its own."""
     if not samples:
         raise HimapError("there is nothing to analyse", "no samples")
@@ -89,7 +90,7 @@ def prompts(reference: Reference, samples: Sequence[Sample], progress: Progress)
     def each() -> Iterator[Prompt]:
         for done, sample in enumerate(samples, 1):
             yield Prompt(reference, sample)
-            progress(f"{done} of {len(samples)} prompts")
+            progress(done, len(samples))
 
     with _eager(reference.decoder):
         yield each()

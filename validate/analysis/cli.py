@@ -8,6 +8,7 @@ from pathlib import Path
 
 from himap_export.engines.command import run_command
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.validate.progress import say
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,19 +51,15 @@ def _analyze(args: argparse.Namespace, argv: list[str]) -> None:
         raise HimapError(f"{args.out} is not an empty folder", hint=hint, code=Exit.USAGE)
     dataset = read_dataset(args.dataset, args.skip_bad)
     for line in dataset.skipped:
-        _progress(f"left out: {line}")
+        say(f"left out: {line}")
     folder = checkpoint_folder(args.model)
     prompter = prompter_of_checkpoint(folder)
     reference = load_reference(folder, args.dtype, args.threads)
     asked = Asked(args.width, args.cams, args.smooth, args.seed)
-    flow = analyze(reference, prompter, dataset.examples[: args.limit], asked, _progress)
+    flow = analyze(reference, prompter, dataset.examples[: args.limit], asked)
     facts = flow_json(flow) | {"model": args.model, "dataset": str(args.dataset), "dtype": args.dtype}
     page = write_report(args.out, flow_page(flow, args.model, args.dtype, " ".join(["himap-analyze", *argv])), facts)
     if args.json:
         print(json.dumps(facts, indent=1))
         return
     print("\n".join([*flow_lines(flow), "", f"report: {page}"]))
-
-
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

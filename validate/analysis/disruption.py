@@ -24,7 +24,8 @@ from torch import Tensor
 
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.analysis.attention import Prompt, prompts
-from himap_export.validate.analysis.sample import Progress, Sample, Spans
+from himap_export.validate.analysis.sample import Sample, Spans
+from himap_export.validate.progress import Count, silent
 from himap_export.validate.reference import Reference
 
 KINDS = ("image-to-text", "image-to-image", "random")
@@ -50,7 +51,7 @@ def disruption(
     width: int = 1,
     kinds: Sequence[str] = KINDS,
     seed: int = 0,
-    progress: Progress = lambda line: None,
+    progress: Count = silent,
 ) -> tuple[Disruption, ...]:
     """Every kind at every first layer (`None`: all at which the window fits). `seed` draws the rows of "random".
 

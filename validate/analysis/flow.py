@@ -11,9 +11,10 @@ from himap_export.validate.analysis.gradcam import grad_cams
 from himap_export.validate.analysis.overlay import overlay, strip
 from himap_export.validate.analysis.recommend import Curves, Recommendation, recommend
 from himap_export.validate.analysis.saliency import LayerFlow, saliency
-from himap_export.validate.analysis.sample import Progress, Sample, average
+from himap_export.validate.analysis.sample import Sample, average
 from himap_export.validate.analysis.shares import LayerShares, shares
 from himap_export.validate.dataset import Example, expected
+from himap_export.validate.progress import counted
 from himap_export.validate.prompter import Prompter
 from himap_export.validate.reference import Reference
 
@@ -51,18 +52,16 @@ class Flow:
     advice: Recommendation
 
 
-def analyze(
-    reference: Reference, prompter: Prompter, examples: Sequence[Example], asked: Asked, progress: Progress
-) -> Flow:
+def analyze(reference: Reference, prompter: Prompter, examples: Sequence[Example], asked: Asked) -> Flow:
     """Saliency, attention shares, disruption and Grad-CAM of `examples`, and the cuts that follow from them."""
     samples = [_sample(prompter, example) for example in examples]
 
-    def told(what: str) -> Progress:
-        return lambda line: progress(f"{what}: {line}")
-
-    flows = saliency(reference, samples, told("saliency"))
-    looks = shares(reference, samples, told("attention shares"))
-    disrupted = disruption(reference, samples, width=asked.width, seed=asked.seed, progress=told("disruption"))
+    with counted("saliency") as count:
+        flows = saliency(reference, samples, count)
+    with counted("attention shares") as count:
+        looks = shares(reference, samples, count)
+    with counted("disruption") as count:
+        disrupted = disruption(reference, samples, width=asked.width, seed=asked.seed, progress=count)
     seen = tuple(
         _seen(reference, prompter, example, sample, asked)
         for example, sample in list(zip(examples, samples, strict=True))[: asked.cams]

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from himap_export.validate.analysis.attention import Prompt, prompts
-from himap_export.validate.analysis.sample import Progress, Sample
+from himap_export.validate.analysis.sample import Sample
+from himap_export.validate.progress import Count, silent
 from himap_export.validate.reference import Reference
 
 Heat = NDArray[np.float32]
@@ -42,7 +43,7 @@ def grad_cams(
     smooth: int = 0,
     noise: float = 0.1,
     seed: int = 0,
-    progress: Progress = lambda line: None,
+    progress: Count = silent,
 ) -> Cams:
     """The heat maps of one sample; with `smooth` n > 0, their mean over n copies of its pixels.
 

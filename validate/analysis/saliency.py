@@ -23,7 +23,8 @@ from torch.nn.functional import cross_entropy
 
 from himap_export.graphs.errors import HimapError
 from himap_export.validate.analysis.attention import Prompt, prompts
-from himap_export.validate.analysis.sample import Progress, Sample, Spans
+from himap_export.validate.analysis.sample import Sample, Spans
+from himap_export.validate.progress import Count, silent
 from himap_export.validate.reference import Reference
 
 
@@ -43,9 +44,7 @@ class LayerFlow:
     visual_to_text: float
 
 
-def saliency(
-    reference: Reference, samples: Sequence[Sample], progress: Progress = lambda line: None
-) -> list[tuple[LayerFlow, ...]]:
+def saliency(reference: Reference, samples: Sequence[Sample], progress: Count = silent) -> list[tuple[LayerFlow, ...]]:
     """For each sample, the flow in each of the L layers. HimapError if a loss depends on no attention."""
     with prompts(reference, samples, progress) as each:
         return [_flows(prompt) for prompt in each]

@@ -1,6 +1,6 @@
 """What an analysis looks at: a prompt with the answer it should get, and which of its tokens are of which kind."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import TypeVar
 
@@ -8,8 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from himap_export.graphs.errors import HimapError
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from himap_export.validate.analysis.attention import Prompt, prompts
-from himap_export.validate.analysis.sample import Progress, Sample
+from himap_export.validate.analysis.sample import Sample
+from himap_export.validate.progress import Count, silent
 from himap_export.validate.reference import Reference
 
 
@@ -24,9 +25,7 @@ class LayerShares:
     user: float
 
 
-def shares(
-    reference: Reference, samples: Sequence[Sample], progress: Progress = lambda line: None
-) -> list[tuple[LayerShares, ...]]:
+def shares(reference: Reference, samples: Sequence[Sample], progress: Count = silent) -> list[tuple[LayerShares, ...]]:
     """For each sample, the shares in each of the L layers."""
     with prompts(reference, samples, progress) as each:
         return [_shares(prompt) for prompt in each]
