@@ -68,7 +68,7 @@ def _compose(view: Image.Image, panels: list[Panel], question: str, answer: str)
         left = MARGIN + i * (width + GAP)
         pen.text((left, MARGIN - 8), panel.title, INK, _font(36))
         pen.text((left, MARGIN + 38), panel.note, PALE, _font(25))
-        page.paste(view if panel.kept is None else _masked(view, panel.kept), (left, top))
+        page.paste(view if panel.kept is None else fade_dropped(view, panel.kept), (left, top))
         pen.rectangle((left - 1, top - 1, left + width, top + height), outline=PALE)
     room = page.width - 2 * MARGIN
     pen.text((MARGIN, top + height + 28), _fit(f"Q: {question}", _font(30), room), INK, _font(30))
@@ -76,7 +76,7 @@ def _compose(view: Image.Image, panels: list[Panel], question: str, answer: str)
     return page
 
 
-def _masked(view: Image.Image, kept: Mask) -> Image.Image:
+def fade_dropped(view: Image.Image, kept: Mask) -> Image.Image:
     """Dropped patches fade to a pale grey; a line runs around what is kept."""
     faded = Image.blend(ImageOps.grayscale(view).convert("RGB"), Image.new("RGB", view.size, "white"), 0.72)
     mask = Image.fromarray(kept.astype(np.uint8) * 255).resize(view.size, Image.Resampling.NEAREST)
