@@ -1,0 +1,123 @@
+"""`himap-validate --dataset` through the real command, on the shipped model, and the reports of both of its modes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import Workshop, call
+
+from himap_export.exporter.cli import main as export_main
+from himap_export.validate.cli import main
+from himap_export.validate.criteria import himap
+from himap_export.validate.dataset import read_dataset
+from himap_export.validate.loading import load_reference
+from himap_export.validate.prompter import prompter_of_checkpoint
+
+ROOT = Path(__file__).parents[2]
+SHAPES, IMAGES = ROOT / "exporter" / "shapes", ROOT / "examples" / "shapes" / "images"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scoring") / "bundle"
+    flags = ("--policy", "himap", "--policy", "fastv", "--text-budget", 20, "--max-new-tokens", 4, "--batch", 2)
+    assert call(export_main, "shapes", *flags, "--out", out) == 0
+    return out
+
+
+def score(bundle: Path, report: Path, *flags: object) -> int:
+    arguments = ("--dataset", IMAGES / "questions.jsonl", "--report", report, "--seeds", 2, "--threads", 1)
+    return call(main, bundle, *arguments, *flags)
+
+
+@pytest.fixture(scope="module")
+def report(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report") / "accuracy"
+    assert score(bundle, out) == 0
+    return out
+
+
+def test_right_answers_are_those_of_the_reference(report: Path) -> None:
+    data, prompter = read_dataset(IMAGES / "questions.jsonl"), prompter_of_checkpoint(SHAPES)
+    reference = load_reference(SHAPES, "fp32", 1)
+    told = [json.loads(line) for line in (report / "answers.jsonl").read_text().splitlines()[1:]]
+    for policy, cuts in (("none", ()), ("qa", himap(2, 8, 0.5, 0.75))):
+        for example in data.examples:
+            arrays = prompter.arrays(example)
+            said = reference.generate(arrays.input_ids, arrays.pixel_values, max_new_tokens=4, cuts=cuts)[0]
+            (answer,) = [a for a in told if a["policy"] == policy and a["line"] == example.line]
+            assert answer["said"] == prompter.text(said.tolist(), reference.stop_tokens)
+
+
+def test_everyone_is_in_the_report(report: Path) -> None:
+    found = json.loads((report / "report.json").read_text())
+    everyone = ["qa", "fastv", "none", "random-qa", "uniform-qa", "random-fastv", "uniform-fastv"]
+    assert list(found["accuracy"]) == list(found["flops_kept"]) == everyone
+    assert found["flops_kept"]["qa"] == found["flops_kept"]["random-qa"] < found["flops_kept"]["none"] == 1
+    assert set(found["accuracy"]["qa"]["all"]["over"]) == {"none", "random-qa"}
+    assert set(found["accuracy"]["fastv"]["all"]["over"]) == {"none", "random-fastv"}
+    assert found["accuracy"]["random-qa"]["all"]["seeds"]["seeds"] == 2
+    page = (report / "report.html").read_text()
+    for name in (*everyone, "What was kept", "himap-validate"):
+        assert name in page
+    assert (report / "accuracy.png").is_file() and list(report.glob("kept-*.png"))
+
+
+def test_what_was_answered_is_not_asked_again(bundle: Path, report: Path, tmp_path: Path) -> None:
+    again = Path(shutil.copytree(report, tmp_path / "again"))
+    lines = (again / "answers.jsonl").read_text().splitlines(keepends=True)
+    marked = [line.replace('"right": true', '"right": false') for line in lines[: len(lines) // 2]]
+    (again / "answers.jsonl").write_text("".join(marked) + lines[len(lines) // 2][:20])  # torn by a kill
+    assert score(bundle, again) == 0
+    assert (again / "answers.jsonl").read_text().startswith("".join(marked))
+    assert len((again / "answers.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_one_plan_and_one_object(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score(bundle, tmp_path / "r", "--plan", "fastv", "--limit", 3, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["accuracy"]) == ["fastv", "none", "random", "uniform"]
+    assert found["accuracy"]["fastv"]["all"]["questions"] == 3
+
+
+def test_what_is_refused(bundle: Path, report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(IMAGES, tmp_path / "images"))
+    good = (folder / "questions.jsonl").read_text()
+    (folder / "bad.jsonl").write_text(good + '{"image": "nowhere.png", "question": "?", "answer": "red"}\n{"image\n')
+    (folder / "long.jsonl").write_text(
+        good + good.splitlines()[0].replace('"question": "', '"question": "' + "red " * 30)
+    )
+    here = ("--report", tmp_path / "r")
+    for flags, words in (
+        (("--dataset", folder / "bad.jsonl", *here), "line 6 of"),
+        (("--dataset", folder / "long.jsonl", *here), "the budget is 20"),
+        (("--dataset", folder / "questions.jsonl", *here, "--plan", "random"), "holds no plan random"),
+        (("--dataset", folder / "questions.jsonl"), "--dataset needs --report DIR"),
+        (("--dataset", folder / "questions.jsonl", *here, "--prompt", "?", "--image", "x.png"), "--dataset excludes"),
+        (("--dataset", folder / "questions.jsonl", *here, "--seeds", 0), "--seeds must be at least 1"),
+        (("--plan", "qa", "--plan", "fastv"), "several --plan are for --dataset"),
+    ):
+        assert call(main, bundle, *flags) == 2, flags
+        assert words in capsys.readouterr().err
+    assert call(main, bundle, "--dataset", IMAGES / "questions.jsonl", "--report", report, "--max-new-tokens", 2) == 2
+    assert "logs another measurement" in capsys.readouterr().err
+
+
+def test_bad_lines_are_left_out_when_asked(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(IMAGES, tmp_path / "images"))
+    file = folder / "bad.jsonl"
+    file.write_text('{"image": "nowhere.png"}\n' + (folder / "questions.jsonl").read_text())
+    flags = ("--dataset", file, "--report", tmp_path / "r", "--plan", "qa", "--seeds", 1, "--skip-bad", "--json")
+    assert call(main, bundle, *flags) == 0
+    out, err = capsys.readouterr()
+    assert "left out: line 1" in err and len(json.loads(out)["skipped"]) == 1
+
+
+def test_parity_and_speed_make_a_report_too(work: Workshop, tmp_path: Path) -> None:
+    flags = ("--prompts", 1, "--max-new-tokens", 2, "--iterations", 1, "--warm-up", 0, "--threads", 1)
+    assert call(main, work.bundle("golden"), *flags, "--report", tmp_path) == 0
+    page, found = (tmp_path / "report.html").read_text(), json.loads((tmp_path / "report.json").read_text())
+    assert found["passed"] and "FLOPs allow" in page and (tmp_path / "speed.png").is_file()
+    for tensor in ("vision", "prefix", "score k1", "logits"):
+        assert tensor in page
