@@ -7,7 +7,7 @@ BUNDLE ?= demo/shapes
 IMAGE ?= examples/shapes/images/$(shell sed -n '1s/.*"image": "\([^"]*\)".*/\1/p' examples/shapes/images/questions.jsonl)
 QUESTION ?= $(shell sed -n '1s/.*"question": "\([^"]*\)".*/\1/p' examples/shapes/images/questions.jsonl)
 
-.PHONY: install demo test test-slow lint bench bench-7b bench-gpu shapes clean
+.PHONY: install demo test test-slow lint bench bench-7b bench-gpu bench-analysis shapes study clean
 
 install: $(READY)
 
@@ -54,6 +54,13 @@ bench-7b: install
 
 bench-gpu: install
 	$(BIN)/python benchmarks/gpu.py
+
+bench-analysis: install
+	$(BIN)/python benchmarks/analysis_at_size.py
+
+# Half an hour on 2 cores: policies, budgets and controls on 6,000 held-out questions; an interrupted one goes on.
+study: install
+	$(BIN)/python examples/shapes/study.py --out study --docs docs/study
 
 shapes: install
 	$(BIN)/python examples/shapes/train.py

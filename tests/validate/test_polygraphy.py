@@ -63,8 +63,8 @@ def golden(work: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 def test_all_commands_of_the_page_are_known_here() -> None:
-    known = [of_the_page("inspect"), of_the_page("--onnxrt"), of_the_page("convert"), of_the_page("--trt")]
-    assert sorted(known) == sorted(COMMANDS)
+    words = ("himap-validate", "inspect", "--onnxrt", "convert", "--trt")
+    assert sorted(map(of_the_page, words)) == sorted(COMMANDS)
 
 
 def test_polygraphy_finds_every_graph_to_do_what_the_chain_did(golden: Saved) -> None:
@@ -75,6 +75,15 @@ def test_polygraphy_finds_every_graph_to_do_what_the_chain_did(golden: Saved) ->
         assert done.returncode == 0, done.stdout + done.stderr
         for name in golden.captured[graph].outputs:
             assert f"PASSED | Output: '{name}'" in done.stdout, (graph, name)
+
+
+def test_himap_validate_writes_both(work: Workshop, tmp_path: Path) -> None:
+    saved = Saved(work.bundle("golden", "--policy", "random"), {}, tmp_path)
+    done = saved.run(of_the_page("himap-validate"), "k1")
+    assert done.returncode == 0, done.stderr
+    for graph in open_bundle(saved.bundle).variant.graphs.values():
+        done = saved.run(of_the_page("--onnxrt"), graph)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_it_lists_every_tensor(golden: Saved) -> None:

@@ -56,12 +56,12 @@ def analyze(reference: Reference, prompter: Prompter, examples: Sequence[Example
     """Saliency, attention shares, disruption and Grad-CAM of `examples`, and the cuts that follow from them."""
     samples = [_sample(prompter, example) for example in examples]
 
+    with counted("disruption") as count:
+        disrupted = disruption(reference, samples, width=asked.width, seed=asked.seed, progress=count)
     with counted("saliency") as count:
         flows = saliency(reference, samples, count)
     with counted("attention shares") as count:
         looks = shares(reference, samples, count)
-    with counted("disruption") as count:
-        disrupted = disruption(reference, samples, width=asked.width, seed=asked.seed, progress=count)
     seen = tuple(
         _seen(reference, prompter, example, sample, asked)
         for example, sample in list(zip(examples, samples, strict=True))[: asked.cams]

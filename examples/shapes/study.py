@@ -1,0 +1,180 @@
+"""Which selector keeps the right tokens? Every policy at four budgets of FLOPs on `shapes`, beside its controls.
+
+    python examples/shapes/study.py --out study --docs docs/study
+
+writes 1,000 held-out questions of each of six types, exports one bundle per budget that holds all policies, lets
+`himap-validate --dataset` answer and judge them (an interrupted study goes on where it stopped), and gathers the four
+reports into tables and two figures. HiMAP's two cuts set a budget; fastv and truncation cut once, where HiMAP's first
+cut is, and keep as many tokens as its FLOPs allow. random and uniform are judged at the cuts of each.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset import write
+from draw import TYPES
+
+from himap_export.exporter.llava import decoder_spec
+from himap_export.exporter.registry import resolve
+from himap_export.graphs.flops import equal_keep, true_ratio
+from himap_export.graphs.plan import himap
+from himap_export.validate.html.plots import Series, bars, lines
+
+# The task's default, then cuts earlier and harder. K1 = 1 ranks by the very first layer.
+BUDGETS = {
+    "a": (2, 8, 0.5, 0.75),
+    "b": (2, 5, 0.5, 0.75),
+    "c": (1, 3, 0.5, 0.75),
+    "d": (1, 3, 0.75, 0.75),
+}
+IMAGE_TOKENS, TEXT, BATCH = 64, 16, 16
+
+
+@dataclass(frozen=True)
+class Study:
+    out: Path
+    dataset: Path
+    seeds: int
+
+    def plans(self, name: str) -> Path:
+        """All policies at budget `name`, as `himap-export --plan` reads them."""
+        k1, k2, r1, r2 = BUDGETS[name]
+        spec, plan = decoder_spec(resolve("shapes").config), himap(k1, k2, r1, r2)
+        keep = equal_keep(spec, k1, IMAGE_TOKENS, TEXT, true_ratio(spec, plan, plan.kept(IMAGE_TOKENS), TEXT))
+        tables = [
+            f'[{policy}]\npolicy = "{policy}"\nk1 = {k1}\nk2 = {k2}\nr1 = {r1}\nr2 = {r2}\n'
+            for policy in ("himap", "intra-visual")
+        ]
+        tables += [f'[{policy}]\npolicy = "{policy}"\nk1 = {k1}\nkeep = {keep}\n' for policy in ("fastv", "truncation")]
+        file = self.out / f"{name}.toml"
+        file.write_text("\n".join(tables))
+        return file
+
+    def judge(self, name: str) -> Path:
+        """Exports and scores budget `name`; the folder of its report."""
+        bundle, report = self.out / f"bundle-{name}", self.out / f"report-{name}"
+        budgets = ("--text-budget", TEXT, "--max-new-tokens", 4, "--batch", BATCH)
+        if not bundle.exists():
+            command("himap-export", "shapes", "--plan", self.plans(name), *budgets, "--out", bundle)
+        flags = ("--dataset", self.dataset, "--report", report, "--seeds", self.seeds, "--threads", 1)
+        command("himap-validate", bundle, *flags, "--max-new-tokens", 2)
+        return report
+
+
+def command(name: str, *arguments: object) -> None:
+    """A command of ours, in the environment that runs this script."""
+    line = [str(Path(sys.executable).with_name(name)), *map(str, arguments)]
+    print(" ".join([name, *line[1:]]), flush=True)
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One budget's report: {contender: {type: {mean, low, high}}}, and what each contender keeps of the FLOPs."""
+
+    name: str
+    flops: dict[str, float]
+    accuracy: dict[str, dict[str, dict[str, object]]]
+
+    def interval(self, contender: str, kind: str) -> tuple[float, float, float]:
+        """Mean, low and high, in percent."""
+        found = self.accuracy[contender][kind]["accuracy"]
+        assert isinstance(found, dict)
+        return 100 * found["mean"], 100 * found["low"], 100 * found["high"]
+
+
+def read(name: str, report: Path) -> Judged:
+    found = json.loads((report / "report.json").read_text())
+    return Judged(name, found["flops_kept"], found["accuracy"])
+
+
+# As the study names them -> as a report does: the controls at HiMAP's cuts.
+SHOWN = {
+    "himap": "himap", "intra-visual": "intra-visual", "fastv": "fastv", "truncation": "truncation",
+    "random": "random-himap", "uniform": "uniform-himap", "none": "none",
+}  # fmt: skip
+
+
+def tables(budgets: Sequence[Judged]) -> list[str]:
+    """Markdown: every policy at every budget, by type; the best pruned one of each column in bold."""
+    found = []
+    for budget in budgets:
+        k1, k2, r1, r2 = BUDGETS[budget.name]
+        found += [
+            "",
+            f"**Budget {budget.name}**: {budget.flops['himap']:.0%} of the FLOPs; K1 {k1}, K2 {k2}, R1 {r1}, R2 {r2}",
+            "",
+        ]
+        found += [f"| policy | all | {' | '.join(TYPES)} |", "|---" * (2 + len(TYPES)) + "|"]
+        best = {kind: max(budget.interval(SHOWN[p], kind)[0] for p in SHOWN if p != "none") for kind in ("all", *TYPES)}
+        for policy, contender in SHOWN.items():
+            cells = []
+            for kind in ("all", *TYPES):
+                mean, low, high = budget.interval(contender, kind)
+                text = f"{mean:.1f} ±{(high - low) / 2:.1f}"
+                cells.append(f"**{text}**" if policy != "none" and mean == best[kind] else text)
+            found.append(f"| {policy} | {' | '.join(cells)} |")
+    return found
+
+
+def differences(budgets: Sequence[Judged]) -> list[str]:
+    """Markdown: each ranking policy against chance at its own cuts, percentage points on all questions."""
+    policies = ("himap", "intra-visual", "fastv", "truncation")
+    rows = [f"| over random at the same cuts | {' | '.join(policies)} |", "|---" * (1 + len(policies)) + "|"]
+    for budget in budgets:
+        cells = []
+        for policy in policies:
+            over = budget.accuracy[policy]["all"]["over"]
+            assert isinstance(over, dict)
+            chance = next(i for name, i in over.items() if name.startswith("random"))
+            cells.append(f"{100 * chance['mean']:+.1f} ({100 * chance['low']:+.1f} to {100 * chance['high']:+.1f})")
+        rows.append(f"| {budget.name}, {budget.flops['himap']:.0%} of the FLOPs | {' | '.join(cells)} |")
+    return rows
+
+
+def draw_figures(budgets: Sequence[Judged], folder: Path) -> None:
+    """accuracy.png: all questions over FLOPs; types.png: each type at the default plan."""
+    ordered = sorted(budgets, key=lambda b: b.flops["himap"])
+    x = tuple(100 * b.flops["himap"] for b in ordered)
+    over = [_series(policy, [b.interval(c, "all") for b in ordered]) for policy, c in SHOWN.items()]
+    title = "Right answers at equal FLOPs, 6,000 questions, with 95 % intervals"
+    figure = lines("accuracy", title, x, over, "FLOPs kept (%)", "right answers (%)")
+    (folder / "accuracy.png").write_bytes(figure.png)
+    first = budgets[0]
+    by_type = [_series(policy, [first.interval(c, kind) for kind in TYPES]) for policy, c in SHOWN.items()]
+    title = "Right answers by type of question at the default plan, with 95 % intervals"
+    (folder / "types.png").write_bytes(bars("types", title, TYPES, by_type, "right answers (%)").png)
+
+
+def _series(name: str, found: Sequence[tuple[float, float, float]]) -> Series:
+    mean, low, high = zip(*found, strict=True)
+    return Series(name, mean, low, high)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("study"), help="bundles, answers and reports (default: study)")
+    parser.add_argument("--docs", type=Path, help="also write the tables and figures there")
+    parser.add_argument("--per-type", type=int, default=1000, help="questions of each type (default: 1000)")
+    parser.add_argument("--seeds", type=int, default=5, help="of the random control (default: 5)")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    study = Study(args.out, write(args.out, args.per_type), args.seeds)
+    with ThreadPoolExecutor(2) as pool:
+        budgets = [read(*found) for found in zip(BUDGETS, pool.map(study.judge, BUDGETS), strict=True)]
+    found = [*tables(budgets), "", *differences(budgets)]
+    print("\n".join(found))
+    if args.docs is not None:
+        args.docs.mkdir(parents=True, exist_ok=True)
+        (args.docs / "tables.md").write_text("\n".join(["# Policies at equal FLOPs on `shapes`", *found, ""]))
+        draw_figures(budgets, args.docs)
+
+
+if __name__ == "__main__":
+    main()
