@@ -299,6 +299,15 @@ def test_negative_cells_have_another_colour() -> None:
     assert sum("--s1" in style for style in styles) == 2 and sum("--s0" in style for style in styles) == 2
 
 
+def test_a_heat_map_of_many_columns_is_scrolled_not_shrunk() -> None:
+    """Its cells' text would be too small to read; the plots that fit follow the window."""
+    columns = [str(i) for i in range(40)]
+    for svg in Seen(heat("h", "T", np.arange(40.0)[None] / 40, ["r"], columns, "share").svg).tags:
+        if svg[0] == "svg":
+            assert svg[1]["style"] == f"min-width:{svg[1]['width']}px" and float(svg[1]["width"] or 0) > 1000
+    assert "min-width" not in line_plot().svg + heat_plot().svg
+
+
 def test_report_is_written_with_its_parts(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "report"
     data = {

@@ -72,7 +72,7 @@ def figure(name: str, title: str, caption: str, draw: Callable[["Sheet"], None])
         for form in (WIDE, NARROW):
             sheet = Sheet(form)
             draw(sheet)
-            parts.append(themed(sheet.saved("svg"), f"{name}-{form.name}", form.name, title))
+            parts.append(themed(sheet.saved("svg"), f"{name}-{form.name}", form.name, title, sheet.width > form.width))
         sheet = Sheet(PRINT)
         sheet.paragraph(title, size=15, weight="bold")
         sheet.top += 6
@@ -238,4 +238,4 @@ def look(i: int) -> tuple[str, Any, str]:
 
 def number(value: float) -> str:
     """A number on an axis, with a real minus."""
-    return f"{value:,.6g}".replace("-", MINUS)
+    return f"{value:,.10g}".replace("-", MINUS)

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from himap_export.validate.html.drawing import INK, MINUS, Sheet, figure, look, text_width, wrapped
 from himap_export.validate.html.labels import Box, place, spread, stagger
 from himap_export.validate.html.page import Figure
+from himap_export.validate.html.theme import SERIES
 
 Floats = NDArray[np.float64]
 Value = float | None
@@ -98,11 +99,12 @@ def bars(
             at = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * wide
             y, low, high = (_values(v or one.y, len(groups)) for v in (one.y, one.low, one.high))
             there = np.isfinite(y)
-            axes.bar(at[there], y[there], wide * 0.88, color=INK[look(i)[0]], linewidth=0)
+            axes.bar(at[there], y[there], wide * 0.88, color=INK[look(i)[0]], alpha=_solid(i), linewidth=0)
             _whiskers(axes, at, low, high, color=INK["ink"], linewidth=1.3)
         sheet.top = sheet.key([one.name for one in series], 12, partial(_bar_sample, sheet), sheet.top)
-        axes.set_xlim(-0.5, len(groups) - 0.5)
+        axes.set_xlim(-0.5, max(len(groups), 1) - 0.5)
         axes.set_xticks([])
+        axes.axhline(0, color=INK["pale"], linewidth=0.8)
         sheet.frame(y_label)
         middles = [sheet.x_pixel(i) for i in range(len(groups))]
         room = (sheet.right - sheet.left) / max(len(groups), 1)
@@ -222,7 +224,12 @@ def _line_sample(sheet: Sheet, i: int, x: float, y: float) -> None:
 
 
 def _bar_sample(sheet: Sheet, i: int, x: float, y: float) -> None:
-    sheet.block(x, y - 6, 12, 12, look(i)[0])
+    sheet.block(x, y - 6, 12, 12, look(i)[0], _solid(i))
+
+
+def _solid(i: int) -> float:
+    """Opacity of bars: colours come again after eight series, paler."""
+    return 1.0 if i < SERIES else 0.4
 
 
 def _point_sample(sheet: Sheet, i: int, x: float, y: float) -> None:

@@ -9,10 +9,11 @@ ROLES = {on_white: role for role, (on_white, _) in COLOURS.items()}
 REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 
-def themed(svg: bytes, prefix: str, kind: str, title: str) -> str:
+def themed(svg: bytes, prefix: str, kind: str, title: str, fixed: bool) -> str:
     """Markup for HTML, of class `kind`, read aloud as `title`; its identifiers that are used begin with `prefix`.
 
-    A colour of the theme's white paper becomes a variable that the page sets, with that colour where nothing sets it.
+    A `fixed` one is never shown smaller than it is drawn. A colour of the theme's white paper becomes a variable that
+    the page sets, with that colour where nothing sets it.
     """
     root = ElementTree.fromstring(svg)
     for element in root.iter():
@@ -33,6 +34,8 @@ def themed(svg: bytes, prefix: str, kind: str, title: str) -> str:
         "class": kind, "role": "img", "aria-label": title, "width": width, "height": height,
         "viewBox": root.get("viewBox", ""), "font-family": "system-ui, sans-serif", "stroke-linejoin": "round",
     }  # fmt: skip
+    if fixed:
+        root.set("style", f"min-width:{width}px")
     return ElementTree.tostring(root, encoding="unicode")
 
 

@@ -96,11 +96,17 @@ nav ol{{columns:1}}
 }}
 @media print{{
 body{{font-size:10pt}}
+header,nav,main,footer{{max-width:none;padding-left:0;padding-right:0}}
 header{{padding-top:0}}
 section{{margin-top:1.5rem;padding-top:1rem}}
 h2,figcaption{{break-after:avoid}}
 figure,.facts div,tr,.gallery li,pre{{break-inside:avoid}}
 .scroll{{overflow:visible}}
+table{{font-size:.8rem}}
 th,td{{padding:.25rem .4rem}}
+th:first-child{{position:static}}
+.plot svg{{min-width:0!important}}
+.facts{{grid-template-columns:repeat(4,1fr)}}
+.gallery ul{{grid-template-columns:repeat(3,1fr)}}
 }}
 """
