@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from himap_export.engines.bundle import Bundle
+from himap_export.validate.html.page import finite
 from himap_export.validate.parity import Closeness, CutParity, Parity
 from himap_export.validate.speed import TORCH, UNPRUNED, Speed
 from himap_export.validate.workers import ACTS
@@ -40,11 +41,11 @@ def parity_json(parity: Parity) -> dict[str, Any]:
     tensors = {t.name.replace(" ", "_"): _without_name(t) for t in parity.tensors}
     cuts = {f"kept_{c.name}": _without_name(c) | {"forced": c.swapped > 0} for c in parity.cuts}
     found = {"prompts": parity.prompts, **tensors, **cuts, "tokens": asdict(parity.answers)}
-    return _finite(found)  # type: ignore[no-any-return]
+    return finite(found)  # type: ignore[no-any-return]
 
 
 def gates_json(parity: Parity) -> list[dict[str, Any]]:
-    return [_finite(asdict(gate) | {"passed": gate.passed}) for gate in parity.gates]
+    return [finite(asdict(gate) | {"passed": gate.passed}) for gate in parity.gates]
 
 
 def _without_name(row: Closeness | CutParity) -> dict[str, Any]:
@@ -79,12 +80,3 @@ def speed_json(speed: Speed) -> dict[str, Any]:
         },
         "over": {name: {act: speed.over(name, act) for act in ACTS} for name in (UNPRUNED, TORCH)},
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: None stands for it."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,12 +4,14 @@
 
 writes 1,000 held-out questions of each of six types, exports one bundle per budget that holds all policies, lets
 `himap-validate --dataset` answer and judge them (an interrupted study goes on where it stopped), and gathers the four
-reports into tables and two figures. HiMAP's two cuts set a budget; fastv and truncation cut once, where HiMAP's first
-cut is, and keep as many tokens as its FLOPs allow. random and uniform are judged at the cuts of each.
+reports into tables and figures; `himap-analyze` says where the answers come from. HiMAP's two cuts set a budget; fastv
+and truncation cut once, where HiMAP's first cut is, and keep as many tokens as its FLOPs allow. random and uniform are
+judged at the cuts of each.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,6 +36,7 @@ BUDGETS = {
     "d": (1, 3, 0.75, 0.75),
 }
 IMAGE_TOKENS, TEXT, BATCH = 64, 16, 16
+FLOW = ("attention-shares", "label-consistency", "cam-1-decoder")  # figures of the analysis that go into the docs
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Study:
     dataset: Path
     seeds: int
 
-    def plans(self, name: str) -> Path:
+    def write_plans(self, name: str) -> None:
         """All policies at budget `name`, as `himap-export --plan` reads them."""
         k1, k2, r1, r2 = BUDGETS[name]
         spec, plan = decoder_spec(resolve("shapes").config), himap(k1, k2, r1, r2)
@@ -52,18 +55,25 @@ class Study:
             for policy in ("himap", "intra-visual")
         ]
         tables += [f'[{policy}]\npolicy = "{policy}"\nk1 = {k1}\nkeep = {keep}\n' for policy in ("fastv", "truncation")]
-        file = self.out / f"{name}.toml"
-        file.write_text("\n".join(tables))
-        return file
+        (self.out / f"{name}.toml").write_text("\n".join(tables))
 
     def judge(self, name: str) -> Path:
         """Exports and scores budget `name`; the folder of its report."""
         bundle, report = self.out / f"bundle-{name}", self.out / f"report-{name}"
         budgets = ("--text-budget", TEXT, "--max-new-tokens", 4, "--batch", BATCH)
         if not bundle.exists():
-            command("himap-export", "shapes", "--plan", self.plans(name), *budgets, "--out", bundle)
+            command("himap-export", "shapes", "--plan", self.out / f"{name}.toml", *budgets, "--out", bundle)
         flags = ("--dataset", self.dataset, "--report", report, "--seeds", self.seeds, "--threads", 1)
         command("himap-validate", bundle, *flags, "--max-new-tokens", 2)
+        return report
+
+
+    def analyze(self) -> Path:
+        """Where information flows in `shapes`, on the first of the questions; the folder of its report."""
+        report = self.out / "flow"
+        if not (report / "report.json").exists():
+            flags = ("--dataset", self.dataset, "--limit", 120, "--threads", 2, "--overwrite")
+            command("himap-analyze", "shapes", *flags, "--out", report)
         return report
 
 
@@ -166,7 +176,9 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     study = Study(args.out, write(args.out, args.per_type), args.seeds)
-    with ThreadPoolExecutor(2) as pool:
+    for name in BUDGETS:
+        study.write_plans(name)
+    with ThreadPoolExecutor(2) as pool:  # one of the two cores each
         budgets = [read(*found) for found in zip(BUDGETS, pool.map(study.judge, BUDGETS), strict=True)]
     found = [*tables(budgets), "", *differences(budgets)]
     print("\n".join(found))
@@ -174,6 +186,9 @@ def main() -> None:
         args.docs.mkdir(parents=True, exist_ok=True)
         (args.docs / "tables.md").write_text("\n".join(["# Policies at equal FLOPs on `shapes`", *found, ""]))
         draw_figures(budgets, args.docs)
+        flow = study.analyze()
+        for name in FLOW:
+            shutil.copyfile(flow / f"{name}.png", args.docs / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def _cams(flow: Flow) -> tuple[Block, ...]:
         for n, seen in enumerate(flow.seen, 1)
         for part, image in (("decoder", seen.decoder), ("tower", seen.vision))
     ]
-    return (Gallery(tuple(pictures), "Heat is relative to the largest value of its layer."),)
+    return (Gallery(tuple(pictures), "Heat is relative to the largest value of its layer.", wide=True),)
 
 
 def _series(name: str, samples: Sequence[Sequence[Layer]], value: Callable[[Layer], float]) -> Series:

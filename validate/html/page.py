@@ -71,10 +71,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Example images in a grid that follows the window's width."""
+    """Example images in a grid that follows the window's width; `wide` ones stand one below the other."""
 
     pictures: tuple[Picture, ...]
     caption: str = ""
+    wide: bool = False
 
 
 Block = Text | Facts | Command | Table | Figure | Gallery
@@ -246,7 +247,8 @@ def _gallery(gallery: Gallery) -> str:
         f"<p>{_prose(p.caption)}</p></li>"
         for p in gallery.pictures
     ]
-    return "\n".join(['<figure class="gallery"><ul>', *items, f"</ul>{_note(gallery.caption)}</figure>"])
+    kind = "gallery wide" if gallery.wide else "gallery"
+    return "\n".join([f'<figure class="{kind}"><ul>', *items, f"</ul>{_note(gallery.caption)}</figure>"])
 
 
 def _note(caption: str) -> str:

@@ -78,6 +78,7 @@ tbody tr+tr>*{{border-top:1px solid var(--line)}}
 tr.strong>*{{font-weight:650;background:var(--wash)}}
 .gallery ul{{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1.25rem;list-style:none;
 margin:0;padding:0}}
+.gallery.wide ul{{grid-template-columns:1fr}}
 .gallery img{{display:block;width:100%;height:auto;border:1px solid var(--line);border-radius:.375rem}}
 .gallery li p{{font-size:.9rem;line-height:1.45;margin:.45rem 0 0}}
 footer{{color:var(--pale);font-size:.86rem;margin-top:3.5rem;padding-bottom:3rem}}
@@ -92,7 +93,7 @@ nav ol{{columns:1}}
 .facts{{grid-template-columns:1fr 1fr}}
 .facts .value{{font-size:1.4rem}}
 .scroll th:first-child{{min-width:6.5rem;max-width:42vw;white-space:normal;box-shadow:1px 0 var(--line)}}
-.gallery ul{{grid-template-columns:1fr 1fr;gap:1rem .75rem}}
+.gallery:not(.wide) ul{{grid-template-columns:1fr 1fr;gap:1rem .75rem}}
 }}
 @media print{{
 body{{font-size:10pt}}
