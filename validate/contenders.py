@@ -14,14 +14,13 @@ import numpy as np
 
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.backends import Opening
-from himap_export.engines.bundle import Bundle, open_bundle
 from himap_export.engines.pipeline import Pipeline
 from himap_export.graphs.flops import true_ratio
-from himap_export.graphs.plan import Criterion, PruningPlan, TokenBudget, Visual
+from himap_export.graphs.plan import Criterion, PruningPlan
+from himap_export.validate.twin import Kept, export_twin
 
 CONTROLS: tuple[Criterion, ...] = ("random", "uniform")
 UNPRUNED = "none"
-Kept = tuple[PruningPlan, Visual]  # a plan, and how many image tokens its bundle keeps: --align may have raised them
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,9 @@ def contenders(
     with tempfile.TemporaryDirectory(prefix="himap-controls-") as folder:
         pipelines = [first, *(Pipeline(b, backend, opening, first.engines) for b in here[1:])]
         if controls := controls_of(plans):
-            twin = export_twin(bundle, checkpoint, backend, controls, Path(folder) / "bundle")
+            twin = export_twin(
+                checkpoint, bundle.budget, bundle.manifest.dtype, backend, controls, Path(folder) / "bundle"
+            )
             beside: list[Pipeline] = []
             for name in controls:  # over one copy of the weights
                 beside.append(Pipeline(twin.at(name), backend, opening, beside[0].engines if beside else None))
@@ -113,20 +114,3 @@ def _baselines(name: str, everyone: Mapping[str, Kept]) -> tuple[str, ...]:
     ranks = plan.policy not in (*CONTROLS, UNPRUNED)
     found = [other for other, kept in everyone.items() if not kept[0].cuts or (ranks and kept == chance)]
     return tuple(other for other in found if other != name)
-
-
-def export_twin(bundle: Bundle, checkpoint: Path, backend: str, plans: Mapping[str, Kept], out: Path) -> Bundle:
-    """The same model, text budget, batch and dtype as `bundle`, with other `plans`, by name."""
-    from himap_export.exporter.export import export
-    from himap_export.exporter.llava import vision_spec
-    from himap_export.exporter.planning import Planned, PlannedVariant
-    from himap_export.exporter.registry import resolve
-
-    m, old, model = bundle.manifest, bundle.budget, resolve(str(checkpoint))
-    variants = tuple(
-        PlannedVariant(name, plan, TokenBudget(visual, old.text, old.new, old.batch), visual)
-        for name, (plan, visual) in plans.items()
-    )
-    planned = Planned(model, m.decoder, vision_spec(model.config), variants, m.dtype, (backend,))
-    export(planned, out, ("himap-validate",), False, lambda line: None)
-    return open_bundle(out, verify=False)

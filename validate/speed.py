@@ -7,7 +7,7 @@ from pathlib import Path
 from himap_export.engines.bundle import Bundle
 from himap_export.graphs.flops import true_ratio
 from himap_export.graphs.plan import PruningPlan
-from himap_export.validate.contenders import export_twin
+from himap_export.validate.twin import export_twin
 from himap_export.validate.workers import Contender, Times, race, ratios
 
 PRUNED, UNPRUNED, TORCH = "pruned", "unpruned", "PyTorch SDPA"
@@ -34,7 +34,7 @@ def measure(bundle: Bundle, checkpoint: Path, backend: str, iterations: int, war
     """Exports the unpruned twin, then lets all three take turns."""
     with tempfile.TemporaryDirectory(prefix="himap-unpruned-") as folder:
         unpruned = {"none": (PruningPlan(), bundle.budget.visual[:1])}
-        twin = export_twin(bundle, checkpoint, backend, unpruned, Path(folder) / "bundle")
+        twin = export_twin(checkpoint, bundle.budget, bundle.manifest.dtype, backend, unpruned, Path(folder) / "bundle")
         contenders = (
             Contender(PRUNED, "bundle", bundle, checkpoint, backend),
             Contender(UNPRUNED, "bundle", twin, checkpoint, backend),

@@ -1,0 +1,69 @@
+"""Which plans are worth having, and which one to take."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from himap_export.validate.statistics import Interval, accuracy_interval, paired_difference
+from himap_export.validate.tuning.grid import Candidate
+
+Right = npt.NDArray[np.bool_]  # [n] of one plan
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A plan's accuracy, its difference to the unpruned model on the same questions, and its share of the FLOPs."""
+
+    candidate: Candidate
+    flops: float
+    accuracy: Interval
+    loss: Interval  # unpruned minus pruned
+    on_front: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The plan to take, or None, and why."""
+
+    candidate: Candidate | None
+    reason: str
+
+
+def judge(
+    candidates: Sequence[Candidate], flops: Mapping[str, float], right: Mapping[str, Right], unpruned: Right
+) -> tuple[Judged, ...]:
+    """All plans, cheapest first. One is on the front if no other is at least as right for at most its FLOPs."""
+    means = {c.name: float(right[c.name].mean()) for c in candidates}
+    found = []
+    for c in sorted(candidates, key=lambda c: (flops[c.name], -means[c.name])):
+        beaten = any(
+            flops[o.name] <= flops[c.name] and means[o.name] >= means[c.name]
+            and (flops[o.name], -means[o.name]) != (flops[c.name], -means[c.name])
+            for o in candidates
+        )  # fmt: skip
+        accuracy, loss = accuracy_interval(right[c.name], 0), paired_difference(unpruned, right[c.name], 0)
+        found.append(Judged(c, flops[c.name], accuracy, loss, not beaten))
+    return tuple(found)
+
+
+def choose(judged: Sequence[Judged], unpruned: float, keep: float) -> Choice:
+    """The cheapest plan that surely keeps the fraction `keep` of the `unpruned` accuracy: the upper end of the 95 %
+    interval of its paired loss is within the rest."""
+    allowed = (1 - keep) * unpruned
+    for j in judged:
+        if j.loss.high <= allowed:
+            told = (
+                f"{j.candidate.name} is the cheapest plan that surely keeps {keep:.0%} of the unpruned accuracy: it is "
+                f"right in {j.accuracy.mean:.1%} against {unpruned:.1%}, loses {100 * j.loss.mean:.1f} points "
+                f"({100 * j.loss.low:.1f} to {100 * j.loss.high:.1f}), and takes {j.flops:.0%} of the FLOPs."
+            )
+            return Choice(j.candidate, told)
+    least = min(judged, key=lambda j: j.loss.high)
+    told = (
+        f"No plan surely keeps {keep:.0%} of the unpruned accuracy of {unpruned:.1%}: {least.candidate.name} comes "
+        f"nearest, and may lose {100 * least.loss.high:.1f} points. Ask more questions, prune less, or lower "
+        "--min-accuracy."
+    )
+    return Choice(None, told)

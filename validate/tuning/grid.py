@@ -1,0 +1,53 @@
+"""The plans of a sweep."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.plan import Cut, PruningPlan, himap
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """HiMAP's plan at these cuts, fractions removed; `name` is also its table in a TOML file of plans."""
+
+    k1: int
+    r1: float
+    k2: int
+    r2: float
+
+    @property
+    def name(self) -> str:
+        return f"k{self.k1}-r{self.r1:g}-k{self.k2}-r{self.r2:g}".replace(".", "_")
+
+    @property
+    def plan(self) -> PruningPlan:
+        return himap(self.k1, self.k2, self.r1, self.r2)
+
+    def toml(self, name: str) -> str:
+        """The table that `himap-export --plan` reads."""
+        return f"[{name}]\nk1 = {self.k1}\nk2 = {self.k2}\nr1 = {self.r1}\nr2 = {self.r2}\n"
+
+
+def defaults(layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """K1 and K2 to try in a decoder of `layers` layers: the authors' 2 and 8 of 32, their halves and their doubles."""
+    k1 = sorted({max(1, round(layers * share)) for share in (1 / 32, 2 / 32, 4 / 32)})
+    k2 = sorted({max(k1[-1] + 1, round(layers * share)) for share in (4 / 32, 8 / 32, 16 / 32)})
+    return tuple(k1), tuple(k2)
+
+
+def grid(
+    k1s: Sequence[int], r1s: Sequence[float], k2s: Sequence[int], r2s: Sequence[float], layers: int
+) -> tuple[Candidate, ...]:
+    """Every plan of these values in which K2 comes after K1, sorted so that those that share a prefix stand together.
+
+    HimapError (usage) if a value is outside what a decoder of `layers` layers can follow, or no plan is left.
+    """
+    for cut in (*(Cut(k, "image", 0.0) for k in (*k1s, *k2s)), *(Cut(1, "image", r) for r in (*r1s, *r2s))):
+        PruningPlan((cut,)).check(layers)
+    found = {Candidate(k1, r1, k2, r2) for k1, r1, k2, r2 in product(k1s, r1s, k2s, r2s) if k1 < k2}
+    if not found:
+        listed = f"--k1 {','.join(map(str, k1s))}, --k2 {','.join(map(str, k2s))}"
+        raise HimapError("no plan is left to try", f"no k2 is above a k1 ({listed})", code=Exit.USAGE)
+    return tuple(sorted(found))

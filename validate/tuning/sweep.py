@@ -1,0 +1,108 @@
+"""Every plan's answer to an example, in one walk down a tree: what plans agree on is computed once.
+
+The unpruned pass gives the state at every K1; each (K1, R1) runs on from there and gives the state at every K2; each
+(K2, R2) runs on to the end. One prefill a plan: the first generated token is the answer.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import groupby
+from multiprocessing import get_context
+from pathlib import Path
+
+from himap_export.engines.arrays import Inputs
+from himap_export.graphs.errors import HimapError
+from himap_export.graphs.spec import Dtype
+from himap_export.validate.contenders import UNPRUNED, request_seed
+from himap_export.validate.criteria import Cut, State
+from himap_export.validate.dataset import Example
+from himap_export.validate.loading import load_reference
+from himap_export.validate.prompter import Prompter, prompter_of_checkpoint
+from himap_export.validate.reference import Reference
+from himap_export.validate.tuning.grid import Candidate
+
+CRITERIA = {"himap": ("instruction", "image"), "random": ("random", "random")}
+
+
+def first_tokens(
+    reference: Reference, inputs: Inputs, candidates: Sequence[Candidate], policy: str = "himap", seed: int = 0
+) -> dict[str, int]:
+    """The first token of the unpruned model ("none") and of every plan, by name; `candidates` sorted as `grid` does."""
+    found, first = {}, CRITERIA[policy][0]
+    state = reference.start(inputs.input_ids[0], inputs.pixel_values)
+    at: dict[int, State] = {}
+    for k1 in sorted({c.k1 for c in candidates}):
+        state = at[k1] = reference.advance(state, k1, attention=True)
+    found[UNPRUNED] = _last(reference, state)
+    for (k1, r1), group in groupby(candidates, key=lambda c: (c.k1, c.r1)):
+        kept, _ = reference.cut(at[k1], Cut(k1, first, r1), seed)
+        found |= _second(reference, kept, list(group), CRITERIA[policy][1], seed)
+    return found
+
+
+def _second(
+    reference: Reference, state: State, candidates: Iterable[Candidate], criterion: str, seed: int
+) -> dict[str, int]:
+    """From behind the first cut: on to every K2, and from each to the end."""
+    found = {}
+    for k2, group in groupby(candidates, key=lambda c: c.k2):
+        state = reference.advance(state, k2, attention=True)
+        for candidate in group:
+            kept, _ = reference.cut(state, Cut(k2, criterion, candidate.r2), seed)
+            found[candidate.name] = _last(reference, kept)
+    return found
+
+
+def _last(reference: Reference, state: State) -> int:
+    return int(reference.logits(reference.advance(state, reference.layers)).argmax())
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs: the checkpoint, how to compute, and the plans."""
+
+    checkpoint: Path
+    dtype: Dtype
+    threads: int
+    candidates: tuple[Candidate, ...]
+    policy: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Worker:
+    job: Job
+    reference: Reference
+    prompter: Prompter
+
+
+_worker: list[_Worker] = []  # one per process
+
+
+def _start(job: Job) -> None:
+    _worker.append(
+        _Worker(job, load_reference(job.checkpoint, job.dtype, job.threads), prompter_of_checkpoint(job.checkpoint))
+    )
+
+
+def _answer(numbered: tuple[int, Example]) -> tuple[Example, Mapping[str, int], int]:
+    (worker,), (number, example) = _worker, numbered
+    job, seed = worker.job, request_seed(worker.job.seed, number)
+    tokens = first_tokens(worker.reference, worker.prompter.arrays(example), job.candidates, job.policy, seed)
+    return example, tokens, worker.prompter.label(example)
+
+
+def sweep(
+    job: Job, examples: Sequence[tuple[int, Example]], workers: int
+) -> Iterator[tuple[Example, Mapping[str, int], int]]:
+    """(example, first token by plan, the right one) of numbered examples, in order, as they are answered by `workers`
+    processes. HimapError if one dies."""
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (job,))
+    try:
+        yield from pool.map(_answer, examples)
+    except BrokenProcessPool:
+        raise HimapError("a worker of the sweep died", hint="is there enough memory? try --workers 1") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
