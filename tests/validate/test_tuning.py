@@ -1,0 +1,149 @@
+"""`himap-tune`: the walk down the tree against one prefill a plan, the front by hand, and the command to its files."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import Workshop, call
+from tiny import make_inputs
+
+from himap_export.engines.arrays import Inputs
+from himap_export.exporter.plans import named_plans
+from himap_export.graphs.errors import HimapError
+from himap_export.validate.criteria import Cut, State, himap
+from himap_export.validate.reference import Reference
+from himap_export.validate.statistics import Interval
+from himap_export.validate.tuning.cli import main
+from himap_export.validate.tuning.front import Judged, choose, judge
+from himap_export.validate.tuning.grid import Candidate, defaults, grid
+from himap_export.validate.tuning.sweep import first_tokens
+
+IMAGES = Path(__file__).parents[2] / "examples" / "shapes" / "images"
+SMALL = ("--k1", "1,2", "--k2", "4", "--r1", "0.5", "--r2", "0.5,0.75", "--workers", 1)
+
+
+class Counting:
+    """A reference that counts the layers it runs."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference, self.layers, self.ran = reference, reference.layers, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.reference, name)
+
+    def advance(self, state: State, layer: int, attention: bool = False) -> State:
+        self.ran += layer - state.layer
+        return self.reference.advance(state, layer, attention)
+
+
+@pytest.mark.parametrize("policy", ["himap", "random"])
+def test_the_walk_says_what_one_prefill_a_plan_says(work: Workshop, policy: str) -> None:
+    reference = Counting(work.reference("mha"))
+    plans = grid((1, 3), (0.25, 0.5), (4, 7), (0.5, 0.75), 10)
+    made = make_inputs(work.tiny("mha"), [9], [5], seed=3)
+    found = first_tokens(reference, Inputs(made.input_ids, made.pixel_values), plans, policy, seed=5)  # type: ignore[arg-type]
+    assert set(found) == {"none", *(c.name for c in plans)} and len(plans) == 16
+    for c in plans:
+        cuts = himap(c.k1, c.k2, c.r1, c.r2)
+        if policy == "random":
+            cuts = Cut(c.k1, "random", c.r1), Cut(c.k2, "random", c.r2)
+        wanted = reference.reference.prefill(made.input_ids, made.pixel_values, cuts=cuts, seeds=[5])
+        assert found[c.name] == int(wanted.logits[0].argmax())
+    plain = reference.reference.prefill(made.input_ids, made.pixel_values)
+    assert found["none"] == int(plain.logits[0].argmax())
+    # 10 unpruned; from each of 4 (K1, R1) on to layer 7; from each of the 16 plans' K2 to the end.
+    assert reference.ran == 10 + 2 * (7 - 1) + 2 * (7 - 3) + 8 * (10 - 4) + 8 * (10 - 7)
+
+
+def test_grids() -> None:
+    plans = grid((2, 1), (0.5,), (2, 4), (0.75,), 10)
+    assert [c.name for c in plans] == ["k1-r0_5-k2-r0_75", "k1-r0_5-k4-r0_75", "k2-r0_5-k4-r0_75"]
+    assert defaults(32) == ((1, 2, 4), (5, 8, 16)) and defaults(10)[0][0] == 1
+    for layers in (3, 6, 10, 28, 40):
+        assert grid(defaults(layers)[0], (0.5,), defaults(layers)[1], (0.5,), layers)
+    for arguments, words in (
+        (((4,), (0.5,), (2, 4), (0.5,)), "no plan is left to try"),
+        (((2,), (0.5,), (10,), (0.5,)), "past the last layer"),
+        (((0,), (0.5,), (4,), (0.5,)), "is below 1"),
+        (((2,), (1.0,), (4,), (0.5,)), "is outside"),
+    ):
+        with pytest.raises(HimapError, match=words):
+            grid(*arguments, 10)
+
+
+def test_the_front_by_hand() -> None:
+    cheap, dear, bad, tied = (Candidate(1, 0.5, 2, r2) for r2 in (0.9, 0.25, 0.5, 0.75))
+    flops = {cheap.name: 0.3, dear.name: 0.8, bad.name: 0.5, tied.name: 0.8}
+    shares = {cheap.name: 6, dear.name: 9, bad.name: 5, tied.name: 9}
+    right = {name: np.arange(10) < count for name, count in shares.items()}
+    judged = judge((cheap, dear, bad, tied), flops, right, np.ones(10, bool))
+    assert [j.candidate for j in judged if j.on_front] == [cheap, dear, tied]
+    assert {j.candidate: round(j.loss.mean, 6) for j in judged} == {cheap: 0.4, dear: 0.1, bad: 0.5, tied: 0.1}
+
+
+def test_the_choice_by_hand() -> None:
+    def row(r2: float, flops: float, high: float) -> Judged:
+        return Judged(Candidate(1, 0.5, 2, r2), flops, Interval(0.9, 0.8, 1.0), Interval(high / 2, 0.0, high), True)
+
+    judged = [row(0.9, 0.3, 0.05), row(0.75, 0.5, 0.019), row(0.5, 0.7, 0.0)]
+    chosen = choose(judged, 1.0, 0.98)
+    assert chosen.candidate == judged[1].candidate and "50% of the FLOPs" in chosen.reason
+    assert choose(judged, 1.0, 0.99).candidate == judged[2].candidate
+    nothing = choose(judged[:2], 1.0, 0.99)
+    assert nothing.candidate is None and "may lose 1.9 points" in nothing.reason
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    out = tmp_path_factory.mktemp("tune") / "out"
+    flags = ("--dataset", IMAGES / "questions.jsonl", "--out", out, *SMALL, "--rounds", 2, "--min-accuracy", 0.1)
+    assert call(main, "shapes", *flags) == 0
+    yield out
+
+
+def test_plans_can_be_exported(tuned: Path) -> None:
+    found = json.loads((tuned / "report.json").read_text())
+    plans = named_plans([str(tuned / "plans.toml")])
+    front = [p["name"] for p in found["plans"] if p["on_front"]]
+    assert list(plans) == ["tuned", *front] and plans["tuned"] == plans[found["choice"]["name"]]
+    by_name = {c.name: c.plan for c in grid((1, 2), (0.5,), (4,), (0.5, 0.75), 10)}
+    assert {name: by_name[name] for name in front} == {name: plans[name] for name in front}
+    assert set(found["times"]) == {"none", *front} and found["times"]["none"]["share"] == [1, 1, 1]
+    assert set(found["over_random"]) == set(front) and found["questions"] == 5
+    text = re.sub("<[^>]*>", "", (tuned / "report.html").read_text())
+    assert "himap-export shapes --plan" in text and (tuned / "flops.png").is_file() and (tuned / "time.png").is_file()
+
+
+def test_a_sweep_goes_on_where_it_stopped(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again = Path(shutil.copytree(tuned, tmp_path / "again"))
+    lines = (again / "sweep.jsonl").read_text().splitlines(keepends=True)
+    (again / "sweep.jsonl").write_text("".join(lines[:8]) + lines[8][:9])
+    flags = ("--dataset", IMAGES / "questions.jsonl", "--out", again, *SMALL, "--no-time", "--json")
+    assert call(main, "shapes", *flags) == 0
+    assert sorted((again / "sweep.jsonl").read_text().splitlines()) == sorted(line.strip() for line in lines)
+    before, after = json.loads((tuned / "report.json").read_text()), json.loads(capsys.readouterr().out)
+    assert after["plans"] == before["plans"] and after["times"] == {}
+
+
+def test_what_is_refused(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    data = ("--dataset", IMAGES / "questions.jsonl")
+    for flags, words in (
+        ((*data, "--out", tmp_path / "full"), "is neither empty nor a sweep's"),
+        ((*data, "--out", tuned, *SMALL, "--seed", 1), "logs another measurement"),
+        ((*data, "--out", tmp_path / "a", "--k1", "4", "--k2", "2"), "no plan is left to try"),
+        ((*data, "--out", tmp_path / "a", "--k2", "10"), "past the last layer"),
+        ((*data, "--out", tmp_path / "a", "--r1", "1.5"), "is outside [0, 1)"),
+        ((*data, "--out", tmp_path / "a", "--k1", "two"), "invalid comma-separated int value"),
+        ((*data, "--out", tmp_path / "a", "--min-accuracy", 2), "must lie in (0, 1]"),
+        (("--dataset", tmp_path / "none.jsonl", "--out", tmp_path / "a"), "does not exist"),
+    ):
+        assert call(main, "shapes", *flags) == 2, flags
+        assert words in capsys.readouterr().err, flags
+    assert not (tmp_path / "a").exists()

@@ -1,0 +1,99 @@
+"""`himap-tune`: sweeps HiMAP's K1, R1, K2 and R2 over a data set and writes the plan to export."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from himap_export.engines.command import run_command
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.validate.progress import say
+
+LOG, PLANS = "sweep.jsonl", "plans.toml"
+Number = TypeVar("Number", int, float)
+
+
+def _list(kind: Callable[[str], Number]) -> Callable[[str], tuple[Number, ...]]:
+    def parse(text: str) -> tuple[Number, ...]:
+        return tuple(kind(part) for part in text.split(","))
+
+    parse.__name__ = f"comma-separated {kind.__name__}"  # what argparse says of a bad one
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="himap-tune", description=__doc__)
+    p.add_argument("model", metavar="MODEL", help="alias, Hugging Face id or checkpoint folder, as for himap-export")
+    p.add_argument("--dataset", type=Path, required=True, metavar="F.jsonl", help="lines of image, question, answer")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"{PLANS}, the report, and the answers' log")
+    p.add_argument("--k1", type=_list(int), metavar="K,..", help="layers of the first cut (default: by the depth)")
+    p.add_argument("--k2", type=_list(int), metavar="K,..", help="layers of the second cut (default: by the depth)")
+    p.add_argument("--r1", type=_list(float), metavar="R,..", default=(0.25, 0.5, 0.75), help="default: 0.25,0.5,0.75")
+    p.add_argument("--r2", type=_list(float), metavar="R,..", default=(0.5, 0.75, 0.9), help="default: 0.5,0.75,0.9")
+    p.add_argument(
+        "--min-accuracy", type=float, default=0.99, metavar="F",
+        help="what the chosen plan must keep of the unpruned accuracy (default: 0.99)",
+    )  # fmt: skip
+    p.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
+    p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a CPU)")
+    p.add_argument("--rounds", type=int, default=10, help="in which the plans of the front are timed (default: 10)")
+    p.add_argument("--no-time", action="store_true", help="measure accuracy only")
+    p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of PyTorch (default: fp32)")
+    p.add_argument("--seed", type=int, default=0, help="of the random control (default: 0)")
+    p.add_argument("--skip-bad", action="store_true", help="leave out lines that cannot be read, and say so")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    for name, least in (("limit", 1), ("workers", 1), ("rounds", 1), ("seed", 0)):
+        if (value := getattr(args, name)) is not None and value < least:
+            parser.error(f"--{name} must be at least {least}")
+    if not 0 < args.min_accuracy <= 1:
+        parser.error("--min-accuracy must lie in (0, 1]")
+    run_command("himap-tune", lambda: _tune(args, sys.argv[1:] if argv is None else argv))
+
+
+def _tune(args: argparse.Namespace, argv: list[str]) -> None:
+    from himap_export.exporter.checkpoint import read_config
+    from himap_export.exporter.llava import decoder_spec
+    from himap_export.validate.dataset import Dataset, read_dataset
+    from himap_export.validate.html.page import finite, write_report
+    from himap_export.validate.loading import checkpoint_folder
+    from himap_export.validate.tuning.grid import defaults, grid
+    from himap_export.validate.tuning.page import toml, tuned_json, tuned_lines, tuned_page
+    from himap_export.validate.tuning.tune import Asked, tune
+
+    _check(args.out)
+    folder = checkpoint_folder(args.model)
+    layers = decoder_spec(read_config(folder)).layers
+    k1, k2 = defaults(layers)
+    candidates = grid(args.k1 or k1, args.r1, args.k2 or k2, args.r2, layers)
+    data = read_dataset(args.dataset, args.skip_bad)
+    for line in data.skipped:
+        say(f"left out: {line}")
+    data = Dataset(data.examples[: args.limit], data.skipped)
+    say(f"{len(candidates)} plans, {len(data.examples)} questions, {args.workers} processes")
+    args.out.mkdir(parents=True, exist_ok=True)
+    rounds = 0 if args.no_time else args.rounds
+    asked = Asked(candidates, args.workers, args.dtype, args.seed, args.min_accuracy, rounds)
+    tuned = tune(folder, args.dataset, data, args.out / LOG, asked)
+    plans, facts = args.out / PLANS, finite(tuned_json(tuned))
+    plans.write_text(toml(tuned))
+    page = tuned_page(tuned, args.model, " ".join(["himap-tune", *argv]), str(plans))
+    report = write_report(args.out, page, facts)
+    if args.json:
+        print(json.dumps(facts, indent=1))
+        return
+    print("\n".join([*tuned_lines(tuned), "", f"report: {report}", f"plans:  {plans}"]))
+
+
+def _check(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / LOG).is_file())):
+        hint = f"choose another --out: a sweep goes on in a folder that holds {LOG}"
+        raise HimapError(f"{out} is neither empty nor a sweep's", hint=hint, code=Exit.USAGE)

@@ -1,0 +1,130 @@
+"""A tuning as people read it: accuracy against FLOPs and against time, the front, and the plan to take."""
+
+from dataclasses import asdict
+from typing import Any
+
+from himap_export.validate.accuracy import points as in_points
+from himap_export.validate.contenders import UNPRUNED
+from himap_export.validate.html.page import Block, Command, Facts, Page, Section, Table, Text
+from himap_export.validate.html.plots import Point, pareto
+from himap_export.validate.tuning.front import Judged
+from himap_export.validate.tuning.tune import Tuned
+
+HOW = (
+    "Every plan runs on the PyTorch reference, one prefill each; what plans agree on is computed once. The first "
+    "generated token decides: for answers of one token that is the accuracy. A plan is on the front if no other is at "
+    "least as right for at most its FLOPs."
+)
+
+
+def toml(t: Tuned) -> str:
+    """[tuned], if a plan was chosen, and every plan of the front by its name."""
+    tables = [t.choice.candidate.toml("tuned")] if t.choice.candidate else []
+    return "\n".join([*tables, *(j.candidate.toml(j.candidate.name) for j in t.front)])
+
+
+def tuned_json(t: Tuned) -> dict[str, Any]:
+    """Every plan, and of those on the front their advantage over chance and their times."""
+    return {
+        "questions": t.questions,
+        "unpruned": asdict(t.unpruned),
+        "plans": [asdict(j) | {"name": j.candidate.name} for j in t.judged],
+        "over_random": {name: asdict(i) for name, i in t.over_random.items()},
+        "times": {name: asdict(time) for name, time in t.times.items()},
+        "choice": {"name": t.choice.candidate and t.choice.candidate.name, "reason": t.choice.reason},
+    }
+
+
+def tuned_lines(t: Tuned) -> list[str]:
+    """The front as a table, then the choice."""
+    rows = [_HEAD, *_rows(t)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    table = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return [*table, "", t.choice.reason]
+
+
+_HEAD = (
+    "on the front",
+    "image tokens",
+    "FLOPs",
+    "right",
+    "unpruned - plan",
+    "plan - random",
+    "prefill time",
+    "by FLOPs",
+)
+
+
+def _rows(t: Tuned) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
+        (UNPRUNED, f"{t.image_tokens}", "100%", f"{t.unpruned.mean:.1%}", "", "", _time(t, UNPRUNED), "1.00x")
+    ]
+    for j in t.front:
+        tokens = " → ".join(map(str, j.candidate.plan.kept(t.image_tokens)))
+        over = in_points(t.over_random[j.candidate.name])
+        rows.append((
+            j.candidate.name, tokens, f"{j.flops:.0%}", f"{j.accuracy.mean:.1%}", in_points(j.loss), over,
+            _time(t, j.candidate.name), f"{1 / j.flops:.2f}x",
+        ))  # fmt: skip
+    return rows
+
+
+def _time(t: Tuned, name: str) -> str:
+    if name not in t.times:
+        return "-"
+    time = t.times[name]
+    return f"{1e3 * time.seconds:.1f} ms, {1 / time.share[0]:.2f}x"
+
+
+def tuned_page(t: Tuned, model: str, command: str, plans: str) -> Page:
+    """The choice, two Pareto plots, the front as a table."""
+    candidate = t.choice.candidate
+    facts = Facts((
+        ("plan", candidate.name if candidate else "none", f"of {len(t.judged)} tried on {t.questions} questions"),
+        ("unpruned", f"{t.unpruned.mean:.1%}", f"{t.unpruned.low:.1%} to {t.unpruned.high:.1%}"),
+        *_chosen(t),
+    ))  # fmt: skip
+    advice: list[Block] = [facts, Text(t.choice.reason)]
+    if candidate is not None:
+        advice.append(Command(f"himap-export {model} --plan {plans} --out bundle/"))
+    caption = (
+        "Differences in percentage points with 95 % intervals of paired differences; chance is one draw at the same "
+        "cuts. Times are medians; beside them the speed-up over unpruned, and the one that FLOPs allow."
+    )
+    sections = (
+        Section("The plan to take", tuple(advice)),
+        Section("Accuracy against cost", _plots(t)),
+        Section("The front", (Table(_HEAD, tuple(_rows(t)), caption),)),
+        Section("How this was made", (Text(HOW), Command(command))),
+    )
+    subtitle = f"{len(t.judged)} plans, {t.questions} questions of up to {t.text} text tokens"
+    return Page(f"Tuning the cuts of {model}", subtitle, sections)
+
+
+def _chosen(t: Tuned) -> list[tuple[str, str, str]]:
+    found = [j for j in t.judged if j.candidate == t.choice.candidate]
+    items = [
+        ("its accuracy", f"{j.accuracy.mean:.1%}", f"{j.accuracy.low:.1%} to {j.accuracy.high:.1%}") for j in found
+    ]
+    return [*items, *(("its FLOPs", f"{j.flops:.0%}", "of the decoder's prefill") for j in found)]
+
+
+def _plots(t: Tuned) -> tuple[Block, ...]:
+    whole = Point(UNPRUNED, 100, 100 * t.unpruned.mean, 100 * t.unpruned.low, 100 * t.unpruned.high, UNPRUNED, True)
+    by_flops = [whole, *(_point(j, 100 * j.flops, j.on_front) for j in t.judged)]
+    y, blocks = "right answers (%)", list[Block]()
+    title = "Accuracy against FLOPs, with 95 % intervals"
+    blocks.append(pareto("flops", title, by_flops, "share of the decoder's prefill FLOPs (%)", y))
+    if t.times:
+        by_time = [whole, *(_point(j, 100 * t.times[j.candidate.name].share[0], True) for j in t.front)]
+        title = "Accuracy against measured prefill time, plans of the front"
+        blocks.append(pareto("time", title, by_time, "share of the unpruned prefill time, onnxruntime (%)", y))
+    return tuple(blocks)
+
+
+def _point(j: Judged, x: float, on_front: bool) -> Point:
+    a = j.accuracy
+    return Point(j.candidate.name, x, 100 * a.mean, 100 * a.low, 100 * a.high, "himap", on_front)

@@ -1,0 +1,133 @@
+"""A tuning: the sweep over a data set, the front, its control and its times, and the plan to take."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from himap_export.exporter.checkpoint import read_config
+from himap_export.exporter.llava import decoder_spec, vision_spec
+from himap_export.graphs.flops import true_ratio
+from himap_export.graphs.plan import Visual
+from himap_export.graphs.spec import DecoderSpec, Dtype
+from himap_export.validate.answers import Answered, AnswerLog, read_log
+from himap_export.validate.contenders import UNPRUNED
+from himap_export.validate.dataset import Dataset, Example, expected, prompt_of
+from himap_export.validate.progress import counted
+from himap_export.validate.prompter import Prompter, prompter_of_checkpoint
+from himap_export.validate.statistics import Interval, accuracy_interval, paired_difference
+from himap_export.validate.tuning.front import Choice, Judged, Right, choose, judge
+from himap_export.validate.tuning.grid import Candidate
+from himap_export.validate.tuning.sweep import Job, sweep
+from himap_export.validate.tuning.timing import Timed, measure
+
+CONTROL = "random-"  # before a plan's name in the log: its cuts, ranked by chance
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How to sweep. `keep`: the fraction of the unpruned accuracy that a plan must keep; 0 `rounds`: no times."""
+
+    candidates: tuple[Candidate, ...]
+    workers: int
+    dtype: Dtype
+    seed: int
+    keep: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """`over_random`: by name of a plan on the front, how much righter it is than chance at its cuts; `times` likewise,
+    and of the unpruned model."""
+
+    questions: int
+    image_tokens: int
+    text: int
+    unpruned: Interval
+    judged: tuple[Judged, ...]
+    over_random: Mapping[str, Interval]
+    times: Mapping[str, Timed]
+    choice: Choice
+
+    @property
+    def front(self) -> tuple[Judged, ...]:
+        return tuple(j for j in self.judged if j.on_front)
+
+
+def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, asked: Asked) -> Tuned:
+    """Answers what the log does not hold yet, then judges; HimapError as `sweep`, or if the log is another sweep's."""
+    config, prompter = read_config(checkpoint), prompter_of_checkpoint(checkpoint)
+    spec, tokens = decoder_spec(config), vision_spec(config).tokens
+    text = max(prompter.text_tokens(prompt_of(e)) for e in data.examples)
+    header = {
+        "config": _sha256(checkpoint / "config.json"), "dataset": _sha256(dataset_file), "dtype": asked.dtype,
+        "seed": asked.seed, "plans": [c.name for c in asked.candidates],
+    }  # fmt: skip
+    with AnswerLog(log_file, header) as log:
+        job = Job(checkpoint, asked.dtype, 1, asked.candidates, "himap", asked.seed)
+        _answer(job, data, log, prompter, asked.workers)
+        right = _right(log.file, data)
+        flops = {c.name: _ratio(spec, c, tokens, text) for c in asked.candidates}
+        judged = judge(asked.candidates, flops, right, right[UNPRUNED])
+        front = tuple(sorted(j.candidate for j in judged if j.on_front))
+        _answer(Job(checkpoint, asked.dtype, 1, front, "random", asked.seed), data, log, prompter, asked.workers)
+        right = _right(log.file, data)
+    over = {c.name: paired_difference(right[c.name], right[CONTROL + c.name], 0) for c in front}
+    times: dict[str, Timed] = {}
+    if asked.rounds:
+        plans = {c.name: c.plan for c in front}
+        times = measure(checkpoint, plans, tokens, text, asked.dtype, asked.workers, asked.rounds)
+    unpruned = accuracy_interval(right[UNPRUNED], 0)
+    choice = choose(judged, unpruned.mean, asked.keep)
+    return Tuned(len(data.examples), tokens, text, unpruned, judged, over, times, choice)
+
+
+def visual_of(candidate: Candidate, image_tokens: int) -> Visual:
+    return candidate.plan.kept(image_tokens)
+
+
+def _ratio(spec: DecoderSpec, c: Candidate, tokens: int, text: int) -> float:
+    return true_ratio(spec, c.plan, visual_of(c, tokens), text)
+
+
+def _answer(job: Job, data: Dataset, log: AnswerLog, prompter: Prompter, workers: int) -> None:
+    """All plans of the job answer the examples that one of them has not answered yet."""
+    prefix = CONTROL if job.policy == "random" else ""
+    names = [prefix + c.name for c in job.candidates] + ([] if prefix else [UNPRUNED])
+    todo = [(n, e) for n, e in enumerate(data.examples) if any((name, 0, e.line) not in log.done for name in names)]
+    if not todo:
+        return
+    with counted(f"{job.policy}: questions") as count:
+        count(done := len(data.examples) - len(todo), len(data.examples))
+        for example, tokens, label in sweep(job, todo, workers):
+            wanted = {prefix + name: token for name, token in tokens.items() if not prefix or name != UNPRUNED}
+            log.append(_answers(example, wanted, label, prompter, log))
+            count(done := done + 1, len(data.examples))
+
+
+def _answers(
+    e: Example, tokens: Mapping[str, int], label: int, prompter: Prompter, log: AnswerLog
+) -> Sequence[Answered]:
+    return [
+        Answered(name, 0, e.line, e.id, e.type, prompter.text([token], ()), expected(e), token == label)
+        for name, token in tokens.items()
+        if (name, 0, e.line) not in log.done
+    ]
+
+
+def _right(file: Path, data: Dataset) -> dict[str, Right]:
+    """By name, [n] over the examples; only of plans that have answered all of them."""
+    lines, found = [e.line for e in data.examples], dict[str, dict[int, bool]]()
+    for a in read_log(file):
+        found.setdefault(a.policy, {})[a.line] = a.right
+    return {
+        name: np.array([told[line] for line in lines]) for name, told in found.items() if all(n in told for n in lines)
+    }
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
