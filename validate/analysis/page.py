@@ -117,7 +117,7 @@ def _attention(flow: Flow) -> tuple[Block, ...]:
 
 def _disruption(flow: Flow) -> tuple[Block, ...]:
     width = _width(flow)
-    window = f"blocked in {width} layer{'s' * (width > 1)} from here"
+    window = f"when attention is blocked in {'one layer' if width == 1 else f'{width} layers from here on'}"
     ratios = bias_ratio(flow.disruptions)
     bias = Series("D", tuple(ratios.get(layer) for layer in range(flow.layers)))
     return (
@@ -139,8 +139,10 @@ def _consistency(flow: Flow, field: str, name: str, title: str, window: str) -> 
         low = tuple(None if v is None or h is None else max(0.0, v - h) for v, h in zip(y, half, strict=True))
         high = tuple(None if v is None or h is None else min(1.0, v + h) for v, h in zip(y, half, strict=True))
         found.append(Series(kind, y, low, high))
-    caption = f"Attention {window} on. Bands: 95 % for a share of {len(flow.flows)} questions."
-    return _lines(f"{name}-consistency", title, found, "share of questions" if name == "label" else "Jaccard", caption)
+    unit, caption = "share of questions", f"Bands: 95 % for a share of {len(flow.flows)} questions."
+    if name == "score":
+        unit, caption = "Jaccard index", f"Bands: at least 95 %, of the mean over {len(flow.flows)} questions."
+    return _lines(f"{name}-consistency", f"{title}, {window}", found, unit, caption)
 
 
 def _error(d: Disruption, field: str) -> float:

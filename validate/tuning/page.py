@@ -1,5 +1,6 @@
 """A tuning as people read it: accuracy against FLOPs and against time, the front, and the plan to take."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -8,6 +9,7 @@ from himap_export.validate.contenders import UNPRUNED
 from himap_export.validate.html.page import Block, Command, Facts, Page, Section, Table, Text
 from himap_export.validate.html.plots import Point, pareto
 from himap_export.validate.tuning.front import Judged
+from himap_export.validate.tuning.grid import Candidate
 from himap_export.validate.tuning.tune import Tuned
 
 HOW = (
@@ -119,10 +121,16 @@ def _plots(t: Tuned) -> tuple[Block, ...]:
     title = "Accuracy against FLOPs, with 95 % intervals"
     blocks.append(pareto("flops", title, by_flops, "share of the decoder's prefill FLOPs (%)", y))
     if t.times:
-        by_time = [whole, *(_point(j, 100 * t.times[j.candidate.name].share[0], True) for j in t.front)]
-        title = "Accuracy against measured prefill time, plans of the front"
+        shares = {j.candidate: t.times[j.candidate.name].share[0] for j in t.front}
+        by_time = [whole, *(_point(j, 100 * shares[j.candidate], _quickest(j, t.front, shares)) for j in t.front)]
+        title = "Accuracy against measured prefill time, plans of the front above"
         blocks.append(pareto("time", title, by_time, "share of the unpruned prefill time, onnxruntime (%)", y))
     return tuple(blocks)
+
+
+def _quickest(j: Judged, front: Sequence[Judged], shares: Mapping[Candidate, float]) -> bool:
+    """Whether no other is at least as right in less time."""
+    return not any(o.accuracy.mean >= j.accuracy.mean and shares[o.candidate] < shares[j.candidate] for o in front)
 
 
 def _point(j: Judged, x: float, on_front: bool) -> Point:
