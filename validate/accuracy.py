@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from himap_export.engines.arrays import Inputs
 from himap_export.validate.answers import Answered, AnswerLog
+from himap_export.validate.columns import aligned
 from himap_export.validate.dataset import Dataset, Example, expected, is_right
 from himap_export.validate.progress import Count
 from himap_export.validate.prompter import Prompter
@@ -112,25 +113,17 @@ def summary_lines(summary: Summary) -> list[str]:
     rows += [
         (name, *(f"{cells[kind].accuracy.mean:.1%}" for kind in summary.types)) for name, cells in summary.cells.items()
     ]
-    lines = _aligned(rows)
+    lines = aligned(rows)
     differences = [("", "over", "points", "95 % interval")]
     for name, cells in summary.cells.items():
         for other, i in cells[ALL].over.items():
             differences.append((name, other, f"{i.mean * 100:+.1f}", f"{i.low * 100:+.1f} to {i.high * 100:+.1f}"))
-    return [*lines, "", "paired differences on all questions:", *_aligned(differences)]
+    return [*lines, "", "paired differences on all questions:", *aligned(differences)]
 
 
 def points(i: Interval) -> str:
     """A difference in percentage points: +1.2 (-0.3 to +2.7)."""
     return f"{i.mean * 100:+.1f} ({i.low * 100:+.1f} to {i.high * 100:+.1f})"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
 
 
 def summary_json(summary: Summary) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """`himap-validate --dataset`: a bundle's plans, the unpruned model and the controls answer a data set."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from himap_export.engines.backends import Opening
-from himap_export.engines.bundle import Bundle
+from himap_export.engines.bundle import Bundle, digest
 from himap_export.engines.cli import open_pipeline
 from himap_export.engines.manifest import FILE_NAME
 from himap_export.graphs.errors import Exit, HimapError
@@ -54,7 +53,7 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
     new_tokens = min(asked.new_tokens or SHORT, bundle.budget.new)
     first = open_pipeline(bundle, asked.backend, opening, "himap-validate")
     header = {
-        "bundle": _sha256(bundle.path(FILE_NAME)), "dataset": _sha256(asked.dataset), "plans": list(names),
+        "bundle": digest(bundle.path(FILE_NAME)).sha256, "dataset": digest(asked.dataset).sha256, "plans": list(names),
         "text_budget": bundle.budget.text, "backend": first.backend, "max_new_tokens": new_tokens,
     }  # fmt: skip
     asked.report.mkdir(parents=True, exist_ok=True)
@@ -86,8 +85,3 @@ def _longest(prompter: Prompter, data: Dataset, bundle: Bundle, asked: Scoring) 
             summary, f"the budget is {budget}", f"export with --text-budget {longest}, or leave it out", Exit.USAGE
         )
     return longest
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -12,6 +12,7 @@ from himap_export.validate.analysis.flow import Flow
 from himap_export.validate.analysis.saliency import LayerFlow
 from himap_export.validate.analysis.sample import average
 from himap_export.validate.analysis.shares import LayerShares
+from himap_export.validate.columns import aligned
 from himap_export.validate.html.images import png
 from himap_export.validate.html.page import Block, Command, Facts, Figure, Gallery, Page, Picture, Section, Table, Text
 from himap_export.validate.html.plots import Series, lines
@@ -35,10 +36,7 @@ def flow_json(flow: Flow) -> dict[str, Any]:
 
 def flow_lines(flow: Flow) -> list[str]:
     """One row per layer, then the advice."""
-    rows = [_HEAD, *_rows(flow)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
-    table = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return [*table, "", _note(flow), "", *flow.advice.reasons]
+    return [*aligned([_HEAD, *_rows(flow)]), "", _note(flow), "", *flow.advice.reasons]
 
 
 _HEAD = ("layer", "saliency image", "S_vv / S_vt", "attention to image", *KINDS, "D")

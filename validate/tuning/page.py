@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from himap_export.validate.accuracy import points as in_points
+from himap_export.validate.columns import aligned
 from himap_export.validate.contenders import UNPRUNED
 from himap_export.validate.html.page import Block, Command, Facts, Page, Section, Table, Text
 from himap_export.validate.html.plots import Point, pareto
@@ -39,13 +40,7 @@ def tuned_json(t: Tuned) -> dict[str, Any]:
 
 def tuned_lines(t: Tuned) -> list[str]:
     """The front as a table, then the choice."""
-    rows = [_HEAD, *_rows(t)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
-    table = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    return [*table, "", t.choice.reason]
+    return [*aligned([_HEAD, *_rows(t)]), "", t.choice.reason]
 
 
 _HEAD = (

@@ -1,12 +1,12 @@
 """A tuning: the sweep over a data set, the front, its control and its times, and the plan to take."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from himap_export.engines.bundle import digest
 from himap_export.exporter.checkpoint import read_config
 from himap_export.exporter.llava import decoder_spec, vision_spec
 from himap_export.graphs.flops import true_ratio
@@ -63,8 +63,8 @@ def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, as
     spec, tokens = decoder_spec(config), vision_spec(config).tokens
     text = max(prompter.text_tokens(prompt_of(e)) for e in data.examples)
     header = {
-        "config": _sha256(checkpoint / "config.json"), "dataset": _sha256(dataset_file), "dtype": asked.dtype,
-        "seed": asked.seed, "plans": [c.name for c in asked.candidates],
+        "config": digest(checkpoint / "config.json").sha256, "dataset": digest(dataset_file).sha256,
+        "dtype": asked.dtype, "seed": asked.seed, "plans": [c.name for c in asked.candidates],
     }  # fmt: skip
     with AnswerLog(log_file, header) as log:
         job = Job(checkpoint, asked.dtype, 1, asked.candidates, "himap", asked.seed)
@@ -126,8 +126,3 @@ def _right(file: Path, data: Dataset) -> dict[str, Right]:
     return {
         name: np.array([told[line] for line in lines]) for name, told in found.items() if all(n in told for n in lines)
     }
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
