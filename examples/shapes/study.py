@@ -67,7 +67,6 @@ class Study:
         command("himap-validate", bundle, *flags, "--max-new-tokens", 2)
         return report
 
-
     def analyze(self) -> Path:
         """Where information flows in `shapes`, on the first of the questions; the folder of its report."""
         report = self.out / "flow"
