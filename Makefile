@@ -22,11 +22,12 @@ $(READY): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/himap-export shapes --backend onnxruntime --backend tensorrt-rtx --text-budget 48 --out $(BUNDLE) --overwrite
 	$(BIN)/himap-run $(BUNDLE) --image $(IMAGE) --prompt "$(QUESTION)" --show-kept demo/kept.png
-	$(BIN)/himap-validate $(BUNDLE) --image $(IMAGE) --prompt "$(QUESTION)"
+	$(BIN)/himap-validate $(BUNDLE) --image $(IMAGE) --prompt "$(QUESTION)" --report demo/report
 	@echo
 	@echo "bundle:            $(BUNDLE)"
 	@echo "image asked about: $(IMAGE)"
 	@echo "patches kept:      demo/kept.png"
+	@echo "report:            demo/report/report.html"
 
 test: install lint
 	$(BIN)/pytest -n 2

@@ -66,14 +66,21 @@ class Bundle:
     def path(self, file: str) -> Path:
         return self.folder / file
 
+    def plan_name(self, asked: str) -> str:
+        """The name of the plan that `asked` names, or whose policy it names; HimapError (usage) if there is none."""
+        policies = {v.plan_name: v.plan.policy for v in self.manifest.variants}
+        found = asked if asked in policies else next((n for n, policy in policies.items() if policy == asked), None)
+        if found is None:
+            held = ", ".join(name if name == policy else f"{name} ({policy})" for name, policy in policies.items())
+            raise HimapError(f"{self.folder} holds no plan {asked}", f"it holds {held}", code=Exit.USAGE)
+        return found
+
     def at(self, plan: str | None = None, text_budget: int | None = None, text_tokens: int = 0) -> Self:
         """The bundle at the smallest budget that fits `text_tokens`, else at the largest; at the first plan if none is
-        named. HimapError (usage) for a plan or a budget that it does not hold."""
-        plan = plan or self.manifest.variants[0].plan_name
-        found = sorted((v for v in self.manifest.variants if v.plan_name == plan), key=lambda v: v.budget.text)
-        if not found:
-            held = ", ".join(dict.fromkeys(v.plan_name for v in self.manifest.variants))
-            raise HimapError(f"{self.folder} holds no plan {plan}", f"it holds {held}", code=Exit.USAGE)
+        named, by its own name or its policy's. HimapError (usage) for a plan or a budget that it does not hold."""
+        variants = self.manifest.variants
+        plan = self.plan_name(plan) if plan else variants[0].plan_name
+        found = sorted((v for v in variants if v.plan_name == plan), key=lambda v: v.budget.text)
         if text_budget is None:
             return replace(self, variant=next((v for v in found if v.budget.text >= text_tokens), found[-1]))
         for v in found:

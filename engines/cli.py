@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=("cpu", "cuda"), help="for onnxruntime (default: cuda where it has the provider)"
     )
     p.add_argument("--threads", type=int, help="CPU threads (default: all)")
-    p.add_argument("--plan", metavar="NAME", help="one of the bundle's plans (default: its first)")
+    p.add_argument("--plan", "--policy", metavar="NAME", help="one of the bundle's plans (default: its first)")
     p.add_argument("--text-budget", type=int, metavar="N", help="default: the smallest of the bundle's that fits")
     p.add_argument("--weights", type=Path, metavar="DIR", help="checkpoint that completes an --engines-only bundle")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the bundle's budget")

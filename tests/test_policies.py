@@ -131,8 +131,9 @@ def test_plan_files_that_cannot_be(
 
 def test_a_policy_the_bundle_does_not_hold(work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inputs = save_inputs(tmp_path / "in.npz", make_inputs(work.tiny("gqa2")))
+    assert call(run_main, bundle_of(work, "himap"), "--policy", "himap", "--load-inputs", inputs) == 0  # named custom
     for main, flags in ((run_main, ("--load-inputs", inputs)), (validate_main, ())):
         assert call(main, bundle_of(work, "fastv"), "--plan", "random", *flags) == 2
-        assert "holds no plan random" in capsys.readouterr().err
+        assert "holds no plan random: it holds fastv" in capsys.readouterr().err
     assert call(run_main, bundle_of(work, "random"), "--load-inputs", inputs, "--seed", -1) == 2
     assert "--seed -1 is outside" in capsys.readouterr().err

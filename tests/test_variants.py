@@ -92,7 +92,10 @@ def test_the_longest_prompt_decides_and_one_that_fits_none_is_refused(
     file = save_inputs(tmp_path / "long.npz", make_inputs(work.tiny("gqa2"), [60], [3]))
     assert call(run_main, several, "--load-inputs", file) == 2
     assert "63 text tokens" in capsys.readouterr().err
-    for flags, words in ((("--plan", "none"), "it holds wide, tight"), (("--text-budget", 13), "it holds 12, 24, 48")):
+    for flags, words in (
+        (("--plan", "none"), "it holds wide (himap), tight (himap)"),
+        (("--text-budget", 13), "it holds 12, 24, 48"),
+    ):
         assert call(run_main, several, "--load-inputs", file, *flags) == 2
         assert words in capsys.readouterr().err
 

@@ -35,6 +35,13 @@ class Answered:
         return self.policy, self.seed, self.line
 
 
+def claim(folder: Path, name: str) -> None:
+    """HimapError (usage) if `folder` holds anything, and not the log `name`: then it is somebody else's."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / name).is_file())):
+        hint = f"choose another folder: answers go on in one that holds {name}"
+        raise HimapError(f"{folder} is neither empty nor ours", hint=hint, code=Exit.USAGE)
+
+
 class AnswerLog:
     """A log open for more answers; `done` are the keys of those that it holds."""
 
@@ -46,7 +53,7 @@ class AnswerLog:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._stream.close()
-            hint = "wait for it, or choose another --log"
+            hint = "wait for it, or choose another folder"
             raise HimapError(f"{file} is in use by another himap-validate", hint=hint, code=Exit.USAGE) from None
         except OSError as problem:
             raise HimapError(f"cannot write {file}", problem.strerror or str(problem), code=Exit.USAGE) from None
@@ -81,7 +88,7 @@ class AnswerLog:
         if found != header:
             names = [k for k in header | found if header.get(k) != found.get(k)]
             differing = ", ".join(f"{k} is {header.get(k)!r}, was {found.get(k)!r}" for k in names)
-            hint = "remove it, or choose another --log"
+            hint = "remove it, or choose another folder"
             raise HimapError(f"{self.file} logs another measurement", differing, hint, Exit.USAGE)
         done = {a.key for a in _answers(self.file, content[:whole])}
         self._stream.truncate(whole)
@@ -118,7 +125,7 @@ def _header(file: Path, content: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not _MARK.items() <= found.items():
-        raise HimapError(f"{file} is no log of himap-validate", hint="choose another --log", code=Exit.USAGE)
+        raise HimapError(f"{file} is no log of himap-validate", hint="choose another folder", code=Exit.USAGE)
     return found
 
 
@@ -130,6 +137,6 @@ def _answers(file: Path, content: bytes) -> Iterator[Answered]:
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or {name: type(value) for name, value in row.items()} != types:
-            hint = "remove it, or choose another --log"
+            hint = "remove it, or choose another folder"
             raise HimapError(f"line {number} of {file} is no answer", "the log is damaged", hint, Exit.USAGE)
         yield Answered(**row)

@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=("cpu", "cuda"), help="for onnxruntime (default: cuda where it has the provider)"
     )
     p.add_argument(
-        "--plan", action="append", default=[], metavar="NAME",
+        "--plan", "--policy", action="append", default=[], metavar="NAME",
         help="one of the bundle's plans (default: its first); repeatable with --dataset (default there: all)",
     )  # fmt: skip
     p.add_argument("--text-budget", type=int, metavar="N", help="default: the smallest of the bundle's that fits")
@@ -53,7 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--iterations", type=int, default=10, help="rounds of the speed comparison (default: 10)")
     p.add_argument("--warm-up", type=int, default=2, help="rounds not counted (default: 2)")
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (default: all)")
-    p.add_argument("--report", type=Path, metavar="DIR", help="write report.html, report.json and the plots there")
+    p.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write report.html, report.json and the plots there (default with --dataset: BUNDLE-DATASET)",
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object")
     scoring = p.add_argument_group("accuracy, beside the unpruned model and the controls at equal FLOPs")
     scoring.add_argument("--dataset", type=Path, metavar="F.jsonl", help="lines of image, question, answer; options")
@@ -80,7 +85,6 @@ def _misuse(args: argparse.Namespace) -> Iterator[str]:
         "--dataset excludes --image, --prompt and --load-inputs": (
             args.dataset is not None and (args.image is not None or args.load_inputs is not None)
         ),
-        "--dataset needs --report DIR: answers are logged there": args.dataset is not None and args.report is None,
         "several --plan are for --dataset": args.dataset is None and len(args.plan) > 1,
     }
     yield from (problem for problem, found in rules.items() if found)
@@ -106,8 +110,9 @@ def _score(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.validate.scoring import Scoring, score
 
     bundle, checkpoint = _opened(args)
+    report = args.report or Path(f"{args.bundle.resolve().name}-{args.dataset.stem}")
     asked = Scoring(
-        args.dataset, args.report, tuple(args.plan), args.text_budget, args.backend, args.seeds, args.limit,
+        args.dataset, report, tuple(args.plan), args.text_budget, args.backend, args.seeds, args.limit,
         args.max_new_tokens, args.skip_bad, " ".join(["himap-validate", *argv]),
     )  # fmt: skip
     lines, facts = score(bundle, checkpoint, Opening(args.threads, args.device), asked)

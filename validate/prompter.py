@@ -1,6 +1,7 @@
 """From an example to what a model reads, and from its tokens to what it said, by the processor of its model."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -28,12 +29,9 @@ class Prompter:
 
     def arrays(self, example: Example) -> Inputs:
         """`input_ids` [1,S] and `pixel_values` [1,3,H,W]. HimapError (usage) names the example's line."""
-        try:
+        with _named(example):
             ids = encode(self.tokenizer, self.prompt, prompt_of(example))
             pixels = preprocess(load_image(example.image), self.image)
-        except HimapError as problem:
-            summary = f"line {example.line} of the data set: {problem.summary}"
-            raise HimapError(summary, problem.details, problem.hint, problem.code) from None
         return Inputs(ids[None], pixels[None])
 
     def text(self, tokens: Sequence[int], stop_tokens: Collection[int]) -> str:
@@ -56,14 +54,25 @@ class Prompter:
             raise HimapError("no token starts the answer after the prompt", details)
         return whole[len(before)]
 
-    def text_tokens(self, question: str) -> int:
-        """Tokens of the prompt that are not of the image: what a text budget has to hold."""
-        return len(self._ids(self.prompt.render(question))) - 1
+    def text_tokens(self, example: Example) -> int:
+        """Tokens of the prompt that are not of the image: what a text budget has to hold. HimapError as `arrays`."""
+        with _named(example):
+            return len(self._ids(self.prompt.render(prompt_of(example)))) - 1
 
     def _ids(self, text: str) -> list[int]:
         """The image's placeholder counts once: it is a token by itself, whatever follows it."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=self.prompt.add_special_tokens).ids
         return ids
+
+
+@contextmanager
+def _named(example: Example) -> Iterator[None]:
+    """What goes wrong is told with the example's line."""
+    try:
+        yield
+    except HimapError as problem:
+        summary = f"line {example.line} of the data set: {problem.summary}"
+        raise HimapError(summary, problem.details, problem.hint, problem.code) from None
 
 
 def prompter_of_bundle(bundle: Bundle, checkpoint: Path | None) -> Prompter:

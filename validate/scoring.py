@@ -11,9 +11,10 @@ from himap_export.engines.manifest import FILE_NAME
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.accuracy import run, summarise, summary_json, summary_lines
 from himap_export.validate.accuracy_page import accuracy_page
-from himap_export.validate.answers import AnswerLog, read_log
+from himap_export.validate.answers import AnswerLog, claim, read_log
 from himap_export.validate.contenders import contenders
-from himap_export.validate.dataset import Dataset, prompt_of, read_dataset
+from himap_export.validate.dataset import Dataset, read_dataset
+from himap_export.validate.html.drawing import matplotlib
 from himap_export.validate.html.page import write_report
 from himap_export.validate.progress import counted, say
 from himap_export.validate.prompter import Prompter, prompter_of_bundle
@@ -43,12 +44,15 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
 
     HimapError (usage) for bad lines, a prompt longer than the text budget, or an unknown plan.
     """
+    claim(asked.report, ANSWERS)
+    matplotlib()  # before hours of answers, not behind them
     data = read_dataset(asked.dataset, asked.skip_bad)
     data = Dataset(data.examples[: asked.limit], data.skipped)
     for line in data.skipped:
         say(f"left out: {line}")
     prompter = prompter_of_bundle(bundle, checkpoint)
-    names = asked.plans or tuple(dict.fromkeys(v.plan_name for v in bundle.manifest.variants))
+    held = (v.plan_name for v in bundle.manifest.variants)
+    names = tuple(dict.fromkeys(bundle.plan_name(name) for name in asked.plans) or dict.fromkeys(held))
     bundle = bundle.at(names[0], asked.text_budget, _longest(prompter, data, bundle, asked))
     new_tokens = min(asked.new_tokens or SHORT, bundle.budget.new)
     first = open_pipeline(bundle, asked.backend, opening, "himap-validate")
@@ -76,7 +80,7 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
 
 def _longest(prompter: Prompter, data: Dataset, bundle: Bundle, asked: Scoring) -> int:
     """Text tokens of the longest prompt; HimapError (usage) with its line if no text budget holds it."""
-    lengths = {e.line: prompter.text_tokens(prompt_of(e)) for e in data.examples}
+    lengths = {e.line: prompter.text_tokens(e) for e in data.examples}
     line, longest = max(lengths.items(), key=lambda item: item[1])
     budget = asked.text_budget or max(v.budget.text for v in bundle.manifest.variants)
     if longest > budget:

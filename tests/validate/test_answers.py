@@ -72,7 +72,7 @@ def test_another_measurement_is_refused_and_kept(file: Path) -> None:
     before = written(file, [answered(1)]).read_bytes()
     with pytest.raises(HimapError, match="another measurement") as told:
         AnswerLog(file, {**HEADER, "new_tokens": 9, "seed": 1})
-    assert told.value.code == Exit.USAGE and "--log" in told.value.hint
+    assert told.value.code == Exit.USAGE and "another folder" in told.value.hint
     assert told.value.details == "new_tokens is 9, was 8, seed is 1, was None"
     assert file.read_bytes() == before
 

@@ -15,7 +15,7 @@ from himap_export.engines.image import clip_preprocessing
 from himap_export.engines.prompt import PromptFormat
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.dataset import Example, prompt_of, read_dataset
+from himap_export.validate.dataset import Example, read_dataset
 from himap_export.validate.prompter import Prompter, prompter_of_bundle, prompter_of_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def test_arrays_equal_hugging_faces_processor(shapes: Prompter) -> None:
 def test_text_tokens_are_what_the_image_leaves(shapes: Prompter) -> None:
     for one in read_dataset(QUESTIONS).examples:
         ids = shapes.arrays(one).input_ids[0]
-        assert shapes.text_tokens(prompt_of(one)) == np.count_nonzero(ids != shapes.tokenizer.token_to_id("<image>"))
+        assert shapes.text_tokens(one) == np.count_nonzero(ids != shapes.tokenizer.token_to_id("<image>"))
 
 
 def test_the_shipped_answers_are_one_token_each(shapes: Prompter) -> None:

@@ -135,7 +135,7 @@ def test_what_is_refused(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "full" / "mine.txt").write_text("mine")
     data = ("--dataset", IMAGES / "questions.jsonl")
     for flags, words in (
-        ((*data, "--out", tmp_path / "full"), "is neither empty nor a sweep's"),
+        ((*data, "--out", tmp_path / "full"), "is neither empty nor ours"),
         ((*data, "--out", tuned, *SMALL, "--seed", 1), "logs another measurement"),
         ((*data, "--out", tmp_path / "a", "--k1", "4", "--k2", "2"), "no plan is left to try"),
         ((*data, "--out", tmp_path / "a", "--k2", "10"), "past the last layer"),

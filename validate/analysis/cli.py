@@ -42,6 +42,7 @@ def _analyze(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.validate.analysis.flow import Asked, analyze
     from himap_export.validate.analysis.page import flow_json, flow_lines, flow_page
     from himap_export.validate.dataset import read_dataset
+    from himap_export.validate.html.drawing import matplotlib
     from himap_export.validate.html.page import write_report
     from himap_export.validate.loading import checkpoint_folder, load_reference
     from himap_export.validate.prompter import prompter_of_checkpoint
@@ -49,6 +50,7 @@ def _analyze(args: argparse.Namespace, argv: list[str]) -> None:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())) and not args.overwrite:
         hint = "choose another --out, or give --overwrite"
         raise HimapError(f"{args.out} is not an empty folder", hint=hint, code=Exit.USAGE)
+    matplotlib()
     dataset = read_dataset(args.dataset, args.skip_bad)
     for line in dataset.skipped:
         say(f"left out: {line}")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from himap_export.engines.command import run_command
-from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.progress import say
 
 LOG, PLANS = "sweep.jsonl", "plans.toml"
@@ -62,14 +61,17 @@ def main(argv: list[str] | None = None) -> None:
 def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.exporter.checkpoint import read_config
     from himap_export.exporter.llava import decoder_spec
+    from himap_export.validate.answers import claim
     from himap_export.validate.dataset import Dataset, read_dataset
+    from himap_export.validate.html.drawing import matplotlib
     from himap_export.validate.html.page import finite, write_report
     from himap_export.validate.loading import checkpoint_folder
     from himap_export.validate.tuning.grid import defaults, grid
     from himap_export.validate.tuning.page import toml, tuned_json, tuned_lines, tuned_page
     from himap_export.validate.tuning.tune import Asked, tune
 
-    _check(args.out)
+    claim(args.out, LOG)
+    matplotlib()
     folder = checkpoint_folder(args.model)
     layers = decoder_spec(read_config(folder)).layers
     k1, k2 = defaults(layers)
@@ -91,9 +93,3 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
         print(json.dumps(facts, indent=1))
         return
     print("\n".join([*tuned_lines(tuned), "", f"report: {report}", f"plans:  {plans}"]))
-
-
-def _check(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / LOG).is_file())):
-        hint = f"choose another --out: a sweep goes on in a folder that holds {LOG}"
-        raise HimapError(f"{out} is neither empty nor a sweep's", hint=hint, code=Exit.USAGE)

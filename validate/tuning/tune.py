@@ -14,7 +14,7 @@ from himap_export.graphs.plan import Visual
 from himap_export.graphs.spec import DecoderSpec, Dtype
 from himap_export.validate.answers import Answered, AnswerLog, read_log
 from himap_export.validate.contenders import UNPRUNED
-from himap_export.validate.dataset import Dataset, Example, expected, prompt_of
+from himap_export.validate.dataset import Dataset, Example, expected
 from himap_export.validate.progress import counted
 from himap_export.validate.prompter import Prompter, prompter_of_checkpoint
 from himap_export.validate.statistics import Interval, accuracy_interval, paired_difference
@@ -61,7 +61,7 @@ def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, as
     """Answers what the log does not hold yet, then judges; HimapError as `sweep`, or if the log is another sweep's."""
     config, prompter = read_config(checkpoint), prompter_of_checkpoint(checkpoint)
     spec, tokens = decoder_spec(config), vision_spec(config).tokens
-    text = max(prompter.text_tokens(prompt_of(e)) for e in data.examples)
+    text = max(prompter.text_tokens(e) for e in data.examples)
     header = {
         "config": digest(checkpoint / "config.json").sha256, "dataset": digest(dataset_file).sha256,
         "dtype": asked.dtype, "seed": asked.seed, "plans": [c.name for c in asked.candidates],
