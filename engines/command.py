@@ -1,4 +1,4 @@
-"""What the three commands share: one line for a user's mistake, one exit code for each kind of end."""
+"""What all commands share: one line for a user's mistake, one exit code for each kind of end."""
 
 import os
 import signal
@@ -8,14 +8,11 @@ from typing import NoReturn
 
 from himap_export.graphs.errors import Exit, HimapError
 
-BACKENDS = (
-    "onnxruntime",
-    "tensorrt-rtx",
-    "tensorrt",
-)  # one module each in engines/backends; named here, where nothing is imported
+# One module each in engines/backends; named here, where nothing is imported.
+BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 
 
-def run_command(name: str, body: Callable[[], Exit | None]) -> NoReturn:
+def run_command(name: str, body: Callable[[], Exit | None], interrupted: str = "nothing was left behind") -> NoReturn:
     """Runs `body` and leaves the process with its exit code; only bugs keep their traceback."""
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
@@ -25,7 +22,7 @@ def run_command(name: str, body: Callable[[], Exit | None]) -> NoReturn:
         print(f"{name}: error: {' '.join(str(problem).split())}", file=sys.stderr)  # one line, whatever was quoted
         code = problem.code
     except KeyboardInterrupt:
-        print(f"{name}: interrupted, nothing was left behind", file=sys.stderr)
+        print(f"{name}: interrupted, {interrupted}", file=sys.stderr)
         code = Exit.INTERRUPTED
     except BrokenPipeError:  # the reader of our output has left: so do we, quietly
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from himap_export.engines.command import run_command
 from himap_export.graphs.errors import Exit
-from himap_export.validate.progress import say
+from himap_export.validate.progress import RESUMED, say
 
 if TYPE_CHECKING:
     from himap_export.engines.arrays import Inputs
@@ -74,7 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     for problem in _misuse(args):
         parser.error(problem)
     words = sys.argv[1:] if argv is None else argv
-    run_command("himap-validate", lambda: _score(args, words) if args.dataset is not None else _validate(args, words))
+    if args.dataset is None:
+        run_command("himap-validate", lambda: _validate(args, words))
+    run_command("himap-validate", lambda: _score(args, words), RESUMED)
 
 
 def _misuse(args: argparse.Namespace) -> Iterator[str]:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+RESUMED = "what was answered is kept: the same command goes on"
 Count = Callable[[int, int], None]  # how much is done, of how much
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from himap_export.engines.command import run_command
-from himap_export.validate.progress import say
+from himap_export.validate.progress import RESUMED, say
 
 LOG, PLANS = "sweep.jsonl", "plans.toml"
 Number = TypeVar("Number", int, float)
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--{name} must be at least {least}")
     if not 0 < args.min_accuracy <= 1:
         parser.error("--min-accuracy must lie in (0, 1]")
-    run_command("himap-tune", lambda: _tune(args, sys.argv[1:] if argv is None else argv))
+    run_command("himap-tune", lambda: _tune(args, sys.argv[1:] if argv is None else argv), RESUMED)
 
 
 def _tune(args: argparse.Namespace, argv: list[str]) -> None:
