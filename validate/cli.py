@@ -45,7 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", type=int, default=4, metavar="N", help="prompts to draw (default: 4)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="tokens to compare, or of an answer (default: 32; --dataset: 8)"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="tokens to compare, or of an answer (default: 32; --dataset: 8, or as many as the longest right answer)",
     )
     p.add_argument("--atol", type=float, help="allowed difference of logits (default: by dtype)")
     p.add_argument("--rtol", type=float, help="the same, as a share of the largest logit; added to --atol")

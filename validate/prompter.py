@@ -41,7 +41,11 @@ class Prompter:
         return ("".join(pieces) + detokenizer.finish()).lstrip()
 
     def label(self, example: Example) -> int:
-        """The id of the first token of the right answer, as it follows the prompt.
+        """The id of the first token of the right answer, as it follows the prompt. HimapError as `answer`."""
+        return self.answer(example)[0]
+
+    def answer(self, example: Example) -> list[int]:
+        """The right answer's ids, as they follow the prompt.
 
         The answer is a word of its own: a space goes before it unless the prompt ends in white space. HimapError if the
         tokenizer would join the two, so that no token starts the answer.
@@ -52,7 +56,7 @@ class Prompter:
         if whole[: len(before)] != before or len(whole) == len(before):
             details = f"line {example.line} of the data set: {prompt[-20:]!r}, then {expected(example)[:20]!r}"
             raise HimapError("no token starts the answer after the prompt", details)
-        return whole[len(before)]
+        return whole[len(before) :]
 
     def text_tokens(self, example: Example) -> int:
         """Tokens of the prompt that are not of the image: what a text budget has to hold. HimapError as `arrays`."""

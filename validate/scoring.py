@@ -20,7 +20,7 @@ from himap_export.validate.progress import counted, say
 from himap_export.validate.prompter import Prompter, prompter_of_bundle
 
 ANSWERS = "answers.jsonl"
-SHORT = 8  # tokens of an answer, unless asked otherwise: a word or an option's letter
+SHORT = 8  # tokens of an answer, unless asked otherwise or the right ones are longer
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
     held = (v.plan_name for v in bundle.manifest.variants)
     names = tuple(dict.fromkeys(bundle.plan_name(name) for name in asked.plans) or dict.fromkeys(held))
     bundle = bundle.at(names[0], asked.text_budget, _longest(prompter, data, bundle, asked))
-    new_tokens = min(asked.new_tokens or SHORT, bundle.budget.new)
+    longest = max(len(prompter.answer(e)) + 1 for e in data.examples)  # and the token that ends it
+    new_tokens = min(asked.new_tokens or max(SHORT, longest), bundle.budget.new)
     first = open_pipeline(bundle, asked.backend, opening, "himap-validate")
     header = {
         "bundle": digest(bundle.path(FILE_NAME)).sha256, "dataset": digest(asked.dataset).sha256, "plans": list(names),

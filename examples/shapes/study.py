@@ -4,9 +4,9 @@
 
 writes 1,000 held-out questions of each of six types, exports one bundle per budget that holds all policies, lets
 `himap-validate --dataset` answer and judge them (an interrupted study goes on where it stopped), and gathers the four
-reports into tables and figures; `himap-analyze` says where the answers come from. HiMAP's two cuts set a budget; fastv
-and truncation cut once, where HiMAP's first cut is, and keep as many tokens as its FLOPs allow. random and uniform are
-judged at the cuts of each.
+reports into tables and figures; `himap-analyze` says where the answers come from, `himap-tune` what other cuts cost.
+HiMAP's two cuts set a budget; fastv and truncation cut once, where HiMAP's first cut is, and keep as many tokens as its
+FLOPs allow. random and uniform are judged at the cuts of each.
 """
 
 import argparse
@@ -36,6 +36,8 @@ BUDGETS = {
     "d": (1, 3, 0.75, 0.75),
 }
 IMAGE_TOKENS, TEXT, BATCH = 64, 16, 16
+TRIED = ("--k1", "1,2,4", "--k2", "5,6,8,9", "--r1", "0.25,0.5,0.75", "--r2", "0.5,0.75,0.9", "--min-accuracy", 0.95)
+TUNED = ("flops", "time")  # figures of the tuning that go into the docs
 FLOW = ("attention-shares", "label-consistency", "cam-1-decoder")  # figures of the analysis that go into the docs
 
 
@@ -73,6 +75,13 @@ class Study:
         if not (report / "report.json").exists():
             flags = ("--dataset", self.dataset, "--limit", 120, "--threads", 2, "--overwrite")
             command("himap-analyze", "shapes", *flags, "--out", report)
+        return report
+
+    def tune(self) -> Path:
+        """What other cuts of HiMAP's would cost and gain; the folder of its report."""
+        report = self.out / "tuned"
+        if not (report / "report.json").exists():
+            command("himap-tune", "shapes", "--dataset", self.dataset, "--limit", 900, "--out", report, *TRIED)
         return report
 
 
@@ -185,9 +194,10 @@ def main() -> None:
         args.docs.mkdir(parents=True, exist_ok=True)
         (args.docs / "tables.md").write_text("\n".join(["# Policies at equal FLOPs on `shapes`", *found, ""]))
         draw_figures(budgets, args.docs)
-        flow = study.analyze()
-        for name in FLOW:
-            shutil.copyfile(flow / f"{name}.png", args.docs / f"{name}.png")
+        flow, tuned = study.analyze(), study.tune()
+        for folder, names in ((flow, FLOW), (tuned, TUNED)):
+            for name in names:
+                shutil.copyfile(folder / f"{name}.png", args.docs / f"{name}.png")
 
 
 if __name__ == "__main__":
