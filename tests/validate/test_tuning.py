@@ -113,7 +113,7 @@ def test_plans_can_be_exported(tuned: Path) -> None:
     assert list(plans) == ["tuned", *front] and plans["tuned"] == plans[found["choice"]["name"]]
     by_name = {c.name: c.plan for c in grid((1, 2), (0.5,), (4,), (0.5, 0.75), 10)}
     assert {name: by_name[name] for name in front} == {name: plans[name] for name in front}
-    assert set(found["times"]) == {"none", *front} and found["times"]["none"]["share"] == [1, 1, 1]
+    assert set(found["times"]) == {"none", *front} and found["times"]["none"]["speed_up"] == [1, 1, 1]
     assert set(found["over_random"]) == set(front) and found["questions"] == 5
     text = re.sub("<[^>]*>", "", (tuned / "report.html").read_text())
     assert "himap-export shapes --plan" in text and (tuned / "flops.png").is_file() and (tuned / "time.png").is_file()

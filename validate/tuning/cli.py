@@ -39,6 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
     p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a CPU)")
     p.add_argument("--rounds", type=int, default=10, help="in which the plans of the front are timed (default: 10)")
+    p.add_argument(
+        "--threads", type=int, default=1, metavar="N",
+        help="CPU threads of the engines that are timed (default: 1; of more, idle ones disturb the others)",
+    )  # fmt: skip
     p.add_argument("--no-time", action="store_true", help="measure accuracy only")
     p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of PyTorch (default: fp32)")
     p.add_argument("--seed", type=int, default=0, help="of the random control (default: 0)")
@@ -50,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
-    for name, least in (("limit", 1), ("workers", 1), ("rounds", 1), ("seed", 0)):
+    for name, least in (("limit", 1), ("workers", 1), ("rounds", 1), ("threads", 1), ("seed", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             parser.error(f"--{name} must be at least {least}")
     if not 0 < args.min_accuracy <= 1:
@@ -83,7 +87,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     say(f"{len(candidates)} plans, {len(data.examples)} questions, {args.workers} processes")
     args.out.mkdir(parents=True, exist_ok=True)
     rounds = 0 if args.no_time else args.rounds
-    asked = Asked(candidates, args.workers, args.dtype, args.seed, args.min_accuracy, rounds)
+    asked = Asked(candidates, args.workers, args.dtype, args.seed, args.min_accuracy, rounds, args.threads)
     tuned = tune(folder, args.dataset, data, args.out / LOG, asked)
     plans, facts = args.out / PLANS, finite(tuned_json(tuned))
     plans.write_text(toml(tuned))

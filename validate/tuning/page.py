@@ -73,7 +73,7 @@ def _time(t: Tuned, name: str) -> str:
     if name not in t.times:
         return "-"
     time = t.times[name]
-    return f"{1e3 * time.seconds:.1f} ms, {1 / time.share[0]:.2f}x"
+    return f"{1e3 * time.seconds:.1f} ms, {time.speed_up[0]:.2f}x"
 
 
 def tuned_page(t: Tuned, model: str, command: str, plans: str) -> Page:
@@ -116,7 +116,7 @@ def _plots(t: Tuned) -> tuple[Block, ...]:
     title = "Accuracy against FLOPs, with 95 % intervals"
     blocks.append(pareto("flops", title, by_flops, "share of the decoder's prefill FLOPs (%)", y))
     if t.times:
-        shares = {j.candidate: t.times[j.candidate.name].share[0] for j in t.front}
+        shares = {j.candidate: 1 / t.times[j.candidate.name].speed_up[0] for j in t.front}
         by_time = [whole, *(_point(j, 100 * shares[j.candidate], _quickest(j, t.front, shares)) for j in t.front)]
         title = "Accuracy against measured prefill time, plans of the front above"
         blocks.append(pareto("time", title, by_time, "share of the unpruned prefill time, onnxruntime (%)", y))
@@ -124,8 +124,10 @@ def _plots(t: Tuned) -> tuple[Block, ...]:
 
 
 def _quickest(j: Judged, front: Sequence[Judged], shares: Mapping[Candidate, float]) -> bool:
-    """Whether no other is at least as right in less time."""
-    return not any(o.accuracy.mean >= j.accuracy.mean and shares[o.candidate] < shares[j.candidate] for o in front)
+    """Whether no other, nor the unpruned model, is at least as right in less time."""
+    return shares[j.candidate] < 1 and not any(
+        o.accuracy.mean >= j.accuracy.mean and shares[o.candidate] < shares[j.candidate] for o in front
+    )
 
 
 def _point(j: Judged, x: float, on_front: bool) -> Point:

@@ -28,7 +28,10 @@ CONTROL = "random-"  # before a plan's name in the log: its cuts, ranked by chan
 
 @dataclass(frozen=True)
 class Asked:
-    """How to sweep. `keep`: the fraction of the unpruned accuracy that a plan must keep; 0 `rounds`: no times."""
+    """How to sweep. `keep`: the fraction of the unpruned accuracy that a plan must keep; 0 `rounds`: no times.
+
+    `threads`: of the engines that are timed.
+    """
 
     candidates: tuple[Candidate, ...]
     workers: int
@@ -36,6 +39,7 @@ class Asked:
     seed: int
     keep: float
     rounds: int
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, as
     times: dict[str, Timed] = {}
     if asked.rounds:
         plans = {c.name: c.plan for c in front}
-        times = measure(checkpoint, plans, tokens, text, asked.dtype, asked.workers, asked.rounds)
+        times = measure(checkpoint, plans, tokens, text, asked.dtype, asked.threads, asked.rounds)
     unpruned = accuracy_interval(right[UNPRUNED], 0)
     choice = choose(judged, unpruned.mean, asked.keep)
     return Tuned(len(data.examples), tokens, text, unpruned, judged, over, times, choice)
