@@ -43,7 +43,7 @@ def _analyze(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.validate.analysis.page import flow_json, flow_lines, flow_page
     from himap_export.validate.dataset import read_dataset
     from himap_export.validate.html.drawing import matplotlib
-    from himap_export.validate.html.page import write_report
+    from himap_export.validate.html.page import finite, write_report
     from himap_export.validate.loading import checkpoint_folder, load_reference
     from himap_export.validate.prompter import prompter_of_checkpoint
 
@@ -59,7 +59,7 @@ def _analyze(args: argparse.Namespace, argv: list[str]) -> None:
     reference = load_reference(folder, args.dtype, args.threads)
     asked = Asked(args.width, args.cams, args.smooth, args.seed)
     flow = analyze(reference, prompter, dataset.examples[: args.limit], asked)
-    facts = flow_json(flow) | {"model": args.model, "dataset": str(args.dataset), "dtype": args.dtype}
+    facts = finite(flow_json(flow) | {"model": args.model, "dataset": str(args.dataset), "dtype": args.dtype})
     page = write_report(args.out, flow_page(flow, args.model, args.dtype, " ".join(["himap-analyze", *argv])), facts)
     if args.json:
         print(json.dumps(facts, indent=1))
