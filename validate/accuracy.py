@@ -85,7 +85,7 @@ def summarise(answered: Sequence[Answered], dataset: Dataset, baselines: Mapping
     """`baselines` lists all contenders and whom each is compared with. KeyError if one lacks answers."""
     lines = [e.line for e in dataset.examples]
     kinds = np.array([e.type for e in dataset.examples])
-    types = (ALL, *dict.fromkeys(kind for kind in kinds.tolist() if kind))
+    types = (ALL, *dict.fromkeys(kind for kind in kinds.tolist() if kind not in ("", ALL)))
     right = {name: _right(answered, name, lines) for name in baselines}
     cells: dict[str, dict[str, Cell]] = {}
     for name, others in baselines.items():
@@ -108,17 +108,22 @@ def _right(answered: Sequence[Answered], name: str, lines: Sequence[int]) -> npt
 
 def summary_lines(summary: Summary) -> list[str]:
     """Accuracy by contender and type, then each contender against its baselines."""
-    rows = [("", *summary.types)]
-    rows.append(("questions", *(f"{next(iter(summary.cells.values()))[kind].questions}" for kind in summary.types)))
-    rows += [
-        (name, *(f"{cells[kind].accuracy.mean:.1%}" for kind in summary.types)) for name, cells in summary.cells.items()
-    ]
+    first = next(iter(summary.cells.values()))
+    rows = [("", *summary.types), ("questions", *(f"{first[kind].questions}" for kind in summary.types))]
+    for name, cells in summary.cells.items():
+        rows.append((name, *(percent(cells[kind].accuracy) for kind in summary.types)))
     lines = aligned(rows)
     differences = [("", "over", "points", "95 % interval")]
     for name, cells in summary.cells.items():
         for other, i in cells[ALL].over.items():
             differences.append((name, other, f"{i.mean * 100:+.1f}", f"{i.low * 100:+.1f} to {i.high * 100:+.1f}"))
-    return [*lines, "", "paired differences on all questions:", *aligned(differences)]
+    told = "right answers in percent, with half their 95 % interval; paired differences on all questions:"
+    return [*lines, "", told, *aligned(differences)]
+
+
+def percent(i: Interval) -> str:
+    """An accuracy and half its interval, in percent: 78.0 ±1.1."""
+    return f"{100 * i.mean:.1f} ±{50 * (i.high - i.low):.1f}"
 
 
 def points(i: Interval) -> str:

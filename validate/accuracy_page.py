@@ -8,7 +8,7 @@ from himap_export.engines.bundle import Bundle
 from himap_export.engines.image import crop_view, load_image
 from himap_export.engines.picture import kept_patches
 from himap_export.graphs.plan import POLICIES
-from himap_export.validate.accuracy import ALL, Cell, Summary, points
+from himap_export.validate.accuracy import ALL, Cell, Summary, percent, points
 from himap_export.validate.answers import Answered
 from himap_export.validate.contenders import PlanContender, request_seed
 from himap_export.validate.dataset import Dataset, Example
@@ -49,7 +49,13 @@ def accuracy_page(
 
 
 def _facts(summary: Summary, first: PlanContender) -> Facts:
-    items = [("questions", f"{_cell(summary, first.name).questions}", f"of {len(summary.types) - 1} types")]
+    items = [
+        (
+            "questions",
+            f"{_cell(summary, first.name).questions}",
+            f"of {len(summary.types) - 1} types" if len(summary.types) > 1 else "",
+        )
+    ]
     for name in dict.fromkeys((first.name, *first.baselines)):
         i = _cell(summary, name).accuracy
         items.append((name, f"{i.mean:.1%}", f"{i.low:.1%} to {i.high:.1%}"))
@@ -76,7 +82,7 @@ def _table(summary: Summary, crowd: Sequence[PlanContender]) -> Table:
     rows = []
     for name, cells in summary.cells.items():
         found = [cells[kind].accuracy for kind in summary.types]
-        cells_text = [f"{100 * i.mean:.1f} ±{50 * (i.high - i.low):.1f}" for i in found]
+        cells_text = [percent(i) for i in found]
         rows.append((name, f"{flops[name]:.0%}", *cells_text))
     counts = ("questions", "", *(f"{next(iter(summary.cells.values()))[kind].questions}" for kind in summary.types))
     caption = "Right answers, in percent, and half the 95 % interval."

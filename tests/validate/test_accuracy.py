@@ -116,7 +116,7 @@ def test_the_summary_by_hand(prompter: Prompter, data: Dataset, tmp_path: Path) 
     right = np.isin(of_type, [0, 1, 2]).mean()
     assert summary.cells["himap"][one].accuracy.mean == pytest.approx(right)
     text = "\n".join(summary_lines(summary))
-    assert f"{3 / n:.1%}" in text and "himap" in text and "paired differences" in text
+    assert f"{300 / n:.1f} ±" in text and "himap" in text and "paired differences" in text
     assert json.loads(json.dumps(summary_json(summary)))["accuracy"]["himap"]["all"]["questions"] == n
 
 
