@@ -9,6 +9,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from tokenizers import Tokenizer
 
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.bundle import Bundle
@@ -42,8 +43,8 @@ class Answer:
     steps: int
 
 
-def load_question(bundle: Bundle, image_file: Path, prompt: str, weights: Path | None = None) -> Question:
-    """HimapError if the bundle and the `weights` folder have no tokenizer, or the image cannot be read."""
+def load_processor(bundle: Bundle, weights: Path | None) -> tuple[Tokenizer, PromptFormat, ImagePreprocessing]:
+    """The bundle's; its tokenizer may lie in the `weights` folder. HimapError (usage) if there is none."""
     manifest = bundle.manifest
     file = bundle.path(manifest.tokenizer) if manifest.tokenizer else weights and weights / TOKENIZER
     if manifest.prompt is None or manifest.image is None or file is None or not file.is_file():
@@ -53,9 +54,13 @@ def load_question(bundle: Bundle, image_file: Path, prompt: str, weights: Path |
                 f"it was exported without a checkpoint: put {TOKENIZER} into the --weights folder, or use --load-inputs"
             )
         raise HimapError(f"{bundle.folder} holds no tokenizer", hint=hint, code=Exit.USAGE)
-    image, how = load_image(image_file), ImagePreprocessing.from_json(manifest.image)
-    tokenizer = load_tokenizer(file)
-    ids = encode(tokenizer, PromptFormat.from_json(manifest.prompt), prompt)
+    return load_tokenizer(file), PromptFormat.from_json(manifest.prompt), ImagePreprocessing.from_json(manifest.image)
+
+
+def load_question(bundle: Bundle, image_file: Path, prompt: str, weights: Path | None = None) -> Question:
+    """HimapError if the bundle and the `weights` folder have no tokenizer, or the image cannot be read."""
+    tokenizer, form, how = load_processor(bundle, weights)
+    image, ids = load_image(image_file), encode(tokenizer, form, prompt)
     arrays = Inputs(ids[None], preprocess(image, how)[None])
     return Question(image, prompt, how, arrays, Detokenizer(tokenizer))
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from himap_export.engines.answer import load_processor
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.image import ImagePreprocessing, clip_preprocessing, load_image, preprocess
-from himap_export.engines.prompt import TOKENIZER, Detokenizer, PromptFormat, encode, load_tokenizer
+from himap_export.engines.prompt import TOKENIZER, Detokenizer, PromptFormat, encode
 from himap_export.exporter.checkpoint import read_config
 from himap_export.exporter.llava import vision_spec
 from himap_export.exporter.processor import read_processor
@@ -84,12 +85,7 @@ def prompter_of_bundle(bundle: Bundle, checkpoint: Path | None) -> Prompter:
 
     HimapError (usage) if neither has one.
     """
-    m = bundle.manifest
-    file = bundle.path(m.tokenizer) if m.tokenizer else checkpoint and checkpoint / TOKENIZER
-    if m.prompt is None or m.image is None or file is None or not file.is_file():
-        hint = "--dataset needs a bundle that was exported from a checkpoint with tokenizer.json"
-        raise HimapError(f"{bundle.folder} holds no tokenizer", hint=hint, code=Exit.USAGE)
-    return Prompter(load_tokenizer(file), PromptFormat.from_json(m.prompt), ImagePreprocessing.from_json(m.image))
+    return Prompter(*load_processor(bundle, checkpoint))
 
 
 def prompter_of_checkpoint(folder: Path) -> Prompter:

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,16 @@ from himap_export.engines.arrays import Inputs
 from himap_export.exporter.plans import named_plans
 from himap_export.graphs.errors import HimapError
 from himap_export.validate.criteria import Cut, State, himap
+from himap_export.validate.dataset import Example
+from himap_export.validate.html.page import Figure
+from himap_export.validate.html.plots import Point
+from himap_export.validate.loading import checkpoint_folder
 from himap_export.validate.reference import Reference
 from himap_export.validate.statistics import Interval
 from himap_export.validate.tuning.cli import main
 from himap_export.validate.tuning.front import Judged, choose, judge
 from himap_export.validate.tuning.grid import Candidate, defaults, grid
-from himap_export.validate.tuning.sweep import first_tokens
+from himap_export.validate.tuning.sweep import Job, Told, first_tokens
 
 IMAGES = Path(__file__).parents[2] / "examples" / "shapes" / "images"
 SMALL = ("--k1", "1,2", "--k2", "4", "--r1", "0.5", "--r2", "0.5,0.75", "--workers", 1)
@@ -63,14 +67,19 @@ def test_the_walk_says_what_one_prefill_a_plan_says(work: Workshop, policy: str)
 def test_grids() -> None:
     plans = grid((2, 1), (0.5,), (2, 4), (0.75,), 10)
     assert [c.name for c in plans] == ["k1-r0_5-k2-r0_75", "k1-r0_5-k4-r0_75", "k2-r0_5-k4-r0_75"]
+    near = grid((1,), (0.3333333, 0.3333334, 1e-7), (2,), (0.0,), 10)
+    assert len({c.name for c in near}) == 3 and all(re.fullmatch(r"[\w-]+", c.name) for c in near)
     assert defaults(32) == ((1, 2, 4), (5, 8, 16)) and defaults(10)[0][0] == 1
     for layers in (3, 6, 10, 28, 40):
         assert grid(defaults(layers)[0], (0.5,), defaults(layers)[1], (0.5,), layers)
     for arguments, words in (
         (((4,), (0.5,), (2, 4), (0.5,)), "no plan is left to try"),
-        (((2,), (0.5,), (10,), (0.5,)), "past the last layer"),
+        (((2,), (0.5,), (10,), (0.5,)), "--k2 10 is past the last layer"),
         (((0,), (0.5,), (4,), (0.5,)), "is below 1"),
-        (((2,), (1.0,), (4,), (0.5,)), "is outside"),
+        (((2,), (1.0,), (4,), (0.5,)), r"--r1 1\.0 is outside"),
+        (((2,), (0.5,), (4,), (-0.5,)), r"--r2 -0\.5 is outside"),
+        (((2,), (0.5,), (4,), (float("nan"),)), "--r2 nan is outside"),
+        (((10,), (0.5,), (4,), (0.5,)), "--k1 10 is past"),
     ):
         with pytest.raises(HimapError, match=words):
             grid(*arguments, 10)
@@ -94,8 +103,48 @@ def test_the_choice_by_hand() -> None:
     chosen = choose(judged, 1.0, 0.98)
     assert chosen.candidate == judged[1].candidate and "50% of the FLOPs" in chosen.reason
     assert choose(judged, 1.0, 0.99).candidate == judged[2].candidate
+    assert "validate it on others" in chosen.reason
     nothing = choose(judged[:2], 1.0, 0.99)
     assert nothing.candidate is None and "may lose 1.9 points" in nothing.reason
+
+
+def test_a_loss_that_no_question_shows_is_not_excluded() -> None:
+    plan, right = Candidate(1, 0.75, 2, 0.9), np.ones(5, bool)
+    judged = judge((plan,), {plan.name: 0.2}, {plan.name: right}, right)
+    chosen = choose(judged, 1.0, 0.99)
+    assert chosen.candidate == plan and "No question told the two apart" in chosen.reason
+
+
+@pytest.mark.parametrize("control", ["random", "none"])
+def test_a_chosen_plan_is_told_of_though_another_dominates_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], control: str
+) -> None:
+    """The cheap one is right as often as unpruned, but on other questions: its interval is wide, the dear one's not."""
+    right = {"none": "11100", "k1-r0_5-k4-r0_9": "01110", "k1-r0_5-k4-r0_5": "11100"}
+    points: list[Point] = []
+
+    def sweep(job: Job, examples: Sequence[tuple[int, Example]], workers: int) -> Iterator[Told]:
+        assert job.policy == "himap" or {c.name for c in job.candidates} == set(right) - {"none"}
+        for n, example in examples:
+            yield example, {name: int(row[n]) for name, row in right.items()}, 1
+
+    def pareto(name: str, title: str, found: Sequence[Point], x: str, y: str) -> Figure:
+        points.extend(found)
+        return Figure(name, title, "<svg/>", b"")
+
+    monkeypatch.setattr("himap_export.validate.tuning.tune.sweep", sweep)
+    monkeypatch.setattr("himap_export.validate.tuning.page.pareto", pareto)
+    flags = ("--k1", "1", "--k2", "4", "--r1", "0.5", "--r2", "0.5,0.9", "--no-time", "--control", control)
+    data = IMAGES / "questions.jsonl"
+    assert call(main, "shapes", "--dataset", data, "--out", tmp_path / "out", *flags, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    dear, cheap = "k1-r0_5-k4-r0_5", "k1-r0_5-k4-r0_9"
+    assert found["choice"]["name"] == dear and found["dtype"] == "fp32"
+    assert {p["name"]: p["on_front"] for p in found["plans"]} == {cheap: True, dear: False}
+    assert set(found["over_random"]) == ({cheap, dear} if control == "random" else set())
+    plans = named_plans([str(tmp_path / "out" / "plans.toml")])
+    assert set(plans) == {"tuned", cheap, dear} and plans["tuned"] == plans[dear]
+    assert [p.label for p in points if p.on_front] == [cheap]  # unpruned is dominated too, by the cheap one
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +185,11 @@ def test_what_is_refused(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     data = ("--dataset", IMAGES / "questions.jsonl")
     for flags, words in (
         ((*data, "--out", tmp_path / "full"), "is neither empty nor ours"),
-        ((*data, "--out", tuned, *SMALL, "--seed", 1), "logs another measurement"),
+        ((*data, "--out", tuned, *SMALL, "--seed", 1), "logs another measurement: seed is 1, was 0"),
+        ((*data, "--out", tuned, *SMALL, "--r1", "0.25"), "grid is {'k1': [1, 2], 'r1': [0.25], "),
+        ((*data, "--out", tmp_path / "a", "--dtype", "bf16"), "do not compute in bf16"),
         ((*data, "--out", tmp_path / "a", "--k1", "4", "--k2", "2"), "no plan is left to try"),
-        ((*data, "--out", tmp_path / "a", "--k2", "10"), "past the last layer"),
+        ((*data, "--out", tmp_path / "a", "--k2", "10"), "--k2 10 is past the last layer"),
         ((*data, "--out", tmp_path / "a", "--r1", "1.5"), "is outside [0, 1)"),
         ((*data, "--out", tmp_path / "a", "--k1", "two"), "invalid comma-separated int value"),
         ((*data, "--out", tmp_path / "a", "--min-accuracy", 2), "must lie in (0, 1]"),
@@ -147,3 +198,6 @@ def test_what_is_refused(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert call(main, "shapes", *flags) == 2, flags
         assert words in capsys.readouterr().err, flags
     assert not (tmp_path / "a").exists()
+    twin = shutil.copytree(checkpoint_folder("shapes"), tmp_path / "twin")
+    assert call(main, twin, *data, "--out", tuned, *SMALL) == 2
+    assert "logs another measurement: model is" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,10 @@ def _parser() -> argparse.ArgumentParser:
         help="CPU threads of the engines that are timed (default: 1; of more, idle ones disturb the others)",
     )  # fmt: skip
     p.add_argument("--no-time", action="store_true", help="measure accuracy only")
+    p.add_argument(
+        "--control", choices=("random", "none"), default="random",
+        help="whom the front's rankings have to beat at their own cuts (default: random)",
+    )  # fmt: skip
     p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of PyTorch (default: fp32)")
     p.add_argument("--seed", type=int, default=0, help="of the random control (default: 0)")
     p.add_argument("--skip-bad", action="store_true", help="leave out lines that cannot be read, and say so")
@@ -63,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _tune(args: argparse.Namespace, argv: list[str]) -> None:
+    from himap_export.engines.backends import load_backend
     from himap_export.exporter.checkpoint import read_config
     from himap_export.exporter.llava import decoder_spec
     from himap_export.validate.answers import claim
@@ -72,10 +78,13 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.validate.loading import checkpoint_folder
     from himap_export.validate.tuning.grid import defaults, grid
     from himap_export.validate.tuning.page import toml, tuned_json, tuned_lines, tuned_page
+    from himap_export.validate.tuning.timing import BACKEND
     from himap_export.validate.tuning.tune import Asked, tune
 
     claim(args.out, LOG)
     matplotlib()
+    if not args.no_time:
+        load_backend(BACKEND).check(args.dtype, "auto")  # now, not after hours of sweeping
     folder = checkpoint_folder(args.model)
     layers = decoder_spec(read_config(folder)).layers
     k1, k2 = defaults(layers)
@@ -84,14 +93,17 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     for line in data.skipped:
         say(f"left out: {line}")
     data = Dataset(data.examples[: args.limit], data.skipped)
-    say(f"{len(candidates)} plans, {len(data.examples)} questions, {args.workers} processes")
+    say(f"{len(candidates)} plans, {len(data.examples)} questions, up to {args.workers} at a time")
     args.out.mkdir(parents=True, exist_ok=True)
     rounds = 0 if args.no_time else args.rounds
-    asked = Asked(candidates, args.workers, args.dtype, args.seed, args.min_accuracy, rounds, args.threads)
+    asked = Asked(
+        candidates, args.workers, args.dtype, args.seed, args.min_accuracy, rounds, args.threads, args.control != "none"
+    )
     tuned = tune(folder, args.dataset, data, args.out / LOG, asked)
-    plans, facts = args.out / PLANS, finite(tuned_json(tuned))
+    about = {"model": args.model, "dataset": str(args.dataset), "dtype": args.dtype, "seed": args.seed}
+    plans, facts = args.out / PLANS, finite(about | tuned_json(tuned))
     plans.write_text(toml(tuned))
-    page = tuned_page(tuned, args.model, " ".join(["himap-tune", *argv]), str(plans))
+    page = tuned_page(tuned, args.model, shlex.join(["himap-tune", *argv]), str(plans))
     report = write_report(args.out, page, facts)
     if args.json:
         print(json.dumps(facts, indent=1))

@@ -49,21 +49,29 @@ def judge(
 
 
 def choose(judged: Sequence[Judged], unpruned: float, keep: float) -> Choice:
-    """The cheapest plan that surely keeps the fraction `keep` of the `unpruned` accuracy: the upper end of the 95 %
-    interval of its paired loss is within the rest."""
+    """The cheapest plan that keeps the fraction `keep` of the `unpruned` accuracy as far as the questions can tell: the
+    upper end of the 95 % interval of its paired loss is within the rest."""
     allowed = (1 - keep) * unpruned
     for j in judged:
         if j.loss.high <= allowed:
             told = (
-                f"{j.candidate.name} is the cheapest plan that surely keeps {keep:.0%} of the unpruned accuracy: it is "
-                f"right in {j.accuracy.mean:.1%} against {unpruned:.1%}, loses {100 * j.loss.mean:.1f} points "
-                f"({100 * j.loss.low:.1f} to {100 * j.loss.high:.1f}), and takes {j.flops:.0%} of the FLOPs."
+                f"{j.candidate.name} is the cheapest plan whose 95 % interval keeps {keep:.0%} of the unpruned "
+                f"accuracy: it is right in {j.accuracy.mean:.1%} against {unpruned:.1%}, loses "
+                f"{100 * j.loss.mean:.1f} points ({100 * j.loss.low:.1f} to {100 * j.loss.high:.1f}), and takes "
+                f"{j.flops:.0%} of the FLOPs. {_caution(j)}"
             )
             return Choice(j.candidate, told)
     least = min(judged, key=lambda j: j.loss.high)
     told = (
-        f"No plan surely keeps {keep:.0%} of the unpruned accuracy of {unpruned:.1%}: {least.candidate.name} comes "
-        f"nearest, and may lose {100 * least.loss.high:.1f} points. Ask more questions, prune less, or lower "
+        f"No plan's 95 % interval keeps {keep:.0%} of the unpruned accuracy of {unpruned:.1%}: {least.candidate.name} "
+        f"comes nearest, and may lose {100 * least.loss.high:.1f} points. Ask more questions, prune less, or lower "
         "--min-accuracy."
     )
     return Choice(None, told)
+
+
+def _caution(j: Judged) -> str:
+    """The best of many plans looks better than it is; and no interval tells of a loss that no question has shown."""
+    if j.loss.low == j.loss.high:
+        return "No question told the two apart: ask more before you rely on it."
+    return "It was chosen on these very questions: validate it on others before you rely on it."

@@ -19,7 +19,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        return f"k{self.k1}-r{self.r1:g}-k{self.k2}-r{self.r2:g}".replace(".", "_")
+        return f"k{self.k1}-r{self.r1}-k{self.k2}-r{self.r2}".replace(".", "_")  # all digits: no two share a name
 
     @property
     def plan(self) -> PruningPlan:
@@ -44,8 +44,11 @@ def grid(
 
     HimapError (usage) if a value is outside what a decoder of `layers` layers can follow, or no plan is left.
     """
-    for cut in (*(Cut(k, "image", 0.0) for k in (*k1s, *k2s)), *(Cut(1, "image", r) for r in (*r1s, *r2s))):
-        PruningPlan((cut,)).check(layers)
+    for k1, r1 in product(k1s, r1s):
+        PruningPlan((Cut(k1, "instruction", r1),)).check(layers)
+    for k2, r2 in product(k2s, r2s):
+        if k2 != 1:  # a layer like any other, but no K1 comes before it: there will be no plan with it
+            himap(1, k2, 0.0, r2).check(layers)
     found = {Candidate(k1, r1, k2, r2) for k1, r1, k2, r2 in product(k1s, r1s, k2s, r2s) if k1 < k2}
     if not found:
         listed = f"--k1 {','.join(map(str, k1s))}, --k2 {','.join(map(str, k2s))}"

@@ -1,7 +1,8 @@
 """A tuning as people read it: accuracy against FLOPs and against time, the front, and the plan to take."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from himap_export.validate.accuracy import points as in_points
@@ -10,7 +11,6 @@ from himap_export.validate.contenders import UNPRUNED
 from himap_export.validate.html.page import Block, Command, Facts, Page, Section, Table, Text
 from himap_export.validate.html.plots import Point, pareto
 from himap_export.validate.tuning.front import Judged
-from himap_export.validate.tuning.grid import Candidate
 from himap_export.validate.tuning.tune import Tuned
 
 HOW = (
@@ -61,7 +61,7 @@ def _rows(t: Tuned) -> list[tuple[str, ...]]:
     ]
     for j in t.front:
         tokens = " → ".join(map(str, j.candidate.plan.kept(t.image_tokens)))
-        over = in_points(t.over_random[j.candidate.name])
+        over = in_points(t.over_random[j.candidate.name]) if t.over_random else "-"
         rows.append((
             j.candidate.name, tokens, f"{j.flops:.0%}", f"{j.accuracy.mean:.1%}", in_points(j.loss), over,
             _time(t, j.candidate.name), f"{1 / j.flops:.2f}x",
@@ -86,7 +86,7 @@ def tuned_page(t: Tuned, model: str, command: str, plans: str) -> Page:
     ))  # fmt: skip
     advice: list[Block] = [facts, Text(t.choice.reason)]
     if candidate is not None:
-        advice.append(Command(f"himap-export {model} --plan {plans} --out bundle/"))
+        advice.append(Command(shlex.join(["himap-export", model, "--plan", plans, "--out", "bundle/"])))
     caption = (
         "Differences in percentage points with 95 % intervals of paired differences; chance is one draw at the same "
         "cuts. Times are medians; beside them the speed-up over unpruned, and the one that FLOPs allow."
@@ -110,26 +110,27 @@ def _chosen(t: Tuned) -> list[tuple[str, str, str]]:
 
 
 def _plots(t: Tuned) -> tuple[Block, ...]:
-    whole = Point(UNPRUNED, 100, 100 * t.unpruned.mean, 100 * t.unpruned.low, 100 * t.unpruned.high, UNPRUNED, True)
-    by_flops = [whole, *(_point(j, 100 * j.flops, j.on_front) for j in t.judged)]
-    y, blocks = "right answers (%)", list[Block]()
+    y, u = "right answers (%)", t.unpruned
+    whole = Point(UNPRUNED, 100, 100 * u.mean, 100 * u.low, 100 * u.high, UNPRUNED, False)
+    by_flops = [whole, *(_point(j, j.flops) for j in t.judged)]
     title = "Accuracy against FLOPs, with 95 % intervals"
-    blocks.append(pareto("flops", title, by_flops, "share of the decoder's prefill FLOPs (%)", y))
+    blocks: list[Block] = [pareto("flops", title, _fronted(by_flops), "share of the decoder's prefill FLOPs (%)", y)]
     if t.times:
-        shares = {j.candidate: 1 / t.times[j.candidate.name].speed_up[0] for j in t.front}
-        by_time = [whole, *(_point(j, 100 * shares[j.candidate], _quickest(j, t.front, shares)) for j in t.front)]
+        by_time = [whole, *(_point(j, 1 / t.times[j.candidate.name].speed_up[0]) for j in t.front)]
         title = "Accuracy against measured prefill time, plans of the front above"
-        blocks.append(pareto("time", title, by_time, "share of the unpruned prefill time, onnxruntime (%)", y))
+        unit = "share of the unpruned prefill time, onnxruntime (%)"
+        blocks.append(pareto("time", title, _fronted(by_time), unit, y))
     return tuple(blocks)
 
 
-def _quickest(j: Judged, front: Sequence[Judged], shares: Mapping[Candidate, float]) -> bool:
-    """Whether no other, nor the unpruned model, is at least as right in less time."""
-    return shares[j.candidate] < 1 and not any(
-        o.accuracy.mean >= j.accuracy.mean and shares[o.candidate] < shares[j.candidate] for o in front
-    )
-
-
-def _point(j: Judged, x: float, on_front: bool) -> Point:
+def _point(j: Judged, share: float) -> Point:
     a = j.accuracy
-    return Point(j.candidate.name, x, 100 * a.mean, 100 * a.low, 100 * a.high, "himap", on_front)
+    return Point(j.candidate.name, 100 * share, 100 * a.mean, 100 * a.low, 100 * a.high, "himap", False)
+
+
+def _fronted(points: Sequence[Point]) -> list[Point]:
+    """On the front if no other, the unpruned model included, is at least as right for at most the cost."""
+    return [
+        replace(p, on_front=not any(o.x <= p.x and o.y >= p.y and (o.x, o.y) != (p.x, p.y) for o in points))
+        for p in points
+    ]

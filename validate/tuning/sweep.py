@@ -4,12 +4,14 @@ The unpruned pass gives the state at every K1; each (K1, R1) runs on from there 
 (K2, R2) runs on to the end. One prefill a plan: the first generated token is the answer.
 """
 
+import os
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from himap_export.engines.arrays import Inputs
@@ -19,10 +21,11 @@ from himap_export.validate.contenders import UNPRUNED, request_seed
 from himap_export.validate.criteria import Cut, State
 from himap_export.validate.dataset import Example
 from himap_export.validate.loading import load_reference
-from himap_export.validate.prompter import Prompter, prompter_of_checkpoint
+from himap_export.validate.prompter import prompter_of_checkpoint
 from himap_export.validate.reference import Reference
 from himap_export.validate.tuning.grid import Candidate
 
+Told = tuple[Example, Mapping[str, int], int]  # an example, the first token by plan, and the right one
 CRITERIA = {"himap": ("instruction", "image"), "random": ("random", "random")}
 
 
@@ -71,38 +74,62 @@ class Job:
     seed: int
 
 
-@dataclass(frozen=True)
-class _Worker:
-    job: Job
-    reference: Reference
-    prompter: Prompter
+def sweep(job: Job, examples: Sequence[tuple[int, Example]], workers: int) -> Iterator[Told]:
+    """What `workers` processes find for numbered examples, in the order in which they are done.
+
+    A HimapError of theirs is raised here, and one is if a process dies. Whoever stops early does not wait for them.
+    """
+    todo = iter(examples)
+    with ExitStack() as stack:
+        busy = [stack.enter_context(_worker(job)) for _ in examples[:workers]]
+        try:
+            for door, task in zip(busy, todo, strict=False):
+                door.send(task)
+            while busy:
+                ready = wait(busy)
+                for door in [door for door in busy if door in ready]:
+                    told: Told | HimapError = door.recv()
+                    if isinstance(told, HimapError):
+                        raise told
+                    if (following := next(todo, None)) is None:
+                        busy.remove(door)
+                    else:
+                        door.send(following)
+                    yield told
+        except (EOFError, ConnectionError):
+            raise HimapError("a worker of the sweep died", hint="is there enough memory? try --workers 1") from None
 
 
-_worker: list[_Worker] = []  # one per process
-
-
-def _start(job: Job) -> None:
-    _worker.append(
-        _Worker(job, load_reference(job.checkpoint, job.dtype, job.threads), prompter_of_checkpoint(job.checkpoint))
-    )
-
-
-def _answer(numbered: tuple[int, Example]) -> tuple[Example, Mapping[str, int], int]:
-    (worker,), (number, example) = _worker, numbered
-    job, seed = worker.job, request_seed(worker.job.seed, number)
-    tokens = first_tokens(worker.reference, worker.prompter.arrays(example), job.candidates, job.policy, seed)
-    return example, tokens, worker.prompter.label(example)
-
-
-def sweep(
-    job: Job, examples: Sequence[tuple[int, Example]], workers: int
-) -> Iterator[tuple[Example, Mapping[str, int], int]]:
-    """(example, first token by plan, the right one) of numbered examples, in order, as they are answered by `workers`
-    processes. HimapError if one dies."""
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (job,))
+@contextmanager
+def _worker(job: Job) -> Iterator[Connection]:
+    context = get_context("spawn")
+    mine, his = context.Pipe()
+    process = context.Process(target=_serve, args=(his, job), daemon=True)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the parent's to handle
     try:
-        yield from pool.map(_answer, examples)
-    except BrokenProcessPool:
-        raise HimapError("a worker of the sweep died", hint="is there enough memory? try --workers 1") from None
+        process.start()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        signal.signal(signal.SIGINT, before)
+    his.close()
+    try:
+        yield mine
+    finally:
+        process.kill()  # in the middle of an example too: a large model's takes minutes
+        process.join()
+        mine.close()
+
+
+def _serve(door: Connection, job: Job) -> None:
+    os.dup2(2, 1)  # libraries print; standard output is the command's result
+    try:
+        reference = load_reference(job.checkpoint, job.dtype, job.threads)
+        prompter = prompter_of_checkpoint(job.checkpoint)
+        while True:
+            number, example = door.recv()
+            inputs, seed = prompter.arrays(example), request_seed(job.seed, number)
+            tokens = first_tokens(reference, inputs, job.candidates, job.policy, seed)
+            door.send((example, tokens, prompter.label(example)))
+    except HimapError as problem:
+        door.send(problem)
+    except (EOFError, ConnectionError):
+        return  # the parent has left

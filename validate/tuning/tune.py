@@ -1,8 +1,9 @@
 """A tuning: the sweep over a data set, the front, its control and its times, and the plan to take."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ CONTROL = "random-"  # before a plan's name in the log: its cuts, ranked by chan
 class Asked:
     """How to sweep. `keep`: the fraction of the unpruned accuracy that a plan must keep; 0 `rounds`: no times.
 
-    `threads`: of the engines that are timed.
+    `threads`: of the engines that are timed; `control`: whether chance answers too, at the cuts of the front.
     """
 
     candidates: tuple[Candidate, ...]
@@ -40,25 +41,24 @@ class Asked:
     keep: float
     rounds: int
     threads: int
+    control: bool
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """`over_random`: by name of a plan on the front, how much righter it is than chance at its cuts; `times` likewise,
-    and of the unpruned model."""
+    """`front`: with the chosen plan, should one that dominates it have the wider interval. `over_random`: by name of a
+    plan of the front, how much righter it is than chance at its cuts; `times` likewise, and of the unpruned model. Both
+    are empty if they were not asked for."""
 
     questions: int
     image_tokens: int
     text: int
     unpruned: Interval
     judged: tuple[Judged, ...]
+    front: tuple[Judged, ...]
     over_random: Mapping[str, Interval]
     times: Mapping[str, Timed]
     choice: Choice
-
-    @property
-    def front(self) -> tuple[Judged, ...]:
-        return tuple(j for j in self.judged if j.on_front)
 
 
 def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, asked: Asked) -> Tuned:
@@ -66,27 +66,35 @@ def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, as
     config, prompter = read_config(checkpoint), prompter_of_checkpoint(checkpoint)
     spec, tokens = decoder_spec(config), vision_spec(config).tokens
     text = max(prompter.text_tokens(e) for e in data.examples)
-    header = {
-        "config": digest(checkpoint / "config.json").sha256, "dataset": digest(dataset_file).sha256,
-        "dtype": asked.dtype, "seed": asked.seed, "plans": [c.name for c in asked.candidates],
-    }  # fmt: skip
-    with AnswerLog(log_file, header) as log:
+    flops = {c.name: _ratio(spec, c, tokens, text) for c in asked.candidates}
+    with AnswerLog(log_file, _header(checkpoint, dataset_file, asked)) as log:
         job = Job(checkpoint, asked.dtype, 1, asked.candidates, "himap", asked.seed)
         _answer(job, data, log, prompter, asked.workers)
         right = _right(log.file, data)
-        flops = {c.name: _ratio(spec, c, tokens, text) for c in asked.candidates}
+        unpruned = accuracy_interval(right[UNPRUNED], 0)
         judged = judge(asked.candidates, flops, right, right[UNPRUNED])
-        front = tuple(sorted(j.candidate for j in judged if j.on_front))
-        _answer(Job(checkpoint, asked.dtype, 1, front, "random", asked.seed), data, log, prompter, asked.workers)
-        right = _right(log.file, data)
-    over = {c.name: paired_difference(right[c.name], right[CONTROL + c.name], 0) for c in front}
+        choice = choose(judged, unpruned.mean, asked.keep)
+        front = tuple(j for j in judged if j.on_front or j.candidate == choice.candidate)
+        plans = tuple(sorted(j.candidate for j in front))
+        over: dict[str, Interval] = {}
+        if asked.control:
+            _answer(replace(job, candidates=plans, policy="random"), data, log, prompter, asked.workers)
+            right = _right(log.file, data)
+            over = {c.name: paired_difference(right[c.name], right[CONTROL + c.name], 0) for c in plans}
     times: dict[str, Timed] = {}
     if asked.rounds:
-        plans = {c.name: c.plan for c in front}
-        times = measure(checkpoint, plans, tokens, text, asked.dtype, asked.threads, asked.rounds)
-    unpruned = accuracy_interval(right[UNPRUNED], 0)
-    choice = choose(judged, unpruned.mean, asked.keep)
-    return Tuned(len(data.examples), tokens, text, unpruned, judged, over, times, choice)
+        named = {c.name: c.plan for c in plans}
+        times = measure(checkpoint, named, tokens, text, asked.dtype, asked.threads, asked.rounds)
+    return Tuned(len(data.examples), tokens, text, unpruned, judged, front, over, times, choice)
+
+
+def _header(checkpoint: Path, dataset_file: Path, asked: Asked) -> dict[str, Any]:
+    """What a log has to agree on to go on. The folder too: fine-tuned models share their config.json."""
+    grid = {field: sorted({getattr(c, field) for c in asked.candidates}) for field in ("k1", "r1", "k2", "r2")}
+    return {
+        "model": str(checkpoint.resolve()), "config": digest(checkpoint / "config.json").sha256,
+        "dataset": digest(dataset_file).sha256, "dtype": asked.dtype, "seed": asked.seed, "grid": grid,
+    }  # fmt: skip
 
 
 def visual_of(candidate: Candidate, image_tokens: int) -> Visual:
