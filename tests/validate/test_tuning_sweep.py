@@ -1,0 +1,108 @@
+"""The sweep's processes: what they answer, what becomes of their errors, of their death, and of Ctrl-C."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import active_children
+from pathlib import Path
+
+import pytest
+
+from himap_export.graphs.errors import HimapError
+from himap_export.validate.answers import read_log
+from himap_export.validate.contenders import request_seed
+from himap_export.validate.criteria import Cut, himap
+from himap_export.validate.dataset import Example, read_dataset
+from himap_export.validate.loading import checkpoint_folder
+from himap_export.validate.prompter import prompter_of_checkpoint
+from himap_export.validate.reference import Reference
+from himap_export.validate.tuning.grid import grid
+from himap_export.validate.tuning.sweep import Job, sweep
+
+IMAGES = Path(__file__).parents[2] / "examples" / "shapes" / "images"
+PLANS = grid((1, 2), (0.5,), (4,), (0.75,), 10)
+
+
+@pytest.fixture(scope="module")
+def shapes() -> Path:
+    return checkpoint_folder("shapes")
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[tuple[int, Example]]:
+    return list(enumerate(read_dataset(IMAGES / "questions.jsonl").examples))
+
+
+@pytest.mark.parametrize("policy", ["himap", "random"])
+def test_two_processes_say_what_one_prefill_a_plan_says(
+    shapes: Path, asked: list[tuple[int, Example]], policy: str
+) -> None:
+    reference, prompter = Reference(shapes), prompter_of_checkpoint(shapes)
+    found = {e.line: (tokens, label) for e, tokens, label in sweep(Job(shapes, "fp32", 1, PLANS, policy, 3), asked, 2)}
+    assert len(found) == len(asked) >= 5
+    for number, example in asked:
+        tokens, label = found[example.line]
+        assert prompter.tokenizer.decode([label]).strip() == example.answer
+        inputs, seed = prompter.arrays(example), request_seed(3, number)
+        for c in PLANS:
+            cuts = himap(c.k1, c.k2, c.r1, c.r2)
+            if policy == "random":
+                cuts = Cut(c.k1, "random", c.r1), Cut(c.k2, "random", c.r2)
+            wanted = reference.prefill(inputs.input_ids, inputs.pixel_values, cuts=cuts, seeds=[seed])
+            assert tokens[c.name] == int(wanted.logits[0].argmax())
+
+
+def test_an_error_in_a_worker_is_told_as_it_is(
+    shapes: Path, asked: list[tuple[int, Example]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = Path(shutil.copytree(shapes, tmp_path / "broken", ignore=shutil.ignore_patterns("*.safetensors")))
+    with pytest.raises(HimapError, match=r"PyTorch cannot load .*broken"):
+        list(sweep(Job(broken, "fp32", 1, PLANS, "himap", 0), asked, 2))
+    assert not active_children() and "Traceback" not in capfd.readouterr().err
+
+
+def test_a_worker_that_dies_is_an_error(shapes: Path, asked: list[tuple[int, Example]]) -> None:
+    answers = sweep(Job(shapes, "fp32", 1, PLANS, "himap", 0), asked, 1)
+    next(answers)
+    (worker,) = active_children()
+    worker.kill()
+    with pytest.raises(HimapError, match="a worker of the sweep died"):
+        list(answers)
+    assert not active_children()
+
+
+@pytest.mark.parametrize("to_group", [False, True], ids=["kill -INT", "Ctrl-C"])
+def test_an_interrupt_does_not_wait_for_a_long_walk(tmp_path: Path, to_group: bool) -> None:
+    """Workers that are stopped stand for a large model's, at work for minutes."""
+    for image in IMAGES.glob("*.png"):
+        shutil.copy(image, tmp_path)
+    (tmp_path / "many.jsonl").write_text((IMAGES / "questions.jsonl").read_text() * 200)
+    grid_flags = ("--k1", "1", "--k2", "4", "--r1", "0.5", "--r2", "0.75", "--workers", "2", "--no-time")
+    command = Path(sys.executable).with_name("himap-tune")
+    words = (command, "shapes", "--dataset", tmp_path / "many.jsonl", "--out", tmp_path / "out", *grid_flags)
+    log = tmp_path / "out" / "sweep.jsonl"
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True) as tune:
+        while not (log.exists() and len(log.read_bytes().splitlines()) > 2) and tune.poll() is None:
+            time.sleep(0.05)
+        workers = _workers(tune.pid)
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+        (os.killpg if to_group else os.kill)(tune.pid, signal.SIGINT)
+        try:
+            said = tune.communicate(timeout=60)[1]
+        except subprocess.TimeoutExpired:
+            for worker in workers:
+                os.kill(worker, signal.SIGKILL)
+            pytest.fail("it waits for its workers")
+    assert tune.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    assert len(workers) == 2 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert 2 <= len(read_log(log)) < 1000 * 2
+
+
+def _workers(parent: int) -> list[int]:
+    """Its spawned processes, without multiprocessing's own."""
+    children = map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
+    return [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
