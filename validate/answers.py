@@ -54,7 +54,7 @@ class AnswerLog:
         except BlockingIOError:
             self._stream.close()
             hint = "wait for it, or choose another folder"
-            raise HimapError(f"{file} is in use by another himap-validate", hint=hint, code=Exit.USAGE) from None
+            raise HimapError(f"{file} is in use by another command", hint=hint, code=Exit.USAGE) from None
         except OSError as problem:
             raise HimapError(f"cannot write {file}", problem.strerror or str(problem), code=Exit.USAGE) from None
         try:
@@ -125,7 +125,7 @@ def _header(file: Path, content: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not _MARK.items() <= found.items():
-        raise HimapError(f"{file} is no log of himap-validate", hint="choose another folder", code=Exit.USAGE)
+        raise HimapError(f"{file} is no log of ours", hint="choose another folder", code=Exit.USAGE)
     return found
 
 
