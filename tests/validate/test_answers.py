@@ -82,10 +82,10 @@ def test_another_measurement_is_refused_and_kept(file: Path) -> None:
 )
 def test_another_file_is_refused_and_kept(content: bytes, file: Path) -> None:
     file.write_bytes(content)
-    with pytest.raises(HimapError, match="no log of himap-validate") as told:
+    with pytest.raises(HimapError, match="no log of ours") as told:
         AnswerLog(file, HEADER)
     assert told.value.code == Exit.USAGE and file.read_bytes() == content
-    with pytest.raises(HimapError, match="no log of himap-validate"):
+    with pytest.raises(HimapError, match="no log of ours"):
         read_log(file)
 
 
