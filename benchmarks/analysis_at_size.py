@@ -61,9 +61,9 @@ def prompts(reference: "Reference", count: int) -> list["Sample"]:
     """Random text around one random image, and a random answer."""
     from himap_export.validate.analysis.sample import Sample
 
-    config, random = reference.model.config, np.random.default_rng(0)
+    config, random = reference.judge.whole.config, np.random.default_rng(0)
     side = config.vision_config.image_size
-    image = np.full(config.image_seq_length, reference.image_token)
+    image = np.full(config.image_seq_length, config.image_token_id)
     made = []
     for _ in range(count):
         words = random.integers(3, config.text_config.vocab_size - 1, SYSTEM + INSTRUCTION)
@@ -102,7 +102,7 @@ def measure(model: Path, dtype: str, count: int) -> dict[str, Any]:
 
     reference = Reference(model, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], attn_implementation="sdpa")
     samples = prompts(reference, count)
-    parameters = sum(p.numel() for p in reference.model.parameters())
+    parameters = sum(p.numel() for p in reference.judge.whole.parameters())
     found: dict[str, Any] = {"parameters": parameters, "dtype": dtype, "prompts": count, "loaded_gib": peak_gib()}
     for name, work in analyses(reference, samples).items():
         start = time.perf_counter()

@@ -2,7 +2,8 @@
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,9 +12,9 @@ import numpy.typing as npt
 from PIL import Image
 from tokenizers import Tokenizer
 
-from himap_export.engines.arrays import Inputs
+from himap_export.engines.arrays import Inputs, load_inputs
 from himap_export.engines.bundle import Bundle
-from himap_export.engines.image import ImagePreprocessing, load_image, preprocess
+from himap_export.engines.image import ImagePreprocessing, load_image, nearest_size, preprocess
 from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.prompt import TOKENIZER, Detokenizer, PromptFormat, encode, load_tokenizer
 from himap_export.engines.sampling import Sampling
@@ -43,26 +44,44 @@ class Answer:
     steps: int
 
 
-def load_processor(bundle: Bundle, weights: Path | None) -> tuple[Tokenizer, PromptFormat, ImagePreprocessing]:
-    """The bundle's; its tokenizer may lie in the `weights` folder. HimapError (usage) if there is none."""
+def load_processor(bundle: Bundle, weights: Sequence[Path]) -> tuple[Tokenizer, PromptFormat, ImagePreprocessing]:
+    """The bundle's, for the pictures it is at; the tokenizer may lie in one of the `weights` folders.
+
+    HimapError (usage) if there is none.
+    """
     manifest = bundle.manifest
-    file = bundle.path(manifest.tokenizer) if manifest.tokenizer else weights and weights / TOKENIZER
-    if manifest.prompt is None or manifest.image is None or file is None or not file.is_file():
+    files = [bundle.path(manifest.tokenizer)] if manifest.tokenizer else [folder / TOKENIZER for folder in weights]
+    file = next((file for file in files if file.is_file()), None)
+    if manifest.prompt is None or file is None:
         hint = "its checkpoint had none: use --load-inputs"
         if manifest.prompt is not None:
             hint = (
                 f"it was exported without a checkpoint: put {TOKENIZER} into the --weights folder, or use --load-inputs"
             )
         raise HimapError(f"{bundle.folder} holds no tokenizer", hint=hint, code=Exit.USAGE)
-    return load_tokenizer(file), PromptFormat.from_json(manifest.prompt), ImagePreprocessing.from_json(manifest.image)
+    form = replace(PromptFormat.from_json(manifest.prompt), image_tokens=bundle.budget.visual[0])
+    return load_tokenizer(file), form, ImagePreprocessing.from_json(bundle.picture.preprocessing)
 
 
-def load_question(bundle: Bundle, image_file: Path, prompt: str, weights: Path | None = None) -> Question:
-    """HimapError if the bundle and the `weights` folder have no tokenizer, or the image cannot be read."""
+def load_question(
+    bundle: Bundle, image_file: Path, prompt: str, weights: Sequence[Path] = (), size: tuple[int, int] | None = None
+) -> tuple[Bundle, Question]:
+    """The question, and the bundle at pictures of `size` or, if None, of the size nearest to the image's shape.
+
+    HimapError if the bundle and the `weights` folder have no tokenizer, or the image cannot be read.
+    """
+    image = load_image(image_file)
+    sizes = [picture.size for picture in bundle.manifest.pictures.values()]
+    bundle = bundle.seeing(size or nearest_size((image.height, image.width), sizes))
     tokenizer, form, how = load_processor(bundle, weights)
-    image, ids = load_image(image_file), encode(tokenizer, form, prompt)
-    arrays = Inputs(ids[None], preprocess(image, how)[None])
-    return Question(image, prompt, how, arrays, Detokenizer(tokenizer))
+    arrays = Inputs(encode(tokenizer, form, prompt)[None], preprocess(image, how))
+    return bundle, Question(image, prompt, how, arrays, Detokenizer(tokenizer))
+
+
+def load_arrays(bundle: Bundle, file: Path) -> tuple[Bundle, Inputs]:
+    """Prompts and images of an .npz, and the bundle at pictures of their size. HimapError (usage) as `load_inputs`."""
+    arrays = load_inputs(file)
+    return bundle.seeing((arrays.pixel_values.shape[2], arrays.pixel_values.shape[3])), arrays
 
 
 def run_arrays(
@@ -81,11 +100,10 @@ def run_arrays(
     seeds = sampling.seed + np.arange(len(arrays.input_ids))
     found: dict[str, list[npt.NDArray[Any]]] = {}
     text, first, decoding, steps = "", 0.0, 0.0, 0
-    for at in range(0, len(arrays.input_ids), batch):
-        rows = slice(at, at + batch)
-        mask = None if arrays.attention_mask is None else arrays.attention_mask[rows]
+    for n, a in enumerate(arrays.batches(batch)):
         start = time.perf_counter()
-        prefilled, layout = pipeline.prefill(arrays.input_ids[rows], arrays.pixel_values[rows], mask, seeds[rows])
+        drawn = seeds[n * batch : (n + 1) * batch]
+        prefilled, layout = pipeline.prefill(a.input_ids, a.pixel_values, a.attention_mask, drawn)
         answer: list[npt.NDArray[np.int64]] = []
         for token in pipeline.generate(prefilled, layout, new_tokens, sampling):
             if not answer:

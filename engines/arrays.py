@@ -1,7 +1,7 @@
 """The .npz doors of himap-run: arrays in, arrays out, pickles never."""
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,19 @@ from himap_export.graphs.errors import Exit, HimapError
 
 @dataclass(frozen=True)
 class Inputs:
-    """`input_ids` [b,S] int64, placeholders expanded; `pixel_values` [b,3,H,W]; `attention_mask` [b,S] or None."""
+    """`input_ids` [b,S] int64, placeholders expanded; `pixel_values` [b*tiles,3,H,W]; `attention_mask` [b,S]."""
 
     input_ids: npt.NDArray[np.int64]
     pixel_values: npt.NDArray[np.float32]
     attention_mask: npt.NDArray[np.int64] | None = None
+
+    def batches(self, size: int) -> Iterator["Inputs"]:
+        """The prompts with their images, `size` at a time."""
+        tiles = len(self.pixel_values) // len(self.input_ids)
+        for at in range(0, len(self.input_ids), size):
+            rows, images = slice(at, at + size), slice(at * tiles, (at + size) * tiles)
+            mask = None if self.attention_mask is None else self.attention_mask[rows]
+            yield Inputs(self.input_ids[rows], self.pixel_values[images], mask)
 
 
 def load_inputs(file: Path) -> Inputs:
@@ -36,11 +44,11 @@ def load_inputs(file: Path) -> Inputs:
     if mask is not None and mask.shape != ids.shape:
         details = f"{list(mask.shape)}, input_ids are {list(ids.shape)}"
         raise HimapError(f"attention_mask in {file} has another shape", details, code=Exit.USAGE)
-    if len(arrays["pixel_values"]) != len(ids):
-        details = f"{len(ids)} prompts, {len(arrays['pixel_values'])} images"
-        raise HimapError(f"{file} does not hold one image per prompt", details, code=Exit.USAGE)
     if len(ids) == 0:
         raise HimapError(f"{file} holds no prompt", code=Exit.USAGE)
+    if not len(arrays["pixel_values"]) or len(arrays["pixel_values"]) % len(ids):
+        details = f"{len(ids)} prompts, {len(arrays['pixel_values'])} images"
+        raise HimapError(f"{file} does not hold one image per prompt", details, code=Exit.USAGE)
     return Inputs(ids, arrays["pixel_values"].astype(np.float32), None if mask is None else mask.astype(np.int64))
 
 

@@ -1,7 +1,7 @@
 """A bundle on disk: opened at one variant, checked byte by byte against its manifest, and its weights found."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,11 +13,12 @@ from himap_export.engines.manifest import (
     FileRecord,
     GraphRecord,
     Manifest,
+    PictureRecord,
     TensorSpec,
     Variant,
     read_manifest,
 )
-from himap_export.engines.weight_file import StoredTensor, read_header
+from himap_export.engines.weight_file import StoredTensor, find_tensor, read_header
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.plan import PruningPlan, TokenBudget
 
@@ -51,10 +52,15 @@ class Bundle:
             )
         return {name: t for file in self.manifest.weights for name, t in read_header(self.folder / file).items()}
 
+    @property
+    def picture(self) -> PictureRecord:
+        """What this variant's vision graph sees."""
+        return self.manifest.pictures[self.variant.picture]
+
     def weights(self) -> dict[str, StoredTensor]:
         """Those of `tensors` that a graph of the bundle reads."""
         wanted = {name for graph in self.manifest.graphs.values() for name in graph.weights}
-        return {name: t for name, t in self.tensors.items() if name in wanted}
+        return {name: t for name in wanted if (t := find_tensor(self.tensors, name)) is not None}
 
     def graph_name(self, stage: str) -> str:
         """The graph that plays `stage` (vision, prefix, k1, .. or decode) in this variant."""
@@ -75,10 +81,20 @@ class Bundle:
             raise HimapError(f"{self.folder} holds no plan {asked}", f"it holds {held}", code=Exit.USAGE)
         return found
 
+    def seeing(self, size: tuple[int, int]) -> Self:
+        """The bundle for pictures of `size` (height, width); HimapError (usage) if no graph of it takes them."""
+        for name, picture in self.manifest.pictures.items():
+            if picture.size == size:
+                return replace(self, variant=next(v for v in self.manifest.variants if v.picture == name))
+        held = ", ".join(f"{p.size[1]}x{p.size[0]}" for p in self.manifest.pictures.values())
+        summary = f"{self.folder} holds no graph for images of {size[1]}x{size[0]} pixels"
+        raise HimapError(summary, f"it holds {held}", "give one of these, or export with --image-size", Exit.USAGE)
+
     def at(self, plan: str | None = None, text_budget: int | None = None, text_tokens: int = 0) -> Self:
-        """The bundle at the smallest budget that fits `text_tokens`, else at the largest; at the first plan if none is
-        named, by its own name or its policy's. HimapError (usage) for a plan or a budget that it does not hold."""
-        variants = self.manifest.variants
+        """The bundle, for the pictures it is at, at the smallest budget that fits `text_tokens`, else at the largest;
+        at the first plan if none is named, by its own name or its policy's. HimapError (usage) for a plan or a budget
+        that it does not hold."""
+        variants = [v for v in self.manifest.variants if v.picture == self.variant.picture]
         plan = self.plan_name(plan) if plan else variants[0].plan_name
         found = sorted((v for v in variants if v.plan_name == plan), key=lambda v: v.budget.text)
         if text_budget is None:
@@ -98,25 +114,29 @@ def open_bundle(folder: Path, verify: bool = True) -> Bundle:
     return Bundle(folder, manifest, manifest.variants[0])
 
 
-def completed(bundle: Bundle, folder: Path) -> Bundle:
-    """A bundle of engines only, with the weights of the checkpoint in `folder`.
+def completed(bundle: Bundle, folders: Sequence[Path]) -> Bundle:
+    """A bundle of engines only, with the weights of the checkpoint in `folders`: its own, and its tower's if that lies
+    elsewhere.
 
     Only headers are read. HimapError (usage) if a name is missing, or a shape or dtype is not what the engines take.
     """
     if bundle.manifest.weight_form != "absent":
         raise HimapError(f"{bundle.folder} has its own weights", hint="leave --weights out", code=Exit.USAGE)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        expected = "expected the folder of the checkpoint that the engines were made for"
-        raise HimapError(f"{folder} holds no safetensors file", expected, code=Exit.USAGE)
-    stored = {name: t for file in files for name, t in read_header(file).items()}
+    stored: dict[str, StoredTensor] = {}
+    for folder in folders:
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            expected = "expected the folder of the checkpoint that the engines were made for"
+            raise HimapError(f"{folder} holds no safetensors file", expected, code=Exit.USAGE)
+        stored |= {name: t for file in files for name, t in read_header(file).items()}
     wanted = {name: spec for graph in bundle.manifest.graphs.values() for name, spec in graph.weights.items()}
-    problems = [problem for name, spec in wanted.items() if (problem := _misfit(name, stored.get(name), spec))]
+    found = {name: find_tensor(stored, name) for name in wanted}
+    problems = [problem for name, spec in wanted.items() if (problem := _misfit(name, found[name], spec))]
     if problems:
         more = f"; {len(problems) - 1} more of {len(wanted)} do not fit" if len(problems) > 1 else ""
-        hint = f"the engines were made for {bundle.manifest.model.source}"
-        raise HimapError(f"{folder} does not hold this bundle's weights", problems[0] + more, hint, Exit.USAGE)
-    return replace(bundle, completion={name: stored[name] for name in wanted})
+        hint, named = f"the engines were made for {bundle.manifest.model.source}", " and ".join(map(str, folders))
+        raise HimapError(f"{named} does not hold this bundle's weights", problems[0] + more, hint, Exit.USAGE)
+    return replace(bundle, completion={name: t for name, t in found.items() if t is not None})
 
 
 def _misfit(name: str, found: StoredTensor | None, wanted: TensorSpec) -> str:

@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from himap_export.engines.command import run_command
+import numpy as np
+
+from himap_export.engines.command import image_size, run_command
 from himap_export.graphs.errors import Exit, HimapError
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="himap-run", description=__doc__)
     p.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that himap-export wrote")
-    p.add_argument("--image", type=Path, metavar="FILE")
+    p.add_argument("--image", type=Path, action="append", metavar="FILE")
     p.add_argument("--prompt", metavar="TEXT")
     p.add_argument("--backend", help="default: the first one in the bundle that opens here")
     p.add_argument(
@@ -28,7 +30,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, help="CPU threads (default: all)")
     p.add_argument("--plan", "--policy", metavar="NAME", help="one of the bundle's plans (default: its first)")
     p.add_argument("--text-budget", type=int, metavar="N", help="default: the smallest of the bundle's that fits")
-    p.add_argument("--weights", type=Path, metavar="DIR", help="checkpoint that completes an --engines-only bundle")
+    p.add_argument(
+        "--image-size", type=image_size, metavar="WxH", help="one of the bundle's (default: the nearest to the image)"
+    )
+    p.add_argument(
+        "--weights", type=Path, action="append", default=[], metavar="DIR",
+        help="checkpoint that completes an --engines-only bundle; repeatable: its vision tower may lie elsewhere",
+    )  # fmt: skip
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the bundle's budget")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     p.add_argument("--top-p", type=float, default=1.0)
@@ -50,12 +58,16 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("give --image FILE and --prompt TEXT, or --load-inputs F.npz")
     if args.load_inputs is not None and (args.image is not None or args.prompt is not None):
         parser.error("--load-inputs excludes --image and --prompt")
+    if args.image is not None:
+        if len(args.image) > 1:
+            parser.error(f"{len(args.image)} images, but a bundle's plan has one: give --image once")
+        args.image = args.image[0]
     run_command("himap-run", lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:
-    from himap_export.engines.answer import load_question, run_arrays, show
-    from himap_export.engines.arrays import load_inputs, save_outputs
+    from himap_export.engines.answer import load_arrays, load_question, run_arrays, show
+    from himap_export.engines.arrays import save_outputs
     from himap_export.engines.backends import Opening
     from himap_export.engines.bundle import completed, open_bundle
     from himap_export.engines.layout import text_tokens
@@ -68,16 +80,16 @@ def _run(args: argparse.Namespace) -> None:
         raise HimapError("--show-kept needs --image", "the picture is drawn over it", code=Exit.USAGE)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     bundle = open_bundle(args.bundle, verify=not args.no_verify)
-    if args.weights is not None:
+    if args.weights:
         bundle = completed(bundle, args.weights)
     bundle.weights()  # a bundle of engines only says that it needs --weights, before it looks for anything else
     question = None
     if args.load_inputs is None:
-        question = load_question(bundle, args.image, args.prompt, args.weights)
+        bundle, question = load_question(bundle, args.image, args.prompt, args.weights, args.image_size)
         arrays = question.arrays
     else:
-        arrays = load_inputs(args.load_inputs)
-    needed = text_tokens(arrays.input_ids, arrays.attention_mask, bundle.manifest.model.image_token)
+        bundle, arrays = load_arrays(bundle, args.load_inputs)
+    needed = text_tokens(arrays.input_ids, arrays.attention_mask, bundle.manifest.model.image)
     bundle = bundle.at(args.plan, args.text_budget, needed)
     if args.show_kept is not None and not bundle.plan.cuts:
         hint = "choose another plan with --plan"
@@ -99,10 +111,13 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _draw(file: Path, bundle: "Bundle", question: "Question", answer: "Answer") -> None:
+    from himap_export.engines.image import tile_grid
     from himap_export.engines.picture import draw_kept, kept_patches
 
-    ids, image_token, plan = question.arrays.input_ids[0], bundle.manifest.model.image_token, bundle.plan
-    masks = [kept_patches(ids, answer.outputs[f"kept_{cut}"][0], image_token) for cut in plan.stages[1:]]
+    image = np.flatnonzero(bundle.manifest.model.image.find(question.arrays.input_ids[0]))
+    tiles, plan = tile_grid(question.image, question.preprocessing), bundle.plan
+    alive = [np.isin(image, answer.outputs[f"kept_{cut}"][0]) for cut in plan.stages[1:]]
+    masks = [kept_patches(a, bundle.picture.grid, tiles) for a in alive]
     layers = [cut.layer for cut in plan.cuts]
     draw_kept(file, question.image, question.preprocessing, masks, layers, question.prompt, answer.text)
 

@@ -10,69 +10,127 @@ from himap_export.graphs.plan import TokenBudget
 from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, SYSTEM
 
 Integers = npt.NDArray[np.int64]
+Grid = tuple[int, int]  # rows and columns of an image's tokens
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """What stands for image tokens in `input_ids`: the id `token`, or any of `also` (what the tokenizer writes where
+    the model's own code writes `token`); or, if `between` is set, whatever ids stand between these two."""
+
+    token: int
+    also: tuple[int, ...] = ()
+    between: tuple[int, int] | None = None
+
+    def find(self, ids: Integers) -> npt.NDArray[np.bool_]:
+        """Which of `ids`, [S] or [B,S], are image tokens."""
+        if self.between is None:
+            return np.isin(ids, (self.token, *self.also))
+        start, end = self.between
+        opened = np.cumsum(ids == start, axis=-1) - np.cumsum(ids == end, axis=-1)
+        found: npt.NDArray[np.bool_] = (opened > 0) & (ids != start)
+        return found
+
+    def write(self, count: int) -> Integers:
+        """The ids of an image of `count` tokens, with what must stand around them."""
+        tokens = np.full(count, self.token, np.int64)
+        return tokens if self.between is None else np.array([self.between[0], *tokens, self.between[1]], np.int64)
 
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """`input_ids`, `position_ids`, `token_kind` [B,S0] int64; `lengths` [B]: real tokens of each sample."""
+    """`input_ids`, `position_ids`, `token_kind` [B,S0] int64; `lengths` [B]: real tokens of each sample.
+
+    `rope_position_ids` [B,S0,3]: what M-RoPE turns by, time, row and column; the token generated at position p turns
+    by p + `rope_shift` [B] in all three.
+    """
 
     input_ids: Integers
     position_ids: Integers
     token_kind: Integers
     lengths: Integers
+    rope_position_ids: Integers
+    rope_shift: Integers
 
 
 def lay_out(
-    input_ids: Integers, attention_mask: Integers | None, image_token: int, vocab: int, budget: TokenBudget
+    input_ids: Integers,
+    attention_mask: Integers | None,
+    image: ImageTokens,
+    vocab: int,
+    budget: TokenBudget,
+    grid: Grid | None = None,
 ) -> PromptLayout:
     """Any batch [b,S] of b <= B prompts, padded on either side, as the static stages want it.
 
-    Positions count a sample's real tokens from 0. Missing samples repeat the last one. HimapError (usage) if a prompt
-    does not hold exactly V0 image tokens, or holds more other tokens than the text budget.
+    Positions count a sample's real tokens from 0; `grid` is how the image's tokens lie, for M-RoPE. Missing samples
+    repeat the last one. HimapError (usage) if a prompt does not hold exactly V0 image tokens, or holds more other
+    tokens than the text budget.
     """
     batch, slots = budget.batch, budget.total[0]
     ids, kinds = np.zeros((batch, slots), np.int64), np.full((batch, slots), PADDING, np.int64)
-    lengths = np.zeros(batch, np.int64)
+    lengths, places = np.zeros(batch, np.int64), np.zeros((batch, slots, 3), np.int64)
     mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
     for row in range(batch):
         source = min(row, len(input_ids) - 1)
         sample = input_ids[source][mask[source] != 0]
-        _check(sample, source, image_token, budget)
-        words = sample[sample != image_token]
+        is_image = image.find(sample)
+        _check(is_image, source, image, budget)
+        words = sample[~is_image]
         if len(words) and not 0 <= words.min() <= words.max() < vocab:
             outside = words[(words < 0) | (words >= vocab)][0]
             raise HimapError(f"prompt {row} holds token {outside}", f"the vocabulary has {vocab}", code=Exit.USAGE)
-        kind = _kinds(sample, image_token)
-        sample = np.where(kind == IMAGE, 0, sample)  # its row of the embedding, if it has one, is never used
+        sample = np.where(is_image, 0, sample)  # its row of the embedding, if it has one, is never used
         lengths[row] = len(sample)
-        kinds[row, : len(sample)] = kind
+        kinds[row, : len(sample)] = _kinds(is_image)
         ids[row, : len(sample)] = sample
-    return PromptLayout(ids, np.tile(np.arange(slots), (batch, 1)), kinds, lengths)
+        places[row, : len(sample)] = rope_places(is_image, grid)
+    positions = np.tile(np.arange(slots), (batch, 1))
+    shift = np.array([p[: max(n, 1)].max() + 1 - n for p, n in zip(places, lengths, strict=True)], np.int64)
+    return PromptLayout(ids, positions, kinds, lengths, places, shift)
 
 
-def text_tokens(input_ids: Integers, attention_mask: Integers | None, image_token: int) -> int:
+def rope_places(is_image: npt.NDArray[np.bool_], grid: Grid | None) -> Integers:
+    """Time, row and column [S,3] of each token, as M-RoPE counts them (arXiv 2409.12191; transformers'
+    `get_rope_index`): all three rise with the text; an image stands at one time, its tokens at their rows and columns,
+    and the text behind it goes on after the longer of its sides. Without a `grid` an image is text."""
+    if grid is None or not is_image.any():
+        return np.repeat(np.arange(len(is_image))[:, None], 3, axis=1)
+    rows, columns = grid
+    start = int(np.flatnonzero(is_image)[0])
+    nth = np.cumsum(is_image) - 1
+    image = np.stack([np.full_like(nth, start), start + nth // columns, start + nth % columns], axis=1)
+    text = np.cumsum(~is_image) - 1
+    text += np.where(np.arange(len(is_image)) > start, max(rows, columns), 0)
+    found: Integers = np.where(is_image[:, None], image, text[:, None])
+    return found
+
+
+def text_tokens(input_ids: Integers, attention_mask: Integers | None, image: ImageTokens) -> int:
     """The longest prompt's tokens that are not of the image: what a text budget has to hold."""
-    words = input_ids != image_token
+    words = ~image.find(input_ids)
     return int((words if attention_mask is None else words & (attention_mask != 0)).sum(axis=1).max())
 
 
-def _kinds(sample: Integers, image_token: int) -> Integers:
-    images = np.flatnonzero(sample == image_token)
-    kinds = np.full(len(sample), SYSTEM, np.int64)
-    kinds[images[-1] + 1 :] = INSTRUCTION
-    kinds[images] = IMAGE
+def _kinds(is_image: npt.NDArray[np.bool_]) -> Integers:
+    kinds = np.full(len(is_image), SYSTEM, np.int64)
+    kinds[np.flatnonzero(is_image)[-1] + 1 :] = INSTRUCTION
+    kinds[is_image] = IMAGE
     return kinds
 
 
-def _check(sample: Integers, row: int, image_token: int, budget: TokenBudget) -> None:
-    images, visual = int((sample == image_token).sum()), budget.visual[0]
-    text = len(sample) - images
+def _check(is_image: npt.NDArray[np.bool_], row: int, image: ImageTokens, budget: TokenBudget) -> None:
+    images, visual = int(is_image.sum()), budget.visual[0]
+    text = len(is_image) - images
     if images == 0:
-        hint = f"expand the image placeholder to {visual} tokens of id {image_token}"
+        hint = f"expand the image placeholder to {visual} tokens of id {image.token}"
         raise HimapError(f"prompt {row} holds no image token", hint=hint, code=Exit.USAGE)
     if images != visual:
-        details = f"the bundle was exported for {visual}"
-        raise HimapError(f"prompt {row} holds {images} image tokens", details, "give exactly one image", Exit.USAGE)
+        several = f", {images // visual} images" if images % visual == 0 else ""
+        details = f"the bundle was exported for one image of {visual}"
+        raise HimapError(
+            f"prompt {row} holds {images} image tokens{several}", details, "give exactly one image", Exit.USAGE
+        )
     if not text and not budget.visual[-1]:
         details = f"the plan drops all {visual} image tokens"
         raise HimapError(f"prompt {row} has no text", details, "ask something", Exit.USAGE)

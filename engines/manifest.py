@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from himap_export.engines.layout import Grid, ImageTokens
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.plan import Cut, PruningPlan, TokenBudget
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
-SCHEMA = 3
+SCHEMA = 4
 FILE_NAME = "manifest.json"
 WeightForm = Literal["shared", "embedded", "absent"]
 
@@ -37,17 +38,28 @@ class GraphRecord:
 
 
 @dataclass(frozen=True)
+class PictureRecord:
+    """What a vision graph sees: `tiles` pictures of `size` (height, width) a prompt, made as `preprocessing` says.
+
+    `grid`: rows and columns of the tokens of one tile.
+    """
+
+    size: tuple[int, int]
+    tiles: int
+    grid: Grid
+    preprocessing: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Variant:
-    """One plan at one text budget. `graphs` names the graph that plays each stage; variants share those that agree."""
+    """One plan at one text budget for one of the bundle's pictures. `graphs` names the graph that plays each stage;
+    variants share those that agree."""
 
     plan_name: str
     plan: PruningPlan
     budget: TokenBudget
+    picture: str
     graphs: Mapping[str, str]
-
-    @property
-    def name(self) -> str:
-        return f"{self.plan_name}-{self.budget.text}"
 
 
 @dataclass(frozen=True)
@@ -67,12 +79,12 @@ class EngineRecord:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """Where the model came from and the token ids its prompts need."""
+    """Where the model came from and the token ids its prompts need; `image`: what stands for image tokens."""
 
     name: str
     source: str
     architecture: str
-    image_token: int
+    image: ImageTokens
     eos_tokens: tuple[int, ...]
     pad_token: int
 
@@ -99,7 +111,7 @@ class Manifest:
     engines: Mapping[str, Mapping[str, EngineRecord]]
     weight_form: WeightForm
     weights: tuple[str, ...]
-    image: Mapping[str, Any] | None
+    pictures: Mapping[str, PictureRecord]
     prompt: Mapping[str, Any] | None
     tokenizer: str | None
     toolchain: Mapping[str, str]
@@ -114,8 +126,10 @@ class Manifest:
     def from_json(cls, text: str) -> Self:
         """Reads what `to_json` wrote; KeyError, TypeError or ValueError if it is anything else."""
         d = json.loads(text)
+        d["model"]["image"] = ImageTokens(**_tuples(d["model"]["image"]))
         d["model"] = ModelRecord(**_tuples(d["model"]))
-        d["decoder"] = DecoderSpec(**d["decoder"])
+        d["decoder"] = DecoderSpec(**_tuples(d["decoder"]))
+        d["pictures"] = {name: PictureRecord(**_tuples(p)) for name, p in d["pictures"].items()}
         d["variants"] = tuple(_variant(v) for v in d["variants"])
         d["graphs"] = {name: _graph(g) for name, g in d["graphs"].items()}
         d["engines"] = {
@@ -132,7 +146,7 @@ def _tuples(d: dict[str, Any]) -> dict[str, Any]:
 
 def _variant(d: dict[str, Any]) -> Variant:
     plan = PruningPlan(tuple(Cut(**cut) for cut in d["plan"]["cuts"]))
-    return Variant(d["plan_name"], plan, TokenBudget(**_tuples(d["budget"])), d["graphs"])
+    return Variant(d["plan_name"], plan, TokenBudget(**_tuples(d["budget"])), d["picture"], d["graphs"])
 
 
 def _graph(d: dict[str, Any]) -> GraphRecord:

@@ -32,7 +32,7 @@ class Prefilled:
 
 def tensor_name(graph: str, name: str) -> str:
     """The tensor behind a graph's door: caches go by one name, decode's ids and positions are not the prompt's."""
-    if graph == "decode" and name in ("input_ids", "position_ids"):
+    if graph == "decode" and name in ("input_ids", "position_ids", "rope_position_ids"):
         return f"decode.{name}"
     return re.sub("^(past|present)_", "cache_", name)
 
@@ -51,6 +51,7 @@ class Pipeline:
         self.engines: Engines = engines or load_backend(backend).open_engines(bundle, opening)
         self.tensors: dict[str, Tensor] = {}
         self.stages = bundle.plan.stages
+        self._rope_shift = np.zeros(bundle.budget.batch, np.int64)  # of the prompts that were loaded last
         self._run = {name: self._bind(name) for name in ("vision", *self.stages, "decode")}
         self._prefill = self.engines.chain([self._run[name] for name in ("vision", *self.stages)])
         self._decode = self.engines.chain([self._run["decode"]])
@@ -80,20 +81,25 @@ class Pipeline:
         attention_mask: Integers | None = None,
         seeds: Integers | None = None,
     ) -> PromptLayout:
-        """Checks up to B prompts [b,S] with pixels [b,3,H,W] and writes them where the stages read them.
+        """Checks up to B prompts [b,S] with pixels [b*tiles,3,H,W] and writes them where the stages read them.
 
         `seeds` [b], 0 if not given, are what random cuts draw by; other plans read none.
         """
         m = self.manifest
-        layout = lay_out(input_ids, attention_mask, m.model.image_token, m.decoder.vocab, self.bundle.budget)
-        spec = self.bundle.graph("vision").inputs["pixel_values"]
-        if pixel_values.shape != (len(input_ids), *spec.shape[1:]):
-            expected = f"expected {[len(input_ids), *spec.shape[1:]]}, one image per prompt"
+        picture, budget = self.bundle.picture, self.bundle.budget
+        grid = picture.grid if m.decoder.rope_axes else None
+        layout = lay_out(input_ids, attention_mask, m.model.image, m.decoder.vocab, budget, grid)
+        tiles, shape = picture.tiles, self.bundle.graph("vision").inputs["pixel_values"].shape
+        if pixel_values.shape != (wanted := (tiles * len(input_ids), *shape[1:])):
+            each = "one image" if tiles == 1 else f"{tiles} tiles"
+            expected = f"expected {list(wanted)}, {each} per prompt"
             raise HimapError(f"pixel_values are {list(pixel_values.shape)}", expected, code=Exit.USAGE)
-        missing = spec.shape[0] - len(pixel_values)
-        self.tensors["pixel_values"].write(np.concatenate([pixel_values, *[pixel_values[-1:]] * missing]))
-        for name in ("input_ids", "position_ids", "token_kind"):
-            self.tensors[name].write(getattr(layout, name))
+        missing = budget.batch - len(input_ids)
+        self.tensors["pixel_values"].write(np.concatenate([pixel_values, *[pixel_values[-tiles:]] * missing]))
+        for name in ("input_ids", "position_ids", "token_kind", "rope_position_ids"):
+            if name in self.tensors:
+                self.tensors[name].write(getattr(layout, name))
+        self._rope_shift = layout.rope_shift
         if "seed" in self.tensors:
             given = np.zeros(len(input_ids), np.int64) if seeds is None else seeds
             self.tensors["seed"].write(np.concatenate([given, *[given[-1:]] * missing])[:, None])
@@ -122,10 +128,17 @@ class Pipeline:
 
     def step(self, tokens: Integers, positions: Integers) -> npt.NDArray[np.float32]:
         """Appends one token [B] per sample at its original position [B]; logits [B,W]."""
-        self.tensors["decode.input_ids"].write(tokens[:, None])
-        self.tensors["decode.position_ids"].write(positions[:, None])
+        self.feed(tokens, positions)
         self._decode()
         return self.read("logits")
+
+    def feed(self, tokens: Integers, positions: Integers) -> None:
+        """Writes what decode reads."""
+        self.tensors["decode.input_ids"].write(tokens[:, None])
+        self.tensors["decode.position_ids"].write(positions[:, None])
+        if "decode.rope_position_ids" in self.tensors:
+            turned = np.repeat((positions + self._rope_shift)[:, None, None], 3, axis=2)
+            self.tensors["decode.rope_position_ids"].write(turned)
 
     def generate(
         self, prefilled: Prefilled, layout: PromptLayout, new_tokens: int, sampling: Sampling | None = None

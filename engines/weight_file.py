@@ -1,6 +1,7 @@
 """safetensors files as they lie on disk: where each tensor's bytes are, and the file mapped, never read as a whole."""
 
 import json
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -64,6 +65,29 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as problem:
         hint = "it is truncated or corrupt: fetch it again"
         raise HimapError(f"{file} is not a readable safetensors file", str(problem), hint) from None
+
+
+_ROWS = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
+
+
+def base_name(name: str) -> str:
+    """The stored tensor that "NAME[a:b]" takes rows of; any other name is its own."""
+    found = _ROWS.fullmatch(name)
+    return found["name"] if found else name
+
+
+def find_tensor(stored: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:
+    """The tensor `name` of `stored`; "NAME[a:b]" is rows a to b of NAME, which lie in one piece. None if absent."""
+    if name in stored:
+        return stored[name]
+    found = _ROWS.fullmatch(name)
+    whole = stored.get(found["name"]) if found else None
+    if found is None or whole is None or not whole.shape:
+        return None
+    start, stop = int(found["start"]), int(found["stop"])
+    row = whole.nbytes // whole.shape[0] if whole.shape[0] else 0
+    rows = max(0, min(stop, whole.shape[0]) - start)  # a tensor that is too short shows as a shape that does not fit
+    return StoredTensor(name, whole.file, whole.dtype, (rows, *whole.shape[1:]), whole.offset + start * row, rows * row)
 
 
 def _entry(name: str, file: Path, entry: dict[str, object], data: int, size: int) -> StoredTensor:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 
 import onnx_ir as ir
 
-from himap_export.engines.weight_file import StoredTensor
+from himap_export.engines.weight_file import StoredTensor, base_name, find_tensor
 from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import Exit, HimapError
 
@@ -25,7 +25,7 @@ class WeightNames:
         if not self._names:
             return next(self._candidates("embed_tokens.weight" if self._is_tied(role) else role))
         for name in self._candidates(role):
-            if name in self._names:
+            if base_name(name) in self._names:
                 return name
         if self._is_tied(role):
             return self("embed_tokens.weight")
@@ -47,7 +47,8 @@ def bind(graph: StageGraph, tensors: Mapping[str, StoredTensor], location: Calla
     g = graph.model.graph
     for value in [v for v in g.inputs if v.name in graph.weights]:
         assert value.name is not None
-        stored, shape = tensors[value.name], graph.weights[value.name]
+        stored, shape = find_tensor(tensors, value.name), graph.weights[value.name]
+        assert stored is not None, value.name  # `WeightNames` knows it
         if stored.shape != shape:
             details = f"its shape is {list(stored.shape)}, config.json says {list(shape)}"
             hint = "is this the checkpoint that config.json describes?"

@@ -8,6 +8,12 @@ from typing import Any
 from himap_export.engines.weight_file import StoredTensor, read_header
 from himap_export.graphs.errors import Exit, HimapError
 
+# Reads no code from the pickles: weights_only. Writes shards and their index beside them.
+CONVERT = (
+    "python -c 'import sys, glob, torch, huggingface_hub as h; f = sys.argv[1]; "
+    'h.save_torch_state_dict({k: v for p in glob.glob(f + "/pytorch_model*.bin") '
+    "for k, v in torch.load(p, weights_only=True, mmap=True).items()}, f)'"
+)
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLES = ("pytorch_model*.bin*", "*.pt", "*.pth", "*.ckpt")
 
@@ -38,8 +44,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder / "config.json")
 
 
-def open_checkpoint(folder: Path, weights: bool = True) -> Checkpoint:
-    """The checkpoint in `folder`, single or sharded safetensors, every header checked against its file's length.
+def open_checkpoint(folder: Path, weights: bool = True, tower: Path | None = None) -> Checkpoint:
+    """The checkpoint in `folder`, single or sharded safetensors, every header checked against its file's length; with
+    the tensors of a `tower` that lies in another folder, if it has any.
 
     HimapError (missing) if it holds none; without `weights` it need not.
     """
@@ -49,7 +56,11 @@ def open_checkpoint(folder: Path, weights: bool = True) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     for file in _shards(folder) if weights or any(folder.glob("*.safetensors")) else ():
         tensors |= read_header(file)
-    names = tensors or (_weight_map(folder) if (folder / _INDEX).is_file() else {})
+    names = set(tensors or (_weight_map(folder) if (folder / _INDEX).is_file() else ()))
+    if tower is not None and any(tower.glob("*.safetensors")):
+        for file in _shards(tower):
+            tensors = read_header(file) | tensors
+        names |= set(tensors)
     return Checkpoint(folder, config, generation, tensors, frozenset(names))
 
 
@@ -73,7 +84,7 @@ def _shards(folder: Path) -> list[Path]:
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     if any(True for pattern in _PICKLES for _ in folder.glob(pattern)):
-        hint = "pickles run code and are never loaded: convert them with transformers' save_pretrained"
+        hint = f"pickles run code and are never loaded; convert them: {CONVERT} {folder}"
         raise HimapError(f"{folder} holds only pickled weights", "expected safetensors", hint, Exit.MISSING)
     raise HimapError(f"{folder} holds no weights", f"expected {_SINGLE} or {_INDEX}", "fetch them", Exit.MISSING)
 

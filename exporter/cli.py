@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from himap_export.engines.command import BACKENDS, run_command
+from himap_export.engines.command import BACKENDS, image_size, run_command
+from himap_export.exporter.aliases import ALIASES
 from himap_export.graphs.plan import POLICIES, TASKS
 
 if TYPE_CHECKING:
@@ -15,9 +16,7 @@ if TYPE_CHECKING:
 
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="himap-export", description=__doc__)
-    p.add_argument(
-        "model", metavar="MODEL", help="llava-7b, llava-13b, shapes, a Hugging Face id, or a checkpoint folder"
-    )
+    p.add_argument("model", metavar="MODEL", help=f"{', '.join(ALIASES)}, a Hugging Face id, or a checkpoint folder")
     plan = p.add_argument_group("pruning plan (HiMAP, arXiv 2503.13108, and what it is compared with)")
     plan.add_argument("--task", choices=tuple(TASKS), default="qa", help="the authors' plan for a task (default: qa)")
     plan.add_argument(
@@ -39,6 +38,11 @@ def _parser() -> argparse.ArgumentParser:
         help="all tokens but image tokens (default: 192); several go into one bundle",
     )  # fmt: skip
     budget.add_argument(
+        "--image-size", type=image_size, nargs="+", default=[], metavar="WxH",
+        help="pixels, for models of any resolution; several go into one bundle, images are letterboxed to the nearest",
+    )  # fmt: skip
+    budget.add_argument("--tiles", type=int, metavar="N", help="tiles of an image, its thumbnail included (InternVL)")
+    budget.add_argument(
         "--align", type=int, metavar="N", help="keep more image tokens, up to a multiple of N tokens a stage"
     )
     budget.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="answer tokens (default: 128)")
@@ -59,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--engines-only", action="store_true", help="no weights: himap-run --weights brings them")
     weights.add_argument("--hard-link", action="store_true", help="link the checkpoint's files instead of copying them")
     p.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+    p.add_argument("--checkpoint", type=Path, metavar="DIR", help="folder that holds an alias's weights")
     p.add_argument("--dry-run", action="store_true", help="print the plan; needs no weights")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("--overwrite", action="store_true", help="replace a bundle that is already at --out")
@@ -80,18 +85,20 @@ def _export(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.exporter.report import plan_json, plan_table
     from himap_export.exporter.target import check_target
 
-    same = ("task", "k1", "k2", "r1", "r2", "keep", "max_new_tokens", "batch", "align", "dtype", "gather", "hard_link")
+    same = ("task", "k1", "k2", "r1", "r2", "keep", "tiles", "max_new_tokens", "batch", "align", "dtype", "gather")
     request = Request(
         **{name: getattr(args, name) for name in same},
+        hard_link=args.hard_link,
         policies=tuple(args.policy),
         plans=tuple(args.plan),
         text_budgets=tuple(args.text_budget),
+        image_sizes=tuple(args.image_size),
         backends=tuple(dict.fromkeys(args.backend or ("onnxruntime",))),
         weights="absent" if args.engines_only else args.weights,
     )
     if not args.dry_run:
         check_target(args.out, args.overwrite)
-    model = resolve(args.model, args.revision, weights=not (args.dry_run or args.engines_only))
+    model = resolve(args.model, args.revision, not (args.dry_run or args.engines_only), args.checkpoint)
     planned = plan_export(model, request)
     if not args.json:
         print(plan_table(planned))

@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import onnx_ir as ir
 
 from himap_export.engines.backends import build_all, load_backend
 from himap_export.engines.bundle import Bundle, digests
-from himap_export.engines.image import clip_preprocessing
+from himap_export.engines.layout import ImageTokens
 from himap_export.engines.manifest import (
     FILE_NAME,
     EngineRecord,
@@ -20,16 +21,17 @@ from himap_export.engines.manifest import (
     GraphRecord,
     Manifest,
     ModelRecord,
+    PictureRecord,
     TensorSpec,
     Variant,
 )
-from himap_export.engines.prompt import TOKENIZER, PromptFormat
-from himap_export.engines.weight_file import StoredTensor, read_header
-from himap_export.exporter import llava
+from himap_export.engines.prompt import TOKENIZER
+from himap_export.engines.weight_file import StoredTensor, find_tensor, read_header
 from himap_export.exporter.bind import WeightNames, bind
 from himap_export.exporter.checkpoint import Checkpoint, open_checkpoint
+from himap_export.exporter.family import tied
 from himap_export.exporter.planning import Planned
-from himap_export.exporter.processor import LLAVA_TEMPLATE, ProcessorData, read_processor
+from himap_export.exporter.processor import ProcessorData, alias_processor, read_processor
 from himap_export.exporter.store import store_weights, write_weights
 from himap_export.exporter.target import check_target, work_folder
 from himap_export.graphs.build import IR_DTYPE, StageGraph
@@ -60,22 +62,29 @@ class Export:
     def vision(self) -> str:
         from himap_export.exporter.vision import vision_graph  # torch: seconds to import
 
-        p = self.planned
-        budget = p.variants[0].budget  # of which all variants share what vision depends on
-        self.graphs["vision"] = vision_graph(p.model.config, p.decoder, budget, p.dtype, self.names)
-        return f"{p.vision.tokens} image tokens"
+        p, batch = self.planned, self.planned.variants[0].budget.batch
+        for picture, spec in p.pictures.items():
+            name = self._vision_name(picture)
+            self.graphs[name] = vision_graph(
+                name, p.model.family, p.model.config, spec, batch, p.decoder.hidden, p.dtype, self.names
+            )
+        return ", ".join(f"{spec.tokens} image tokens of {name}" for name, spec in p.pictures.items())
+
+    def _vision_name(self, picture: str) -> str:
+        return "vision" if len(self.planned.pictures) == 1 else f"vision-{picture}"
 
     def stages(self) -> str:
         """Builds every variant's four language graphs, those that are equal once."""
         p, known = self.planned, dict[bytes, str]()
         for v in p.variants:
-            played = {"vision": "vision"}
+            played = {"vision": self._vision_name(v.picture)}
             for graph in StagedModel(p.decoder, v.plan, v.budget, p.dtype, self.names).graphs():
                 content = ir.to_proto(graph.model).SerializeToString(deterministic=True)
-                name = known.setdefault(content, graph.name if len(p.variants) == 1 else f"{graph.name}-{v.name}")
+                own = graph.name if len(p.variants) == 1 else f"{graph.name}-{p.variant_name(v)}"
+                name = known.setdefault(content, own)
                 self.graphs.setdefault(name, graph)
                 played[graph.name] = name
-            self.variants.append(Variant(v.plan_name, v.plan, v.budget, played))
+            self.variants.append(Variant(v.plan_name, v.plan, v.budget, v.picture, played))
         totals = ", ".join(str(list(v.budget.total)) for v in p.variants)
         return f"{len(self.graphs)} graphs, S = {totals}"
 
@@ -91,14 +100,15 @@ class Export:
             for name, graph in self.graphs.items():
                 self._write(name, graph.model)
             return "none: engines take them as inputs"
-        used = {weight: self.checkpoint.tensors[weight] for g in self.graphs.values() for weight in g.weights}
+        wanted = dict.fromkeys(weight for g in self.graphs.values() for weight in g.weights)
+        used = {weight: t for weight in wanted if (t := find_tensor(self.checkpoint.tensors, weight)) is not None}
         folder = self.work / "weights"
         if p.weights == "shared":
             self.files = store_weights(used.values(), folder, p.dtype, p.hard_link)
             stored = {name: t for file in self.files for name, t in read_header(folder / file).items()}
             for name, graph in self.graphs.items():
                 self._write(name, bind(graph, stored, _location))
-            return f"{sum(stored[name].nbytes for name in used) / 1e6:.1f} MB, shared by {len(self.graphs)} graphs"
+            return f"{sum(t.nbytes for t in used.values()) / 1e6:.1f} MB read, shared by {len(self.graphs)} graphs"
         folder.mkdir()
         for name, graph in self.graphs.items():
             file = folder / f"{name}.safetensors"
@@ -143,7 +153,7 @@ class Export:
     def manifest(self) -> Manifest:
         p, processor = self.planned, self.processor
         return Manifest(
-            model=_model_record(p, self.checkpoint),
+            model=_model_record(p, self.checkpoint, processor),
             decoder=p.decoder,
             variants=tuple(self.variants),
             dtype=p.dtype,
@@ -151,7 +161,10 @@ class Export:
             engines=self.engines,
             weight_form=p.weights,
             weights=tuple(f"weights/{file}" for file in self.files),
-            image=processor.image.to_json(),
+            pictures={
+                name: PictureRecord(spec.size, spec.tiles, spec.grid, processor.images[name].to_json())
+                for name, spec in p.pictures.items()
+            },
             prompt=processor.prompt.to_json() if processor.prompt else None,
             tokenizer=TOKENIZER if TOKENIZER in processor.files else None,
             toolchain=_toolchain(p.backends),
@@ -166,7 +179,8 @@ def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: boo
     for name in planned.backends:
         load_backend(name).check(planned.dtype, planned.gather)
     checkpoint = _checkpoint(planned)
-    names = WeightNames(checkpoint.names, llava.tensor_candidates, llava.tied(checkpoint.config))
+    config, family = planned.model.config, planned.model.family
+    names = WeightNames(checkpoint.names, partial(family.names, config), tied(config))
     processor = _processor(planned, checkpoint)
     with work_folder(out) as work:
         state = Export(planned, checkpoint, processor, names, work, command)
@@ -181,14 +195,13 @@ def _checkpoint(p: Planned) -> Checkpoint:
     """The checkpoint's folder opened; for an alias without one, what the registry knows of it."""
     if p.model.folder is None:
         return Checkpoint(Path(), p.model.config, {}, {}, frozenset())
-    return open_checkpoint(p.model.folder, weights=p.weights != "absent")
+    return open_checkpoint(p.model.folder, p.weights != "absent", p.model.tower)
 
 
 def _processor(p: Planned, checkpoint: Checkpoint) -> ProcessorData:
-    image, tokens = clip_preprocessing(p.vision.image_size), p.vision.tokens
-    if p.model.folder is None:  # a published LLaVA: its prompt is known, its tokenizer comes with the weights
-        return ProcessorData(image, PromptFormat(LLAVA_TEMPLATE, "<image>", tokens))
-    return read_processor(checkpoint.folder, tokens, _model_record(p, checkpoint).image_token, image)
+    if p.model.folder is None:
+        return alias_processor(p.model.family, p.model.config, p.pictures)
+    return read_processor(checkpoint.folder, p.model.family, p.model.config, p.pictures)
 
 
 def _location(stored: StoredTensor) -> str:
@@ -203,18 +216,17 @@ def _specs(values: Iterable[ir.Value]) -> dict[str, TensorSpec]:
     return specs
 
 
-def _model_record(p: Planned, checkpoint: Checkpoint) -> ModelRecord:
+def _model_record(p: Planned, checkpoint: Checkpoint, processor: ProcessorData) -> ModelRecord:
     """Token ids as transformers' `generate` takes them: generation_config.json first, then config.json."""
-    config, text = checkpoint.config, checkpoint.config.get("text_config", {})
-    defaults = {"eos_token_id": 2, "pad_token_id": None}  # LlamaConfig's
-    found = {}
-    for key, default in defaults.items():
-        found[key] = next((c[key] for c in (checkpoint.generation, text, config) if c.get(key) is not None), default)
-    eos = found["eos_token_id"]
+    config, rules = p.model.config, p.model.family.prompt(p.model.config)
+    told = (checkpoint.generation, config.get("text_config", {}), config)
+    eos = next((c["eos_token_id"] for c in told if c.get("eos_token_id") is not None), list(rules.eos))
+    pad = next((c["pad_token_id"] for c in told if c.get("pad_token_id") is not None), rules.pad)
     eos_tokens = tuple(eos) if isinstance(eos, list) else (eos,)
-    pad = eos_tokens[0] if found["pad_token_id"] is None else found["pad_token_id"]
-    image_token = config.get("image_token_index", config.get("image_token_id", 32000))
-    return ModelRecord(p.model.name, p.model.source, llava.ARCHITECTURE, image_token, eos_tokens, pad)
+    also = () if processor.image_id in (None, rules.image_token) else (processor.image_id,)
+    image = ImageTokens(rules.image_token, also, rules.between)
+    pad = eos_tokens[0] if pad is None else pad
+    return ModelRecord(p.model.name, p.model.source, p.model.family.architecture, image, eos_tokens, pad)
 
 
 def _toolchain(backends: tuple[str, ...]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from himap_export.engines.backends import Gather
 from himap_export.engines.manifest import WeightForm
-from himap_export.exporter import llava
+from himap_export.exporter.family import Picture, VisionSpec
 from himap_export.exporter.plans import KEYS, flag_plans, named_plans
 from himap_export.exporter.registry import Model
 from himap_export.graphs.errors import Exit, HimapError
@@ -16,7 +16,7 @@ from himap_export.graphs.spec import DecoderSpec, Dtype
 
 @dataclass(frozen=True)
 class Request:
-    """The command's arguments; None where the user left the choice to us.
+    """The command's arguments; None where the user left the choice to us. `image_sizes` are (height, width).
 
     `plans` holds names of the authors' tasks and TOML files; empty: each of `policies` (none named: himap), the
     `task`'s cuts changed by `k1`, `k2`, `r1`, `r2`, `keep`.
@@ -30,6 +30,8 @@ class Request:
     r2: float | None = None
     keep: int | None = None
     plans: tuple[str, ...] = ()
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    tiles: int | None = None
     text_budgets: tuple[int, ...] = (192,)
     max_new_tokens: int = 128
     batch: int = 1
@@ -43,16 +45,18 @@ class Request:
 
 @dataclass(frozen=True)
 class PlannedVariant:
-    """One plan at one text budget; `asked` is what the plan keeps before `--align` adds to it."""
+    """One plan at one text budget for pictures as `vision` says; `asked` is what the plan keeps before `--align` adds
+    to it."""
 
     plan_name: str
     plan: PruningPlan
     budget: TokenBudget
     asked: Visual
+    vision: VisionSpec
 
     @property
-    def name(self) -> str:
-        return f"{self.plan_name}-{self.budget.text}"
+    def picture(self) -> str:
+        return picture_name(self.vision)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,6 @@ class Planned:
 
     model: Model
     decoder: DecoderSpec
-    vision: llava.VisionSpec
     variants: tuple[PlannedVariant, ...]
     dtype: Dtype
     backends: tuple[str, ...]
@@ -69,6 +72,15 @@ class Planned:
     weights: WeightForm = "shared"
     hard_link: bool = False
     align: int | None = None
+
+    @property
+    def pictures(self) -> dict[str, VisionSpec]:
+        """What the vision graphs see, by the name of the picture."""
+        return {v.picture: v.vision for v in self.variants}
+
+    def variant_name(self, v: PlannedVariant) -> str:
+        """Unlike that of any other variant: the plan, its text budget, and the picture if there are several."""
+        return f"{v.plan_name}-{v.budget.text}" + (f"-{v.picture}" if len(self.pictures) > 1 else "")
 
     def costs(self, v: PlannedVariant) -> tuple[StageCost, ...]:
         return stage_costs(self.decoder, v.plan, v.budget, self.dtype)
@@ -83,25 +95,37 @@ class Planned:
 def plan_export(model: Model, asked: Request) -> Planned:
     """Fills in what was left open and checks the whole; HimapError (usage) for a plan that the model cannot follow."""
     dtype = asked.dtype or _own_dtype(model.config, asked.backends)
+    sizes = dict.fromkeys(asked.image_sizes or (None,))
+    decoder, visions = describe(model, *(Picture(size, asked.tiles) for size in sizes))
+    variants, plans = [], _plans(asked)
+    for vision in visions:
+        for name, plan in plans.items():
+            kept = plan.check(decoder.layers).kept(vision.tokens)
+            for text in dict.fromkeys(asked.text_budgets):
+                visual = align(kept, text, asked.align) if asked.align is not None else kept
+                budget = TokenBudget(visual, text, asked.max_new_tokens, asked.batch)
+                _check_positions(model, budget)
+                variants.append(PlannedVariant(name, plan, budget, kept, vision))
+    same = (asked.backends, asked.gather, asked.weights, asked.hard_link, asked.align)
+    return Planned(model, decoder, tuple(variants), dtype, *same)
+
+
+def describe(model: Model, *pictures: Picture) -> tuple[DecoderSpec, tuple[VisionSpec, ...]]:
+    """The model's decoder, and its vision graph for each of `pictures` (none: its own). HimapError (usage) if its
+    config.json is damaged, not supported, or knows no such picture."""
     try:
-        decoder, vision = llava.decoder_spec(model.config), llava.vision_spec(model.config)
+        seen = tuple(model.family.vision(model.config, picture) for picture in pictures or (Picture(),))
+        return model.family.decoder(model.config), seen
     except HimapError:
         raise
     except Exception as problem:  # transformers checks a configuration with errors of many kinds
-        hint = "is it a LLaVA configuration in Hugging Face format?"
+        hint = f"is it a configuration of {model.family.architecture}?"
         raise HimapError(f"{model.name}: unusable config.json", str(problem), hint, Exit.USAGE) from None
-    variants = []
-    for name, plan in _plans(asked).items():
-        kept = plan.check(decoder.layers).kept(vision.tokens)
-        for text in dict.fromkeys(asked.text_budgets):
-            visual = align(kept, text, asked.align) if asked.align is not None else kept
-            budget = TokenBudget(visual, text, asked.max_new_tokens, asked.batch)
-            _check_positions(model.config, budget)
-            variants.append(PlannedVariant(name, plan, budget, kept))
-    return Planned(
-        model, decoder, vision, tuple(variants), dtype, asked.backends, asked.gather, asked.weights, asked.hard_link,
-        asked.align,
-    )  # fmt: skip
+
+
+def picture_name(vision: VisionSpec) -> str:
+    """448x336, or 448x448x4 for four tiles."""
+    return f"{vision.size[1]}x{vision.size[0]}" + (f"x{vision.tiles}" if vision.tiles > 1 else "")
 
 
 def _plans(asked: Request) -> dict[str, PruningPlan]:
@@ -116,24 +140,26 @@ def _plans(asked: Request) -> dict[str, PruningPlan]:
     return named_plans(asked.plans)
 
 
-def _check_positions(config: dict[str, Any], budget: TokenBudget) -> None:
-    """LlamaConfig's default is 2048; LLaVA-1.5's checkpoints say 4096."""
-    limit, needed = config.get("text_config", {}).get("max_position_embeddings", 2048), budget.capacity[0]
+def _check_positions(model: Model, budget: TokenBudget) -> None:
+    limit, needed = model.family.prompt(model.config).positions, budget.capacity[0]
     if needed > limit:
         details = f"image, text and new tokens take {needed} positions, the model has {limit}"
         raise HimapError("the budgets are too long", details, "lower --text-budget or --max-new-tokens", Exit.USAGE)
 
 
 def _own_dtype(config: dict[str, Any], backends: tuple[str, ...]) -> Dtype:
-    """The checkpoint's own; but fp16 for fp32 weights on TensorRT, which has no fused attention in fp32."""
+    """The checkpoint's own; but fp16 for fp32 weights on TensorRT, which has no fused attention in fp32, and fp32 for
+    bf16 weights on onnxruntime, whose CPU kernels know no bf16: every bf16 number is one, where fp16 would overflow."""
     names: dict[str, Dtype] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
     text = config.get("text_config", {})
-    stored = (
-        config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype") or "float16"
-    )
+    flags = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # Qwen-VL's way of saying it
+    flagged = next((name for flag, name in flags.items() if config.get(flag) is True), "float16")
+    stored = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype") or flagged
     if stored not in names:
         raise HimapError(
             f"unsupported dtype {stored} in config.json", f"use --dtype {'|'.join(get_args(Dtype))}", code=Exit.USAGE
         )
-    own = names[stored]
-    return "fp16" if own == "fp32" and any(b.startswith("tensorrt") for b in backends) else own
+    own, tensorrt = names[stored], any(b.startswith("tensorrt") for b in backends)
+    if own == "bf16" and "onnxruntime" in backends:
+        return "fp16" if tensorrt else "fp32"
+    return "fp16" if own == "fp32" and tensorrt else own

@@ -7,15 +7,17 @@ transformers 5.23: `get_processor_dict`, `get_image_processor_dict`, the class a
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from tokenizers import Tokenizer
+
 from himap_export.engines.image import CLIP_MEAN, CLIP_STD, RESAMPLING, ImagePreprocessing
 from himap_export.engines.prompt import QUESTION, TOKENIZER, PromptFormat
+from himap_export.exporter.family import Config, Family, PromptRules, VisionSpec
 from himap_export.graphs.errors import HimapError
 
-LLAVA_TEMPLATE: Final = "USER: <image>\n{prompt} ASSISTANT:"
 SENTINEL: Final = "himap-export asks 7c41"
 PROBE: Final = '  Is "5 < 6" & {true}?\n\tÆther  '  # what a template might strip or escape
 
@@ -48,67 +50,101 @@ PROCESSORS: Final[Mapping[str, Mapping[str, Any]]] = {
     "SiglipImageProcessor": SIGLIP,
 }
 UNSUPPORTED: Final = ("image_grid_pinpoints", "use_square_size")
+# Their sizes follow the picture; here they are static, as the family says, and only the colours are the checkpoint's.
+DYNAMIC: Final = ("Qwen2VLImageProcessor", "Qwen3VLImageProcessor", "GotOcr2ImageProcessor", "InternVLImageProcessor")
 
 
 @dataclass(frozen=True)
 class ProcessorData:
-    """`image` always; `prompt` is None without a tokenizer: the bundle then answers only `--load-inputs`.
+    """`images` by picture; `prompt` is None without a tokenizer: the bundle then answers only `--load-inputs`.
 
-    `files` maps names in the bundle to their content.
+    `files` maps names in the bundle to their content; `image_id`: the id that the tokenizer gives the placeholder.
     """
 
-    image: ImagePreprocessing
+    images: Mapping[str, ImagePreprocessing]
     prompt: PromptFormat | None
     files: Mapping[str, bytes] = field(default_factory=dict)
+    image_id: int | None = None
 
 
-def read_processor(
-    folder: Path,
-    image_tokens: int,
-    image_token_id: int,
-    default_image: ImagePreprocessing,
-    default_template: str = LLAVA_TEMPLATE,
-) -> ProcessorData:
-    """Reads the processor of the checkpoint in `folder`.
+def alias_processor(family: Family, config: Config, pictures: Mapping[str, VisionSpec]) -> ProcessorData:
+    """Of a published model without its checkpoint: its prompt is known, its tokenizer comes with the weights."""
+    rules, tokens = family.prompt(config), next(iter(pictures.values())).tokens
+    images = {name: family.image(config, spec) for name, spec in pictures.items()}
+    return ProcessorData(images, PromptFormat(rules.template, rules.image_text, tokens))
 
-    `image_tokens` is V0 and `image_token_id` the placeholder's id in the model's config. `default_image` holds if the
-    folder has no preprocessor config, and its output size is what the vision tower expects; `default_template` (with
-    `<image>` and `{prompt}`) holds if it has no chat template. HimapError: damaged files, an image processor or an
-    option that is not supported, a chat template without exactly one image and one question, a tokenizer at odds with
-    the model.
+
+def read_processor(folder: Path, family: Family, config: Config, pictures: Mapping[str, VisionSpec]) -> ProcessorData:
+    """Reads the processor of the checkpoint in `folder`; where it does not say, its family does.
+
+    HimapError: damaged files, an image processor or an option that is not supported, sizes that are not the vision
+    tower's, a chat template without exactly one image and one question, a tokenizer at odds with the model.
     """
+    rules, tokens = family.prompt(config), next(iter(pictures.values())).tokens
     processor = _read_json(folder / "processor_config.json")
     nested = processor.get("image_processor")
     flat = nested if isinstance(nested, dict) else _read_json(folder / "preprocessor_config.json")
-    image = read_image_preprocessing(flat) if flat else default_image
-    if image.output_size != default_image.output_size:
+    images = {name: _image(flat, family.image(config, spec)) for name, spec in pictures.items()}
+    if (folder / TOKENIZER).is_file():
+        return _with_tokenizer(folder, processor, rules, images, tokens)
+    made = family.tokenizer(folder, rules)
+    if made is None:
+        return ProcessorData(images, None)
+    prompt = PromptFormat(rules.template, rules.image_text, tokens)
+    known = Tokenizer.from_buffer(made).token_to_id(rules.image_text)
+    return ProcessorData(images, prompt, {TOKENIZER: made}, known)
+
+
+def _image(found: Mapping[str, Any], default: ImagePreprocessing) -> ImagePreprocessing:
+    if not found:
+        return default
+    if _kind(found) in DYNAMIC:
+        mean, std = (_three(found.get(f"image_{what}") or getattr(default, what)) for what in ("mean", "std"))
+        return replace(default, mean=mean, std=std)
+    image = read_image_preprocessing(found)
+    if image.output_size != default.output_size:
         sizes = "the image processor gives {} x {}, the vision tower expects {} x {}"
-        details = sizes.format(*image.output_size, *default_image.output_size)
+        details = sizes.format(*image.output_size, *default.output_size)
         raise HimapError("the checkpoint's image processor does not fit its model", details)
-    if not (folder / TOKENIZER).is_file():
-        return ProcessorData(image, None)
+    return image
+
+
+def _with_tokenizer(
+    folder: Path,
+    processor: Mapping[str, Any],
+    rules: PromptRules,
+    images: Mapping[str, ImagePreprocessing],
+    image_tokens: int,
+) -> ProcessorData:
     template = _chat_template(folder, processor)
     tokenizer = _load_tokenizer(folder)
-    image_token = getattr(tokenizer, "image_token", None) or processor.get("image_token") or "<image>"
+    image_token = getattr(tokenizer, "image_token", None) or processor.get("image_token") or rules.image_text
     known = tokenizer.backend_tokenizer.token_to_id(image_token)
-    if known != image_token_id:
-        details = f"{image_token!r} is {known} in the tokenizer, {image_token_id} in the model's config"
+    if known != rules.image_token and rules.image_token >= 0:
+        details = f"{image_token!r} is {known} in the tokenizer, {rules.image_token} in the model's config"
         raise HimapError("the tokenizer's image token is not the model's", details)
     own = _default(tokenizer.chat_template)
     if template is None and isinstance(own, str) and image_token in own:
         template = own  # Hugging Face would refuse: its processor has none; the tokenizer's places the image, so use it
     if template is None:
-        prompt = PromptFormat(default_template.replace("<image>", image_token), image_token, image_tokens)
+        prompt = PromptFormat(rules.template.replace(rules.image_text, image_token), image_token, image_tokens)
     else:
         prompt = _render(template, tokenizer.special_tokens_map, image_token, image_tokens)
+        before, after = rules.surround
+        prompt = replace(prompt, template=prompt.template.replace(image_token, before + image_token + after))
     # Written from what transformers loaded: it may add tokens and BOS rules that the file itself does not hold.
-    return ProcessorData(image, prompt, {TOKENIZER: tokenizer.backend_tokenizer.to_str().encode()})
+    return ProcessorData(images, prompt, {TOKENIZER: tokenizer.backend_tokenizer.to_str().encode()}, known)
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    """The image processor's class, whichever of its spellings the checkpoint uses."""
+    name = config.get("image_processor_type") or config.get("feature_extractor_type") or "LlavaImageProcessor"
+    return str(name).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
 
 
 def read_image_preprocessing(config: Mapping[str, Any]) -> ImagePreprocessing:
     """From the content of a `preprocessor_config.json`, or of "image_processor" in a `processor_config.json`."""
-    name = config.get("image_processor_type") or config.get("feature_extractor_type") or "LlavaImageProcessor"
-    name = str(name).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+    name = _kind(config)
     if name not in PROCESSORS:
         raise HimapError(f"unsupported image processor {name}", f"supported: {', '.join(PROCESSORS)}")
     for key in UNSUPPORTED:

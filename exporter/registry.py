@@ -1,76 +1,76 @@
-"""The models one can name: aliases with what their configuration says, and the architectures that can be exported."""
+"""From the name of a model to its family, its configuration and its folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from himap_export.exporter import llava
+from himap_export.exporter.aliases import ALIASES
 from himap_export.exporter.checkpoint import read_config
+from himap_export.exporter.families import llava
+from himap_export.exporter.family import Family
 from himap_export.graphs.errors import Exit, HimapError
 
-
-@dataclass(frozen=True)
-class Alias:
-    """A published model: where it lies, and its config.json as far as a plan needs it (no network for `--dry-run`)."""
-
-    source: str
-    config: dict[str, Any]
-
-
-def _llava(hidden: int, ffn: int, layers: int, heads: int) -> dict[str, Any]:
-    text = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers}
-    text |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 32064, "rms_norm_eps": 1e-5}
-    text |= {"max_position_embeddings": 4096, "pad_token_id": 32001}
-    vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "image_size": 336}
-    vision |= {"num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768}
-    config = {"architectures": [llava.ARCHITECTURE], "model_type": "llava", "image_token_index": 32000}
-    return config | {"text_config": text, "vision_config": vision}
-
-
-ALIASES = {
-    "llava-7b": Alias("llava-hf/llava-1.5-7b-hf", _llava(4096, 11008, 32, 32)),
-    "llava-13b": Alias("llava-hf/llava-1.5-13b-hf", _llava(5120, 13824, 40, 40)),
-    "shapes": Alias(str(Path(__file__).parent / "shapes"), {}),
-}
-ARCHITECTURES = (llava.ARCHITECTURE,)
+FAMILIES = {family.architecture: family for family in (llava.FAMILY,)}
 # What an export reads of a repository on the hub: never code, never pickles.
-_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.tiktoken", "tokenizer.model")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as named by the user: its configuration, and its folder once the weights are there."""
+    """A model as named by the user: its family, its configuration, and its folder once the weights are there.
+
+    `tower`: the folder of another checkpoint that holds its vision tower, if there is one; its config.json stands in
+    `config` as "vision_config".
+    """
 
     name: str
     source: str
+    family: Family
     config: dict[str, Any]
     folder: Path | None
+    tower: Path | None = None
 
 
-def resolve(name: str, revision: str | None = None, weights: bool = True) -> Model:
+def resolve(name: str, revision: str | None = None, weights: bool = True, checkpoint: Path | None = None) -> Model:
     """Alias, local folder or Hugging Face id to a model; without `weights` an alias needs no network.
 
+    `checkpoint`: the folder that holds an alias's weights; what the alias says of its sizes then is what they must be.
     HimapError: usage for what is no model or of an unsupported architecture, missing for what cannot be fetched.
     """
     alias = ALIASES.get(name)
-    source = alias.source if alias else name
+    source = str(checkpoint) if checkpoint else alias.source if alias else name
+    if checkpoint and not alias:
+        hint = "a folder is a model by itself: leave --checkpoint out"
+        raise HimapError(f"{name} is no alias", f"aliases: {', '.join(ALIASES)}", hint, Exit.USAGE)
     if Path(source).is_dir():
-        return _checked(Model(name, source, read_config(Path(source)), Path(source)))
+        own = read_config(Path(source))
+        return _model(name, source, own | alias.config if alias else own, Path(source), weights)
+    if checkpoint:
+        raise HimapError(f"{checkpoint} is no folder", "--checkpoint holds the weights of an alias", code=Exit.USAGE)
     if alias and not weights:
-        return _checked(Model(name, source, alias.config, None))
+        return Model(name, source, _family(name, alias.config), alias.config, None)
     if alias is None and (source.count("/") != 1 or source.startswith((".", "/"))):
         known = f"aliases: {', '.join(ALIASES)}; or a Hugging Face id, or a folder"
         raise HimapError(f"unknown model {name}", known, code=Exit.USAGE)
     folder = _download(source, revision, weights)
-    return _checked(Model(name, source, read_config(folder), folder))
+    return _model(name, source, read_config(folder), folder, weights)
 
 
-def _checked(model: Model) -> Model:
-    found = (model.config.get("architectures") or ["(none named)"])[0]
-    if found not in ARCHITECTURES:
-        supported = f"supported: {', '.join(ARCHITECTURES)}"
-        raise HimapError(f"{model.name}: unsupported architecture {found}", supported, code=Exit.USAGE)
-    return model
+def _model(name: str, source: str, config: dict[str, Any], folder: Path, weights: bool) -> Model:
+    family = _family(name, config)
+    named = family.tower(config)
+    if named is None:
+        return Model(name, source, family, config, folder)
+    tower = next((p for p in (folder / named, Path(named)) if p.is_dir()), None) or _download(named, None, weights)
+    return Model(name, source, family, {"vision_config": read_config(tower), **config}, folder, tower)
+
+
+def _family(name: str, config: dict[str, Any]) -> Family:
+    found = (config.get("architectures") or ["(none named)"])[0]
+    if found not in FAMILIES:
+        supported = f"supported: {', '.join(FAMILIES)}"
+        raise HimapError(f"{name}: unsupported architecture {found}", supported, code=Exit.USAGE)
+    return FAMILIES[found]
 
 
 def _download(source: str, revision: str | None, weights: bool) -> Path:

@@ -17,6 +17,7 @@ def _variant_json(p: Planned, v: PlannedVariant) -> dict[str, Any]:
     (paper, true), costs = p.ratios(v), p.costs(v)
     return {
         "plan": _plan_json(v),
+        "image": {"size": list(v.vision.size), "tiles": v.vision.tiles, "tokens": v.vision.tokens},
         "budget": {
             "visual": list(v.budget.visual),
             "total": list(v.budget.total),
@@ -63,6 +64,7 @@ def _stages(p: Planned, v: PlannedVariant) -> list[str]:
     kv, flops = sum(c.kv_bytes for c in costs), sum(c.flops for c in costs)
     rows.append(("total", f"{p.decoder.layers}", "", "", _bytes(kv), _flops(flops)))
     return [
+        f"image {v.picture}: {v.vision.tokens} tokens",
         f"{_cuts(v)}; {v.budget.text} text slots, up to {v.budget.new} new tokens",
         "",
         *_table(rows),
@@ -101,14 +103,15 @@ def _alignment(p: Planned, v: PlannedVariant) -> list[str]:
 
 
 def _variants(p: Planned) -> list[str]:
-    rows = [("plan", "policy", "cuts", "text slots", "tokens", "image tokens", "KV cache", "FLOPs kept", "at most")]
+    head = ("plan", "policy", "image", "cuts", "text slots", "tokens", "image tokens", "KV cache", "FLOPs kept")
+    rows = [(*head, "at most")]
     for v in p.variants:
         costs, (_, true) = p.costs(v), p.ratios(v)
         total, visual = (" ".join(f"{n:>4}" for n in numbers) for numbers in (v.budget.total, v.budget.visual))
         kv = _bytes(sum(c.kv_bytes for c in costs))
         cuts = " ".join(f"{c.layer}:{c.keep if c.remove is None else f'{c.remove:.0%}'}" for c in v.plan.cuts) or "-"
         kept = (f"{true:.1%}", f"{1 / true:.2f}x")
-        rows.append((v.plan_name, v.plan.policy, cuts, f"{v.budget.text}", total, visual, kv, *kept))
+        rows.append((v.plan_name, v.plan.policy, v.picture, cuts, f"{v.budget.text}", total, visual, kv, *kept))
     new = p.variants[0].budget.new
     return [f"{len(p.variants)} variants over one copy of the weights; up to {new} new tokens", "", *_table(rows)]
 

@@ -30,6 +30,7 @@ def store_weights(tensors: Iterable[StoredTensor], folder: Path, dtype: Dtype, h
     for t in tensors:
         by_file.setdefault(t.file, []).append(t)
     folder.mkdir()
+    targets = _targets(by_file)
     with _bar(sum(file.stat().st_size for file in by_file), "weights") as bar:
         for file, used in by_file.items():
             unlike = [t for t in used if t.dtype != dtype]
@@ -37,12 +38,20 @@ def store_weights(tensors: Iterable[StoredTensor], folder: Path, dtype: Dtype, h
                 details = f"{unlike[0].name} is {unlike[0].dtype}, the bundle wants {dtype}"
                 raise HimapError("cannot hard-link the weights", details, "leave --hard-link out", Exit.USAGE)
             if unlike:
-                write_weights(used, folder / file.name, dtype, bar)
+                write_weights(used, folder / targets[file], dtype, bar)
             elif hard_link:
-                _link(file, folder / file.name)
+                _link(file, folder / targets[file])
             else:
-                _clone(file, folder / file.name, bar)
-    return sorted(file.name for file in by_file)
+                _clone(file, folder / targets[file], bar)
+    return sorted(targets.values())
+
+
+def _targets(files: Iterable[Path]) -> dict[Path, str]:
+    """Their own names; where two checkpoints use the same one, the second's goes behind its folder's."""
+    found: dict[Path, str] = {}
+    for file in files:
+        found[file] = f"{file.parent.name}-{file.name}" if file.name in found.values() else file.name
+    return found
 
 
 def write_weights(tensors: Sequence[StoredTensor], target: Path, dtype: Dtype, bar: "tqdm[None] | None" = None) -> None:

@@ -7,43 +7,45 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from onnxscript import OpBuilder
 from onnxscript.rewriter import pattern
 
-from himap_export.exporter import llava
+from himap_export.exporter.family import Config, Family, VisionSpec
 from himap_export.graphs.build import IR_VERSION, OPSET, StageGraph
 from himap_export.graphs.decoder import Names
-from himap_export.graphs.plan import TokenBudget
-from himap_export.graphs.spec import DecoderSpec, Dtype
+from himap_export.graphs.spec import Dtype
 
+Array = npt.NDArray[Any]
 TORCH_DTYPE: Mapping[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def vision_graph(
-    config: Mapping[str, Any], decoder: DecoderSpec, budget: TokenBudget, dtype: Dtype, names: Names
+    name: str, family: Family, config: Config, spec: VisionSpec, batch: int, hidden: int, dtype: Dtype, names: Names
 ) -> StageGraph:
-    """`pixel_values` [B,3,H,W] to `image_features` [B,V0,D]; weights are inputs, named by `names` of the module's."""
-    spec = llava.vision_spec(config)
-    module = llava.vision_module(config, TORCH_DTYPE[dtype])
-    shape = (budget.batch, spec.channels, spec.image_size, spec.image_size)
-    pixels = torch.empty(shape, dtype=TORCH_DTYPE[dtype], device="meta")
+    """`pixel_values` [B*tiles,3,H,W] to `image_features` and `deepstack_*` [B,V0,D]; weights are inputs, named by
+    `names` of the module's. What the module computed from its configuration alone, its `constants` by the names of
+    their buffers, is written into the graph."""
+    module = family.module(config, spec, TORCH_DTYPE[dtype])
+    pixels = torch.empty((batch * spec.tiles, spec.channels, *spec.size), dtype=TORCH_DTYPE[dtype], device="meta")
+    outputs = ["image_features", *(f"deepstack_{n}" for n in range(spec.deepstack))]
     with _quiet(), torch.inference_mode():
         program = torch.onnx.export(
             module, (pixels,), dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-            input_names=["pixel_values"], output_names=["image_features"],
+            input_names=["pixel_values"], output_names=outputs,
         )  # fmt: skip
     assert program is not None
     model = program.model
-    model.ir_version, model.producer_name, model.graph.name = IR_VERSION, "himap-export", "vision"
-    model.graph.outputs[0].shape = ir.Shape([budget.batch, spec.tokens, decoder.hidden])
-    weights = _free_weights(model.graph, names)
+    model.ir_version, model.producer_name, model.graph.name = IR_VERSION, "himap-export", name
+    for output in model.graph.outputs:
+        output.shape = ir.Shape([batch, spec.tokens, hidden])
+    weights = _free_weights(model.graph, names, getattr(module, "constants", {}))
     pattern.RewriteRuleSet([_LinearAsGemm.rule()]).apply_to_model(model)
     for node in model.graph:
         node.metadata_props.clear()
-    return StageGraph("vision", model, weights)
+    return StageGraph(name, model, weights)
 
 
 class _LinearAsGemm(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # onnxscript is untyped here
@@ -65,14 +67,15 @@ class _LinearAsGemm(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # onnx
         return made
 
 
-def _free_weights(graph: ir.Graph, names: Names) -> dict[str, tuple[int, ...]]:
-    """Turns parameters, initializers without storage, into inputs; `position_ids` counts patches and is filled in."""
+def _free_weights(graph: ir.Graph, names: Names, constants: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    """Turns parameters, initializers without storage, into inputs; `constants` are filled in."""
     weights: dict[str, tuple[int, ...]] = {}
     for name, value in list(graph.initializers.items()):
         assert value.shape is not None
         shape = tuple(int(n) for n in value.shape.numpy())
-        if name.endswith("position_ids"):
-            value.const_value = ir.tensor(np.arange(shape[-1], dtype=np.int64).reshape(shape), name=name)
+        if name in constants:
+            assert value.dtype is not None and constants[name].shape == shape, name
+            value.const_value = ir.tensor(constants[name].astype(value.dtype.numpy()), name=name)
             continue
         del graph.initializers[name]
         value.const_value, value.name = None, names(name)

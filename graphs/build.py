@@ -45,7 +45,9 @@ class Frame:
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def input(self, name: str, shape: tuple[int, ...], dtype: ir.DataType | None = None) -> ir.Value:
-        return self.builder.input(name, dtype or self.dtype, shape)
+        """The graph's input of that name, declared when it is first asked for."""
+        known = next((value for value in self.graph.inputs if value.name == name), None)
+        return known if known is not None else self.builder.input(name, dtype or self.dtype, shape)
 
     def integers(self, name: str, *shape: int) -> ir.Value:
         return self.input(name, shape, ir.DataType.INT64)

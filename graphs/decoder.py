@@ -39,11 +39,16 @@ Attention = Callable[[ir.Value, ir.Value, ir.Value], Attended]
 
 
 def rotary(f: Frame, spec: DecoderSpec, position: ir.Value) -> Rotary:
-    """Angles position * base^(-2i/E) in fp32, as Hugging Face's LlamaRotaryEmbedding; `position` [B,S] int64."""
+    """Angles position * base^(-2i/E) in fp32, as Hugging Face's LlamaRotaryEmbedding; `position` [B,S] int64.
+
+    M-RoPE (arXiv 2409.12191): `position` is [B,S,3], time, row and column, and frequency i turns by the one that
+    `spec.rope_axes` names.
+    """
     op = f.op
     exponent = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
     frequency = 1 / np.float32(spec.rope_base) ** exponent
-    angle = op.Mul(op.Unsqueeze(op.Cast(position, to=ir.DataType.FLOAT), [2]), op.Constant(value=ir.tensor(frequency)))
+    turned = op.Gather(position, list(spec.rope_axes), axis=2) if spec.rope_axes else op.Unsqueeze(position, [2])
+    angle = op.Mul(op.Cast(turned, to=ir.DataType.FLOAT), op.Constant(value=ir.tensor(frequency)))
     return Rotary(op.Cast(op.Cos(angle), to=f.dtype), op.Cast(op.Sin(angle), to=f.dtype))
 
 
@@ -58,14 +63,13 @@ class Decoder:
         """x + attention, then x + feed-forward: [B*S,D] to [B*S,D]."""
         op, spec, p = self.op, self.spec, f"layers.{i}."
         n = self.norm(x, p + "input_layernorm")
-        q = self.rotate(
-            self.split(self.linear(n, p + "self_attn.q_proj", spec.heads * spec.head_dim, spec.qkv_bias)), rope
+        q, k, v = (
+            self.split(self.linear(n, f"{p}self_attn.{which}_proj", heads * spec.head_dim, spec.qkv_bias))
+            for which, heads in (("q", spec.heads), ("k", spec.kv_heads), ("v", spec.kv_heads))
         )
-        k = self.rotate(
-            self.split(self.linear(n, p + "self_attn.k_proj", spec.kv_heads * spec.head_dim, spec.qkv_bias)), rope
-        )
-        v = self.split(self.linear(n, p + "self_attn.v_proj", spec.kv_heads * spec.head_dim, spec.qkv_bias))
-        a = attend(q, k, v)
+        if spec.qk_norm:
+            q, k = self.norm(q, p + "self_attn.q_norm"), self.norm(k, p + "self_attn.k_norm")
+        a = attend(self.rotate(q, rope), self.rotate(k, rope), v)
         x = op.Add(x, self.linear(self.merge(a.out), p + "self_attn.o_proj", spec.hidden, spec.out_bias))
         n = self.norm(x, p + "post_attention_layernorm")
         gate = self.linear(n, p + "mlp.gate_proj", spec.ffn, spec.mlp_bias)
@@ -77,9 +81,9 @@ class Decoder:
         return Attended(self.op.Attention(q, k, v, is_causal=1), q, k, v)
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
-        return self.op.RMSNormalization(
-            x, self.f.weight(self.names(name + ".weight"), self.spec.hidden), axis=-1, epsilon=self.spec.norm_eps
-        )
+        """RMS over the last axis."""
+        weight = self.f.weight(self.names(name + ".weight"), dim(x, -1))
+        return self.op.RMSNormalization(x, weight, axis=-1, epsilon=self.spec.norm_eps)
 
     def linear(self, x: ir.Value, name: str, out: int, bias: bool) -> ir.Value:
         weights = [self.f.weight(self.names(name + ".weight"), out, dim(x, 1))]

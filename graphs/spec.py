@@ -17,6 +17,9 @@ class DecoderSpec:
     """A pre-norm decoder with rotary positions, grouped-query attention and a SwiGLU feed-forward.
 
     Letters as in the docs: L `layers`, D `hidden`, F `ffn`, H `heads`, G `kv_heads`, E `head_dim`, W `vocab`.
+    `qk_norm`: each head's query and key are RMS-normalised before they are rotated (Qwen3). `rope_axes`: M-RoPE, for
+    each of the E/2 frequencies the position it turns by: 0 time, 1 row, 2 column; empty: one position a token.
+    `deepstack`: that many first layers are followed by an addition of vision features to the image tokens (Qwen3-VL).
     """
 
     layers: int
@@ -31,6 +34,9 @@ class DecoderSpec:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    rope_axes: tuple[int, ...] = ()
+    deepstack: int = 0
 
 
 def stage_layers(plan: PruningPlan, layers: int) -> tuple[range, ...]:

@@ -43,7 +43,7 @@ class StagedModel:
         """Stage i of prefill: opened by the prompt or by a gather, closed by the next cut's score or by the logits."""
         f = Frame(self.plan.stages[i], self.dtype)
         x, position, kind = self._prompt(f) if i == 0 else self._cut(f, i)
-        x, a = self._prefill(f, i, x, position)
+        x, a = self._prefill(f, i, x, position, kind)
         by_token = (self.budget.batch, self.budget.total[i], self.spec.hidden)
         hidden = f.op.Reshape(x, list(by_token))
         if i == len(self.plan.cuts):
@@ -93,7 +93,7 @@ class StagedModel:
         b, spec = self.budget.batch, self.spec
         f = Frame("decode", self.dtype)
         ids, position = f.integers("input_ids", b, 1), f.integers("position_ids", b, 1)
-        rope = rotary(f, spec, position)
+        rope = rotary(f, spec, f.integers("rope_position_ids", b, 1, 3) if spec.rope_axes else position)
         x = f.op.Reshape(self._embed(f, ids), [b, spec.hidden])
         decoder = Decoder(f, spec, self.names, b, 1)
         for stage, layers in enumerate(stage_layers(self.plan, spec.layers)):
@@ -139,26 +139,55 @@ class StagedModel:
         assert past.name is not None
         f.output(past.name.replace("past_", "present_"), present, tuple(dim(past, axis) for axis in range(4)))
 
-    def _prefill(self, f: Frame, stage: int, x: ir.Value, position: ir.Value) -> tuple[ir.Value, Attended]:
+    def _prefill(
+        self, f: Frame, stage: int, x: ir.Value, position: ir.Value, kind: ir.Value
+    ) -> tuple[ir.Value, Attended]:
         """The stage's layers; each attends over its own keys and values and leaves them at the head of its caches."""
         b, tokens, capacity = self.budget.batch, self.budget.total[stage], self.budget.capacity[stage]
-        rope, first = rotary(f, self.spec, position), f.op.Constant(value_ints=[0] * b)
+        rope, first = self._rotary(f, position), f.op.Constant(value_ints=[0] * b)
         decoder = Decoder(f, self.spec, self.names, b, tokens)
         for i in stage_layers(self.plan, self.spec.layers)[stage]:
             x, a = decoder.layer(i, x, rope, decoder.prefill_attention)
             for past, new in zip(self._caches(f, i, capacity), (a.key, a.value), strict=True):
                 self._present(f, past, f.op.TensorScatter(past, new, first, axis=2))
+            if i < self.spec.deepstack:
+                x = self._add_deepstack(f, i, x, position, kind)
         return x, a
+
+    def _rotary(self, f: Frame, position: ir.Value) -> Rotary:
+        """By the tokens' places in the prompt; under M-RoPE by what stands at these places in the whole prompt's ids.
+
+        So a cut need not carry the ids: they are looked up by the original positions that it keeps.
+        """
+        if not self.spec.rope_axes:
+            return rotary(f, self.spec, position)
+        whole = f.integers("rope_position_ids", self.budget.batch, self.budget.total[0], 3)
+        return rotary(f, self.spec, f.op.GatherND(whole, f.op.Unsqueeze(position, [2]), batch_dims=1))
+
+    def _add_deepstack(self, f: Frame, i: int, x: ir.Value, position: ir.Value, kind: ir.Value) -> ir.Value:
+        """x + the vision features that belong behind layer i, at the image tokens still alive: [B*S,D].
+
+        Features are of all V0 tokens: which one is a token's own is counted in the whole prompt's kinds.
+        """
+        b, visual, hidden = self.budget.batch, self.budget.visual[0], self.spec.hidden
+        features = f.input(f"deepstack_{i}", (b, visual, hidden))
+        whole = f.integers("token_kind", b, self.budget.total[0])
+        nth = f.op.GatherElements(self._nth_image(f, whole), position, axis=1)
+        added = f.op.GatherND(features, f.op.Unsqueeze(nth, [2]), batch_dims=1)
+        here = f.op.Where(f.op.Unsqueeze(f.op.Equal(kind, IMAGE), [2]), added, f.op.CastLike(0.0, added))
+        return f.op.Add(x, f.op.Reshape(here, [-1, hidden]))
 
     def _embed(self, f: Frame, ids: ir.Value) -> ir.Value:
         return f.op.Gather(f.weight(self.names("embed_tokens.weight"), self.spec.vocab, self.spec.hidden), ids)
 
     def _merge(self, f: Frame, text: ir.Value, features: ir.Value, kind: ir.Value) -> ir.Value:
         """The n-th image token of a sample takes the n-th image feature: [B,S,D]."""
-        is_image = f.op.Equal(kind, IMAGE)
-        nth = f.op.Max(f.op.Sub(f.op.CumSum(f.op.Cast(is_image, to=INT64), 1), 1), 0)
-        image = f.op.GatherND(features, f.op.Unsqueeze(nth, [2]), batch_dims=1)
-        return f.op.Where(f.op.Unsqueeze(is_image, [2]), image, text)
+        image = f.op.GatherND(features, f.op.Unsqueeze(self._nth_image(f, kind), [2]), batch_dims=1)
+        return f.op.Where(f.op.Unsqueeze(f.op.Equal(kind, IMAGE), [2]), image, text)
+
+    def _nth_image(self, f: Frame, kind: ir.Value) -> ir.Value:
+        """How many image tokens stand before each image token: [B,S]; anything from 0 on at other tokens."""
+        return f.op.Max(f.op.Sub(f.op.CumSum(f.op.Cast(f.op.Equal(kind, IMAGE), to=INT64), 1), 1), 0)
 
     def _logits(self, f: Frame, x: ir.Value) -> None:
         """Final norm and head over [B,D]; logits leave as [B,W] fp32."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from himap_export.engines.bundle import Bundle
-from himap_export.engines.image import crop_view, load_image
+from himap_export.engines.image import crop_view, load_image, tile_grid
 from himap_export.engines.picture import kept_patches
 from himap_export.graphs.plan import POLICIES
 from himap_export.validate.accuracy import ALL, Cell, Summary, percent, points
@@ -137,8 +137,10 @@ def _drawn(first: PlanContender, number: int, e: Example, prompter: Prompter) ->
     seeds = np.array([request_seed(first.seed, number)])
     prefilled, _ = first.pipeline.prefill(inputs.input_ids, inputs.pixel_values, seeds=seeds)
     kept = list(prefilled.kept.values())[-1][0]
-    mask = kept_patches(inputs.input_ids[0], kept, bundle.manifest.model.image_token)
-    return png(drawn_patches(crop_view(load_image(e.image), prompter.image, 1), mask))
+    alive = np.isin(np.flatnonzero(bundle.manifest.model.image.find(inputs.input_ids[0])), kept)
+    image = load_image(e.image)
+    mask = kept_patches(alive, bundle.picture.grid, tile_grid(image, prompter.image))
+    return png(drawn_patches(crop_view(image, prompter.image, 1), mask))
 
 
 def _caption(a: Answered, e: Example) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from himap_export.engines.command import run_command
+from himap_export.engines.command import image_size, run_command
 from himap_export.graphs.errors import Exit
 from himap_export.validate.progress import RESUMED, say
 
@@ -34,6 +34,9 @@ def _parser() -> argparse.ArgumentParser:
         help="one of the bundle's plans (default: its first); repeatable with --dataset (default there: all)",
     )  # fmt: skip
     p.add_argument("--text-budget", type=int, metavar="N", help="default: the smallest of the bundle's that fits")
+    p.add_argument(
+        "--image-size", type=image_size, metavar="WxH", help="one of the bundle's (default: the nearest to the image)"
+    )
     p.add_argument("--image", type=Path, metavar="FILE")
     p.add_argument("--prompt", metavar="TEXT")
     p.add_argument("--load-inputs", type=Path, metavar="F.npz", help="as himap-run's; default: drawn from --seed")
@@ -103,11 +106,14 @@ def _misuse(args: argparse.Namespace) -> Iterator[str]:
 
 def _opened(args: argparse.Namespace) -> tuple["Bundle", Path]:
     from himap_export.engines.bundle import completed, open_bundle
+    from himap_export.exporter.registry import resolve
     from himap_export.validate.loading import checkpoint_of
 
     bundle = open_bundle(args.bundle)
     checkpoint = checkpoint_of(bundle, args.model)
-    return completed(bundle, checkpoint) if bundle.manifest.weight_form == "absent" else bundle, checkpoint
+    if bundle.manifest.weight_form == "absent":
+        bundle = completed(bundle, [f for f in (checkpoint, resolve(str(checkpoint)).tower) if f is not None])
+    return bundle, checkpoint
 
 
 def _score(args: argparse.Namespace, argv: list[str]) -> None:
@@ -137,9 +143,9 @@ def _validate(args: argparse.Namespace, argv: list[str]) -> Exit:
     from himap_export.validate.report import gates_json, parity_json, parity_lines, speed_json
 
     bundle, checkpoint = _opened(args)
-    inputs = user_inputs(bundle, args.load_inputs, args.image, args.prompt, checkpoint)
-    image_token = bundle.manifest.model.image_token
-    needed = text_tokens(inputs.input_ids, inputs.attention_mask, image_token) if inputs else 0
+    bundle, inputs = user_inputs(bundle, args.load_inputs, args.image, args.prompt, args.image_size, checkpoint)
+    image = bundle.manifest.model.image
+    needed = text_tokens(inputs.input_ids, inputs.attention_mask, image) if inputs else 0
     bundle = bundle.at(next(iter(args.plan), None), args.text_budget, needed)
     inputs = inputs or drawn_inputs(bundle, args.prompts, args.seed)
     pipeline = open_pipeline(bundle, args.backend, Opening(args.threads, args.device), "himap-validate")

@@ -91,9 +91,8 @@ def contenders(
     with tempfile.TemporaryDirectory(prefix="himap-controls-") as folder:
         pipelines = [first, *(Pipeline(b, backend, opening, first.engines) for b in here[1:])]
         if controls := controls_of(plans):
-            twin = export_twin(
-                checkpoint, bundle.budget, bundle.manifest.dtype, backend, controls, Path(folder) / "bundle"
-            )
+            out, dtype = Path(folder) / "bundle", bundle.manifest.dtype
+            twin = export_twin(checkpoint, bundle.budget, dtype, backend, controls, out, bundle.picture)
             beside: list[Pipeline] = []
             for name in controls:  # over one copy of the weights
                 beside.append(Pipeline(twin.at(name), backend, opening, beside[0].engines if beside else None))

@@ -42,6 +42,8 @@ class State:
     image: Tensor  # [V0] int64 positions of the image tokens
     attention: Tensor | None = None  # [S,S] fp32 probabilities of layer `layer` - 1, averaged over heads, if asked for
     cache: DynamicCache | None = None  # a state without one can be advanced any number of times
+    places: Tensor | None = None  # [3,S0] what M-RoPE turns by, of all tokens; None: their positions
+    deepstack: tuple[Tensor, ...] = ()  # [V0,D] each, added to the image tokens behind layers 0, 1, ..
 
     @property
     def is_image(self) -> Tensor:
@@ -52,6 +54,15 @@ class State:
     def is_instruction(self) -> Tensor:
         """[S] bool: text after the last image token."""
         return self.alive > (self.image.max() if len(self.image) else -1)
+
+    def deepened(self, layer: int, hidden: Tensor) -> Tensor:
+        """`hidden` [B,S,D] behind `layer`, with the vision features that belong there (Qwen3-VL's deepstack)."""
+        if layer >= len(self.deepstack):
+            return hidden
+        own = torch.isin(self.image, self.alive)
+        added = torch.zeros_like(hidden)
+        added[:, self.is_image] = self.deepstack[layer][..., own, :].to(hidden.dtype)
+        return hidden + added
 
     def received(self, rows: Tensor) -> Tensor:
         """[V] attention that image tokens get from `rows` ([S] bool)."""

@@ -152,7 +152,7 @@ class Comparison:
 
     def _reference_tensors(self, reference: Reference, start: Prefill) -> Tensors:
         """`start` is used up: replaying the answer appends to its caches."""
-        features = reference.image_features(self.arrays[1]).float().cpu().numpy()
+        features = reference.image_features(self.arrays[1], self.rows).float().cpu().numpy()
         found: Tensors = {"vision": list(features)}
         for stage, name in enumerate(self.pipeline.stages):
             if f"score_{name}" in self.pipeline.tensors:
@@ -265,12 +265,11 @@ def compare(
     m, runs, seeds = pipeline.manifest, list[Comparison](), np.arange(len(inputs.input_ids))
     progress("PyTorch reference in fp32")
     reference = load("fp32")
-    for at in range(0, len(inputs.input_ids), pipeline.bundle.budget.batch):
-        rows = slice(at, at + pipeline.bundle.budget.batch)
-        mask = None if inputs.attention_mask is None else inputs.attention_mask[rows]
-        batch = Inputs(inputs.input_ids[rows], inputs.pixel_values[rows], mask)
+    done = 0
+    for batch in inputs.batches(pipeline.bundle.budget.batch):
+        rows = slice(done, done := done + len(batch.input_ids))
         runs.append(Comparison(pipeline, reference, batch, asked, seeds[rows]))
-        progress(f"compared {min(rows.stop, len(inputs.input_ids))} of {len(inputs.input_ids)} prompts")
+        progress(f"compared {done} of {len(inputs.input_ids)} prompts")
     rounding: dict[str, float] = {}
     if m.dtype != "fp32":
         del reference

@@ -42,15 +42,12 @@ def capture(pipeline: Pipeline, arrays: Inputs) -> dict[str, Captured]:
     """
     _polygraphy("json")  # before anything runs
     _refuse_bf16(pipeline)
-    batch = pipeline.bundle.budget.batch
-    mask = None if arrays.attention_mask is None else arrays.attention_mask[:batch]
-    layout = pipeline.load(arrays.input_ids[:batch], arrays.pixel_values[:batch], mask)
+    first = next(arrays.batches(pipeline.bundle.budget.batch))
+    layout = pipeline.load(first.input_ids, first.pixel_values, first.attention_mask)
     captured = {}
     for stage, graph in pipeline.bundle.variant.graphs.items():
         if stage == "decode":
-            tokens = pipeline.read("logits").argmax(axis=-1)
-            pipeline.tensors[tensor_name(stage, "input_ids")].write(tokens[:, None])
-            pipeline.tensors[tensor_name(stage, "position_ids")].write(layout.lengths[:, None])
+            pipeline.feed(pipeline.read("logits").argmax(axis=-1), layout.lengths)
         record = pipeline.bundle.graph(stage)
         inputs = _read(pipeline, stage, record.inputs)
         pipeline.run(stage)

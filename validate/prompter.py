@@ -11,11 +11,11 @@ from tokenizers import Tokenizer
 from himap_export.engines.answer import load_processor
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.bundle import Bundle
-from himap_export.engines.image import ImagePreprocessing, clip_preprocessing, load_image, preprocess
+from himap_export.engines.image import ImagePreprocessing, load_image, preprocess
 from himap_export.engines.prompt import TOKENIZER, Detokenizer, PromptFormat, encode
-from himap_export.exporter.checkpoint import read_config
-from himap_export.exporter.llava import vision_spec
+from himap_export.exporter.planning import describe
 from himap_export.exporter.processor import read_processor
+from himap_export.exporter.registry import resolve
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.dataset import Example, expected, prompt_of
 
@@ -29,11 +29,11 @@ class Prompter:
     image: ImagePreprocessing
 
     def arrays(self, example: Example) -> Inputs:
-        """`input_ids` [1,S] and `pixel_values` [1,3,H,W]. HimapError (usage) names the example's line."""
+        """`input_ids` [1,S] and `pixel_values` [tiles,3,H,W]. HimapError (usage) names the example's line."""
         with _named(example):
             ids = encode(self.tokenizer, self.prompt, prompt_of(example))
             pixels = preprocess(load_image(example.image), self.image)
-        return Inputs(ids[None], pixels[None])
+        return Inputs(ids[None], pixels)
 
     def text(self, tokens: Sequence[int], stop_tokens: Collection[int]) -> str:
         """What `tokens` say up to the first of `stop_tokens`, as himap-run prints it."""
@@ -85,14 +85,14 @@ def prompter_of_bundle(bundle: Bundle, checkpoint: Path | None) -> Prompter:
 
     HimapError (usage) if neither has one.
     """
-    return Prompter(*load_processor(bundle, checkpoint))
+    return Prompter(*load_processor(bundle, () if checkpoint is None else (checkpoint,)))
 
 
 def prompter_of_checkpoint(folder: Path) -> Prompter:
     """The processor in a checkpoint's folder, read as an export reads it. HimapError (usage) without a tokenizer."""
-    config = read_config(folder)
-    vision, image_token = vision_spec(config), config.get("image_token_index", config.get("image_token_id", 32000))
-    found = read_processor(folder, vision.tokens, image_token, clip_preprocessing(vision.image_size))
+    model = resolve(str(folder))
+    _, (vision,) = describe(model)
+    found = read_processor(folder, model.family, model.config, {"": vision})
     if found.prompt is None:
         raise HimapError(f"{folder} holds no tokenizer", f"expected {TOKENIZER}", code=Exit.USAGE)
-    return Prompter(Tokenizer.from_buffer(found.files[TOKENIZER]), found.prompt, found.image)
+    return Prompter(Tokenizer.from_buffer(found.files[TOKENIZER]), found.prompt, found.images[""])

@@ -4,20 +4,27 @@ from pathlib import Path
 
 import numpy as np
 
-from himap_export.engines.answer import load_question
-from himap_export.engines.arrays import Inputs, load_inputs
+from himap_export.engines.answer import load_arrays, load_question
+from himap_export.engines.arrays import Inputs
 from himap_export.engines.bundle import Bundle
 
 
 def user_inputs(
-    bundle: Bundle, arrays: Path | None, image: Path | None, prompt: str | None, checkpoint: Path
-) -> Inputs | None:
-    """The prompts the user gave, as arrays or as an image and a question; None if neither."""
+    bundle: Bundle,
+    arrays: Path | None,
+    image: Path | None,
+    prompt: str | None,
+    size: tuple[int, int] | None,
+    checkpoint: Path,
+) -> tuple[Bundle, Inputs | None]:
+    """The prompts the user gave, as arrays or as an image and a question, None if neither; and the bundle at pictures
+    of their size, else of `size`."""
     if arrays is not None:
-        return load_inputs(arrays)
+        return load_arrays(bundle, arrays)
     if image is not None and prompt is not None:
-        return load_question(bundle, image, prompt, checkpoint).arrays
-    return None
+        bundle, question = load_question(bundle, image, prompt, (checkpoint,), size)
+        return bundle, question.arrays
+    return bundle.seeing(size) if size else bundle, None
 
 
 def drawn_inputs(bundle: Bundle, prompts: int, seed: int, fill: bool = False) -> Inputs:
@@ -26,15 +33,18 @@ def drawn_inputs(bundle: Bundle, prompts: int, seed: int, fill: bool = False) ->
     Text lengths vary up to the budget, which `fill` exhausts; ids avoid the image, end and padding tokens.
     """
     m, rng = bundle.manifest, np.random.default_rng(seed)
-    special = {m.model.image_token, m.model.pad_token, *m.model.eos_tokens}
+    image = m.model.image.write(bundle.budget.visual[0])
+    special = {*image.tolist(), m.model.pad_token, *m.model.eos_tokens}
     words = np.array([i for i in range(m.decoder.vocab) if i not in special])
-    visual, budget, slots = bundle.budget.visual[0], bundle.budget.text, bundle.budget.total[0]
+    budget, slots = bundle.budget.text, bundle.budget.total[0]
+    budget -= len(image) - bundle.budget.visual[0]  # what must stand around the image is text
     ids, mask = np.full((prompts, slots), m.model.pad_token, np.int64), np.zeros((prompts, slots), np.int64)
     for row in range(prompts):
         text = budget if fill else int(rng.integers(min(4, budget), budget + 1))
         system = int(rng.integers(0, text))
         around = rng.choice(words, text)
-        sample = np.concatenate([around[:system], np.full(visual, m.model.image_token), around[system:]])
+        sample = np.concatenate([around[:system], image, around[system:]])
         ids[row, : len(sample)], mask[row, : len(sample)] = sample, 1
     shape = bundle.graph("vision").inputs["pixel_values"].shape
-    return Inputs(ids, rng.standard_normal((prompts, *shape[1:]), dtype=np.float32), mask)
+    pixels = rng.standard_normal((prompts * bundle.picture.tiles, *shape[1:]), dtype=np.float32)
+    return Inputs(ids, pixels, mask)

@@ -32,12 +32,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlavaForConditionalGeneration
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from himap_export.validate.criteria import CRITERIA, Cut, Cuts, State
+from himap_export.validate.judge import Seen, load_judge
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -55,6 +56,7 @@ class Prefill:
     logits: Floats  # [B,W] at the last prompt token
     caches: tuple[DynamicCache, ...]  # per sample; layer i holds keys (rotated) and values [1,G,S of its stage,E].
     # Decoding appends to the caches: the one thing in here that is not a constant.
+    shifts: tuple[int, ...]  # per sample; under M-RoPE what a position behind the prompt has to be moved by
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,11 @@ class _Row:
     hidden: tuple[Tensor, ...]  # [S0,D], [S1,D], ..
     logits: Tensor  # [W] fp32
     cache: DynamicCache
+    shift: int
 
 
 class Reference:
-    """A Hugging Face LLaVA checkpoint, unpruned or cut by HiMAP. Deterministic; every method runs without gradients."""
+    """A checkpoint in Hugging Face's modules, unpruned or cut. Deterministic; every method runs without gradients."""
 
     def __init__(
         self,
@@ -79,32 +82,12 @@ class Reference:
         device: str = "cpu",
     ) -> None:
         """Load `folder` in `dtype`. `attn_implementation="sdpa"` is the fast one, a fair opponent in benchmarks."""
-        loaded: tuple[Any, dict[str, Any]] = LlavaForConditionalGeneration.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation={
-                "": attn_implementation,
-                "vision_config": attn_implementation,
-                "text_config": _register(attn_implementation),
-            },
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        self.model, report = loaded
-        # Hugging Face only warns and goes on with random weights. Unexpected ones (old rotary tables) do no harm.
-        if problems := {name: found for name, found in report.items() if found and name != "unexpected_keys"}:
-            raise ValueError(f"{folder} does not hold the model's weights: {problems}")
-        self.model.eval().to(device)
-        self.decoder: Any = self.model.model.language_model
+        self.judge = load_judge(folder, dtype, _register(attn_implementation), attn_implementation)
+        self.judge.whole.to(device)
+        self.decoder: Any = self.judge.decoder
         self.layers = len(self.decoder.layers)
-        self.image_token: int = self.model.config.image_token_id
-        self.device, self._eager = device, attn_implementation == "eager"
-        stop = self.model.generation_config.eos_token_id
-        self.stop_tokens: tuple[int, ...] = () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
-        pad = self.model.generation_config.pad_token_id
-        self.pad_token: int = pad if pad is not None else next(iter(self.stop_tokens), 0)
+        self.dtype, self.device, self._eager = dtype, device, attn_implementation == "eager"
+        self.stop_tokens, self.pad_token = self.judge.stop_tokens, self.judge.pad_token
 
     @torch.no_grad()
     def prefill(
@@ -119,7 +102,8 @@ class Reference:
         """Run the prompts.
 
         `input_ids` [B,S] int64 with one image placeholder per image token, anywhere; `pixel_values` [images,3,H,W],
-        in the order of the placeholders; `attention_mask` [B,S], 0 where a token is padding, on either side.
+        tiles counted as images, in the order of the placeholders; `attention_mask` [B,S], 0 where a token is padding,
+        on either side.
         No `cuts` is the unpruned model. `forced` keeps the given positions (per cut [B,S_i], text included, -1 pads)
         instead of the ranked ones; the scores are reported all the same. `seeds` [B] (0) are what random cuts draw by.
         """
@@ -127,9 +111,9 @@ class Reference:
             raise ValueError(f"forced positions of {len(forced)} cuts for {len(cuts)} cuts")
         self._check(cuts)
         rows = []
-        for sample, (embeds, image) in enumerate(self._embed(input_ids, pixel_values, attention_mask)):
+        for sample, state in enumerate(self._embed(input_ids, pixel_values, attention_mask)):
             given = None if forced is None else [_real(kept[sample]).to(self.device) for kept in forced]
-            rows.append(self._row(embeds, image, cuts, given, 0 if seeds is None else int(seeds[sample])))
+            rows.append(self._row(state, cuts, given, 0 if seeds is None else int(seeds[sample])))
         return _stack(rows)
 
     @torch.no_grad()
@@ -152,25 +136,25 @@ class Reference:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         start = self.prefill(input_ids, pixel_values, attention_mask, cuts, forced, seeds)
         rows = []
-        for logits, cache, length in zip(start.logits, start.caches, start.lengths.tolist(), strict=True):
+        samples = zip(start.logits, start.caches, start.lengths.tolist(), start.shifts, strict=True)
+        for logits, cache, length, shift in samples:
             tokens = [int(logits.argmax())]
             while len(tokens) < max_new_tokens and tokens[-1] not in self.stop_tokens:
                 position = length + len(tokens) - 1
-                tokens.append(int(self.step(torch.tensor([tokens[-1]]), position, cache)[0].argmax()))
+                tokens.append(int(self.step(torch.tensor([tokens[-1]]), position, cache, shift)[0].argmax()))
             rows.append(np.array(tokens, np.int64))
         return _pad(rows, self.pad_token)
 
     @torch.no_grad()
     def start(self, input_ids: Ints, pixel_values: Floats | None) -> State:
         """One prompt [S] embedded, before layer 0: what `advance`, `cut` and `logits` take from stage to stage."""
-        embeds, image = next(self._embed(input_ids[None], pixel_values, None))
-        return State(0, embeds, torch.arange(embeds.shape[1], device=self.device), image)
+        return next(self._embed(input_ids[None], pixel_values, None))
 
     @torch.no_grad()
     def advance(self, state: State, layer: int, attention: bool = False) -> State:
         """`state` after the layers before `layer`, with the probabilities of the last one if `attention`."""
         layers = range(state.layer, layer)
-        hidden, probabilities = self._run(layers, state.hidden, state.alive, state.cache, attention)
+        hidden, probabilities = self._run(layers, state.hidden, self.turns(state), state.cache, attention, state)
         return replace(state, layer=layer, hidden=hidden, attention=probabilities)
 
     @torch.no_grad()
@@ -197,66 +181,80 @@ class Reference:
         rows = []
         for sample, row in enumerate(tokens):
             first, length = start.logits[sample], int(start.lengths[sample])
+            cache, shift = start.caches[sample], start.shifts[sample]
             rest = [
-                self.step(torch.tensor([token]), length + step, start.caches[sample])[0].cpu().numpy()
+                self.step(torch.tensor([token]), length + step, cache, shift)[0].cpu().numpy()
                 for step, token in enumerate(row[:-1].tolist())
             ]
             rows.append(np.stack([first, *rest]))
         return np.stack(rows)
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, position: int, cache: DynamicCache) -> Tensor:
+    def step(self, tokens: Tensor, position: int, cache: DynamicCache, shift: int = 0) -> Tensor:
         """One decode step: `tokens` [B] at `position`, appended to `cache`; logits [B,W] fp32."""
         hidden = self.decoder.embed_tokens(tokens.to(self.device)[:, None])
+        turn = torch.tensor([position + shift], device=self.device)
         # No mask: a single row may see all that is cached, and each layer has cached only what was alive in its stage.
-        hidden, _ = self._run(range(self.layers), hidden, torch.tensor([position], device=self.device), cache)
+        hidden, _ = self._run(range(self.layers), hidden, turn.expand(3, 1) if self.judge.places else turn, cache)
         return self._logits(hidden)
 
-    def embed(
-        self, input_ids: Ints, pixel_values: Floats | None, attention_mask: Ints | None = None
-    ) -> tuple[Tensor, ...]:
-        """Decoder inputs [S0,D] of each sample, without padding, image features in their places."""
-        with torch.no_grad():
-            return tuple(embeds[0] for embeds, _ in self._embed(input_ids, pixel_values, attention_mask))
+    @torch.no_grad()
+    def embed(self, input_ids: Ints, pixel_values: Floats | None, attention_mask: Ints | None = None) -> State:
+        """Prompts of one length, image features in their places, as one state of [B,S0,D] for `forward`.
+
+        Positions, and what M-RoPE makes of them, are the first prompt's: it serves to measure time."""
+        states = list(self._embed(input_ids, pixel_values, attention_mask))
+        deepstack = (torch.stack(parts) for parts in zip(*(s.deepstack for s in states), strict=True))
+        hidden = torch.cat([state.hidden for state in states])
+        return replace(states[0], hidden=hidden, deepstack=tuple(deepstack))
 
     @torch.no_grad()
-    def forward(self, embeds: Tensor) -> tuple[Tensor, DynamicCache]:
-        """The unpruned decoder on `embeds` [B,S,D], no padding: logits [B,W] fp32 at the last token, and the cache."""
-        cache = DynamicCache(config=self.model.config.text_config)
-        hidden, _ = self._run(range(self.layers), embeds, torch.arange(embeds.shape[1], device=self.device), cache)
+    def forward(self, state: State) -> tuple[Tensor, DynamicCache]:
+        """The unpruned decoder on what `embed` gives: logits [B,W] fp32 at the last token, and the cache."""
+        cache = DynamicCache(config=self.decoder.config)
+        hidden, _ = self._run(range(self.layers), state.hidden, self.turns(state), cache, state=state)
         return self._logits(hidden), cache
 
-    @torch.no_grad()
-    def image_features(self, pixel_values: Floats) -> Tensor:
-        """Projected features [images,V,D] of `pixel_values` [images,3,H,W]."""
-        pixels = torch.as_tensor(pixel_values).to(self.device, self.model.dtype)
-        return torch.stack(list(self.model.model.get_image_features(pixel_values=pixels).pooler_output))
+    def see(self, pixel_values: Floats) -> Seen:
+        """What the tower makes of `pixel_values` [images,3,H,W]."""
+        return self.judge.see(torch.as_tensor(pixel_values).to(self.device, self.dtype))
 
-    def _embed(
-        self, input_ids: Ints, pixel_values: Floats | None, attention_mask: Ints | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each sample's embeddings [1,S0,D] and the positions [V0] of its image tokens."""
+    @torch.no_grad()
+    def image_features(self, pixel_values: Floats, prompts: int | None = None) -> Tensor:
+        """Projected features [prompts,V,D] of `pixel_values` [images,3,H,W]; one image a prompt if None."""
+        features = self.see(pixel_values).features
+        return features.reshape(prompts or len(pixel_values), -1, features.shape[-1])
+
+    def turns(self, state: State) -> Tensor:
+        """What the rotary embedding turns the tokens of `state` by: positions [S], under M-RoPE [3,S]."""
+        return state.alive if state.places is None else state.places[:, state.alive]
+
+    def _embed(self, input_ids: Ints, pixel_values: Floats | None, attention_mask: Ints | None) -> Iterator[State]:
+        """Each sample, embedded, before layer 0."""
         if input_ids.ndim != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
             raise ValueError("input_ids must be [batch, tokens] and attention_mask the same shape")
         real = np.ones_like(input_ids) if attention_mask is None else attention_mask
         samples = [torch.as_tensor(ids[keep != 0]).to(self.device) for ids, keep in zip(input_ids, real, strict=True)]
         if any(not len(ids) for ids in samples):
             raise ValueError("a prompt has no tokens")
-        counts = [int((ids == self.image_token).sum()) for ids in samples]
-        features: Tensor | None = None
-        if pixel_values is not None and len(pixel_values):
-            features = self.image_features(pixel_values).flatten(0, 1)
-        available = 0 if features is None else len(features)
-        if available != sum(counts):
-            raise ValueError(f"the prompts have {sum(counts)} image tokens, the images give {available} features")
+        images = [torch.nonzero(self.judge.is_image(ids)).flatten() for ids in samples]
+        seen = self.see(pixel_values) if pixel_values is not None and len(pixel_values) else None
+        available, wanted = 0 if seen is None else len(seen.features), sum(map(len, images))
+        if available != wanted:
+            raise ValueError(f"the prompts have {wanted} image tokens, the images give {available} features")
         used = 0
-        for ids, count in zip(samples, counts, strict=True):
-            image = torch.nonzero(ids == self.image_token).flatten()
-            embeds: Tensor = self.decoder.embed_tokens(ids)
-            if features is not None:
-                embeds = embeds.index_copy(0, image, features[used : used + count].to(embeds.dtype))
-            used += count
-            yield embeds[None], image
+        for ids, image in zip(samples, images, strict=True):
+            own = slice(used, used := used + len(image))
+            embeds: Tensor = self.decoder.embed_tokens(ids.index_fill(0, image, 0))
+            places, deepstack = None, tuple[Tensor, ...]()
+            if seen is not None and pixel_values is not None:
+                embeds = embeds.index_copy(0, image, seen.features[own].to(embeds.dtype))
+                deepstack = tuple(features[own] for features in seen.deepstack)
+            if self.judge.places is not None:
+                size = (0, 0) if pixel_values is None else (pixel_values.shape[2], pixel_values.shape[3])
+                places = self.judge.places(ids, size)
+            alive = torch.arange(len(ids), device=self.device)
+            yield State(0, embeds[None], alive, image, places=places, deepstack=deepstack)
 
     def _check(self, cuts: Cuts) -> None:
         layers = [0, *(cut.layer for cut in cuts), self.layers]
@@ -264,10 +262,11 @@ class Reference:
         if any(a >= b for a, b in pairwise(layers)) or any(not 0 <= share <= 1 for share in shares):
             raise ValueError(f"{cuts} is out of range: layers rise from 1 to {self.layers - 1}, fractions from 0 to 1")
 
-    def _row(self, embeds: Tensor, image: Tensor, cuts: Cuts, forced: list[Tensor] | None, seed: int) -> _Row:
-        """One stage more than there are cuts. `embeds` [1,S0,D], `image` [V0] positions."""
-        cache = DynamicCache(config=self.model.config.text_config)
-        state = State(0, embeds, torch.arange(embeds.shape[1], device=self.device), image, cache=cache)
+    def _row(self, state: State, cuts: Cuts, forced: list[Tensor] | None, seed: int) -> _Row:
+        """One stage more than there are cuts."""
+        cache = DynamicCache(config=self.decoder.config)
+        state = replace(state, cache=cache)
+        shift = 0 if state.places is None else int(state.places.max()) + 1 - len(state.alive)
         kept, scores, hidden = [], [], []
         for n, cut in enumerate(cuts):
             state = self.advance(state, cut.layer, attention=True)
@@ -277,19 +276,26 @@ class Reference:
             kept.append(state.alive)
             scores.append(score)
         state = self.advance(state, self.layers)
-        return _Row(tuple(kept), tuple(scores), (*hidden, state.hidden[0]), self.logits(state), cache)
+        return _Row(tuple(kept), tuple(scores), (*hidden, state.hidden[0]), self.logits(state), cache, shift)
 
     def _keep(self, state: State, kept: Tensor) -> State:
         return replace(state, hidden=state.hidden[:, torch.isin(state.alive, kept)], alive=kept, attention=None)
 
     def _run(
-        self, layers: range, hidden: Tensor, positions: Tensor, cache: DynamicCache | None, score: bool = False
+        self,
+        layers: range,
+        hidden: Tensor,
+        turns: Tensor,
+        cache: DynamicCache | None,
+        score: bool = False,
+        state: State | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Hugging Face's decoder `layers` on `hidden` [B,S,D] at `positions` [S], appended to `cache` if there is one.
+        """Hugging Face's decoder `layers` on `hidden` [B,S,D], turned by `turns` [S] or [3,S], appended to `cache` if
+        there is one; what `state` adds to image tokens is added.
 
         Also the attention probabilities [S,S] fp32 of the last of the layers, averaged over the heads, if `score`.
         """
-        rotary = self.decoder.rotary_emb(hidden, position_ids=positions[None])
+        rotary = self.rotary(hidden, turns)
         mask = None
         if self._eager and hidden.shape[1] > 1:  # sdpa is causal by itself where there is no mask and more than one row
             size = hidden.shape[1]
@@ -299,18 +305,22 @@ class Reference:
             hidden = self.decoder.layers[index](
                 hidden,
                 attention_mask=mask,
-                position_ids=positions[None],
+                position_ids=turns.reshape(-1, turns.shape[-1])[:1],
                 past_key_values=cache,
                 use_cache=cache is not None,
                 position_embeddings=rotary,
                 himap_sink=sink if score and index == layers[-1] else None,
             )
+            hidden = hidden if state is None else state.deepened(index, hidden)
         return hidden, sink[0].mean(0) if sink else None
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits [B,W] fp32 of the last row of `hidden` [B,S,D]."""
-        logits: Tensor = self.model.lm_head(self.decoder.norm(hidden[:, -1]))
-        return logits.float()
+        return self.judge.head(self.decoder.norm(hidden[:, -1])).float()
+
+    def rotary(self, hidden: Tensor, turns: Tensor) -> Any:
+        """Hugging Face's cos and sin for `turns` [S] or [3,S], as its layers take them."""
+        return self.decoder.rotary_emb(hidden, position_ids=turns[None] if turns.ndim == 1 else turns[:, None])
 
 
 def _register(base: str) -> str:
@@ -386,4 +396,5 @@ def _stack(rows: Sequence[_Row]) -> Prefill:
         hidden=tuple(tuple(hidden.float().cpu().numpy() for hidden in stage) for stage in stages),
         logits=np.stack([row.logits.cpu().numpy() for row in rows]),
         caches=tuple(row.cache for row in rows),
+        shifts=tuple(row.shift for row in rows),
     )

@@ -34,7 +34,9 @@ def measure(bundle: Bundle, checkpoint: Path, backend: str, iterations: int, war
     """Exports the unpruned twin, then lets all three take turns."""
     with tempfile.TemporaryDirectory(prefix="himap-unpruned-") as folder:
         unpruned = {"none": (PruningPlan(), bundle.budget.visual[:1])}
-        twin = export_twin(checkpoint, bundle.budget, bundle.manifest.dtype, backend, unpruned, Path(folder) / "bundle")
+        twin = export_twin(
+            checkpoint, bundle.budget, bundle.manifest.dtype, backend, unpruned, Path(folder) / "bundle", bundle.picture
+        )
         contenders = (
             Contender(PRUNED, "bundle", bundle, checkpoint, backend),
             Contender(UNPRUNED, "bundle", twin, checkpoint, backend),

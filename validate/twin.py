@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from himap_export.engines.bundle import Bundle, open_bundle
+from himap_export.engines.manifest import PictureRecord
 from himap_export.graphs.plan import PruningPlan, TokenBudget, Visual
 from himap_export.graphs.spec import Dtype
 
@@ -11,19 +12,27 @@ Kept = tuple[PruningPlan, Visual]  # a plan, and how many image tokens its bundl
 
 
 def export_twin(
-    checkpoint: Path, like: TokenBudget, dtype: Dtype, backend: str, plans: Mapping[str, Kept], out: Path
+    checkpoint: Path,
+    like: TokenBudget,
+    dtype: Dtype,
+    backend: str,
+    plans: Mapping[str, Kept],
+    out: Path,
+    picture: PictureRecord | None = None,
 ) -> Bundle:
-    """A bundle of `plans`, by name, at the text budget, new tokens and batch of `like`."""
+    """A bundle of `plans`, by name, at the text budget, new tokens and batch of `like`, for pictures as `picture` or,
+    if None, the model's own."""
     from himap_export.exporter.export import export
-    from himap_export.exporter.llava import decoder_spec, vision_spec
-    from himap_export.exporter.planning import Planned, PlannedVariant
+    from himap_export.exporter.family import Picture
+    from himap_export.exporter.planning import Planned, PlannedVariant, describe
     from himap_export.exporter.registry import resolve
 
     model = resolve(str(checkpoint))
+    decoder, (vision,) = describe(model, Picture(picture.size, picture.tiles) if picture else Picture())
     variants = tuple(
-        PlannedVariant(name, plan, TokenBudget(visual, like.text, like.new, like.batch), visual)
+        PlannedVariant(name, plan, TokenBudget(visual, like.text, like.new, like.batch), visual, vision)
         for name, (plan, visual) in plans.items()
     )
-    planned = Planned(model, decoder_spec(model.config), vision_spec(model.config), variants, dtype, (backend,))
+    planned = Planned(model, decoder, variants, dtype, (backend,))
     export(planned, out, ("himap-validate",), False, lambda line: None)
     return open_bundle(out, verify=False)

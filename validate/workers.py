@@ -197,11 +197,11 @@ def _torch(contender: Contender, threads: int) -> dict[str, Callable[[], float]]
             f"cannot load {contender.checkpoint}", str(problem).splitlines()[0], code=Exit.MISSING
         ) from None
     with torch.inference_mode():
-        embeds = torch.stack(model.embed(inputs.input_ids, inputs.pixel_values, inputs.attention_mask))
-        steps, length = min(DECODE_STEPS, bundle.budget.new), embeds.shape[1]
+        prompts = model.embed(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
+        steps, length = min(DECODE_STEPS, bundle.budget.new), prompts.hidden.shape[1]
 
         def decode() -> float:
-            logits, cache = model.forward(embeds)
+            logits, cache = model.forward(prompts)
             tokens = logits.argmax(-1)
             with torch.inference_mode():
                 return _clock(lambda: [model.step(tokens, length + i, cache) for i in range(steps)]) / steps
@@ -217,6 +217,6 @@ def _torch(contender: Contender, threads: int) -> dict[str, Callable[[], float]]
 
     return {
         "vision": quiet(lambda: model.image_features(inputs.pixel_values)),
-        "prefill": quiet(lambda: model.forward(embeds)),
+        "prefill": quiet(lambda: model.forward(prompts)),
         "decode": decode,
     }

@@ -22,7 +22,7 @@ from pathlib import Path
 from dataset import write
 from draw import TYPES
 
-from himap_export.exporter.llava import decoder_spec
+from himap_export.exporter.planning import describe
 from himap_export.exporter.registry import resolve
 from himap_export.graphs.flops import equal_keep, true_ratio
 from himap_export.graphs.plan import himap
@@ -50,7 +50,7 @@ class Study:
     def write_plans(self, name: str) -> None:
         """All policies at budget `name`, as `himap-export --plan` reads them."""
         k1, k2, r1, r2 = BUDGETS[name]
-        spec, plan = decoder_spec(resolve("shapes").config), himap(k1, k2, r1, r2)
+        (spec, _), plan = describe(resolve("shapes")), himap(k1, k2, r1, r2)
         keep = equal_keep(spec, k1, IMAGE_TOKENS, TEXT, true_ratio(spec, plan, plan.kept(IMAGE_TOKENS), TEXT))
         tables = [
             f'[{policy}]\npolicy = "{policy}"\nk1 = {k1}\nk2 = {k2}\nr1 = {r1}\nr2 = {r2}\n'

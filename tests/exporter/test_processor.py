@@ -13,9 +13,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoProcessor, LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from himap_export.engines.image import CLIP_MEAN, ImagePreprocessing, clip_preprocessing, preprocess
+from himap_export.engines.image import CLIP_MEAN, ImagePreprocessing, preprocess
 from himap_export.engines.prompt import encode, load_tokenizer
-from himap_export.exporter.processor import LLAVA_TEMPLATE, ProcessorData, read_image_preprocessing, read_processor
+from himap_export.exporter.families import llava
+from himap_export.exporter.family import VisionSpec
+from himap_export.exporter.processor import ProcessorData, read_image_preprocessing, read_processor
 from himap_export.graphs.errors import HimapError
 
 CHINA, FLOWER = (Image.fromarray(each) for each in load_sample_images().images)
@@ -75,7 +77,9 @@ def as_old_flat_files(folder: Path) -> None:
 
 
 def read(folder: Path, side: int = 112, image_id: int = IMAGE_ID) -> ProcessorData:
-    return read_processor(folder, IMAGE_TOKENS, image_id, clip_preprocessing(side))
+    config = {"image_token_index": image_id}
+    tower = VisionSpec((side, side), 3, IMAGE_TOKENS, (side // 14, side // 14))
+    return read_processor(folder, llava.FAMILY, config, {"": tower})
 
 
 def our_ids(data: ProcessorData, question: str, tmp_path: Path) -> np.ndarray:
@@ -104,12 +108,12 @@ def test_answers_like_hugging_face(layout: str, chat: str, question: str, tmp_pa
     for image in (CHINA, FLOWER.rotate(90, expand=True)):
         expected = hf_inputs(folder, question, image)
         np.testing.assert_array_equal(our_ids(data, question, tmp_path), expected["input_ids"][0])
-        np.testing.assert_array_equal(preprocess(image, data.image), expected["pixel_values"][0])
+        np.testing.assert_array_equal(preprocess(image, data.images[""]), expected["pixel_values"][0])
 
 
 def test_prompt_format(tmp_path: Path) -> None:
     prompt = read(save(tmp_path)).prompt
-    assert prompt is not None and prompt.template == LLAVA_TEMPLATE
+    assert prompt is not None and prompt.template == llava.TEMPLATE
     assert (prompt.image_token, prompt.image_tokens, prompt.add_special_tokens, prompt.strip) == (
         "<image>",
         64,
@@ -124,7 +128,7 @@ def test_prompt_format(tmp_path: Path) -> None:
 def test_without_chat_template_the_default_holds(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", None)
     data = read(folder)
-    assert data.prompt is not None and data.prompt.template == LLAVA_TEMPLATE
+    assert data.prompt is not None and data.prompt.template == llava.TEMPLATE
     text = "USER: <image>\nhow many? ASSISTANT:"
     expected = AutoProcessor.from_pretrained(folder)(images=CHINA, text=text, return_tensors="np")
     np.testing.assert_array_equal(our_ids(data, "how many?", tmp_path), expected["input_ids"][0])
@@ -133,7 +137,7 @@ def test_without_chat_template_the_default_holds(tmp_path: Path) -> None:
 def test_tokenizers_own_template_counts_only_if_it_places_the_image(tmp_path: Path) -> None:
     folder = save(tmp_path, None)
     change_json(folder / "tokenizer_config.json", chat_template="{{ messages[0]['content'] }}")
-    assert getattr(read(folder).prompt, "template", None) == LLAVA_TEMPLATE
+    assert getattr(read(folder).prompt, "template", None) == llava.TEMPLATE
     change_json(folder / "tokenizer_config.json", chat_template=[{"name": "default", "template": BOS_CHAT}])
     assert getattr(read(folder).prompt, "template", "").startswith("<s>[INST]")
 

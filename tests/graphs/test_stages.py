@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from himap_export.engines.layout import PromptLayout, lay_out
+from himap_export.engines.layout import ImageTokens, PromptLayout, lay_out
 from himap_export.graphs.build import Frame, StageGraph
 from himap_export.graphs.importance import SCORES, Sight
 from himap_export.graphs.plan import CRITERIA, Cut, PruningPlan, TokenBudget
@@ -44,18 +44,30 @@ class Decoded:
 
 
 def decode(
-    spec: DecoderSpec, plan: PruningPlan, w: Mapping[str, Floats], prompt: Ints, image: Floats, answer: Ints, seed: int
+    spec: DecoderSpec,
+    plan: PruningPlan,
+    w: Mapping[str, Floats],
+    grid: tuple[int, int] | None,
+    prompt: Ints,
+    image: Floats,
+    deep: Floats,
+    answer: Ints,
+    seed: int,
 ) -> Decoded:
-    """One prompt [S] with image features [V,D], followed by `answer` [N]; random cuts draw by `seed`."""
+    """One prompt [S] with image features [V,D], lying as `grid` says, and features `deep` [n,V,D] for the image tokens
+    behind the first n layers, followed by `answer` [N]; random cuts draw by `seed`."""
     size, length = len(prompt) + len(answer), len(prompt)
     position = np.arange(size)
     is_image = np.append(prompt == IMAGE_TOKEN, np.zeros(len(answer), bool))
     x: Floats = w["embed_tokens.weight"][np.append(prompt, answer)].astype(np.float64)
     x[is_image] = image
+    turns = places(is_image, grid)
     instruction = (position > np.flatnonzero(is_image)[-1]) & (position < length)
     alive, kept, margin, cuts = np.ones(size, bool), [np.arange(length)], np.inf, list(plan.cuts)
     for i in range(spec.layers):
-        x, attention = layer(spec, w, f"layers.{i}.", x, alive)
+        x, attention = layer(spec, w, f"layers.{i}.", x, alive, turns)
+        if i < len(deep):
+            x[is_image] += deep[i]
         if cuts and i + 1 == cuts[0].layer:
             cut, candidates = cuts.pop(0), np.flatnonzero(is_image & alive)
             keep = len(candidates) - int((cut.remove or 0) * len(candidates)) if cut.keep is None else cut.keep
@@ -94,8 +106,23 @@ def ranking(
     return scores
 
 
+def places(is_image: NDArray[np.bool_], grid: tuple[int, int] | None) -> Ints:
+    """Time, row, column [S,3]: told token by token, as a reader of the paper (arXiv 2409.12191) would."""
+    found, now, seen = [], 0, 0
+    for image in is_image:
+        if grid is not None and image:
+            found.append((now, now + seen // grid[1], now + seen % grid[1]))
+            seen += 1
+            if seen == grid[0] * grid[1]:
+                now += max(grid)
+        else:
+            found.append((now,) * 3)
+            now += 1
+    return np.array(found)
+
+
 def layer(
-    spec: DecoderSpec, w: Mapping[str, Floats], p: str, x: Floats, alive: NDArray[np.bool_]
+    spec: DecoderSpec, w: Mapping[str, Floats], p: str, x: Floats, alive: NDArray[np.bool_], turns: Ints
 ) -> tuple[Floats, Floats]:
     """x [S,D] after one layer in which tokens see only those `alive`, and itself; attention [S,S], mean over heads."""
     size = len(x)
@@ -104,8 +131,11 @@ def layer(
         return of @ w[f"{p}{name}.weight"].T + w.get(f"{p}{name}.bias", np.zeros(1))
 
     n = norm(spec, x, w[p + "input_layernorm.weight"])
-    q = rotate(spec, linear(n, "self_attn.q_proj").reshape(size, spec.heads, -1))
-    k = rotate(spec, linear(n, "self_attn.k_proj").reshape(size, spec.kv_heads, -1))
+    q = linear(n, "self_attn.q_proj").reshape(size, spec.heads, -1)
+    k = linear(n, "self_attn.k_proj").reshape(size, spec.kv_heads, -1)
+    if spec.qk_norm:
+        q, k = (norm(spec, a, w[f"{p}self_attn.{which}_norm.weight"]) for a, which in ((q, "q"), (k, "k")))
+    q, k = rotate(spec, q, turns), rotate(spec, k, turns)
     v = linear(n, "self_attn.v_proj").reshape(size, spec.kv_heads, -1)
     visible = (np.tri(size, dtype=bool) & alive) | np.eye(size, dtype=bool)
     outs, attention = [], np.zeros((size, size))
@@ -126,10 +156,11 @@ def norm(spec: DecoderSpec, x: Floats, weight: Floats) -> Floats:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.norm_eps) * weight
 
 
-def rotate(spec: DecoderSpec, x: Floats) -> Floats:
+def rotate(spec: DecoderSpec, x: Floats, turns: Ints) -> Floats:
     """[S,heads,E]: pairs (i, i + E/2) as complex numbers, turned by position * base**(-2i/E)."""
     half = spec.head_dim // 2
-    turn = np.exp(1j * np.arange(len(x))[:, None] * spec.rope_base ** (-np.arange(half) / half))
+    position = np.array([[turn[axis] for axis in spec.rope_axes or [0] * half] for turn in turns])
+    turn = np.exp(1j * position * spec.rope_base ** (-np.arange(half) / half))
     turned = (x[..., :half] + 1j * x[..., half:]) * turn[:, None]
     return np.concatenate([turned.real, turned.imag], -1)
 
@@ -157,9 +188,11 @@ class Chain:
         feeds = {name: self.weights[name] if name in graph.weights else have[name] for name in names}
         have |= dict(zip((o.name for o in session.get_outputs()), session.run(None, feeds), strict=True))
 
-    def prefill(self, layout: PromptLayout, features: Floats, seeds: Ints) -> Arrays:
-        have: Arrays = {name: getattr(layout, name) for name in ("input_ids", "position_ids", "token_kind")}
-        have |= {"image_features": features, "seed": seeds[:, None]}
+    def prefill(self, layout: PromptLayout, features: Floats, deep: Floats, seeds: Ints) -> Arrays:
+        names = ("input_ids", "position_ids", "token_kind", "rope_position_ids")
+        have: Arrays = {name: getattr(layout, name) for name in names}
+        have |= {"image_features": features, "seed": seeds[:, None], "rope_shift": layout.rope_shift}
+        have |= {f"deepstack_{i}": deep[:, i] for i in range(deep.shape[1])}
         for name in self.model.plan.stages:
             # Whatever an earlier prompt left in the caches must not matter.
             have |= {v.name: self.stale(v) for v in self.graphs[name].model.graph.inputs if "past_" in str(v.name)}
@@ -173,7 +206,9 @@ class Chain:
     def step(self, have: Arrays, tokens: Ints, positions: Ints) -> Floats:
         """Appends `tokens` [B] at `positions` [B] to the caches in `have`; logits [B,W]."""
         past = {"past" + n.removeprefix("present"): v for n, v in have.items() if n.startswith("present_")}
+        turn = (positions + have["rope_shift"])[:, None]
         after: Arrays = past | {"input_ids": tokens[:, None], "position_ids": positions[:, None]}
+        after["rope_position_ids"] = np.stack([turn] * 3, axis=2)
         self.run("decode", after)
         have |= {n: v for n, v in after.items() if n.startswith("present_")}
         return after["logits"]  # type: ignore[return-value]
@@ -184,12 +219,15 @@ class Chain:
 
 @dataclass(frozen=True)
 class Example:
-    """A staged model, its weights, and prompts [S_b] of any layout with V0 image tokens each."""
+    """A staged model, its weights, and prompts [S_b] of any layout with V0 image tokens each, which lie in a `grid`
+    under M-RoPE; `deep` [B,n,V0,D]."""
 
     model: StagedModel
     weights: dict[str, Floats]
+    grid: tuple[int, int] | None
     prompts: list[Ints]
     features: Floats
+    deep: Floats
     answers: Ints
     seeds: Ints
 
@@ -198,13 +236,13 @@ class Example:
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(self.prompts):
             ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
-        return lay_out(ids, mask, IMAGE_TOKEN, self.model.spec.vocab, self.model.budget)
+        return lay_out(ids, mask, ImageTokens(IMAGE_TOKEN), self.model.spec.vocab, self.model.budget, self.grid)
 
     def decoded(self) -> list[Decoded]:
         """What the statement says; examples whose ranking hangs on fp32's last bits are given up."""
         spec, plan = self.model.spec, self.model.plan
-        samples = zip(self.prompts, self.features, self.answers, self.seeds.tolist(), strict=True)
-        found = [decode(spec, plan, self.weights, *sample) for sample in samples]
+        samples = zip(self.prompts, self.features, self.deep, self.answers, self.seeds.tolist(), strict=True)
+        found = [decode(spec, plan, self.weights, self.grid, *sample) for sample in samples]
         assume(min(d.margin for d in found) > SURE)
         return found
 
@@ -243,14 +281,17 @@ def plans(draw: st.DrawFn, layers: int, visual: int) -> PruningPlan:
 @st.composite
 def examples(draw: st.DrawFn, unpruned: bool = False) -> Example:
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    layers = draw(st.integers(3, 5))
+    layers, pairs, m_rope = draw(st.integers(3, 5)), draw(st.integers(2, 4)), draw(st.booleans())
     spec = DecoderSpec(
         layers=layers, hidden=draw(st.integers(9, 24)), ffn=draw(st.integers(9, 24)), vocab=draw(st.integers(8, 20)),
-        heads=kv_heads * group, kv_heads=kv_heads, head_dim=2 * draw(st.integers(2, 4)),
+        heads=kv_heads * group, kv_heads=kv_heads, head_dim=2 * pairs,
         rope_base=draw(st.sampled_from([100.0, 10000.0])),
         qkv_bias=draw(st.booleans()), out_bias=draw(st.booleans()), mlp_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()), deepstack=draw(st.integers(0, layers)),
+        rope_axes=tuple(draw(st.lists(st.integers(0, 2), min_size=pairs, max_size=pairs))) if m_rope else (),
     )  # fmt: skip
-    visual, text, batch = draw(st.integers(1, 12)), draw(st.integers(1, 8)), draw(st.integers(1, 3))
+    rows, columns = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    visual, text, batch = rows * columns, draw(st.integers(1, 8)), draw(st.integers(1, 3))
     plan = draw(plans(layers, visual))
     if unpruned:
         plan = PruningPlan(tuple(replace(cut, remove=0.0, keep=None) for cut in plan.cuts))
@@ -260,12 +301,15 @@ def examples(draw: st.DrawFn, unpruned: bool = False) -> Example:
     for _ in range(batch):
         words = random.integers(FIRST_WORD, spec.vocab, draw(st.integers(0, text)))
         # Image tokens in one run, or anywhere: each word goes before one of them, or behind them all.
-        place = st.integers(0, visual) if draw(st.booleans()) else st.just(draw(st.sampled_from([0, visual])))
+        split = not m_rope and draw(st.booleans())
+        place = st.integers(0, visual) if split else st.sampled_from([0, visual])
         places = [draw(place) for _ in words]
         prompts.append(np.insert(np.full(visual, IMAGE_TOKEN), places, words))
     features = random.standard_normal((batch, visual, spec.hidden)).astype(np.float32)
-    answers = random.integers(FIRST_WORD, spec.vocab, (batch, NEW))
-    return Example(model, random_weights(model, random), prompts, features, answers, random.integers(0, 2**32, batch))
+    deep = random.standard_normal((batch, spec.deepstack, visual, spec.hidden)).astype(np.float32)
+    answers, seeds = random.integers(FIRST_WORD, spec.vocab, (batch, NEW)), random.integers(0, 2**32, batch)
+    grid = (rows, columns) if m_rope else None
+    return Example(model, random_weights(model, random), grid, prompts, features, deep, answers, seeds)
 
 
 def real(kept: NDArray[np.generic], kind: NDArray[np.generic]) -> Ints:
@@ -280,7 +324,7 @@ def real(kept: NDArray[np.generic], kind: NDArray[np.generic]) -> Ints:
 def test_staged_prefill_and_decode_equal_the_statement(example: Example) -> None:
     expected = example.decoded()
     layout, chain = example.layout(), Chain(example.model, example.weights)
-    have = chain.prefill(layout, example.features, example.seeds)
+    have = chain.prefill(layout, example.features, example.deep, example.seeds)
     for sample, wanted in enumerate(expected):
         for cut, name in enumerate(example.model.plan.stages[1:]):
             kept = real(have[f"kept_{name}"][sample], have[f"kind_{name}"][sample])
@@ -297,7 +341,9 @@ def test_staged_prefill_and_decode_equal_the_statement(example: Example) -> None
 def test_text_is_never_dropped_and_budgets_are_met(example: Example) -> None:
     """Whatever the ranking: also where scores are too close for the test above."""
     budget, prompts = example.model.budget, example.prompts
-    have = Chain(example.model, example.weights).prefill(example.layout(), example.features, example.seeds)
+    have = Chain(example.model, example.weights).prefill(
+        example.layout(), example.features, example.deep, example.seeds
+    )
     before = [np.arange(len(prompt)) for prompt in prompts]
     for name, visual, total in zip(example.model.plan.stages[1:], budget.visual[1:], budget.total[1:], strict=True):
         assert have[f"kept_{name}"].shape == (len(prompts), total)
@@ -320,8 +366,8 @@ def test_unpruned_decode_equals_prefill_of_the_longer_prompt(example: Example) -
 
     def prefill(answered: int) -> tuple[PromptLayout, Arrays]:
         longer = [np.append(p, a[:answered]) for p, a in zip(example.prompts, example.answers, strict=True)]
-        layout = Example(model, example.weights, longer, example.features, example.answers, example.seeds).layout()
-        return layout, chain.prefill(layout, example.features, example.seeds)
+        layout = replace(example, model=model, prompts=longer).layout()
+        return layout, chain.prefill(layout, example.features, example.deep, example.seeds)
 
     layout, have = prefill(0)
     for step in range(NEW):

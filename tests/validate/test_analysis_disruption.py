@@ -72,7 +72,7 @@ def rows_of(kind: str, sample: Sample, image_token: int, seed: tuple[int, int, i
         return image
     if kind == "image-to-text":
         return range(image[-1] + 1, len(sample.input_ids))
-    spans = spans_of(sample.input_ids, image_token)
+    spans = spans_of(sample.input_ids == image_token)
     allowed = allowed_by("random", spans, np.random.default_rng(seed))
     seen = np.tri(len(allowed), dtype=bool) & ~allowed
     return np.flatnonzero(seen.any(1)).tolist()
@@ -114,7 +114,7 @@ def test_the_last_layer_s_window_only_matters_to_the_last_row(work: Workshop, ki
 def test_drawn_rows(shape: int) -> None:
     """As many as the instruction has, image and instruction rows alike, other columns untouched, by the seed."""
     sample, token = asked("mha")[shape], TINY["mha"].image_token
-    spans, causal = spans_of(sample.input_ids, token), np.tri(len(sample.input_ids), dtype=bool)
+    spans, causal = spans_of(sample.input_ids == token), np.tri(len(sample.input_ids), dtype=bool)
     seen = np.zeros(len(causal), int)
     for seed in range(300):
         allowed = allowed_by("random", spans, np.random.default_rng(seed))
@@ -136,7 +136,7 @@ def test_drawn_rows(shape: int) -> None:
 def test_image_at_the_start_sees_itself(work: Workshop) -> None:
     """Without a system token, image-to-image leaves image rows nothing else; the numbers stay finite."""
     sample = asked("mha")[2]
-    spans = spans_of(sample.input_ids, TINY["mha"].image_token)
+    spans = spans_of(sample.input_ids == TINY["mha"].image_token)
     allowed = allowed_by("image-to-image", spans, np.random.default_rng(0))
     count = int(spans.image.sum())
     np.testing.assert_array_equal(allowed[:count, :count], np.eye(count, dtype=bool))

@@ -130,7 +130,7 @@ def test_tokens_that_the_scores_do_not_explain_fail_the_kept_gate(work: Workshop
     parity = judged(work, "gqa2", right, prompts=1)
     kept = parity.outputs["kept_k1"][0]
     ids = drawn_inputs(right.bundle, 1, seed=0).input_ids[0]
-    image = np.flatnonzero(ids == right.manifest.model.image_token)
+    image = np.flatnonzero(ids == right.manifest.model.image.token)
     swap = {int(np.intersect1d(image, kept)[0]): int(np.setdiff1d(image, kept)[0])}
     replace = np.vectorize(lambda position: swap.get(int(position), position), otypes=[np.int64])
     wrong = Sabotaged(bundle, "k1", "kept_k1", lambda k, _: replace(k))

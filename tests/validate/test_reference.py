@@ -80,7 +80,7 @@ def test_himap_tiny_equals_the_authors_results(name: str, attention: str) -> Non
     np.testing.assert_allclose(got.scores[1][0], golden["score2"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got.logits, golden["logits_last"], atol=1e-4)
     with torch.no_grad():
-        rows = reference.model.lm_head(reference.decoder.norm(torch.from_numpy(got.hidden[-1][0])))
+        rows = reference.judge.head(reference.decoder.norm(torch.from_numpy(got.hidden[-1][0])))
     np.testing.assert_allclose(rows.numpy(), golden["logits"][0], atol=1e-4)
     assert generate(reference, inputs, 1, GOLDEN[name]).tolist() == [[int(golden["logits_last"].argmax())]]
     np.testing.assert_allclose(prefill(reference, inputs).logits, golden["unpruned_last"], atol=1e-4)
@@ -125,14 +125,14 @@ def test_forward_and_step_on_a_batch_equal_one_by_one(made: Made) -> None:
     tiny, folder, _ = made("mqa4")
     reference = Reference(folder, attn_implementation="sdpa")
     inputs = make_inputs(tiny, [6, 6], [3, 3])
-    embeds = torch.stack(reference.embed(inputs.input_ids, inputs.pixel_values))
-    logits, cache = reference.forward(embeds)
+    prompts = reference.embed(inputs.input_ids, inputs.pixel_values)
+    logits, cache = reference.forward(prompts)
     single = prefill(reference, inputs)
     np.testing.assert_allclose(logits, single.logits, atol=2e-5)
     tokens = logits.argmax(-1)
     following = reference.replay(single, np.stack([tokens.numpy()] * 2, 1))
     np.testing.assert_allclose(following[:, 0], single.logits)
-    np.testing.assert_allclose(reference.step(tokens, embeds.shape[1], cache), following[:, 1], atol=2e-5)
+    np.testing.assert_allclose(reference.step(tokens, prompts.hidden.shape[1], cache), following[:, 1], atol=2e-5)
 
 
 # --- pruned: an independent computation without a cache, in which every layer's visible set is explicit ---

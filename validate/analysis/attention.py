@@ -23,14 +23,15 @@ class Prompt:
     """One sample in the decoder. Valid inside `prompts` only, where the decoder's attention is eager."""
 
     def __init__(self, reference: Reference, sample: Sample) -> None:
-        self.sample, self.spans = sample, spans_of(sample.input_ids, reference.image_token)
+        self._state = reference.start(sample.input_ids, sample.pixel_values)
+        self.sample, self.spans = sample, spans_of(self._state.is_image.cpu().numpy())
         self.layers = reference.layers
-        self._decoder, self._head = reference.decoder, reference.model.lm_head
-        self.embeds = reference.embed(sample.input_ids[None], sample.pixel_values)[0][None]  # [1,S,D]
+        self._decoder, self._head = reference.decoder, reference.judge.head
+        self.embeds = self._state.hidden  # [1,S,D]
         size, device = self.embeds.shape[1], self.embeds.device
         self._positions = torch.arange(size, device=device)[None]
         with torch.no_grad():
-            self._rotary = self._decoder.rotary_emb(self.embeds, position_ids=self._positions)
+            self._rotary = reference.rotary(self.embeds, reference.turns(self._state))
         self.causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
 
     def run(self, layer: int, hidden: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -43,7 +44,7 @@ class Prompt:
         output: Tensor = self._decoder.layers[layer](
             hidden, attention_mask=mask[None, None], position_ids=self._positions, position_embeddings=self._rotary
         )
-        return output
+        return self._state.deepened(layer, output)
 
     def run_with_map(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The same, causal; also the attention probabilities [1,H,S,S], in the graph of the output if there is one."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from PIL import Image
 
 from himap_export.engines.image import load_image
@@ -31,12 +32,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Seen:
-    """One question's Grad-CAM over its image: a contact sheet of the decoder's layers, one of the tower's."""
+    """One question's Grad-CAM over its image: contact sheets by name, of the decoder's layers and, where its patches
+    lie as the image tokens do, of the tower's."""
 
     question: str
     answer: str
-    decoder: Image.Image
-    vision: Image.Image
+    sheets: dict[str, Image.Image]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def analyze(reference: Reference, prompter: Prompter, examples: Sequence[Example
         for example, sample in list(zip(examples, samples, strict=True))[: asked.cams]
     )
     advice = recommend(curves(flows, disrupted, reference.layers))
-    tokens = int((samples[0].input_ids == reference.image_token).sum())
+    tokens = int(reference.judge.is_image(torch.as_tensor(samples[0].input_ids)).sum())
     return Flow(reference.layers, tokens, flows, looks, disrupted, seen, advice)
 
 
@@ -94,8 +95,9 @@ def _sample(prompter: Prompter, example: Example) -> Sample:
 
 def _seen(reference: Reference, prompter: Prompter, example: Example, sample: Sample, asked: Asked) -> Seen:
     cams, image = grad_cams(reference, sample, asked.smooth, seed=asked.seed), load_image(example.image)
-    decoder, vision = (
-        strip([(f"layer {n}", overlay(image, prompter.image, heat)) for n, heat in enumerate(part)])
-        for part in (cams.decoder, cams.vision)
-    )
-    return Seen(example.question, expected(example), decoder, vision)
+    sheets = {
+        name: strip([(f"layer {n}", overlay(image, prompter.image, heat)) for n, heat in enumerate(part)])
+        for name, part in (("decoder", cams.decoder), ("tower", cams.vision))
+        if len(part)
+    }
+    return Seen(example.question, expected(example), sheets)

@@ -34,7 +34,7 @@ class Cams:
     """
 
     decoder: Heat  # [L,h,w]
-    vision: Heat  # [Lv,h,w]
+    vision: Heat  # [Lv,h,w]; Lv is 0 for towers whose patches do not lie as the image tokens do
 
 
 def grad_cams(
@@ -77,7 +77,7 @@ def _unit(heat: Heat) -> Heat:
 
 
 def _cams(reference: Reference, prompt: Prompt) -> tuple[Heat, Heat]:
-    side = _side(reference)
+    side = reference.judge.grid((prompt.sample.pixel_values.shape[2], prompt.sample.pixel_values.shape[3]))
     image = torch.from_numpy(np.flatnonzero(prompt.spans.image)).to(prompt.embeds.device)
     states = prompt.states()
     with torch.enable_grad():
@@ -98,32 +98,21 @@ def _tower(reference: Reference, sample: Sample, gradient: Tensor, side: tuple[i
     outputs: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda module, arguments, output: outputs.append(_first(output)))
-        for layer in _vision_layers(reference)
+        for layer in reference.judge.vision_layers
     ]
     try:
         with torch.enable_grad():
-            pixels = torch.as_tensor(sample.pixel_values).to(reference.device, reference.model.dtype).requires_grad_()
-            found = reference.model.model.get_image_features(pixel_values=pixels).pooler_output
-            features = torch.cat(list(found)).flatten(0, -2)
+            pixels = torch.as_tensor(sample.pixel_values).to(reference.device, reference.dtype).requires_grad_()
+            features = reference.judge.see(pixels).features
             gradients = torch.autograd.grad(features, outputs, gradient, allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
     pairs = [(f[0].detach(), g[0]) for f, g in zip(outputs, gradients, strict=True) if g is not None]
-    return np.stack([heat_of(f, g, side) for f, g in pairs])
+    return np.stack([heat_of(f, g, side) for f, g in pairs]) if pairs else np.zeros((0, *side), np.float32)
 
 
 def _first(output: Any) -> Tensor:
     """A layer's hidden states, which some modules return in a tuple."""
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
-
-
-def _vision_layers(reference: Reference) -> Any:
-    tower = reference.model.model.vision_tower
-    return getattr(tower, "vision_model", tower).encoder.layers
-
-
-def _side(reference: Reference) -> tuple[int, int]:
-    vision = reference.model.config.vision_config
-    return vision.image_size // vision.patch_size, vision.image_size // vision.patch_size

@@ -153,7 +153,7 @@ def _cams(flow: Flow) -> tuple[Block, ...]:
     pictures = [
         Picture(f"cam-{n}-{part}", png(image, 1600), f"{seen.question} - {seen.answer} ({part})")
         for n, seen in enumerate(flow.seen, 1)
-        for part, image in (("decoder", seen.decoder), ("tower", seen.vision))
+        for part, image in seen.sheets.items()
     ]
     return (Gallery(tuple(pictures), "Heat is relative to the largest value of its layer.", wide=True),)
 

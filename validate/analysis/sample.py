@@ -28,12 +28,11 @@ class Spans:
     instruction: NDArray[np.bool_]  # [S] text after the last image token
 
 
-def spans_of(input_ids: NDArray[np.int64], image_token: int) -> Spans:
-    """The spans of a prompt `input_ids` [S]. HimapError if it has no image token."""
-    image = input_ids == image_token
+def spans_of(image: NDArray[np.bool_]) -> Spans:
+    """The spans of a prompt whose image tokens are `image` [S]. HimapError if it has none."""
     if not image.any():
         raise HimapError(
-            "a prompt has no image to follow", f"no token is {image_token}", "expand the image placeholder"
+            "a prompt has no image to follow", "no token is an image's", "expand the placeholder"
         )
     instruction = np.arange(len(image)) > np.flatnonzero(image)[-1]
     return Spans(~image & ~instruction, image, instruction)

@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.engines.backends import load_backend
-    from himap_export.exporter.checkpoint import read_config
-    from himap_export.exporter.llava import decoder_spec
+    from himap_export.exporter.planning import describe
+    from himap_export.exporter.registry import resolve
     from himap_export.validate.answers import claim
     from himap_export.validate.dataset import Dataset, read_dataset
     from himap_export.validate.html.drawing import matplotlib
@@ -86,7 +86,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     if not args.no_time:
         load_backend(BACKEND).check(args.dtype, "auto")  # now, not after hours of sweeping
     folder = checkpoint_folder(args.model)
-    layers = decoder_spec(read_config(folder)).layers
+    layers = describe(resolve(str(folder)))[0].layers
     k1, k2 = defaults(layers)
     candidates = grid(args.k1 or k1, args.r1, args.k2 or k2, args.r2, layers)
     data = read_dataset(args.dataset, args.skip_bad)

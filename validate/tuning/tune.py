@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from himap_export.engines.bundle import digest
-from himap_export.exporter.checkpoint import read_config
-from himap_export.exporter.llava import decoder_spec, vision_spec
+from himap_export.exporter.planning import describe
+from himap_export.exporter.registry import resolve
 from himap_export.graphs.flops import true_ratio
 from himap_export.graphs.plan import Visual
 from himap_export.graphs.spec import DecoderSpec, Dtype
@@ -63,8 +63,9 @@ class Tuned:
 
 def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, asked: Asked) -> Tuned:
     """Answers what the log does not hold yet, then judges; HimapError as `sweep`, or if the log is another sweep's."""
-    config, prompter = read_config(checkpoint), prompter_of_checkpoint(checkpoint)
-    spec, tokens = decoder_spec(config), vision_spec(config).tokens
+    prompter = prompter_of_checkpoint(checkpoint)
+    spec, (vision,) = describe(resolve(str(checkpoint)))
+    tokens = vision.tokens
     text = max(prompter.text_tokens(e) for e in data.examples)
     flops = {c.name: _ratio(spec, c, tokens, text) for c in asked.candidates}
     with AnswerLog(log_file, _header(checkpoint, dataset_file, asked)) as log:

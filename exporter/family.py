@@ -1,0 +1,108 @@
+"""What an export must know of a family of models: one row of functions over its config.json.
+
+Adding a family is writing such a row; docs/add-a-model.md goes through it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from himap_export.engines.image import ImagePreprocessing
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.spec import DecoderSpec
+
+if TYPE_CHECKING:
+    import torch
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What the user asked the image to be: `size` (height, width) in pixels, `tiles` in number; None: the model's."""
+
+    size: tuple[int, int] | None = None
+    tiles: int | None = None
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """What the vision graph takes and gives, all of it static.
+
+    Pixels [B*tiles,channels,height,width] to features [B,tokens,D]; `size` is (height, width) of one tile. `tokens` are
+    V0, of all tiles; `grid` is (rows, columns) of those that stand for one tile, in reading order, behind
+    `tokens` - tiles * rows * columns that stand for no place (a class token). `deepstack` counts further outputs
+    [B,tokens,D], added to the image tokens behind the first decoder layers.
+    """
+
+    size: tuple[int, int]
+    channels: int
+    tokens: int
+    grid: tuple[int, int]
+    tiles: int = 1
+    deepstack: int = 0
+
+
+@dataclass(frozen=True)
+class PromptRules:
+    """How prompts of a family look where its checkpoint does not say, and the ids that say where images are.
+
+    `image_token`: the id of an image token in `input_ids`. `between`: if set, image tokens are whatever ids stand
+    between these two. `image_text`: the placeholder in `template` and in the tokenizer, which also holds `{prompt}`.
+    `surround` (before, after) goes around the placeholder in a rendered chat template. `eos`, `pad`: for checkpoints
+    without a generation_config.json. `positions`: how many the decoder has.
+    """
+
+    image_token: int
+    image_text: str
+    template: str
+    positions: int
+    eos: tuple[int, ...]
+    pad: int | None = None
+    between: tuple[int, int] | None = None
+    surround: tuple[str, str] = ("", "")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of config.json. HimapError (usage) from any of these for a configuration they cannot follow.
+
+    `module`: the tower and projector without storage (meta device), as `exporter/vision.py` exports it. `names`: the
+    names under which checkpoints store a tensor, the published checkpoints' first. Its role is a decoder name as in
+    `graphs` ("layers.0.self_attn.q_proj.weight", "lm_head.weight") or a parameter's name in `module`. A name with
+    `[a:b]` behind it is those rows of a fused tensor. `image`: how pictures become pixels if the checkpoint does not
+    say. `tokenizer`: makes tokenizer.json's content for a checkpoint folder that has none, if it can. `tower`: another
+    checkpoint, folder or Hugging Face id, that holds the vision tower's tensors.
+    """
+
+    architecture: str
+    decoder: Callable[[Config], DecoderSpec]
+    vision: Callable[[Config, Picture], VisionSpec]
+    module: Callable[[Config, VisionSpec, "torch.dtype"], "torch.nn.Module"]
+    names: Callable[[Config, str], Iterator[str]]
+    prompt: Callable[[Config], PromptRules]
+    image: Callable[[Config, VisionSpec], ImagePreprocessing]
+    tokenizer: Callable[[Path, PromptRules], bytes | None] = lambda folder, rules: None
+    tower: Callable[[Config], str | None] = lambda config: None
+
+
+def tied(config: Config) -> bool:
+    """Whether the head is the embedding's matrix."""
+    return bool(config.get("text_config", {}).get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+
+
+def only(what: str, found: object, *supported: object) -> None:
+    """HimapError (usage) unless `found` is one of `supported`."""
+    if found not in supported:
+        raise HimapError(f"unsupported {what} {found}", f"supported: {', '.join(map(str, supported))}", code=Exit.USAGE)
+
+
+def fixed_size(asked: Picture, size: tuple[int, int]) -> tuple[int, int]:
+    """`size`, of a tower that takes one picture of this one size; HimapError (usage) if anything else was asked for."""
+    if asked.size not in (None, size):
+        details = f"this model's pictures are {size[1]}x{size[0]}"
+        raise HimapError(f"--image-size {asked.size[1]}x{asked.size[0]} does not fit", details, code=Exit.USAGE)
+    if asked.tiles not in (None, 1):
+        raise HimapError(f"--tiles {asked.tiles} does not fit", "this model sees its picture whole", code=Exit.USAGE)
+    return size

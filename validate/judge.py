@@ -1,0 +1,132 @@
+"""Hugging Face's own modules for one checkpoint, whatever its family: what `reference.py` runs layer by layer.
+
+Where transformers knows the architecture, it loads the checkpoint. Releases that it does not know are put into its
+modules by `originals/`. Nothing here is shared with the rooms that are judged.
+
+Shape letters as in reference.py; P image patches before they are merged, m the side of a merged block.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the tower makes of images: `features` [V,D] of all of them, one behind the other; `deepstack`: as many more
+    features, added to the image tokens behind the first layers (Qwen3-VL)."""
+
+    features: Tensor
+    deepstack: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Judge:
+    """`whole` holds all parameters; `decoder` has embed_tokens, layers, norm, rotary_emb.
+
+    `see`: pixels [n,3,H,W] to what the tower makes of them. `is_image`: which of ids [S] are image tokens. `places`: of
+    ids [S] whose image is [H,W] pixels, what M-RoPE turns by [3,S]; None for models with one position a token. `grid`:
+    rows and columns of the tokens of an image of [H,W] pixels. `vision_layers`: those of the tower whose patches lie
+    as these tokens do, in front of them a class token if there is one.
+    """
+
+    whole: torch.nn.Module
+    decoder: Any
+    head: Callable[[Tensor], Tensor]
+    see: Callable[[Tensor], Seen]
+    is_image: Callable[[Tensor], Tensor]
+    stop_tokens: tuple[int, ...]
+    pad_token: int
+    grid: Callable[[tuple[int, int]], tuple[int, int]]
+    vision_layers: Sequence[torch.nn.Module] = ()
+    places: Callable[[Tensor, tuple[int, int]], Tensor] | None = None
+
+
+def load_judge(folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str) -> Judge:
+    """The checkpoint in `folder`, in `dtype`. ValueError or OSError if a weight is missing or does not fit."""
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    load = _ORIGINALS.get(architecture, _hugging_face)
+    return load(folder, dtype, decoder_attention, vision_attention)
+
+
+def _hugging_face(folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str) -> Judge:
+    loaded: tuple[Any, dict[str, Any]] = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation={
+            "": vision_attention,
+            "vision_config": vision_attention,
+            "text_config": decoder_attention,
+        },
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    model, report = loaded
+    # Hugging Face only warns and goes on with random weights. Unexpected ones (old rotary tables) do no harm.
+    if problems := {name: found for name, found in report.items() if found and name != "unexpected_keys"}:
+        raise ValueError(f"{folder} does not hold the model's weights: {problems}")
+    model.eval()
+    stop = model.generation_config.eos_token_id
+    stop_tokens = () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
+    pad = model.generation_config.pad_token_id
+    merged, vision = _MERGED.get(model.config.model_type), model.config.vision_config
+    patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    side = patch * round(getattr(vision, "spatial_merge_size", 1) / getattr(model.config, "downsample_ratio", 1))
+    tower = getattr(model.model, "vision_tower", None)
+    clip = getattr(tower, "vision_model", tower) if model.config.model_type == "llava" else None
+    return Judge(
+        whole=model,
+        decoder=model.model.language_model,
+        head=model.lm_head,
+        see=(lambda pixels: _see(model, pixels)) if merged is None else (lambda pixels: merged(model, pixels)),
+        is_image=lambda ids: ids == model.config.image_token_id,
+        stop_tokens=stop_tokens,
+        pad_token=pad if pad is not None else next(iter(stop_tokens), 0),
+        grid=lambda size: (size[0] // side, size[1] // side),
+        vision_layers=() if clip is None else clip.encoder.layers,
+        places=None if merged is None else (lambda ids, size: _places(model, ids, size)),
+    )
+
+
+def _see(model: Any, pixels: Tensor) -> Seen:
+    """Towers that take pictures: LLaVA's, InternVL's."""
+    return Seen(torch.cat(list(model.model.get_image_features(pixel_values=pixels).pooler_output)).flatten(0, -2))
+
+
+def _see_patches(model: Any, pixels: Tensor) -> Seen:
+    """Towers that take patches [P, 3*2*p*p], in the order of Qwen2VLImageProcessor: m x m blocks that will be merged,
+    a picture counted as a film of two equal frames."""
+    vision = model.config.vision_config
+    n, channels, height, width = pixels.shape
+    p, m, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    rows, columns = height // p, width // p
+    blocks = pixels.reshape(n, channels, rows // m, m, p, columns // m, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    film = blocks.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, frames, -1, -1)
+    grid = torch.tensor([[1, rows, columns]] * n, device=pixels.device)
+    found = model.model.get_image_features(
+        pixel_values=film.reshape(n * rows * columns, -1), image_grid_thw=grid, return_dict=True
+    )
+    deepstack = getattr(found, "deepstack_features", None) or ()
+    return Seen(torch.cat(list(found.pooler_output)), tuple(deepstack))
+
+
+def _places(model: Any, ids: Tensor, size: tuple[int, int]) -> Tensor:
+    """Hugging Face's own count of time, row and column."""
+    p = model.config.vision_config.patch_size
+    grid = torch.tensor([[1, size[0] // p, size[1] // p]], device=ids.device)
+    kinds = (ids == model.config.image_token_id).to(torch.int32)
+    places, _ = model.model.get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grid)
+    found: Tensor = places[:, 0]
+    return found
+
+
+_MERGED: Mapping[str, Callable[[Any, Tensor], Seen]] = {"qwen2_5_vl": _see_patches, "qwen3_vl": _see_patches}
+_ORIGINALS: Mapping[str, Callable[[Path, torch.dtype, str, str], Judge]] = {}
