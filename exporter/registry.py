@@ -6,11 +6,11 @@ from typing import Any
 
 from himap_export.exporter.aliases import ALIASES
 from himap_export.exporter.checkpoint import read_config
-from himap_export.exporter.families import llava
+from himap_export.exporter.families import llava, qwen2_5_vl, qwen3_vl
 from himap_export.exporter.family import Family
 from himap_export.graphs.errors import Exit, HimapError
 
-FAMILIES = {family.architecture: family for family in (llava.FAMILY,)}
+FAMILIES = {family.architecture: family for family in (llava.FAMILY, qwen2_5_vl.FAMILY, qwen3_vl.FAMILY)}
 # What an export reads of a repository on the hub: never code, never pickles.
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.tiktoken", "tokenizer.model")
 

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from families import FAMILIES, make_family
 from tiny import TINY, Inputs, Tiny, make_llava
 
 from himap_export.engines.backends import Opening
@@ -112,6 +113,22 @@ class Workshop:
         with self._once(f"bundle-{name}-{key}") as (folder, missing):
             if missing:
                 assert call(export_main, source, *text, "--out", folder) == 0
+        return folder
+
+    def family(self, name: str) -> Path:
+        """The checkpoint of one of FAMILIES."""
+        with self._once(f"family-{name}") as (folder, missing):
+            if missing:
+                make_family(folder, name)
+        return folder
+
+    def family_bundle(self, name: str, *flags: object, key: str = "") -> Path:
+        """What `himap-export` makes of one of FAMILIES; `key` tells apart files that go by one name."""
+        text = [*map(str, (*FAMILIES[name].flags, *flags)), "--text-budget", "24", "--max-new-tokens", "16"]
+        digest = hashlib.sha256(" ".join([*text, key]).encode()).hexdigest()[:12]
+        with self._once(f"family-{name}-{digest}") as (folder, missing):
+            if missing:
+                assert call(export_main, self.family(name), *text, "--out", folder) == 0
         return folder
 
     def pipeline(self, bundle: Path) -> Pipeline:

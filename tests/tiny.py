@@ -126,14 +126,14 @@ def make_llava(folder: Path, tiny: Tiny = TINY["mha"], **changes: Any) -> Tiny:
         tie_word_embeddings=tiny.tie_word_embeddings,
     )
     model = LlavaForConditionalGeneration(config)
-    _randomise(model, tiny.seed, tiny.tie_word_embeddings)
+    randomise(model, tiny.seed, tiny.tie_word_embeddings)
     size = sum(weight.numel() * weight.element_size() for weight in model.state_dict().values())
     shard = size // 3 if tiny.sharded else size + 1
     model.to(tiny.dtype).save_pretrained(folder, max_shard_size=shard)
     return tiny
 
 
-def _randomise(model: torch.nn.Module, seed: int, tied: bool) -> None:
+def randomise(model: torch.nn.Module, seed: int, tied: bool) -> None:
     """Weights of himap-tiny's scale, whatever the sizes; norms and biases too, so that none can be forgotten unseen."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in sorted(model.named_parameters()):

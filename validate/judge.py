@@ -115,7 +115,7 @@ def _see_patches(model: Any, pixels: Tensor) -> Seen:
         pixel_values=film.reshape(n * rows * columns, -1), image_grid_thw=grid, return_dict=True
     )
     deepstack = getattr(found, "deepstack_features", None) or ()
-    return Seen(torch.cat(list(found.pooler_output)), tuple(deepstack))
+    return Seen(torch.cat(list(found.pooler_output)), tuple(torch.cat(list(parts)) for parts in deepstack))
 
 
 def _places(model: Any, ids: Tensor, size: tuple[int, int]) -> Tensor:

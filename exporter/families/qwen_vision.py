@@ -1,0 +1,170 @@
+"""What the towers of Qwen2.5-VL and Qwen3-VL share: static sizes, the order of patches, rotary tables, attention.
+
+Hugging Face's towers read the picture's grid at run time and see all pictures as one ragged sequence. Here the grid is
+known, so whatever depends on it alone is a table written into the graph, and pictures are a batch [B,N,D], N patches.
+Letters of this file: m `spatial_merge_size`, N patches, V = N / m^2 merged tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from himap_export.engines.image import ImagePreprocessing
+from himap_export.exporter.family import Config, Picture, PromptRules, VisionSpec, only
+from himap_export.graphs.errors import Exit, HimapError
+
+if TYPE_CHECKING:
+    import torch
+
+Array = npt.NDArray[Any]
+DEFAULT_SIDE = 448  # pixels
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+USER = f"<|im_start|>user\n{IMAGE}{{prompt}}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def vision_spec(tower: Any, asked: Picture, deepstack: int = 0) -> VisionSpec:
+    """Of a Hugging Face vision config; HimapError (usage) for a size that is no whole number of merged patches."""
+    only("frames of a patch", tower.temporal_patch_size, 2)
+    if asked.tiles not in (None, 1):
+        raise HimapError(f"--tiles {asked.tiles} does not fit", "this model sees its picture whole", code=Exit.USAGE)
+    unit = tower.patch_size * tower.spatial_merge_size
+    near = max(1, round(DEFAULT_SIDE / unit)) * unit
+    height, width = size = asked.size or (near, near)
+    if height % unit or width % unit or min(size) < unit:
+        # Halves round up: `round` would take them to the even multiple.
+        fits = [max(1, (side + unit // 2) // unit) * unit for side in size]
+        details = f"both sides must be multiples of {unit}; the nearest size is {fits[1]}x{fits[0]}"
+        raise HimapError(f"--image-size {width}x{height} does not fit", details, code=Exit.USAGE)
+    grid = (height // unit, width // unit)
+    return VisionSpec(size, tower.in_channels, grid[0] * grid[1], grid, deepstack=deepstack)
+
+
+def prompt_rules(config: Config, system: str, positions: int) -> PromptRules:
+    """ChatML, `system` in front; ids as in every published checkpoint."""
+    return PromptRules(
+        config.get("image_token_id", 151655),
+        "<|image_pad|>",
+        system + USER,
+        positions,
+        eos=(151645, 151643),
+        pad=151643,
+    )
+
+
+def letterboxed(
+    spec: VisionSpec, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> ImagePreprocessing:
+    """The whole picture within `spec.size`; the rest has the mean colour, which normalises to about zero."""
+    color = (int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255))
+    return ImagePreprocessing(
+        resize=spec.size, crop=None, resample="bicubic", mean=mean, std=std, pad_color=color, letterbox=True
+    )
+
+
+def only_plain_rope(rope: Mapping[str, Any], sections: Sequence[int], head_dim: int) -> None:
+    """HimapError (usage) for rotary positions other than unscaled M-RoPE over the whole head."""
+    only("rotary embedding", rope.get("rope_type", "default"), "default", "mrope")
+    only("partial rotary factor", rope.get("partial_rotary_factor", 1.0), 1.0)
+    only("sum of mrope_section", sum(sections), head_dim // 2)
+    only("number of mrope_section", len(sections), 3)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Merged tokens ordered so that each window's stand together, windows of one size side by side.
+
+    `order` [V]: the place in reading order of each. `groups`: (windows, merged tokens of one), largest first.
+    """
+
+    order: Array
+    groups: tuple[tuple[int, int], ...]
+
+    @property
+    def reading_order(self) -> Array:
+        """[V]: the index that undoes `order`."""
+        return np.argsort(self.order)
+
+
+def windows(grid: tuple[int, int], side: int) -> Windows:
+    """Windows of `side` x `side` merged tokens, the last row and column of them cut off at the picture's edge.
+
+    As in transformers' `get_vision_window_index`, but the ragged windows come last so that each size is one batch.
+    """
+    members: dict[tuple[int, int], list[int]] = {}
+    for row, column in np.ndindex(*grid):
+        members.setdefault((row // side, column // side), []).append(row * grid[1] + column)
+    sized = sorted(members.values(), key=len, reverse=True)
+    lengths = [len(window) for window in sized]
+    groups = tuple((lengths.count(n), n) for n in dict.fromkeys(lengths))
+    return Windows(np.concatenate([np.array(window) for window in sized]), groups)
+
+
+def patch_order(grid: tuple[int, int], merge: int, order: Array) -> Array:
+    """[N]: where, in reading order, the patches are that make up the merged tokens `order`, m*m behind each other."""
+    rows, columns = grid
+    patches = np.arange(rows * columns * merge * merge).reshape(rows, merge, columns, merge)
+    ordered: Array = patches.transpose(0, 2, 1, 3).reshape(rows * columns, -1)[order].reshape(-1)
+    return ordered
+
+
+def rotary_tables(tower: Any, columns: int, patches: Array) -> tuple[Array, Array]:
+    """cos and sin [N,E/2] in fp32: half of the frequencies turn by a patch's row, half by its column.
+
+    `columns` patches wide is the picture; `patches` their places in reading order. As Hugging Face's
+    Qwen2_5_VLVisionRotaryEmbedding, whose tables hold each half twice.
+    """
+    rope, half = getattr(tower, "rope_parameters", None) or {}, tower.hidden_size // tower.num_heads // 2
+    exponent = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
+    frequency = 1 / np.float32(rope.get("rope_theta", 10000.0)) ** exponent
+    place = np.stack([patches // columns, patches % columns], axis=1).astype(np.float32)
+    angle = (place[:, :, None] * frequency).reshape(len(patches), -1)
+    return np.cos(angle), np.sin(angle)
+
+
+def fill(module: "torch.nn.Module", constants: Mapping[str, Array]) -> None:
+    """Gives `module` a meta buffer for each constant; call it behind `.to(dtype)`, which would round the tables."""
+    import torch
+
+    for name, values in constants.items():
+        module.register_buffer(name, torch.from_numpy(values).to("meta"), persistent=False)
+    module.constants = dict(constants)  # type: ignore[assignment]
+
+
+def embed(proj: Any, pixels: "torch.Tensor", order: "torch.Tensor") -> "torch.Tensor":
+    """Patches [B,N,D] in `order`, of pixels [B,3,H,W]: `proj`, a Conv3d over frames, of a picture that stands still.
+
+    The frames become channels: a Conv2d over [c0,c0,c1,c1,..] adds the same products as the Conv3d over two frames.
+    """
+    import torch.nn.functional as F
+
+    frames, stride = proj.kernel_size[0], proj.kernel_size[1:]
+    still = pixels.unsqueeze(2).expand(-1, -1, frames, -1, -1).flatten(1, 2)
+    return F.conv2d(still, proj.weight.flatten(1, 2), proj.bias, stride).flatten(2).transpose(1, 2)[:, order]
+
+
+def attend(
+    attention: Any, x: "torch.Tensor", cos: "torch.Tensor", sin: "torch.Tensor", groups: Sequence[tuple[int, int]]
+) -> "torch.Tensor":
+    """Hugging Face's Qwen VL vision attention, from x [B,N,D] to [B,N,D]; rotary positions in fp32 as there.
+
+    `groups` (windows, patches of one) cover N: patches attend within their window, and a group is one Attention node.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    batch, heads = x.shape[0], attention.num_heads
+    tables = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
+    q, k, v = attention.qkv(x).unflatten(-1, (3, -1)).unbind(2)  # `chunk` would make a sequence, which TensorRT refuses
+    q, k = (torch.onnx.ops.rotary_embedding(y.float(), *tables, num_heads=heads).to(x.dtype) for y in (q, k))
+    edges, parts = [0, *accumulate(count * patches for count, patches in groups)], []
+    for (count, patches), start, stop in zip(groups, edges[:-1], edges[1:], strict=True):
+        shape = (batch * count, patches, heads, -1)
+        query, key, value = (y[:, start:stop].reshape(shape).transpose(1, 2) for y in (q, k, v))
+        seen = F.scaled_dot_product_attention(query, key, value)
+        parts.append(seen.transpose(1, 2).reshape(batch, count * patches, -1))
+    found: torch.Tensor = attention.proj(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+    return found

@@ -1,0 +1,207 @@
+"""The static towers of Qwen2.5-VL and Qwen3-VL see what Hugging Face's see, whatever the size of the picture."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from transformers import (
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
+
+from himap_export.engines.nvinfer.flavour import RTX, log_of
+from himap_export.exporter.families import qwen2_5_vl, qwen3_vl
+from himap_export.exporter.family import Family, Picture
+from himap_export.exporter.vision import vision_graph
+from himap_export.graphs.build import StageGraph
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.spec import Dtype
+
+TEXT: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+TEXT |= {"num_key_value_heads": 1, "vocab_size": 64, "rope_theta": 5e5, "max_position_embeddings": 512}
+ROPE_2_5 = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+ROPE_3 = {"rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [4, 2, 2]}}
+TOWER = {"depth": 4, "hidden_size": 48, "intermediate_size": 52, "num_heads": 2, "out_hidden_size": 48}
+# As published: the text model's fields at the top, the vision config under the outer model's type.
+CONFIG_2_5: dict[str, Any] = {
+    **TEXT,
+    **ROPE_2_5,
+    "model_type": "qwen2_5_vl",
+    "use_sliding_window": False,
+    "sliding_window": 32768,
+    "max_window_layers": 0,
+    "vision_config": {**TOWER, "model_type": "qwen2_5_vl", "in_chans": 3, "fullatt_block_indexes": [1, 3]},
+}
+CONFIG_3: dict[str, Any] = {
+    "model_type": "qwen3_vl",
+    "text_config": {**TEXT, **ROPE_3, "head_dim": 16},
+    "vision_config": {**TOWER, "num_position_embeddings": 49, "deepstack_visual_indexes": [0, 2]},
+}
+
+
+def randomised(model: Any) -> Any:
+    """Hugging Face's initialisation leaves biases and positions near zero: mistakes in them would not show."""
+    generator = torch.Generator().manual_seed(7)
+    for parameter in model.parameters():
+        fan = parameter[0].numel() if parameter.dim() > 1 else 16
+        parameter.data = torch.randn(parameter.shape, generator=generator) / fan**0.5 + (parameter.data == 1)
+    return model.eval()
+
+
+def features(graph: StageGraph, model: Any, pixels: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """The graph's outputs in onnxruntime, its weights the tensors of the same names in `model`."""
+    weights = {name: value.numpy() for name, value in model.model.state_dict().items()}
+    assert {name: weights[name].shape for name in graph.weights} == dict(graph.weights)
+    session = onnxruntime.InferenceSession(serialized(graph), providers=["CPUExecutionProvider"])
+    found: list[NDArray[np.float32]] = session.run(
+        None, {"pixel_values": pixels, **{name: weights[name] for name in graph.weights}}
+    )
+    return found
+
+
+def serialized(graph: StageGraph) -> bytes:
+    data: bytes = ir.to_proto(graph.model).SerializeToString()
+    return data
+
+
+def compared(family: Family, config: dict[str, Any], model: Any, patch: int, size: tuple[int, int], batch: int) -> None:
+    """Bytes through Hugging Face's processor and model against the same bytes, normalised, through the graph."""
+    spec = family.vision(config, Picture(size))
+    graph = vision_graph("vision", family, config, spec, batch, 48, "fp32", lambda role: role)
+    pictures = np.random.default_rng(batch).integers(0, 256, (batch, *size, 3), dtype=np.uint8)
+    how = family.image(config, spec)
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=patch, image_mean=how.mean, image_std=how.std, size={"shortest_edge": 1, "longest_edge": 10**7}
+    )
+    made = processor(list(pictures), return_tensors="pt")
+    assert made["image_grid_thw"].tolist() == [[1, spec.grid[0] * 2, spec.grid[1] * 2]] * batch
+    with torch.inference_mode():
+        seen = model.model.get_image_features(made["pixel_values"], made["image_grid_thw"])
+    # Split by picture: tuples of [V,D].
+    wanted = [torch.cat(each) for each in (seen.pooler_output, *(getattr(seen, "deepstack_features", None) or ()))]
+    pixels = ((pictures / 255 - how.mean) / how.std).astype(np.float32).transpose(0, 3, 1, 2)
+    found = features(graph, model, pixels)
+    assert len(found) == 1 + spec.deepstack and spec.tokens == spec.grid[0] * spec.grid[1]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.shape == (batch, spec.tokens, 48)
+        np.testing.assert_allclose(ours.reshape(-1, 48), theirs.numpy(), atol=1e-4, rtol=0)
+        assert theirs.std() > 0.05
+
+
+@pytest.fixture(scope="module")
+def qwen2_5() -> Any:
+    torch.manual_seed(0)
+    return randomised(Qwen2_5_VLForConditionalGeneration(qwen2_5_vl._full(CONFIG_2_5)))
+
+
+@pytest.fixture(scope="module")
+def qwen3() -> Any:
+    torch.manual_seed(0)
+    return randomised(Qwen3VLForConditionalGeneration(qwen3_vl._full(CONFIG_3)))
+
+
+# One window; whole windows; ragged at the right, at the bottom, at both; smaller than a window.
+@pytest.mark.parametrize("size", [(112, 112), (112, 448), (112, 140), (140, 112), (140, 196), (252, 168), (28, 56)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_qwen2_5_vl(qwen2_5: Any, size: tuple[int, int], batch: int) -> None:
+    compared(qwen2_5_vl.FAMILY, CONFIG_2_5, qwen2_5, 14, size, batch)
+
+
+@pytest.mark.parametrize("size", [(128, 128), (96, 224), (320, 64), (32, 32)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_qwen3_vl(qwen3: Any, size: tuple[int, int], batch: int) -> None:
+    compared(qwen3_vl.FAMILY, CONFIG_3, qwen3, 16, size, batch)
+
+
+BOTH = pytest.mark.parametrize(
+    ("family", "config"), [(qwen2_5_vl.FAMILY, CONFIG_2_5), (qwen3_vl.FAMILY, CONFIG_3)], ids=["qwen2.5-vl", "qwen3-vl"]
+)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_tensorrt_rtx_builds_heads_of_the_published_width(family: Family, config: dict[str, Any], dtype: Dtype) -> None:
+    """Ragged windows, heads of 80 (2.5) and 72 (3): fused, or the build fails. The rotary tables stay in fp32."""
+    width, layers = (80, 2) if family is qwen2_5_vl.FAMILY else (72, 1)
+    tower = {**config["vision_config"], "hidden_size": 2 * width, "depth": layers, "num_heads": 2}
+    tower |= {"fullatt_block_indexes": [1], "deepstack_visual_indexes": [0]}
+    config = {**config, "vision_config": tower}
+    spec = family.vision(config, Picture((252, 168) if width == 80 else (96, 224)))
+    graph = vision_graph("vision", family, config, spec, 2, 48, dtype, lambda role: role)
+    tables = [value for name, value in graph.model.graph.initializers.items() if name in ("cos", "sin", "tap_weights")]
+    assert tables and all(value.dtype == ir.DataType.FLOAT for value in tables)
+    attentions = [node for node in graph.model.graph if node.op_type == "Attention"]
+    assert len(attentions) == (5 if width == 80 else 1)  # whole, right, bottom and corner windows, and the full block
+    trt, log = RTX.api(), log_of(RTX)
+    builder = trt.Builder(log)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, log)
+    assert parser.parse(serialized(graph)), parser.get_error(0).desc()
+    assert builder.build_serialized_network(network, builder.create_builder_config())
+
+
+@BOTH
+def test_decoder_is_read_from_config(family: Family, config: dict[str, Any]) -> None:
+    text = config.get("text_config", config)
+    spec = family.decoder(config)
+    assert (spec.layers, spec.hidden, spec.ffn, spec.heads, spec.kv_heads) == (2, 48, 40, 3, 1)
+    assert (spec.head_dim, spec.vocab, spec.rope_base) == (16, 64, 5e5)
+    three = family is qwen3_vl.FAMILY
+    assert (spec.qkv_bias, spec.qk_norm, spec.deepstack) == ((False, True, 2) if three else (True, False, 0))
+    full = (qwen3_vl if three else qwen2_5_vl)._full(config).text_config
+    rotary = (Qwen3VLTextRotaryEmbedding if three else Qwen2_5_VLRotaryEmbedding)(full)
+    axes = rotary.recomposition_frequencies(torch.arange(3.0).view(3, 1, 1, 1).repeat(1, 1, 1, 8))
+    assert axes.flatten()[:8].tolist() == list(spec.rope_axes)
+    assert family.prompt(config).positions == 512
+    scaled = {**text["rope_scaling"], "type": "yarn", "rope_type": "yarn", "factor": 4.0}
+    changed = {**text, "rope_scaling": scaled}
+    with pytest.raises(HimapError, match="unsupported rotary embedding yarn"):
+        family.decoder({**config, "text_config": changed} if three else changed)
+
+
+def test_axes_of_published_checkpoints() -> None:
+    axes = qwen3_vl.rope_axes([24, 20, 20])
+    assert axes == (0, 1, 2) * 20 + (0,) * 4 and [axes.count(i) for i in range(3)] == [24, 20, 20]
+
+
+def test_sliding_windows_are_refused() -> None:
+    with pytest.raises(HimapError, match="unsupported sliding window"):
+        qwen2_5_vl.decoder({**CONFIG_2_5, "use_sliding_window": True})
+
+
+@BOTH
+def test_sizes(family: Family, config: dict[str, Any]) -> None:
+    unit = 32 if family is qwen3_vl.FAMILY else 28
+    spec = family.vision(config, Picture())
+    assert (spec.size, spec.grid) == ((448, 448), (448 // unit, 448 // unit))
+    with pytest.raises(HimapError, match=rf"multiples of {unit}; the nearest size is {unit * 12}x{unit}") as caught:
+        family.vision(config, Picture((7, unit * 12 - 1)))
+    assert caught.value.code == Exit.USAGE
+    with pytest.raises(HimapError, match="--tiles 2"):
+        family.vision(config, Picture(tiles=2))
+    how = family.image(config, family.vision(config, Picture((unit, 2 * unit))))
+    assert how.output_size == (unit, 2 * unit) and how.letterbox
+    assert how.pad_color == ((127, 127, 127) if unit == 32 else (122, 116, 104))
+
+
+def test_names_are_those_transformers_saves(qwen2_5: Any, qwen3: Any, tmp_path: Path) -> None:
+    rows = ((qwen2_5_vl.FAMILY, CONFIG_2_5, qwen2_5), (qwen3_vl.FAMILY, CONFIG_3, qwen3))
+    for family, config, model in rows:
+        model.save_pretrained(tmp_path)
+        with safe_open(tmp_path / "model.safetensors", "pt") as file:
+            saved = set(file.keys())
+        spec = family.vision(config, Picture())
+        roles = list(dict(family.module(config, spec, torch.float16).named_parameters()))
+        roles += [n.removeprefix("language_model.") for n in dict(model.model.named_parameters()) if "visual" not in n]
+        assert {next(family.names(config, role)) for role in [*roles, "lm_head.weight"]} == saved
+        modules = set(dict(model.named_parameters()))  # the names in memory, as another tool may write them
+        assert all(modules & set(family.names(config, role)) for role in [*roles, "lm_head.weight"])

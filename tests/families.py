@@ -1,0 +1,126 @@
+"""One tiny random checkpoint of each family that transformers knows, prompts for it, and Hugging Face's own answer.
+
+Adding a family is adding a row to FAMILIES. Weights are scaled as in tiny.py: attention is peaked, scores lie apart.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tiny import EOS, PAD, Inputs, randomise
+from transformers import (
+    AutoModelForImageTextToText,
+    InternVLConfig,
+    LlavaConfig,
+    PretrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
+)
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, IMAGE, VISION_START = 64, 4, 2, 16, 256, 255, 254
+TEXT = {
+    "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS, "vocab_size": VOCAB, "max_position_embeddings": 2048, "bos_token_id": 1,
+    "eos_token_id": EOS, "pad_token_id": PAD,
+}  # fmt: skip
+MERGED = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": HIDDEN}
+
+
+@dataclass(frozen=True)
+class Row:
+    """`config` of a family; pictures are [tiles,3,*size] and become `tokens` tokens; `flags` ask for them."""
+
+    config: Callable[[], PretrainedConfig]
+    size: tuple[int, int]
+    tokens: int
+    tiles: int = 1
+    flags: tuple[object, ...] = ()
+    patch: int | None = None  # of towers that take patches, which Hugging Face's processor makes
+
+
+def _rope(**more: object) -> dict[str, object]:
+    return {"rope_type": "default", "rope_theta": 1e4, **more}
+
+
+def _llava(text: Mapping[str, Any]) -> PretrainedConfig:
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    vision |= {"num_attention_heads": 4, "image_size": 56, "patch_size": 14, "projection_dim": 32}
+    return LlavaConfig(text_config=dict(text), vision_config=vision, image_token_index=IMAGE, image_seq_length=16)
+
+
+def _qwen2_5_vl() -> PretrainedConfig:
+    text = TEXT | {"rope_parameters": _rope(mrope_section=[2, 3, 3])}
+    vision = MERGED | {"window_size": 56, "fullatt_block_indexes": [1]}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE)
+
+
+def _qwen3_vl() -> PretrainedConfig:
+    text = TEXT | {"head_dim": HEAD_DIM, "rope_parameters": _rope(mrope_section=[3, 3, 2], mrope_interleaved=True)}
+    vision = MERGED | {"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 16}
+    return Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE)
+
+
+def _internvl() -> PretrainedConfig:
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision |= {"image_size": [56, 56], "patch_size": [14, 14]}
+    text = TEXT | {"model_type": "qwen2", "rope_parameters": _rope()}
+    return InternVLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, image_seq_length=4)
+
+
+FAMILIES: Mapping[str, Row] = {
+    "llava": Row(lambda: _llava(TEXT | {"model_type": "llama"}), (56, 56), 16),
+    "qwen2.5-vl": Row(_qwen2_5_vl, (84, 140), 15, flags=("--image-size", "140x84"), patch=14),
+    "qwen3-vl": Row(_qwen3_vl, (96, 160), 15, flags=("--image-size", "160x96"), patch=16),
+    "internvl": Row(_internvl, (56, 56), 4),
+    "internvl-tiles": Row(_internvl, (56, 56), 12, tiles=3, flags=("--tiles", "3")),
+}
+
+
+def make_family(folder: Path, name: str, seed: int = 0) -> None:
+    """Saves the checkpoint in the layout of transformers' `save_pretrained`."""
+    model = AutoModelForImageTextToText.from_config(FAMILIES[name].config())
+    randomise(model, seed, tied=False)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = EOS, PAD
+    model.save_pretrained(folder)
+
+
+def family_inputs(name: str, text_lengths: Sequence[int] = (9,), seed: int = 0) -> Inputs:
+    """Prompts of 5 system tokens, one image, `text_lengths[i]` tokens."""
+    row, random, system = FAMILIES[name], np.random.default_rng(seed), 5
+    words = np.arange(EOS + 1, VISION_START - 8)
+    width = system + row.tokens + max(text_lengths)
+    ids, mask = np.full((len(text_lengths), width), PAD, np.int64), np.zeros((len(text_lengths), width), np.int64)
+    for sample, text in zip(range(len(text_lengths)), text_lengths, strict=True):
+        image = np.full(row.tokens, IMAGE)
+        prompt = np.concatenate([random.choice(words, system), image, random.choice(words, text)])
+        ids[sample, : len(prompt)], mask[sample, : len(prompt)] = prompt, 1
+    shape = (len(text_lengths) * row.tiles, 3, *row.size)
+    return Inputs(ids, mask, random.standard_normal(shape, np.float32))
+
+
+def hugging_face_answer(folder: Path, name: str, inputs: Inputs, new_tokens: int) -> NDArray[np.int64]:
+    """Greedy tokens [1,N] of Hugging Face's own `generate` for one prompt, its pixels as its own processor gives them."""
+    row, model = FAMILIES[name], AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    ids, given = torch.from_numpy(inputs.input_ids), {"pixel_values": torch.from_numpy(inputs.pixel_values)}
+    if row.patch is not None:
+        given = {"pixel_values": torch.from_numpy(_patches(inputs.pixel_values[0], row.patch))}
+        given["image_grid_thw"] = torch.tensor([[1, row.size[0] // row.patch, row.size[1] // row.patch]])
+        given["mm_token_type_ids"] = (ids == IMAGE).int()
+    found = model.generate(input_ids=ids, **given, max_new_tokens=new_tokens, do_sample=False)
+    return found[:, ids.shape[1] :].numpy()
+
+
+def _patches(pixels: NDArray[np.float32], patch: int) -> NDArray[np.float32]:
+    """[N,3*2*p*p], told patch by patch: blocks of 2 x 2 patches that will be merged, each picture two frames."""
+    _, height, width = pixels.shape
+    found = []
+    for top in range(0, height, 2 * patch):
+        for left in range(0, width, 2 * patch):
+            for y, x in ((0, 0), (0, patch), (patch, 0), (patch, patch)):
+                one = pixels[:, top + y : top + y + patch, left + x : left + x + patch]
+                found.append(np.stack([one, one], axis=1).ravel())
+    return np.array(found)

@@ -1,0 +1,74 @@
+"""Every family through the commands, against Hugging Face's own modules: unpruned, pruned, in batches, by all policies.
+
+The reference is `validate/reference.py` on Hugging Face's layers; unpruned answers also go against its `generate`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import Workshop, call, padded
+from families import FAMILIES, family_inputs, hugging_face_answer
+
+from himap_export.graphs.plan import POLICIES
+from himap_export.validate.cli import main as validate_main
+from himap_export.validate.criteria import Cut, himap
+from himap_export.validate.reference import Reference
+
+CUTS = himap(2, 4, 0.5, 0.5)
+EARLY = (Cut(1, "image", keep=3), Cut(2, "instruction", keep=2))  # in front of the last deepstack layer
+TEXT, NEW = 24, 12
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_unpruned_answers_are_hugging_faces(work: Workshop, name: str) -> None:
+    bundle = work.family_bundle(name, "--policy", "none")
+    for seed in range(3):
+        inputs = family_inputs(name, seed=seed)
+        wanted = hugging_face_answer(work.family(name), name, inputs, NEW)
+        found = work.answer(bundle, inputs, "--max-new-tokens", NEW)["tokens"]
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("cuts", [CUTS, EARLY], ids=["himap", "early"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pruned_prompts_are_the_references(
+    work: Workshop, tmp_path: Path, name: str, cuts: tuple[Cut, ...], batch: int
+) -> None:
+    """Kept sets identical, logits within 1e-3, 12 tokens equal; one prompt fewer than the batch holds, too."""
+    rows = ", ".join(
+        f'{{layer = {c.layer}, criterion = "{c.criterion}", '
+        + (f"remove = {c.remove}}}" if c.keep is None else f"keep = {c.keep}}}")
+        for c in cuts
+    )
+    plan = tmp_path / "plan.toml"
+    plan.write_text(f"[plan]\ncuts = [{rows}]\n")
+    bundle = work.family_bundle(name, "--plan", plan, "--batch", batch, key=f"{cuts}")
+    reference = Reference(work.family(name))
+    for lengths in {1: [(9,), (1,)], 3: [(9, 4, 17), (3, 8)]}[batch]:
+        inputs = family_inputs(name, lengths, seed=len(lengths))
+        wanted = reference.prefill(inputs.input_ids, inputs.pixel_values, inputs.attention_mask, cuts)
+        found = work.answer(bundle, inputs, "--max-new-tokens", NEW)
+        for n, kept in enumerate(wanted.kept, 1):
+            np.testing.assert_array_equal(found[f"kept_k{n}"], padded(kept, found[f"kept_k{n}"].shape[1]))
+        np.testing.assert_allclose(found["logits"], wanted.logits, rtol=0, atol=1e-3)
+        said = reference.generate(
+            inputs.input_ids, inputs.pixel_values, inputs.attention_mask, max_new_tokens=NEW, cuts=cuts
+        )
+        np.testing.assert_array_equal(found["tokens"][:, : said.shape[1]], said)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_policy_passes_validation(work: Workshop, name: str) -> None:
+    flags = [word for policy in POLICIES for word in ("--policy", policy)]
+    bundle = work.family_bundle(name, *flags, "--k1", 2, "--k2", 4, "--r1", 0.5, "--r2", 0.5)
+    for policy in POLICIES:
+        flags = ["--policy", policy, "--no-speed", "--prompts", 2, "--threads", 1]
+        assert call(validate_main, bundle, "--model", work.family(name), *flags) == 0, policy
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_precision_passes_validation(work: Workshop, name: str) -> None:
+    bundle = work.family_bundle(name, "--k1", 2, "--k2", 4, "--dtype", "fp16")
+    assert call(validate_main, bundle, "--model", work.family(name), "--no-speed", "--threads", 1) == 0
