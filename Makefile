@@ -7,7 +7,7 @@ BUNDLE ?= demo/shapes
 IMAGE ?= examples/shapes/images/$(shell sed -n '1s/.*"image": "\([^"]*\)".*/\1/p' examples/shapes/images/questions.jsonl)
 QUESTION ?= $(shell sed -n '1s/.*"question": "\([^"]*\)".*/\1/p' examples/shapes/images/questions.jsonl)
 
-.PHONY: install demo test test-slow lint bench bench-7b bench-gpu bench-analysis shapes study clean
+.PHONY: install demo test test-slow lint bench bench-7b bench-gpu bench-engines bench-analysis shapes study clean
 
 install: $(READY)
 
@@ -55,6 +55,10 @@ bench-7b: install
 
 bench-gpu: install
 	$(BIN)/python benchmarks/gpu.py
+
+# Every alias at real size, without weights, for TensorRT-RTX; needs no GPU.
+bench-engines: install
+	$(BIN)/python benchmarks/engines_only.py --docs docs/models.md
 
 bench-analysis: install
 	$(BIN)/python benchmarks/analysis_at_size.py

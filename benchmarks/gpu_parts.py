@@ -129,13 +129,13 @@ def _sdpa(checkpoint: Path, bundle: Bundle, device: str, iterations: int) -> Tim
     arrays = (inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
     model = Reference(checkpoint, _dtype(device), "sdpa", device)
     with torch.inference_mode():
-        embeds = torch.stack(model.embed(*arrays))
-        logits, cache = model.forward(embeds)
-        tokens, at = logits.argmax(-1), iter(range(embeds.shape[1], 1 << 30))
+        prompts = model.embed(*arrays)
+        logits, cache = model.forward(prompts)
+        tokens, at = logits.argmax(-1), iter(range(prompts.hidden.shape[1], 1 << 30))
         found = {
             "vision": clock(lambda: model.image_features(inputs.pixel_values), wait, iterations),
-            "prefill": clock(lambda: model.forward(embeds), wait, iterations),
-            "first token": clock(lambda: model.forward(torch.stack(model.embed(*arrays))), wait, iterations),
+            "prefill": clock(lambda: model.forward(prompts), wait, iterations),
+            "first token": clock(lambda: model.forward(model.embed(*arrays)), wait, iterations),
             "decode": clock(lambda: model.step(tokens, next(at), cache), wait, DECODE_STEPS),
         }
     peak = {"peak bytes": float(torch.cuda.max_memory_allocated())} if device == "cuda" else {}

@@ -2,15 +2,17 @@
 
 What happens to the pixels is data, `ImagePreprocessing`, read from a checkpoint at export and stored in the bundle's
 manifest. The arithmetic is that of Hugging Face's PIL image processors (transformers 5.23: `PilBackend._preprocess` in
-image_processing_backends.py and `LlavaImageProcessorPil.pad_to_square`), in the same order and the same precisions:
-the result is equal bit for bit (tests/engines/test_image.py). transformers uses those classes when torchvision is
-missing; its torchvision classes resample differently, by up to a few grey levels.
+image_processing_backends.py, `LlavaImageProcessorPil.pad_to_square`, `GotOcr2ImageProcessorPil.crop_image_to_patches`),
+in the same order and the same precisions: the result is equal bit for bit (tests/engines/test_image.py). transformers
+uses those classes when torchvision is missing; its torchvision classes resample differently, by up to a few grey
+levels. Letterboxing has no equivalent there.
 """
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +32,8 @@ RESAMPLING = {
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_SIDE = 16384  # pixels; a larger model input is a damaged manifest
-MAX_PIXELS = (
-    2**27
-)  # of an intermediate picture: 400 MB of RGB; only pictures hundreds of times longer than wide reach it
+# Of an intermediate picture: 400 MB of RGB; only pictures hundreds of times longer than wide reach it.
+MAX_PIXELS = 2**27
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class ImagePreprocessing:
     `resize` is the length of the shorter edge, or a size to which the picture is stretched, or None. `pad_color` (RGB,
     0 to 255) fills the square; None: no padding. A crop larger than the picture is filled with black. Rescaling
     multiplies bytes by `rescale_factor`; normalising is `(x - mean) / std` per channel. The output size must not depend
-    on the picture. Raises HimapError for values that make no sense.
+    on the picture. `letterbox`: the picture keeps its aspect ratio, in the middle of a canvas of the size `resize` and
+    the colour `pad_color`. `tiles`: it becomes so many pictures of the size `resize`: tiles in reading order and, if
+    there are three or more, a thumbnail of the whole behind them. Raises HimapError for values that make no sense.
     """
 
     resize: int | tuple[int, int] | None
@@ -52,6 +55,8 @@ class ImagePreprocessing:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     pad_color: tuple[int, int, int] | None = None
+    letterbox: bool = False
+    tiles: int = 1
 
     def __post_init__(self) -> None:
         sides = [*((self.resize,) if isinstance(self.resize, int) else self.resize or ()), *(self.crop or ())]
@@ -67,12 +72,23 @@ class ImagePreprocessing:
             problem = f"pad_color is outside 0..255: {self.pad_color}"
         elif self.crop is None and not (isinstance(self.resize, tuple) or (self.resize and self.pad_color)):
             problem = "the output size depends on the picture; a size or a crop is needed"
+        elif self.letterbox and not (isinstance(self.resize, tuple) and self.pad_color and self.crop is None):
+            problem = "letterboxing takes a size, a pad_color and no crop"
+        elif self.tiles != 1:
+            problem = self._problem_of_tiles()
         if problem:
             raise HimapError("unusable image preprocessing", problem)
 
+    def _problem_of_tiles(self) -> str:
+        if not isinstance(self.resize, tuple) or self.crop or self.pad_color:
+            return "tiles take a size, and neither a crop nor a pad_color"
+        if self.tiles < 1 or self.tiles * self.resize[0] * self.resize[1] > MAX_PIXELS:
+            return f"tiles cannot be {self.tiles}"
+        return ""
+
     @property
     def output_size(self) -> tuple[int, int]:
-        """(height, width) of what the model sees."""
+        """(height, width) of what the model sees, of each tile."""
         if self.crop is not None:
             return self.crop
         return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize or (0, 0)
@@ -88,6 +104,8 @@ class ImagePreprocessing:
             "rescale_factor": self.rescale_factor,
             "mean": list(self.mean),
             "std": list(self.std),
+            "letterbox": self.letterbox,
+            "tiles": self.tiles,
         }
 
     @classmethod
@@ -95,6 +113,8 @@ class ImagePreprocessing:
         """The reverse of `to_json`; HimapError for anything that `to_json` does not write."""
         if not isinstance(data, Mapping):
             raise HimapError("unusable image preprocessing", "it is not an object")
+        if not isinstance(data.get("letterbox"), bool):
+            raise HimapError("unusable image preprocessing", f"letterbox is {data.get('letterbox')!r}, not a boolean")
         return cls(
             resize=_resize_from_json(data.get("resize")),
             crop=_size_from_json("crop", data.get("crop")),
@@ -103,6 +123,8 @@ class ImagePreprocessing:
             mean=_three("mean", data.get("mean")),
             std=_three("std", data.get("std")),
             pad_color=_color("pad_color", data.get("pad_color")),
+            letterbox=bool(data["letterbox"]),
+            tiles=_integer("tiles", data.get("tiles")),
         )
 
 
@@ -136,28 +158,69 @@ def load_image(path: Path) -> Image.Image:
         raise HimapError("image is damaged", str(path), reason, code=Exit.USAGE) from error
 
 
+def nearest_size(image_size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The one of `sizes` (at least one) on which a picture of `image_size`, letterboxed, wastes least.
+
+    All are (height, width). It is the one whose aspect ratio is the least factor away; of equals the largest.
+    """
+
+    def key(size: tuple[int, int]) -> tuple[Fraction, int]:
+        factor = Fraction(image_size[0] * size[1], image_size[1] * size[0])
+        return max(factor, 1 / factor), -size[0] * size[1]
+
+    return min(sizes, key=key)
+
+
 def preprocess(image: Image.Image, how: ImagePreprocessing) -> NDArray[np.float32]:
-    """`pixel_values` of one picture, float32 [3, height, width], as Hugging Face's processor makes them.
+    """`pixel_values` of one picture, float32 [tiles, 3, height, width], as Hugging Face's processor makes them.
 
     An image with transparency is laid over white, as there. Raises HimapError (Exit.USAGE) for a picture whose shape
     would blow up in resizing.
     """
-    view = np.asarray(crop_view(image, how))  # uint8 [height, width, 3]
-    scaled = (view.astype(np.float64) * how.rescale_factor).astype(np.float32)
+    view = np.asarray(crop_view(image, how))  # uint8 [rows * height, columns * width, 3]
+    (rows, columns), (height, width) = tile_grid(image, how), how.output_size
+    cut = view.reshape(rows, height, columns, width, 3).swapaxes(1, 2).reshape(-1, height, width, 3)
+    if how.tiles > len(cut):
+        thumbnail = _to_rgb(image).resize((width, height), RESAMPLING[how.resample])
+        cut = np.concatenate([cut, np.asarray(thumbnail)[None]])
+    scaled = (cut.astype(np.float64) * how.rescale_factor).astype(np.float32)
     normal = (scaled - np.array(how.mean, np.float32)) / np.array(how.std, np.float32)
-    return np.ascontiguousarray(normal.transpose(2, 0, 1))
+    return np.ascontiguousarray(normal.transpose(0, 3, 1, 2))
+
+
+def tile_grid(image: Image.Image, how: ImagePreprocessing) -> tuple[int, int]:
+    """(rows, columns) of the tiles that a picture is cut into, its thumbnail not counted; (1, 1) if it is seen whole.
+
+    The arrangement whose aspect ratio is nearest to the picture's, by difference; of two as near, the taller one unless
+    the picture has more than half of the tiles' pixels (`get_optimal_tiled_canvas` of GotOcr2ImageProcessorPil, where
+    all arrangements have as many tiles).
+    """
+    count = how.tiles - 1 if how.tiles > 2 else how.tiles  # the thumbnail of a single tile would be that tile again
+    height, width = how.output_size
+    large = image.width * image.height > 0.5 * height * width * count
+    best, least = (1, 1), math.inf
+    for columns in (n for n in range(1, count + 1) if count % n == 0):
+        rows = count // columns
+        difference = abs(image.width / image.height - columns / rows)
+        if difference < least or (difference == least and large):
+            best, least = (rows, columns), difference
+    return best
 
 
 def crop_view(image: Image.Image, how: ImagePreprocessing, scale: int = 1) -> Image.Image:
-    """The RGB picture that the model sees, [height, width] of `how.output_size` times `scale`.
+    """The RGB picture that the model sees, [height, width] of `how.output_size` times `tile_grid` times `scale`.
 
-    With `scale` 1 these are the very pixels before normalisation. A larger scale shows the same region from the
-    original picture in more detail: pixel (y, x) of the model's view is the block from (scale * y, scale * x) on.
+    With `scale` 1 these are the very pixels before normalisation, tiles side by side and without the thumbnail. A
+    larger scale shows the same region from the original picture in more detail: pixel (y, x) of the model's view is the
+    block from (scale * y, scale * x) on.
     """
     image = _to_rgb(image)
+    if how.letterbox:
+        return _letterbox(image, how, scale)
     if how.pad_color is not None:
         image = _pad_to_square(image, how.pad_color)
-    height, width = _resized(image.height, image.width, how.resize)
+    (rows, columns), (height, width) = tile_grid(image, how), _resized(image.height, image.width, how.resize)
+    height, width = height * rows, width * columns
     _check_pixels(image, height * scale, width * scale)
     if how.resize is not None or scale != 1:
         image = image.resize((width * scale, height * scale), RESAMPLING[how.resample])
@@ -174,6 +237,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+
+
+def _letterbox(image: Image.Image, how: ImagePreprocessing, scale: int) -> Image.Image:
+    """The picture as large as fits, in the middle of its canvas; an odd remainder goes to the bottom or right."""
+    (height, width), color = how.output_size, how.pad_color
+    shrink = min(Fraction(height, image.height), Fraction(width, image.width))
+    h, w = (max(1, round(side * shrink)) for side in (image.height, image.width))
+    _check_pixels(image, height * scale, width * scale)
+    canvas = Image.new("RGB", (width * scale, height * scale), color)
+    resized = image.resize((w * scale, h * scale), RESAMPLING[how.resample])
+    canvas.paste(resized, ((width - w) // 2 * scale, (height - h) // 2 * scale))
+    return canvas
 
 
 def _pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isqrt
+from math import ceil, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from himap_export.engines.image import ImagePreprocessing, crop_view
+from himap_export.engines.image import ImagePreprocessing, crop_view, tile_grid
 from himap_export.graphs.errors import Exit, HimapError
 
-PANEL, MARGIN, GAP = 672, 48, 36  # pixels; PANEL is a lower bound, a whole multiple of the model's own pixels
+# Pixels; a panel has at least PANEL * PANEL of them, a whole multiple of the model's own.
+PANEL, MARGIN, GAP, HEAD = 672, 48, 36, 84
 INK, PALE, LINE = (28, 32, 38), (105, 112, 122), (214, 40, 57)
-Integers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 
@@ -26,14 +26,19 @@ class Panel:
     kept: Mask | None  # [rows, columns] of patches; None shows them all
 
 
-def kept_patches(input_ids: Integers, kept: Integers, image_token: int) -> Mask:
-    """Which patches, [g,g] in reading order, are among the `kept` positions of one prompt [S].
+def kept_patches(alive: Mask, grid: tuple[int, int], tiles: tuple[int, int]) -> Mask:
+    """Which patches are kept, as they lie in the picture: bool [tile rows * grid rows, tile columns * grid columns].
 
-    A class token in front of them (feature strategy "full") is not drawn.
+    `alive` [V0] says it of each image token; `grid` (rows, columns) are the tokens of one tile, `tiles` (rows, columns)
+    the tiles of the picture. Tokens in front that stand for no place (a class token) and those of a thumbnail behind
+    several tiles are not drawn.
     """
-    alive = np.isin(np.flatnonzero(input_ids == image_token), kept)
-    side = isqrt(len(alive))
-    return alive[len(alive) - side * side :].reshape(side, side)
+    (rows, columns), each = grid, prod(grid)
+    shown = prod(tiles) * each
+    thumbnail = each if prod(tiles) > 1 and len(alive) >= shown + each else 0
+    start = len(alive) - thumbnail - shown
+    places = alive[start : start + shown].reshape(*tiles, rows, columns).swapaxes(1, 2)
+    return places.reshape(tiles[0] * rows, tiles[1] * columns)
 
 
 def draw_kept(
@@ -50,8 +55,8 @@ def draw_kept(
     for n, (layer, mask) in enumerate(zip(cuts, masks, strict=True), 1):
         note = f"{mask.sum()} of {mask.size} patches ({mask.mean():.0%}) from layer {layer} on"
         panels.append(Panel(f"kept after K{n}", note, mask))
-    scale = -(-PANEL // min(how.output_size))
-    view = crop_view(image, how, scale).convert("RGB")
+    sides = [tiles * side for tiles, side in zip(tile_grid(image, how), how.output_size, strict=True)]
+    view = crop_view(image, how, ceil(PANEL / sqrt(prod(sides)))).convert("RGB")
     picture = _compose(view, panels, question, answer)
     try:
         picture.save(file, format="PNG")
@@ -60,19 +65,22 @@ def draw_kept(
 
 
 def _compose(view: Image.Image, panels: list[Panel], question: str, answer: str) -> Image.Image:
-    width, height = view.size
-    top = MARGIN + 84
-    page = Image.new("RGB", (2 * MARGIN + len(panels) * width + (len(panels) - 1) * GAP, top + height + 150), "white")
+    """Panels side by side, or below each other if they are twice as wide as high, over question and answer."""
+    width = max(view.width, *(ceil(_font(25).getlength(panel.note)) for panel in panels))
+    right, down = (width + GAP, 0) if view.width < 2 * view.height else (0, HEAD + view.height + GAP)
+    last, top = len(panels) - 1, MARGIN + HEAD
+    bottom = top + last * down + view.height
+    page = Image.new("RGB", (2 * MARGIN + last * right + width, bottom + 150), "white")
     pen = ImageDraw.Draw(page)
     for i, panel in enumerate(panels):
-        left = MARGIN + i * (width + GAP)
-        pen.text((left, MARGIN - 8), panel.title, INK, _font(36))
-        pen.text((left, MARGIN + 38), panel.note, PALE, _font(25))
-        page.paste(view if panel.kept is None else fade_dropped(view, panel.kept), (left, top))
-        pen.rectangle((left - 1, top - 1, left + width, top + height), outline=PALE)
+        x, y = MARGIN + i * right, top + i * down
+        pen.text((x, y - HEAD - 8), panel.title, INK, _font(36))
+        pen.text((x, y - HEAD + 38), panel.note, PALE, _font(25))
+        page.paste(view if panel.kept is None else fade_dropped(view, panel.kept), (x, y))
+        pen.rectangle((x - 1, y - 1, x + view.width, y + view.height), outline=PALE)
     room = page.width - 2 * MARGIN
-    pen.text((MARGIN, top + height + 28), _fit(f"Q: {question}", _font(30), room), INK, _font(30))
-    pen.text((MARGIN, top + height + 76), _fit(f"A: {answer.strip()}", _font(30), room), INK, _font(30))
+    pen.text((MARGIN, bottom + 28), _fit(f"Q: {question}", _font(30), room), INK, _font(30))
+    pen.text((MARGIN, bottom + 76), _fit(f"A: {answer.strip()}", _font(30), room), INK, _font(30))
     return page
 
 

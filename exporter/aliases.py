@@ -29,7 +29,7 @@ _CLIP = {
 
 
 def _llava(hidden: int, ffn: int, layers: int, heads: int) -> Config:
-    more = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "pad_token_id": 32001}
+    more: Config = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "pad_token_id": 32001}
     return {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": 32000,
         "text_config": _text(hidden, ffn, layers, heads, heads, 32064, **more), "vision_config": _CLIP,
@@ -68,7 +68,8 @@ _QWEN_VL = {
 
 
 def _qwen2_5_vl(tied: bool, *sizes: int) -> Config:
-    more = {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    more: Config = {"rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    more |= {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
     more |= {"max_position_embeddings": 128000, "use_sliding_window": False}
     vision = {
         "model_type": "qwen2_5_vl", "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420,
@@ -85,7 +86,7 @@ def _qwen2_5_vl(tied: bool, *sizes: int) -> Config:
 def _qwen3_vl(tied: bool, tower: tuple[int, int, int], deepstack: list[int], *sizes: int) -> Config:
     depth, hidden, ffn = tower
     rope = {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"}
-    more = {"model_type": "qwen3_vl_text", "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 5e6}
+    more: Config = {"model_type": "qwen3_vl_text", "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 5e6}
     more |= {"rope_scaling": rope, "attention_bias": False, "max_position_embeddings": 262144}
     vision = {
         "model_type": "qwen3_vl", "depth": depth, "hidden_size": hidden, "intermediate_size": ffn, "num_heads": 16,
@@ -100,8 +101,8 @@ def _qwen3_vl(tied: bool, tower: tuple[int, int, int], deepstack: list[int], *si
     }  # fmt: skip
 
 
-def _internvl3(tied: bool, *sizes: int) -> Config:
-    more = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768}
+def _internvl3(*sizes: int) -> Config:
+    more: Config = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768}
     vision = {
         "model_type": "internvl_vision", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
         "num_attention_heads": 16, "image_size": [448, 448], "patch_size": [14, 14], "attention_bias": True,
@@ -110,7 +111,7 @@ def _internvl3(tied: bool, *sizes: int) -> Config:
     return {
         "architectures": ["InternVLForConditionalGeneration"], "model_type": "internvl", "image_token_id": 151667,
         "image_seq_length": 256, "downsample_ratio": 0.5, "vision_feature_layer": -1, "eos_token_id": 151645,
-        "vision_feature_select_strategy": "default", "projector_hidden_act": "gelu", "tie_word_embeddings": tied,
+        "vision_feature_select_strategy": "default", "projector_hidden_act": "gelu", "tie_word_embeddings": False,
         "dtype": "bfloat16", "text_config": _text(*sizes, **more), "vision_config": vision,
     }  # fmt: skip
 
@@ -148,8 +149,8 @@ ALIASES = {
     "qwen3-vl-8b": Alias(
         "Qwen/Qwen3-VL-8B-Instruct", _qwen3_vl(False, (27, 1152, 4304), [8, 16, 24], 4096, 12288, 36, 32, 8, 151936)
     ),
-    "internvl3-1b": Alias("OpenGVLab/InternVL3-1B-hf", _internvl3(True, 896, 4864, 24, 14, 2, 151674)),
-    "internvl3-2b": Alias("OpenGVLab/InternVL3-2B-hf", _internvl3(True, 1536, 8960, 28, 12, 2, 151674)),
-    "internvl3-8b": Alias("OpenGVLab/InternVL3-8B-hf", _internvl3(False, 3584, 18944, 28, 28, 4, 151674)),
+    "internvl3-1b": Alias("OpenGVLab/InternVL3-1B-hf", _internvl3(896, 4864, 24, 14, 2, 151674)),
+    "internvl3-2b": Alias("OpenGVLab/InternVL3-2B-hf", _internvl3(1536, 8960, 28, 12, 2, 151674)),
+    "internvl3-8b": Alias("OpenGVLab/InternVL3-8B-hf", _internvl3(3584, 18944, 28, 28, 4, 151674)),
     "shapes": Alias(str(Path(__file__).parent / "shapes")),
 }

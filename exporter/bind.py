@@ -37,6 +37,17 @@ class WeightNames:
         return role == "lm_head.weight" and self._tied
 
 
+def fitting(tensors: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...]) -> StoredTensor:
+    """The tensor `name`, which `WeightNames` has found; HimapError (usage) if its shape is not the configuration's."""
+    stored = find_tensor(tensors, name)
+    assert stored is not None, name
+    if stored.shape != shape:
+        details = f"its shape is {list(stored.shape)}, the model's configuration says {list(shape)}"
+        hint = "is this the checkpoint of that model?"
+        raise HimapError(f"tensor {stored.name} does not fit", details, hint, Exit.USAGE)
+    return stored
+
+
 def bind(graph: StageGraph, tensors: Mapping[str, StoredTensor], location: Callable[[StoredTensor], str]) -> ir.Model:
     """The graph's model, each weight input with a default: an initializer at its place in a safetensors file.
 
@@ -47,12 +58,8 @@ def bind(graph: StageGraph, tensors: Mapping[str, StoredTensor], location: Calla
     g = graph.model.graph
     for value in [v for v in g.inputs if v.name in graph.weights]:
         assert value.name is not None
-        stored, shape = find_tensor(tensors, value.name), graph.weights[value.name]
-        assert stored is not None, value.name  # `WeightNames` knows it
-        if stored.shape != shape:
-            details = f"its shape is {list(stored.shape)}, config.json says {list(shape)}"
-            hint = "is this the checkpoint that config.json describes?"
-            raise HimapError(f"tensor {stored.name} does not fit", details, hint, Exit.USAGE)
+        shape = graph.weights[value.name]
+        stored = fitting(tensors, value.name, shape)
         value.const_value = ir.ExternalTensor(
             location(stored), stored.offset, stored.nbytes, _IR[stored.dtype],
             shape=ir.Shape(shape), name=stored.name, base_dir="",

@@ -57,7 +57,8 @@ def open_checkpoint(folder: Path, weights: bool = True, tower: Path | None = Non
     for file in _shards(folder) if weights or any(folder.glob("*.safetensors")) else ():
         tensors |= read_header(file)
     names = set(tensors or (_weight_map(folder) if (folder / _INDEX).is_file() else ()))
-    if tower is not None and any(tower.glob("*.safetensors")):
+    inside = any(".vision_tower." in name for name in names)
+    if tower is not None and not inside and (weights or any(tower.glob("*.safetensors"))):
         for file in _shards(tower):
             tensors = read_header(file) | tensors
         names |= set(tensors)

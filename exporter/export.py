@@ -27,7 +27,7 @@ from himap_export.engines.manifest import (
 )
 from himap_export.engines.prompt import TOKENIZER
 from himap_export.engines.weight_file import StoredTensor, find_tensor, read_header
-from himap_export.exporter.bind import WeightNames, bind
+from himap_export.exporter.bind import WeightNames, bind, fitting
 from himap_export.exporter.checkpoint import Checkpoint, open_checkpoint
 from himap_export.exporter.family import tied
 from himap_export.exporter.planning import Planned
@@ -35,6 +35,7 @@ from himap_export.exporter.processor import ProcessorData, alias_processor, read
 from himap_export.exporter.store import store_weights, write_weights
 from himap_export.exporter.target import check_target, work_folder
 from himap_export.graphs.build import IR_DTYPE, StageGraph
+from himap_export.graphs.errors import HimapError
 from himap_export.graphs.stages import StagedModel
 
 _TOOLS = ("himap-export", "numpy", "onnx", "onnx-ir", "onnxscript", "torch", "transformers", "tokenizers", "pillow")
@@ -181,6 +182,7 @@ def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: boo
     checkpoint = _checkpoint(planned)
     config, family = planned.model.config, planned.model.family
     names = WeightNames(checkpoint.names, partial(family.names, config), tied(config))
+    _check_weights(planned, checkpoint, names)
     processor = _processor(planned, checkpoint)
     with work_folder(out) as work:
         state = Export(planned, checkpoint, processor, names, work, command)
@@ -196,6 +198,22 @@ def _checkpoint(p: Planned) -> Checkpoint:
     if p.model.folder is None:
         return Checkpoint(Path(), p.model.config, {}, {}, frozenset())
     return open_checkpoint(p.model.folder, p.weights != "absent", p.model.tower)
+
+
+def _check_weights(p: Planned, checkpoint: Checkpoint, names: WeightNames) -> None:
+    """That the checkpoint is the model's, before anything is built: decode reads every weight of the decoder."""
+    if p.weights == "absent":
+        return
+    v, missing = p.variants[0], list[HimapError]()
+    for role, shape in StagedModel(p.decoder, v.plan, v.budget, p.dtype, lambda role: role).decode().weights.items():
+        try:
+            name = names(role)
+        except HimapError as problem:
+            missing.append(problem)
+        else:
+            fitting(checkpoint.tensors, name, shape)  # says more about a wrong model than a layer it has not
+    if missing:
+        raise missing[0]
 
 
 def _processor(p: Planned, checkpoint: Checkpoint) -> ProcessorData:
@@ -222,7 +240,7 @@ def _model_record(p: Planned, checkpoint: Checkpoint, processor: ProcessorData) 
     told = (checkpoint.generation, config.get("text_config", {}), config)
     eos = next((c["eos_token_id"] for c in told if c.get("eos_token_id") is not None), list(rules.eos))
     pad = next((c["pad_token_id"] for c in told if c.get("pad_token_id") is not None), rules.pad)
-    eos_tokens = tuple(eos) if isinstance(eos, list) else (eos,)
+    eos_tokens = tuple(dict.fromkeys((*(eos if isinstance(eos, list) else (eos,)), *rules.stop)))
     also = () if processor.image_id in (None, rules.image_token) else (processor.image_id,)
     image = ImageTokens(rules.image_token, also, rules.between)
     pad = eos_tokens[0] if pad is None else pad

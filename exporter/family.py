@@ -51,7 +51,8 @@ class PromptRules:
     `image_token`: the id of an image token in `input_ids`. `between`: if set, image tokens are whatever ids stand
     between these two. `image_text`: the placeholder in `template` and in the tokenizer, which also holds `{prompt}`.
     `surround` (before, after) goes around the placeholder in a rendered chat template. `eos`, `pad`: for checkpoints
-    without a generation_config.json. `positions`: how many the decoder has.
+    without a generation_config.json; `stop`: ids at which the release's code stops besides. `positions`: how many
+    the decoder has.
     """
 
     image_token: int
@@ -62,6 +63,7 @@ class PromptRules:
     pad: int | None = None
     between: tuple[int, int] | None = None
     surround: tuple[str, str] = ("", "")
+    stop: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Family:
     `graphs` ("layers.0.self_attn.q_proj.weight", "lm_head.weight") or a parameter's name in `module`. A name with
     `[a:b]` behind it is those rows of a fused tensor. `image`: how pictures become pixels if the checkpoint does not
     say. `tokenizer`: makes tokenizer.json's content for a checkpoint folder that has none, if it can. `tower`: another
-    checkpoint, folder or Hugging Face id, that holds the vision tower's tensors.
+    checkpoint, folder or Hugging Face id, that holds the vision tower's tensors. `own_image`: the release's code makes
+    pictures as `image` says, whatever a preprocessor_config.json beside it says.
     """
 
     architecture: str
@@ -85,11 +88,12 @@ class Family:
     image: Callable[[Config, VisionSpec], ImagePreprocessing]
     tokenizer: Callable[[Path, PromptRules], bytes | None] = lambda folder, rules: None
     tower: Callable[[Config], str | None] = lambda config: None
+    own_image: bool = False
 
 
 def tied(config: Config) -> bool:
     """Whether the head is the embedding's matrix."""
-    return bool(config.get("text_config", {}).get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+    return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
 
 
 def only(what: str, found: object, *supported: object) -> None:

@@ -84,6 +84,7 @@ def read_processor(folder: Path, family: Family, config: Config, pictures: Mappi
     processor = _read_json(folder / "processor_config.json")
     nested = processor.get("image_processor")
     flat = nested if isinstance(nested, dict) else _read_json(folder / "preprocessor_config.json")
+    flat = {} if family.own_image else flat
     images = {name: _image(flat, family.image(config, spec)) for name, spec in pictures.items()}
     if (folder / TOKENIZER).is_file():
         return _with_tokenizer(folder, processor, rules, images, tokens)

@@ -6,11 +6,12 @@ from typing import Any
 
 from himap_export.exporter.aliases import ALIASES
 from himap_export.exporter.checkpoint import read_config
-from himap_export.exporter.families import llava, qwen2_5_vl, qwen3_vl
+from himap_export.exporter.families import internvl, llava, llava_original, qwen2_5_vl, qwen3_vl, qwen_vl
 from himap_export.exporter.family import Family
 from himap_export.graphs.errors import Exit, HimapError
 
-FAMILIES = {family.architecture: family for family in (llava.FAMILY, qwen2_5_vl.FAMILY, qwen3_vl.FAMILY)}
+_ROWS = (llava.FAMILY, llava_original.FAMILY, qwen_vl.FAMILY, qwen2_5_vl.FAMILY, qwen3_vl.FAMILY, internvl.FAMILY)
+FAMILIES = {family.architecture: family for family in _ROWS}
 # What an export reads of a repository on the hub: never code, never pickles.
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.tiktoken", "tokenizer.model")
 

@@ -42,29 +42,45 @@ def vision_graph(
     for output in model.graph.outputs:
         output.shape = ir.Shape([batch, spec.tokens, hidden])
     weights = _free_weights(model.graph, names, getattr(module, "constants", {}))
-    pattern.RewriteRuleSet([_LinearAsGemm.rule()]).apply_to_model(model)
+    pattern.RewriteRuleSet([_BiasedLinearAsGemm.rule(), _LinearAsGemm.rule()]).apply_to_model(model)
     for node in model.graph:
         node.metadata_props.clear()
     return StageGraph(name, model, weights)
 
 
 class _LinearAsGemm(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # onnxscript is untyped here
-    """MatMul(x, Transpose(W)) + b becomes one Gemm over the stored [out,in] weights, as in the decoder, and an Add.
+    """MatMul(x, Transpose(W)) becomes one Gemm over the stored [out,in] weights, as in the decoder.
 
-    Requires static shapes. Without it TensorRT, to which weights are inputs, transposes every one at every inference;
-    and it copies a bias that is an input of the Gemm, where it fuses one that is added behind the reshape.
+    Requires static shapes. Without it TensorRT, to which weights are inputs, transposes every one at every inference.
     """
+
+    def pattern(self, op: OpBuilder, x: ir.Value, w: ir.Value) -> ir.Value:
+        found: ir.Value = op.MatMul(x, op.Transpose(w, perm=[1, 0]))
+        return found
+
+    def rewrite(self, op: OpBuilder, x: ir.Value, w: ir.Value) -> ir.Value:
+        return _gemm(op, x, w)
+
+
+class _BiasedLinearAsGemm(pattern.RewriteRuleClassBase):  # type: ignore[misc]
+    """The same with a bias, added behind the reshape: there TensorRT fuses it, as the Gemm's input it copies it."""
 
     def pattern(self, op: OpBuilder, x: ir.Value, w: ir.Value, b: ir.Value) -> ir.Value:
         found: ir.Value = op.Add(op.MatMul(x, op.Transpose(w, perm=[1, 0])), b)
         return found
 
     def rewrite(self, op: OpBuilder, x: ir.Value, w: ir.Value, b: ir.Value) -> ir.Value:
-        assert x.shape is not None and w.shape is not None
-        rows, out = (int(n) for n in x.shape.numpy()[:-1]), int(w.shape.numpy()[0])
-        flat = op.Reshape(x, op.Constant(value_ints=[-1, int(w.shape.numpy()[1])]))
-        made: ir.Value = op.Add(op.Reshape(op.Gemm(flat, w, transB=1), op.Constant(value_ints=[*rows, out])), b)
+        made: ir.Value = op.Add(_gemm(op, x, w), b)
         return made
+
+
+def _gemm(op: OpBuilder, x: ir.Value, w: ir.Value) -> ir.Value:
+    """[..,in] times [out,in] transposed: [..,out]."""
+    assert x.shape is not None and w.shape is not None
+    rows, out = (int(n) for n in x.shape.numpy()[:-1]), int(w.shape.numpy()[0])
+    flat = op.Reshape(x, op.Constant(value_ints=[-1, int(w.shape.numpy()[1])]))
+    made: ir.Value = op.Reshape(op.Gemm(flat, w, transB=1), op.Constant(value_ints=[*rows, out]))
+    return made
 
 
 def _free_weights(graph: ir.Graph, names: Names, constants: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:

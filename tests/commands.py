@@ -122,9 +122,10 @@ class Workshop:
                 make_family(folder, name)
         return folder
 
-    def family_bundle(self, name: str, *flags: object, key: str = "") -> Path:
+    def family_bundle(self, name: str, *flags: object, key: str = "", text_budget: int = 24) -> Path:
         """What `himap-export` makes of one of FAMILIES; `key` tells apart files that go by one name."""
-        text = [*map(str, (*FAMILIES[name].flags, *flags)), "--text-budget", "24", "--max-new-tokens", "16"]
+        own = () if "--image-size" in flags else FAMILIES[name].flags
+        text = [*map(str, (*own, *flags)), "--text-budget", str(text_budget), "--max-new-tokens", "16"]
         digest = hashlib.sha256(" ".join([*text, key]).encode()).hexdigest()[:12]
         with self._once(f"family-{name}-{digest}") as (folder, missing):
             if missing:

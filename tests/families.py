@@ -11,17 +11,24 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from tiny import EOS, PAD, Inputs, randomise
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
     InternVLConfig,
     LlavaConfig,
     PretrainedConfig,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen3VLConfig,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, IMAGE, VISION_START = 64, 4, 2, 16, 256, 255, 254
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 16
+WORD, VOCAB, IMAGE = 20, 300, 299  # ids 20 to 275 are the 256 bytes, 0 to 19 and the last one special tokens
 TEXT = {
     "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": HEADS,
     "num_key_value_heads": KV_HEADS, "vocab_size": VOCAB, "max_position_embeddings": 2048, "bos_token_id": 1,
@@ -32,14 +39,22 @@ MERGED = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2
 
 @dataclass(frozen=True)
 class Row:
-    """`config` of a family; pictures are [tiles,3,*size] and become `tokens` tokens; `flags` ask for them."""
+    """`config` of a family; pictures are [tiles,3,*size] and become `tokens` tokens; `flags` ask for them.
+
+    `patch`: of towers that take patches. `chat`: how its published chat template renders one image and {prompt};
+    `image` is the placeholder in it, and `around` what its processor puts around the placeholder's tokens.
+    """
 
     config: Callable[[], PretrainedConfig]
     size: tuple[int, int]
     tokens: int
+    processor: Callable[[], Any]
+    chat: str
+    image: str
+    around: tuple[str, str] = ("", "")
     tiles: int = 1
     flags: tuple[object, ...] = ()
-    patch: int | None = None  # of towers that take patches, which Hugging Face's processor makes
+    patch: int | None = None
 
 
 def _rope(**more: object) -> dict[str, object]:
@@ -71,13 +86,45 @@ def _internvl() -> PretrainedConfig:
     return InternVLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, image_seq_length=4)
 
 
+def _patched(patch: int, **colours: Sequence[float]) -> Any:
+    """Keeps any size of a few patches, as the published ones keep photographs'."""
+    size = {"shortest_edge": 28 * 28, "longest_edge": 1 << 20}
+    return Qwen2VLImageProcessorPil(patch_size=patch, size=size, **colours)
+
+
+def _tiled(**more: Any) -> Any:
+    side = {"height": 56, "width": 56}
+    return GotOcr2ImageProcessorPil(size=side, image_mean=IMAGENET[0], image_std=IMAGENET[1], **more)
+
+
+def _clip() -> Any:
+    return CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+QWEN = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n"
+INTERN = "<|im_start|>user\n<IMG_CONTEXT>\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+TAGS = ("<img>", "</img>")
 FAMILIES: Mapping[str, Row] = {
-    "llava": Row(lambda: _llava(TEXT | {"model_type": "llama"}), (56, 56), 16),
-    "qwen2.5-vl": Row(_qwen2_5_vl, (84, 140), 15, flags=("--image-size", "140x84"), patch=14),
-    "qwen3-vl": Row(_qwen3_vl, (96, 160), 15, flags=("--image-size", "160x96"), patch=16),
-    "internvl": Row(_internvl, (56, 56), 4),
-    "internvl-tiles": Row(_internvl, (56, 56), 12, tiles=3, flags=("--tiles", "3")),
-}
+    "llava": Row(
+        lambda: _llava(TEXT | {"model_type": "llama"}), (56, 56), 16, _clip,
+        "USER: <image>\n{prompt} ASSISTANT:", "<image>",
+    ),
+    "qwen2.5-vl": Row(
+        _qwen2_5_vl, (84, 140), 15, lambda: _patched(14), SYSTEM + QWEN, "<|image_pad|>",
+        flags=("--image-size", "140x84"), patch=14,
+    ),
+    "qwen3-vl": Row(
+        _qwen3_vl, (96, 160), 15, lambda: _patched(16, image_mean=[0.5] * 3, image_std=[0.5] * 3), QWEN,
+        "<|image_pad|>", flags=("--image-size", "160x96"), patch=16,
+    ),
+    "internvl": Row(_internvl, (56, 56), 4, _tiled, INTERN, "<IMG_CONTEXT>", TAGS),
+    "internvl-tiles": Row(
+        _internvl, (56, 56), 12, lambda: _tiled(crop_to_patches=True, min_patches=2, max_patches=2), INTERN,
+        "<IMG_CONTEXT>", TAGS, tiles=3, flags=("--tiles", "3"),
+    ),
+}  # fmt: skip
 
 
 def make_family(folder: Path, name: str, seed: int = 0) -> None:
@@ -86,12 +133,42 @@ def make_family(folder: Path, name: str, seed: int = 0) -> None:
     randomise(model, seed, tied=False)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = EOS, PAD
     model.save_pretrained(folder)
+    tokenizer_of(name).save_pretrained(folder)
+    FAMILIES[name].processor().save_pretrained(folder)
+
+
+def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
+    """Bytes for words, and the special tokens of all families."""
+    row = FAMILIES[name]
+    special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", *TAGS]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: n for n, token in enumerate(special)} | {c: WORD + n for n, c in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {row.image: IMAGE}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([*special, row.image])
+    before, after = row.chat.split("{prompt}")
+    body = "{% for part in messages[0]['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    chat = f"{{{{ {before!r} }}}}{body}{{% endfor %}}{{{{ {after!r} }}}}"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", chat_template=chat)
+
+
+def processed(name: str, image: Image.Image, prompt: str) -> dict[str, torch.Tensor]:
+    """What Hugging Face's processor makes of one picture and one question."""
+    row, tokenizer = FAMILIES[name], tokenizer_of(name)
+    seen = row.processor()(images=image, return_tensors="pt")
+    text = row.chat.replace(row.image, row.around[0] + row.image * row.tokens + row.around[1])
+    ids = tokenizer(text.replace("{prompt}", prompt), return_tensors="pt")["input_ids"]
+    found = {"input_ids": ids, "pixel_values": seen["pixel_values"]}
+    if row.patch is not None:
+        found |= {"image_grid_thw": seen["image_grid_thw"], "mm_token_type_ids": (ids == IMAGE).int()}
+    return found
 
 
 def family_inputs(name: str, text_lengths: Sequence[int] = (9,), seed: int = 0) -> Inputs:
     """Prompts of 5 system tokens, one image, `text_lengths[i]` tokens."""
     row, random, system = FAMILIES[name], np.random.default_rng(seed), 5
-    words = np.arange(EOS + 1, VISION_START - 8)
+    words = np.arange(WORD, WORD + 256)
     width = system + row.tokens + max(text_lengths)
     ids, mask = np.full((len(text_lengths), width), PAD, np.int64), np.zeros((len(text_lengths), width), np.int64)
     for sample, text in zip(range(len(text_lengths)), text_lengths, strict=True):
@@ -103,7 +180,7 @@ def family_inputs(name: str, text_lengths: Sequence[int] = (9,), seed: int = 0) 
 
 
 def hugging_face_answer(folder: Path, name: str, inputs: Inputs, new_tokens: int) -> NDArray[np.int64]:
-    """Greedy tokens [1,N] of Hugging Face's own `generate` for one prompt, its pixels as its own processor gives them."""
+    """Greedy tokens [1,N] of Hugging Face's own `generate` for one prompt, its pixels as its processor gives them."""
     row, model = FAMILIES[name], AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     ids, given = torch.from_numpy(inputs.input_ids), {"pixel_values": torch.from_numpy(inputs.pixel_values)}
     if row.patch is not None:

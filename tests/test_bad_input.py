@@ -161,7 +161,7 @@ def test_weights(
 
 def test_weights_of_another_model(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit_config(checkpoint, text_config__intermediate_size=160)
-    refused(capsys, 2, "config.json says [160, 64]", export_main, checkpoint, "--k2", 5, "--out", tmp_path / "out")
+    refused(capsys, 2, "configuration says [160, 64]", export_main, checkpoint, "--k2", 5, "--out", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
@@ -275,8 +275,8 @@ IDS = golden_inputs().input_ids
         ({"input_ids": np.where(np.arange(30) == 6, 7, IDS)}, "holds 15 image tokens"),
         ({"input_ids": np.where(np.arange(30) == 1, 256, IDS)}, "holds token 256"),
         ({"input_ids": np.where(np.arange(30) == 1, -5, IDS)}, "holds token -5"),
-        ({"pixel_values": np.zeros((1, 3, 57, 56), np.float32)}, "pixel_values are [1, 3, 57, 56]"),
-        ({"pixel_values": np.zeros((2, 3, 56, 56), np.float32)}, "1 prompts, 2 images"),
+        ({"pixel_values": np.zeros((1, 3, 57, 56), np.float32)}, "no graph for images of 56x57 pixels"),
+        ({"pixel_values": np.zeros((2, 3, 56, 56), np.float32)}, "one image per prompt"),
     ],
 )
 def test_prompts(
@@ -373,7 +373,7 @@ def test_manifests(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     inputs = save_inputs(tmp_path / "in.npz", prompts())
     good = json.loads((copy / "manifest.json").read_text())
     for changed, words in (
-        (good | {"schema": 4}, "update himap-export"),
+        (good | {"schema": 5}, "update himap-export"),
         (good | {"schema": 0}, "export it again"),
         (good | {"variants": 3}, "is damaged"),
         ({k: v for k, v in good.items() if k != "graphs"}, "is damaged"),

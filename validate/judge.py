@@ -9,12 +9,15 @@ Shape letters as in reference.py; P image patches before they are merged, m the 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
+
+from himap_export.validate.originals import llava_original, qwen_vl
 
 
 @dataclass(frozen=True)
@@ -129,4 +132,40 @@ def _places(model: Any, ids: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 _MERGED: Mapping[str, Callable[[Any, Tensor], Seen]] = {"qwen2_5_vl": _see_patches, "qwen3_vl": _see_patches}
-_ORIGINALS: Mapping[str, Callable[[Path, torch.dtype, str, str], Judge]] = {}
+
+
+def _llava_original(folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str) -> Judge:
+    found = llava_original.load(folder, dtype, decoder_attention, vision_attention)
+    patch = found.tower.config.patch_size
+    side = patch if isinstance(patch, int) else patch[0]
+    clip = getattr(found.tower, "vision_model", found.tower)
+    layers = clip.encoder.layers if hasattr(clip.encoder, "layers") else clip.encoder.layer
+    return _original(found, lambda size: (size[0] // side, size[1] // side), tuple(layers))
+
+
+def _qwen_vl(folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str) -> Judge:
+    found = qwen_vl.load(folder, dtype, decoder_attention, "sdpa" if vision_attention == "sdpa" else "eager")
+    side = isqrt(len(found.tower.attn_pool.query))  # the resampler's queries stand in a square
+    return _original(found, lambda size: (side, side), ())
+
+
+def _original(
+    found: Any, grid: Callable[[tuple[int, int]], tuple[int, int]], layers: tuple[torch.nn.Module, ...]
+) -> Judge:
+    return Judge(
+        whole=found,
+        decoder=found.causal.model,
+        head=found.causal.lm_head,
+        see=lambda pixels: Seen(found.image_features(pixels).flatten(0, 1)),
+        is_image=found.is_image,
+        stop_tokens=found.stop_tokens,
+        pad_token=found.pad_token,
+        grid=grid,
+        vision_layers=layers,
+    )
+
+
+_ORIGINALS: Mapping[str, Callable[[Path, torch.dtype, str, str], Judge]] = {
+    "LlavaLlamaForCausalLM": _llava_original,
+    "QWenLMHeadModel": _qwen_vl,
+}

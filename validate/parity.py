@@ -152,8 +152,10 @@ class Comparison:
 
     def _reference_tensors(self, reference: Reference, start: Prefill) -> Tensors:
         """`start` is used up: replaying the answer appends to its caches."""
-        features = reference.image_features(self.arrays[1], self.rows).float().cpu().numpy()
-        found: Tensors = {"vision": list(features)}
+        seen = reference.image_features(self.arrays[1], self.rows)
+        found: Tensors = {
+            name: list(features.float().cpu().numpy()) for name, features in zip(self._seen(), seen, strict=True)
+        }
         for stage, name in enumerate(self.pipeline.stages):
             if f"score_{name}" in self.pipeline.tensors:
                 found[f"score {name}"] = list(start.scores[stage - 1])
@@ -167,7 +169,8 @@ class Comparison:
         """Prefill; kept sets that differ are replaced by the reference's before the stage behind them is compared."""
         p, found = self.pipeline, list[CutParity]()
         p.run("vision")
-        self._record("vision", list(p.read("image_features")[: self.rows]))
+        for name, tensor in self._seen().items():
+            self._record(name, list(p.read(tensor)[: self.rows]))
         for stage, name in enumerate(p.stages):
             p.run(name)
             if stage > 0:
@@ -180,6 +183,11 @@ class Comparison:
             self._record(name, [hidden[row, : len(truth)] for row, truth in enumerate(self.truth.hidden[stage])])
         self._record("logits", list(p.read("logits")[: self.rows]))
         return found
+
+    def _seen(self) -> dict[str, str]:
+        """The vision graph's outputs, as they are called here and there."""
+        deepstack = range(self.pipeline.manifest.decoder.deepstack)
+        return {"vision": "image_features"} | {f"vision {i}": f"deepstack_{i}" for i in deepstack}
 
     def _cut(self, stage: int, kept: Integers) -> CutParity:
         """Compares `kept`, the positions that open `stage`, with the reference's, in the light of both scores."""

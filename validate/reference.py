@@ -220,10 +220,11 @@ class Reference:
         return self.judge.see(torch.as_tensor(pixel_values).to(self.device, self.dtype))
 
     @torch.no_grad()
-    def image_features(self, pixel_values: Floats, prompts: int | None = None) -> Tensor:
-        """Projected features [prompts,V,D] of `pixel_values` [images,3,H,W]; one image a prompt if None."""
-        features = self.see(pixel_values).features
-        return features.reshape(prompts or len(pixel_values), -1, features.shape[-1])
+    def image_features(self, pixel_values: Floats, prompts: int | None = None) -> tuple[Tensor, ...]:
+        """What the tower makes of `pixel_values` [images,3,H,W], [prompts,V,D] each: the projected features, then those
+        of deepstack. One image a prompt if None."""
+        seen = self.see(pixel_values)
+        return tuple(f.reshape(prompts or len(pixel_values), -1, f.shape[-1]) for f in (seen.features, *seen.deepstack))
 
     def turns(self, state: State) -> Tensor:
         """What the rotary embedding turns the tokens of `state` by: positions [S], under M-RoPE [3,S]."""

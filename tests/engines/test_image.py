@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from transformers.image_utils import load_image as hf_load_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -21,7 +22,9 @@ from himap_export.engines.image import (
     clip_preprocessing,
     crop_view,
     load_image,
+    nearest_size,
     preprocess,
+    tile_grid,
 )
 from himap_export.graphs.errors import Exit, HimapError
 
@@ -103,15 +106,114 @@ SETTINGS: dict[str, tuple[Any, ImagePreprocessing]] = {
 
 
 @pytest.mark.parametrize("picture", PICTURES)
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", list(SETTINGS))
 def test_pixels_equal_hugging_face(setting: str, picture: str) -> None:
     processor, how = SETTINGS[setting]
     image = PICTURES[picture]
     expected = processor(image.copy(), return_tensors="np")["pixel_values"][0]
     ours = preprocess(image, how)
     assert ours.dtype == np.float32 and ours.flags.c_contiguous
-    assert ours.shape == (3, *how.output_size)
-    np.testing.assert_array_equal(ours, expected)
+    assert ours.shape == (1, 3, *how.output_size)
+    np.testing.assert_array_equal(ours[0], expected)
+
+
+def tiled(tiles: int, height: int = 28, width: int = 28) -> ImagePreprocessing:
+    return ImagePreprocessing((height, width), None, tiles=tiles)
+
+
+LETTERBOX = ImagePreprocessing((90, 160), None, pad_color=(122, 116, 104), letterbox=True)
+SETTINGS |= {"letterbox": (None, LETTERBOX), "tiles": (None, tiled(5))}
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+@pytest.mark.parametrize("tiles", [3, 4, 5, 7, 13])
+def test_tiles_equal_hugging_face(tiles: int, picture: str) -> None:
+    """Where its processor chooses as many tiles by itself, and where it is told to."""
+    image, how = PICTURES[picture], tiled(tiles, 28, 35)
+    ours = preprocess(image, how)
+    assert ours.dtype == np.float32 and ours.flags.c_contiguous and ours.shape == (tiles, 3, 28, 35)
+    for least in (1, tiles - 1):
+        processor = GotOcr2ImageProcessorPil(
+            size={"height": 28, "width": 35}, crop_to_patches=True, min_patches=least, max_patches=tiles - 1
+        )
+        expected = processor(image.copy(), return_tensors="np")["pixel_values"]
+        assert least == 1 or len(expected) == tiles
+        if len(expected) == tiles:
+            np.testing.assert_array_equal(ours, expected)
+
+
+def test_two_tiles_have_no_thumbnail() -> None:
+    processor = GotOcr2ImageProcessorPil(
+        size={"height": 28, "width": 28}, crop_to_patches=True, min_patches=2, max_patches=2
+    )
+    for image in (CHINA, HOPPER):
+        expected = processor(image, return_tensors="np")["pixel_values"]
+        np.testing.assert_array_equal(preprocess(image, tiled(2)), expected[:2])
+
+
+@pytest.mark.parametrize(
+    ("tiles", "size", "grid"),
+    [
+        (1, (9, 1), (1, 1)),
+        (2, (640, 427), (1, 2)),
+        (2, (427, 640), (2, 1)),
+        (3, (640, 427), (1, 2)),
+        (5, (640, 427), (2, 2)),
+        (5, (640, 200), (1, 4)),
+        (7, (640, 427), (2, 3)),
+        (7, (427, 640), (3, 2)),
+        (8, (400, 400), (7, 1)),  # by difference a square is nearer to 1/7 than to 7
+        (3, (25, 20), (2, 1)),  # as near to 1/2 as to 2: tall, as it is small
+        (3, (50, 40), (1, 2)),
+    ],
+)
+def test_arrangements(tiles: int, size: tuple[int, int], grid: tuple[int, int]) -> None:
+    image = CHINA.resize(size)
+    assert tile_grid(image, tiled(tiles)) == grid
+    assert crop_view(image, tiled(tiles)).size == (28 * grid[1], 28 * grid[0])
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_tiles_of_a_view_are_the_pixels_of_the_model(picture: str) -> None:
+    image, how = PICTURES[picture], tiled(7)
+    view, (_, columns) = np.asarray(crop_view(image, how)), tile_grid(image, how)
+    pixels = preprocess(image, how).transpose(0, 2, 3, 1) * np.array(how.std) + np.array(how.mean)
+    for n, tile in enumerate(pixels[:-1]):
+        top, left = 28 * (n // columns), 28 * (n % columns)
+        np.testing.assert_array_equal(view[top : top + 28, left : left + 28], np.rint(tile * 255))
+
+
+@pytest.mark.parametrize(
+    ("size", "place"),  # left, top, right, bottom
+    [
+        ((640, 360), (0, 0, 160, 90)),
+        ((640, 427), (12, 0, 147, 90)),
+        ((100, 200), (57, 0, 102, 90)),
+        ((640, 10), (0, 44, 160, 46)),
+        ((9000, 1), (0, 44, 160, 45)),
+        ((1, 1), (35, 0, 125, 90)),
+    ],
+)
+def test_letterbox_keeps_the_aspect_ratio(size: tuple[int, int], place: tuple[int, int, int, int]) -> None:
+    image, (left, top, right, bottom) = FLOWER.resize(size), place
+    view = crop_view(image, LETTERBOX)
+    assert view.size == (160, 90)
+    wanted = image.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(np.asarray(view.crop(place)), np.asarray(wanted))
+    border = np.asarray(view).astype(int)
+    border[top:bottom, left:right] = LETTERBOX.pad_color
+    assert (border == LETTERBOX.pad_color).all()
+    assert preprocess(image, LETTERBOX).shape == (1, 3, 90, 160)
+
+
+def test_nearest_size_wastes_least() -> None:
+    sizes = [(224, 224), (448, 448), (224, 448), (448, 224), (224, 672)]
+    assert nearest_size((427, 640), sizes) == (224, 448)
+    assert nearest_size((640, 427), sizes) == (448, 224)
+    assert nearest_size((500, 500), sizes) == nearest_size((500, 600), sizes) == (448, 448)
+    assert nearest_size((1, 1000), sizes) == (224, 672)
+    assert nearest_size((3, 3), [(10, 20), (20, 10)]) == (10, 20)  # equal in all: the first
+    assert nearest_size((1, 1000), [(8, 4)]) == (8, 4)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -133,7 +235,7 @@ def test_files_are_read_as_hugging_face_reads_them(picture: str, tmp_path: Path)
     assert ours.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
     processor, how = SETTINGS["llava-1.5"]
-    np.testing.assert_array_equal(preprocess(ours, how), processor(str(path), return_tensors="np")["pixel_values"][0])
+    np.testing.assert_array_equal(preprocess(ours, how), processor(str(path), return_tensors="np")["pixel_values"])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -148,16 +250,21 @@ def test_exif_orientation_is_applied(orientation: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("picture", ["china", "hopper", "tiny", "rgba"])
-@pytest.mark.parametrize("setting", ["llava-1.5", "odd crop", "crop beyond the picture", "pad to square", "siglip"])
+@pytest.mark.parametrize(
+    "setting", ["llava-1.5", "odd crop", "crop beyond the picture", "pad to square", "siglip", "letterbox"]
+)
 def test_view_shows_the_pixels_of_the_model(setting: str, picture: str) -> None:
     how, image = SETTINGS[setting][1], PICTURES[picture]
-    pixels = preprocess(image, how).transpose(1, 2, 0) * np.array(how.std) + np.array(how.mean)
+    pixels = preprocess(image, how)[0].transpose(1, 2, 0) * np.array(how.std) + np.array(how.mean)
     view = crop_view(image, how)
     assert view.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(view), np.rint(pixels / how.rescale_factor))
 
 
-@pytest.mark.parametrize("setting", ["llava-1.5", "odd crop", "crop beyond the picture", "crop only", "pad to square"])
+@pytest.mark.parametrize(
+    "setting",
+    ["llava-1.5", "odd crop", "crop beyond the picture", "crop only", "pad to square", "letterbox", "tiles"],
+)
 def test_scaled_view_shows_the_same_region(setting: str) -> None:
     how = SETTINGS[setting][1]
     small, large = crop_view(HOPPER, how), crop_view(HOPPER, how, scale=3)
@@ -246,6 +353,19 @@ GOOD = clip_preprocessing(336).to_json()
         {"std": [0.5, 0.5, 0]},
         {"pad_color": [0, 0, 256]},
         {"pad_color": [0.0, 0.0, 0.0]},
+        {"letterbox": 1},
+        {"letterbox": None},
+        {"letterbox": True},
+        {"letterbox": True, "resize": {"height": 4, "width": 4}, "crop": None},
+        {"letterbox": True, "resize": {"height": 4, "width": 4}, "pad_color": [0, 0, 0]},
+        {"letterbox": True, "crop": None, "pad_color": [0, 0, 0]},
+        {"tiles": 0},
+        {"tiles": 2},
+        {"tiles": True},
+        {"tiles": None},
+        {"tiles": 10**9, "resize": {"height": 4, "width": 4}, "crop": None},
+        {"tiles": -1, "resize": {"height": 4, "width": 4}, "crop": None},
+        {"tiles": 2, "resize": {"height": 4, "width": 4}, "crop": None, "pad_color": [0, 0, 0]},
     ],
 )
 def test_damaged_manifests_are_refused(change: dict[str, object]) -> None:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoProcessor, LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from himap_export.engines.image import CLIP_MEAN, ImagePreprocessing, preprocess
+from himap_export.engines.image import CLIP_MEAN, ImagePreprocessing, clip_preprocessing, preprocess
 from himap_export.engines.prompt import encode, load_tokenizer
 from himap_export.exporter.families import llava
 from himap_export.exporter.family import VisionSpec
@@ -108,7 +108,7 @@ def test_answers_like_hugging_face(layout: str, chat: str, question: str, tmp_pa
     for image in (CHINA, FLOWER.rotate(90, expand=True)):
         expected = hf_inputs(folder, question, image)
         np.testing.assert_array_equal(our_ids(data, question, tmp_path), expected["input_ids"][0])
-        np.testing.assert_array_equal(preprocess(image, data.images[""]), expected["pixel_values"][0])
+        np.testing.assert_array_equal(preprocess(image, data.images[""]), expected["pixel_values"])
 
 
 def test_prompt_format(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_tokens_that_only_tokenizer_config_knows(tmp_path: Path) -> None:
 
 
 def test_empty_folder_gives_the_default_and_no_prompt(tmp_path: Path) -> None:
-    assert read(tmp_path, side=56) == ProcessorData(clip_preprocessing(56), None, {})
+    assert read(tmp_path, side=56) == ProcessorData({"": clip_preprocessing(56)}, None, {})
 
 
 def test_no_code_and_no_pickle_of_the_checkpoint_is_touched(tmp_path: Path) -> None:

@@ -1,0 +1,136 @@
+"""InternViT-6B (arXiv 2312.14238, section 3.2) at one static size, its weights by their original names.
+
+Letters of this file: B batch, N patches, D hidden, H heads, E head dim.
+"""
+
+from math import isqrt
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from himap_export.exporter.families.resize import interpolation
+from himap_export.exporter.family import Config, only
+
+if TYPE_CHECKING:
+    import torch
+
+MODEL_TYPE = "intern_vit_6b"
+
+
+def check(tower: Config) -> None:
+    """HimapError (usage) for a variation of the tower that `intern_vit` does not follow."""
+    only("activation of the vision tower", tower.get("hidden_act", "gelu"), "gelu")
+    only("norm of the vision tower", tower.get("norm_type", "rms_norm"), "rms_norm")
+
+
+def intern_vit(tower: Config, side: int, layers: int) -> "torch.nn.Module":
+    """The tower's first `layers` layers, from pixels [B,3,side,side] to hidden states [B,1+N,D], class token first.
+
+    Make it on the meta device, cast it to the model's dtype, then `fill` it.
+    """
+    import torch
+
+    learned, patches = tower["image_size"] // tower["patch_size"], side // tower["patch_size"]
+
+    class InternVit(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embeddings: Any = _embeddings(tower, learned)
+            self.encoder: Any = torch.nn.Module()
+            self.encoder.layers = torch.nn.ModuleList(_layer(tower) for _ in range(layers))
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            e, batch = self.embeddings, pixel_values.shape[0]
+            x: torch.Tensor = e.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+            positions = e.position_embedding
+            if learned != patches:
+                positions = _resized(positions, self.get_buffer("resize"))
+            x = torch.cat([e.class_embedding.expand(batch, -1, -1), x], dim=1) + positions
+            for layer in self.encoder.layers:
+                x = layer(x)
+            return x
+
+    return InternVit()
+
+
+def fill(made: "torch.nn.Module", tower: Config, side: int) -> dict[str, npt.NDArray[np.float32]]:
+    """Gives `made` a meta buffer for each of its constants, which stay in fp32; returns them by the buffers' names."""
+    import torch
+
+    learned, patches = tower["image_size"] // tower["patch_size"], side // tower["patch_size"]
+    if learned == patches:
+        return {}
+    resize = interpolation(learned, patches, "bicubic").astype(np.float32)
+    made.register_buffer("resize", torch.empty(resize.shape, device="meta"), persistent=False)
+    return {"resize": resize}
+
+
+def _resized(positions: "torch.Tensor", weights: "torch.Tensor") -> "torch.Tensor":
+    """Positions [1,1+n*n,D] for m*m patches, [1,1+m*m,D]: rows, then columns, through `weights` [m,n] in fp32."""
+    import torch
+
+    n, hidden = weights.shape[1], positions.shape[-1]
+    assert isqrt(positions.shape[1] - 1) == n
+    grid = positions[0, 1:].float().reshape(n, n * hidden)
+    rows = (weights @ grid).reshape(-1, n, hidden)
+    patches = (weights @ rows).reshape(1, -1, hidden)
+    return torch.cat([positions[:, :1], patches.to(positions.dtype)], dim=1)
+
+
+def _embeddings(tower: Config, learned: int) -> "torch.nn.Module":
+    import torch
+    from torch.nn import Parameter
+
+    hidden, patch = tower["hidden_size"], tower["patch_size"]
+    made = torch.nn.Module()
+    made.class_embedding = Parameter(torch.empty(1, 1, hidden))
+    made.patch_embedding = torch.nn.Conv2d(tower.get("num_channels", 3), hidden, patch, patch)
+    made.position_embedding = Parameter(torch.empty(1, 1 + learned * learned, hidden))
+    return made
+
+
+def _layer(tower: Config) -> "torch.nn.Module":
+    """Pre-norm attention and MLP, each scaled per channel before it is added: [B,1+N,D] to the same."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    hidden, heads, eps = tower["hidden_size"], tower["num_attention_heads"], tower.get("layer_norm_eps", 1e-6)
+    normed = tower.get("qk_normalization", True)
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(hidden, 3 * hidden, bias=tower.get("qkv_bias", False))
+            self.proj = nn.Linear(hidden, hidden)
+            if normed:
+                self.q_norm, self.k_norm = nn.RMSNorm(hidden, eps), nn.RMSNorm(hidden, eps)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            qkv = self.qkv(x)
+            # `chunk` would become a sequence in ONNX.
+            q, k, v = qkv[..., :hidden], qkv[..., hidden : 2 * hidden], qkv[..., 2 * hidden :]
+            if normed:  # over all heads together
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k, v = (y.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for y in (q, k, v))
+            seen = F.scaled_dot_product_attention(q, k, v)
+            found: torch.Tensor = self.proj(seen.transpose(1, 2).reshape(x.shape))
+            return found
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.RMSNorm(hidden, eps), nn.RMSNorm(hidden, eps)
+            self.attn = Attention()
+            self.mlp: Any = nn.Module()
+            self.mlp.fc1 = nn.Linear(hidden, tower["intermediate_size"])
+            self.mlp.fc2 = nn.Linear(tower["intermediate_size"], hidden)
+            self.ls1, self.ls2 = nn.Parameter(torch.empty(hidden)), nn.Parameter(torch.empty(hidden))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.ls1 * self.attn(self.norm1(x))
+            made: torch.Tensor = x + self.ls2 * self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
+            return made
+
+    return Layer()

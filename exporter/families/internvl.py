@@ -1,0 +1,137 @@
+"""`InternVLForConditionalGeneration`: InternVL3 in Hugging Face's layout (transformers/models/internvl).
+
+An InternViT tower, a pixel shuffle that makes one token of 2x2 patches, a two-layer projector, and a Qwen2, Qwen3 or
+LLaMA decoder. A picture is one tile of 448x448 pixels, or several and a thumbnail.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from himap_export.engines.image import ImagePreprocessing
+from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, fixed_size, only
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.spec import DecoderSpec
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import InternVLConfig
+
+TEMPLATE = "<|im_start|>user\n<img><IMG_CONTEXT></img>\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _full(config: Config) -> "InternVLConfig":
+    from transformers import InternVLConfig
+
+    return InternVLConfig(**{k: v for k, v in config.items() if k != "model_type"})
+
+
+def decoder(config: Config) -> DecoderSpec:
+    text = _full(config).text_config
+    rope = text.rope_parameters or {}
+    only("text model", text.model_type, "qwen2", "qwen3", "llama")
+    only("activation", text.hidden_act, "silu")
+    only("use_sliding_window", getattr(text, "use_sliding_window", False), False)
+    # Dynamic NTK scaling changes nothing up to `max_position_embeddings`, and `PromptRules.positions` are no more.
+    only("rotary embedding", rope.get("rope_type", "default"), "default", "dynamic")
+    bias = getattr(text, "attention_bias", False)
+    return DecoderSpec(
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        ffn=text.intermediate_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        vocab=text.vocab_size,
+        norm_eps=text.rms_norm_eps,
+        rope_base=rope.get("rope_theta", 10000.0),
+        qkv_bias=text.model_type == "qwen2" or bias,
+        out_bias=bias,
+        mlp_bias=getattr(text, "mlp_bias", False),
+        qk_norm=text.model_type == "qwen3",
+    )
+
+
+def vision(config: Config, asked: Picture) -> VisionSpec:
+    """`asked.tiles` pictures of the tower's own size, the thumbnail counted."""
+    full = _full(config)
+    tower, positions = full.vision_config, full.text_config.max_position_embeddings
+    only("vision tower", tower.model_type, "internvl_vision")
+    only("vision feature layer", full.vision_feature_layer, -1)
+    only("vision feature selection", full.vision_feature_select_strategy, "default")
+    only("downsample ratio", full.downsample_ratio, 0.5)
+    (height, width), (patch, across) = tower.image_size, tower.patch_size
+    if height != width or patch != across or height // patch % 2:
+        details = "supported: square pictures of an even number of square patches in a row"
+        raise HimapError(f"unsupported vision tower of {width}x{height} pixels", details, code=Exit.USAGE)
+    size, tiles = fixed_size(Picture(asked.size), (height, width)), 1 if asked.tiles is None else asked.tiles
+    side = height // patch // 2
+    most = (positions - 1) // side**2
+    if not 1 <= tiles <= most:
+        details = f"a tile is {side**2} of the model's {positions} positions: 1 to {most}"
+        raise HimapError(f"--tiles {tiles} does not fit", details, code=Exit.USAGE)
+    return VisionSpec(size, tower.num_channels, tiles * side**2, (side, side), tiles)
+
+
+def names(config: Config, role: str) -> Iterator[str]:
+    """As published, which is how transformers 5 still saves them; then by the paths of its modules."""
+    if role.startswith(("vision_tower.", "multi_modal_projector.")):
+        yield from (role, f"model.{role}")
+    elif role == "lm_head.weight":
+        yield from ("language_model.lm_head.weight", role)
+        # transformers 5 ties by the outer field, true if absent, whatever text_config says; a tied head is not stored.
+        if config.get("tie_word_embeddings", True):
+            yield from names(config, "embed_tokens.weight")
+    else:
+        for prefix in ("language_model.model.", "model.language_model.", "language_model."):
+            yield prefix + role
+
+
+def prompt(config: Config) -> PromptRules:
+    positions = _full(config).text_config.max_position_embeddings
+    return PromptRules(
+        image_token=config.get("image_token_id", 151667),
+        image_text="<IMG_CONTEXT>",
+        template=TEMPLATE,
+        positions=positions,
+        eos=(151645,),
+        pad=151643,
+        surround=("<img>", "</img>"),
+    )
+
+
+def image(config: Config, spec: VisionSpec) -> ImagePreprocessing:
+    return ImagePreprocessing(spec.size, None, "bicubic", mean=IMAGENET_MEAN, std=IMAGENET_STD, tiles=spec.tiles)
+
+
+def module(config: Config, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.Module":
+    """Hugging Face's own tower and projector, joined as in InternVLModel.get_image_features."""
+    import torch
+    from transformers import AutoModel
+    from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector, InternVLVisionRMSNorm
+
+    full, (rows, columns) = _full(config), spec.grid
+
+    class Vision(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vision_tower = AutoModel.from_config(full.vision_config, attn_implementation="sdpa")
+            self.multi_modal_projector = InternVLMultiModalProjector(full)
+            for parent in list(self.vision_tower.modules()):
+                for name, norm in parent.named_children():
+                    if isinstance(norm, InternVLVisionRMSNorm):  # its mean exports with axes that TensorRT refuses
+                        setattr(parent, name, torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon))
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            patches = self.vision_tower(pixel_values).last_hidden_state[:, 1:]  # [B*tiles,4V,d], no class token
+            # The pixel shuffle in one transpose: of 2x2 patches the lower follow the upper, the right ones the left.
+            blocks = patches.reshape(-1, rows, 2, columns, 2, patches.shape[-1]).transpose(2, 3)
+            tokens = blocks.reshape(-1, rows * columns, 4 * patches.shape[-1])
+            features: torch.Tensor = self.multi_modal_projector(tokens)
+            return features.reshape(-1, spec.tokens, features.shape[-1])
+
+    with torch.device("meta"):
+        return Vision().to(dtype).eval()
+
+
+FAMILY = Family("InternVLForConditionalGeneration", decoder, vision, module, names, prompt, image)

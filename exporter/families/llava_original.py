@@ -1,0 +1,181 @@
+"""`LlavaLlamaForCausalLM`: LLaVA's original layout, of LLaVA-1.5 (CLIP) and of InternVL-Chat 1.0 (InternViT-6B).
+
+As haotian-liu/LLaVA writes it (llava/model/llava_arch.py), and OpenGVLab/InternVL's copy of it, internvl_chat_llava.
+Where the vision tower's tensors lie in a checkpoint of their own, its config.json is "vision_config" of ours.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from himap_export.engines.image import ImagePreprocessing, clip_preprocessing
+from himap_export.exporter.families import intern_vit
+from himap_export.exporter.families.sentencepiece import tokenizer
+from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, fixed_size, only
+from himap_export.graphs.spec import DecoderSpec
+
+if TYPE_CHECKING:
+    import torch
+
+SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions. "
+)
+TEMPLATE = SYSTEM + "USER: <image>\n{prompt} ASSISTANT:"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def decoder(config: Config) -> DecoderSpec:
+    from transformers import LlamaConfig
+
+    text = LlamaConfig(**{k: v for k, v in config.items() if k not in ("model_type", "vision_config")})
+    rope = text.rope_parameters or {}
+    only("activation", text.hidden_act, "silu")
+    only("rotary embedding", rope.get("rope_type", "default"), "default")
+    return DecoderSpec(
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        ffn=text.intermediate_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=text.head_dim or text.hidden_size // text.num_attention_heads,
+        vocab=text.vocab_size,
+        norm_eps=text.rms_norm_eps,
+        rope_base=rope.get("rope_theta", 10000.0),
+        qkv_bias=text.attention_bias,
+        out_bias=text.attention_bias,
+        mlp_bias=text.mlp_bias,
+    )
+
+
+def tower(config: Config) -> str | None:
+    """The Hugging Face id or folder of the checkpoint that holds the vision tower."""
+    named: str | None = config.get("mm_vision_tower", config.get("vision_tower"))
+    return named
+
+
+def _tower(config: Config) -> tuple[Config, bool, int]:
+    """The vision tower's own configuration, whether it is an InternViT-6B, and the side of its pictures in pixels."""
+    found: Config = config.get("vision_config", {})
+    kind = found.get("model_type")
+    only("vision tower", kind, "clip", "clip_vision_model", intern_vit.MODEL_TYPE)
+    if kind != intern_vit.MODEL_TYPE:
+        from transformers import CLIPVisionConfig
+
+        found = found.get("vision_config", found)  # of a CLIP with its text encoder, as openai's
+        full = CLIPVisionConfig(**{k: v for k, v in found.items() if k != "model_type"})
+        return full.to_dict(), False, full.image_size
+    intern_vit.check(found)
+    # Trained at 224 px; its authors' CLIPVisionTower chooses by the tower's name.
+    return found, True, 448 if "448" in (tower(config) or "") else 336
+
+
+def vision(config: Config, asked: Picture) -> VisionSpec:
+    found, _, side = _tower(config)
+    feature = config.get("mm_vision_select_feature", "patch")
+    only("mm_vision_select_feature", feature, "patch", "cls_patch")
+    only("image_aspect_ratio", config.get("image_aspect_ratio"), None, "square", "pad")
+    only("mm_patch_merge_type", config.get("mm_patch_merge_type", "flat"), "flat")
+    only("mm_hidden_size", config.get("mm_hidden_size", found["hidden_size"]), found["hidden_size"])
+    patches = side // found["patch_size"]
+    size = fixed_size(asked, (side, side))
+    tokens = patches * patches + (feature == "cls_patch")
+    return VisionSpec(size, found.get("num_channels", 3), tokens, (patches, patches))
+
+
+def names(config: Config, role: str) -> Iterator[str]:
+    """The checkpoint's names, then for the tower those of a checkpoint of its own."""
+    if role.startswith("vision_tower."):
+        rest = role.removeprefix("vision_tower.").removeprefix("vision_model.")
+        variants = (rest,) if _tower(config)[1] else (f"vision_model.{rest}", rest)
+        for prefix in ("model.vision_tower.vision_tower.", ""):
+            yield from (prefix + variant for variant in variants)
+    else:
+        yield role if role == "lm_head.weight" else f"model.{role}"
+
+
+def prompt(config: Config) -> PromptRules:
+    only("mm_use_im_start_end", config.get("mm_use_im_start_end", False), False)
+    eos = config.get("eos_token_id", 2)
+    return PromptRules(
+        image_token=-200,
+        image_text="<image>",
+        template=TEMPLATE,
+        positions=config.get("max_position_embeddings", 2048),
+        eos=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+        pad=config.get("pad_token_id"),
+    )
+
+
+def image(config: Config, spec: VisionSpec) -> ImagePreprocessing:
+    how = clip_preprocessing(spec.size[0])
+    if _tower(config)[1]:
+        how = replace(how, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    if config.get("image_aspect_ratio") != "pad":
+        return how
+    red, green, blue = (int(channel * 255) for channel in how.mean)
+    return replace(how, pad_color=(red, green, blue))
+
+
+def _projector(config: Config, width: int) -> "torch.nn.Module":
+    """[...,width] to [...,D], as build_vision_projector in llava/model/multimodal_projector/builder.py."""
+    from torch import nn
+
+    kind, hidden = config.get("mm_projector_type", "linear"), config["hidden_size"]
+    if kind == "identity":
+        only("width of the vision tower under an identity projector", width, hidden)
+        return nn.Identity()
+    if kind == "linear":
+        return nn.Linear(width, hidden)
+    depth = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
+    if depth is None:
+        only("mm_projector_type", kind, "linear", "mlp2x_gelu", "mlpNx_gelu", "identity")
+    assert depth is not None
+    deeper = (layer for _ in range(int(depth[1]) - 1) for layer in (nn.GELU(), nn.Linear(hidden, hidden)))
+    return nn.Sequential(nn.Linear(width, hidden), *deeper)
+
+
+def module(config: Config, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.Module":
+    """The tower up to the layer whose states are selected, and the projector."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    found, intern, side = _tower(config)
+    select, depth = config.get("mm_vision_select_layer", -2), found["num_hidden_layers"]
+    only("mm_vision_select_layer", select, *range(-depth - 1, depth + 1))
+    layers = select % (depth + 1)  # state 0 is the embeddings'; no later layer is wanted
+    whole = spec.tokens > spec.grid[0] * spec.grid[1]
+
+    class Vision(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            if intern:
+                self.vision_tower = intern_vit.intern_vit(found, side, layers)
+            else:
+                needed = CLIPVisionConfig(**{**found, "num_hidden_layers": layers}, attn_implementation="sdpa")
+                self.vision_tower = CLIPVisionModel(needed)
+            self.mm_projector = _projector(config, found["hidden_size"])
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            seen = self.vision_tower(pixel_values)
+            states = seen if intern else seen.last_hidden_state  # of CLIP: before its last norm
+            features: torch.Tensor = self.mm_projector(states if whole else states[:, 1:])
+            return features
+
+    with torch.device("meta"):
+        made = Vision().to(dtype).eval()
+    if intern:
+        constants = intern_vit.fill(made.vision_tower, found, side)
+    else:
+        constants = {"embeddings.position_ids": np.arange((side // found["patch_size"]) ** 2 + 1)[None]}
+    made.constants = {f"vision_tower.{name}": values for name, values in constants.items()}  # type: ignore[assignment]
+    return made
+
+
+FAMILY = Family(
+    "LlavaLlamaForCausalLM", decoder, vision, module, names, prompt, image, tokenizer=tokenizer, tower=tower,
+    own_image=True,
+)  # fmt: skip

@@ -1,0 +1,90 @@
+"""tokenizer.json of a release that ships only a SentencePiece `tokenizer.model`, as LLaMA's first releases do.
+
+It gives the ids of LLaVA's `tokenizer_image_token` (llava/mm_utils.py) with the slow `LlamaTokenizer`: the texts before
+and behind the image are tokenised each for itself, so SentencePiece's leading space stands before both.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from himap_export.exporter.family import PromptRules, only
+from himap_export.graphs.errors import HimapError
+
+SPACE = "\u2581"  # SentencePiece's
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # ModelProto.SentencePiece.Type
+BPE = 2  # TrainerSpec.ModelType
+
+
+def tokenizer(folder: Path, rules: PromptRules) -> bytes | None:
+    """tokenizer.json's content, `rules.image_text` the token behind all others; None without a tokenizer.model.
+
+    Special tokens that a prompt spells (`</s>`) are those tokens, and the text behind one gets a leading space, as in
+    the slow tokenizer with `legacy`. HimapError for a damaged file, or a SentencePiece model unlike LLaMA's.
+    """
+    if not (folder / "tokenizer.model").is_file():
+        return None
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from transformers.tokenization_utils_base import generate_merges
+
+    proto = _read(folder / "tokenizer.model")
+    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    scores = {piece.piece: piece.score for piece in proto.pieces}
+    made = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=generate_merges(vocab, scores),
+            unk_token=proto.trainer_spec.unk_piece,
+            fuse_unk=True,
+            byte_fallback=proto.trainer_spec.byte_fallback,
+        )
+    )
+    # On each stretch of text between special tokens, the image among them.
+    made.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = [piece.piece for piece in proto.pieces if piece.type in (UNKNOWN, CONTROL)]
+    made.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    known = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED] + _added(folder, len(vocab))
+    made.add_tokens([AddedToken(token, normalized=False) for token in known])
+    made.add_special_tokens([AddedToken(rules.image_text, normalized=False)])
+    bos = proto.pieces[proto.trainer_spec.bos_id].piece
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, proto.trainer_spec.bos_id)]
+    )
+    return made.to_str().encode()
+
+
+def _read(path: Path) -> Any:
+    """The ModelProto in `path`, if it is a model like LLaMA's."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    proto = import_protobuf().ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except (OSError, DecodeError) as problem:
+        raise HimapError("the checkpoint's tokenizer cannot be loaded", f"{path}: {problem}") from None
+    text, trained = proto.normalizer_spec, proto.trainer_spec
+    if not proto.pieces or not 0 <= trained.bos_id < len(proto.pieces):
+        raise HimapError("the checkpoint's tokenizer cannot be loaded", f"{path} holds no SentencePiece model with BOS")
+    only("SentencePiece model type", trained.model_type, BPE)
+    only("SentencePiece normalisation", bool(text.precompiled_charsmap or text.remove_extra_whitespaces), False)
+    only("SentencePiece without a leading space", not text.add_dummy_prefix, False)
+    return proto
+
+
+def _added(folder: Path, first: int) -> list[str]:
+    """The tokens of added_tokens.json, whose ids follow the vocabulary's, from `first` on."""
+    path = folder / "added_tokens.json"
+    if not path.is_file():
+        return []
+    try:
+        ids = {token: int(index) for token, index in json.loads(path.read_text("utf-8")).items()}
+    except (OSError, ValueError, AttributeError, TypeError) as problem:
+        raise HimapError(f"{path.name} cannot be read", f"{path}: {problem}") from None
+    ordered = sorted(ids, key=ids.__getitem__)
+    if [ids[token] for token in ordered] != list(range(first, first + len(ids))):
+        raise HimapError(f"unsupported {path.name}", f"its ids do not follow the vocabulary's {first}: {ids}")
+    return ordered

@@ -1,0 +1,68 @@
+"""tokenizer.json out of `qwen.tiktoken`, the ranks of a byte-level BPE: one "base64 rank" a line."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from himap_export.engines.isolation import environment
+from himap_export.graphs.errors import HimapError
+
+# From the release's tokenization_qwen.py.
+PATTERN: Final = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIALS: Final = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)),
+    "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>",
+)  # fmt: skip
+
+
+def tokenizer_json(file: Path, expected: Mapping[str, int]) -> bytes | None:
+    """A tokenizer equal to `tiktoken.Encoding` over the ranks in `file`, special tokens behind them; None without it.
+
+    `expected`: special tokens' ids by the model's configuration. HimapError if the file is damaged or has others.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    if not file.is_file():
+        return None
+    ranks = read_ranks(file)
+    for token, wanted in expected.items():
+        found = len(ranks) + SPECIALS.index(token)
+        if found != wanted:
+            details = f"{token} is {found} behind its {len(ranks)} tokens, {wanted} in the model's config"
+            raise HimapError(f"{file} is not the model's", details)
+
+    class Converter(TikTokenConverter):  # type: ignore[misc]
+        @staticmethod
+        def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
+            return ranks
+
+    vocabulary, merges = Converter(str(file)).extract_vocab_merges_from_model(str(file))
+    # `ignore_merges`: tiktoken, too, looks a whole word up before it merges.
+    made = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    made.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIALS])
+    return str(made.to_str()).encode()
+
+
+def read_ranks(file: Path) -> dict[bytes, int]:
+    """Tokens' bytes to their ids 0, 1, .. in order; HimapError for anything else."""
+    from tiktoken.load import load_tiktoken_bpe
+
+    try:
+        with environment({"TIKTOKEN_CACHE_DIR": ""}):  # else it keeps copies by path, and misses that a file changed
+            ranks = dict(load_tiktoken_bpe(str(file)))
+    except (OSError, ValueError) as problem:
+        raise HimapError(f"{file} is damaged", str(problem)) from None
+    for expected, (token, rank) in enumerate(ranks.items()):
+        if rank != expected:
+            raise HimapError(f"{file} is damaged", f"{token!r} has rank {rank} where {expected} must stand")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise HimapError(f"{file} is damaged", f"{len(missing)} of the 256 bytes have no rank")
+    return ranks

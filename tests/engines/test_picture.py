@@ -1,0 +1,75 @@
+"""Patches lie in the drawing where they lie in the picture."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from himap_export.engines.image import ImagePreprocessing, clip_preprocessing, tile_grid
+from himap_export.engines.picture import draw_kept, kept_patches
+from himap_export.graphs.errors import HimapError
+
+GREY = (122, 116, 104)
+
+
+def only(count: int, *kept: int) -> NDArray[np.bool_]:
+    return np.isin(np.arange(count), kept)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "grid", "tiles", "kept", "places"),
+    [
+        (6, (2, 3), (1, 1), (0, 5), [(0, 0), (1, 2)]),
+        (7, (2, 3), (1, 1), (0, 1), [(0, 0)]),  # behind a class token
+        (2, (1, 1), (1, 1), (0,), []),
+        (24, (2, 3), (2, 2), (1, 7, 13, 23), [(0, 1), (0, 4), (2, 1), (3, 5)]),
+        (30, (2, 3), (2, 2), (1, 23, 24, 29), [(0, 1), (3, 5)]),  # before a thumbnail
+        (12, (2, 3), (1, 2), (3, 6), [(0, 3), (1, 0)]),
+        (18, (2, 3), (2, 1), (3, 6, 17), [(1, 0), (2, 0)]),
+    ],
+)
+def test_kept_patches(
+    tokens: int, grid: tuple[int, int], tiles: tuple[int, int], kept: tuple[int, ...], places: list[tuple[int, int]]
+) -> None:
+    mask = kept_patches(only(tokens, *kept), grid, tiles)
+    assert mask.dtype == np.bool_ and mask.shape == (grid[0] * tiles[0], grid[1] * tiles[1])
+    assert list(zip(*(each.tolist() for each in np.nonzero(mask)), strict=True)) == places
+
+
+@pytest.mark.parametrize(
+    (
+        "how",
+        "grid",
+        "panel",
+        "picture",
+        "half",
+    ),  # shares of a panel: of the picture, of it where the first half is kept
+    [
+        (clip_preprocessing(336), (24, 24), (672, 672), 1, 1 / 2),
+        (ImagePreprocessing((224, 448), None, pad_color=GREY, letterbox=True), (8, 16), (672, 1344), 0.8, 0.4),
+        (ImagePreprocessing((448, 224), None, pad_color=GREY, letterbox=True), (16, 8), (1344, 672), 5 / 16, 5 / 32),
+        (ImagePreprocessing((448, 448), None, tiles=7), (16, 16), (896, 1344), 1, 3.5 / 6),  # of 7, the last not drawn
+    ],
+)
+def test_drawing_has_a_panel_for_the_picture_and_for_each_cut(
+    how: ImagePreprocessing, grid: tuple[int, int], panel: tuple[int, int], picture: float, half: float, tmp_path: Path
+) -> None:
+    """Each of the shape of what the model sees; what is dropped is pale, what is kept is not."""
+    image = Image.new("RGB", (640, 400), (0, 0, 200))
+    tiles = tile_grid(image, how)
+    tokens = how.tiles * grid[0] * grid[1]
+    masks = [kept_patches(np.arange(tokens) < tokens // n, grid, tiles) for n in (1, 2)]
+    draw_kept(tmp_path / "kept.png", image, how, masks, (2, 8), "What?", "A sea.")
+    page = np.asarray(Image.open(tmp_path / "kept.png")).astype(int)
+    blue = (page[..., 2] - page[..., 0] > 150).sum()
+    assert page.shape[0] > panel[0] and page.shape[1] > panel[1]
+    np.testing.assert_allclose(blue / np.prod(panel), 2 * picture + half, rtol=0.02)
+    assert page.shape[0] * page.shape[1] < 6 * np.prod(panel)
+
+
+def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
+    mask = np.ones((24, 24), np.bool_)
+    with pytest.raises(HimapError, match="cannot write"):
+        draw_kept(tmp_path / "no" / "k.png", Image.new("RGB", (9, 9)), clip_preprocessing(336), [mask], (2,), "Q", "A")

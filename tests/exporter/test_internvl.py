@@ -1,0 +1,163 @@
+"""InternVL3's static vision graph sees what Hugging Face's model sees, tiles included; checkpoints' names are known."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import InternVLForConditionalGeneration
+
+from himap_export.engines.nvinfer.flavour import RTX, log_of
+from himap_export.exporter import family
+from himap_export.exporter.bind import WeightNames
+from himap_export.exporter.families.internvl import FAMILY, _full
+from himap_export.exporter.family import Picture
+from himap_export.exporter.vision import vision_graph
+from himap_export.graphs.build import StageGraph
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.spec import Dtype
+
+TEXT: dict[str, Any] = {"model_type": "qwen2", "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2}
+TEXT |= {"num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 64, "tie_word_embeddings": False}
+TEXT |= {"rope_theta": 1e6, "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}}
+TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2}
+TOWER |= {"image_size": [84, 84], "patch_size": [14, 14], "attention_bias": True}
+LARGE = {"attention_bias": False, "norm_type": "rms_norm", "use_qk_norm": True}  # as InternViT-6B has them
+
+
+def config(tower: dict[str, Any] | None = None, **text: Any) -> dict[str, Any]:
+    changed = {"text_config": {**TEXT, **text}, "vision_config": {**TOWER, **(tower or {})}}
+    return {"model_type": "internvl", "image_token_id": 60, "tie_word_embeddings": False, **changed}
+
+
+def model(config: dict[str, Any]) -> Any:
+    """With every parameter random: Hugging Face starts biases, norms and positions where mistakes would not show."""
+    made: Any = InternVLForConditionalGeneration(_full(config))
+    generator = torch.Generator().manual_seed(7)
+    for parameter in made.parameters():
+        fan = parameter[0].numel() if parameter.dim() > 1 else 16
+        parameter.data = torch.randn(parameter.shape, generator=generator) / fan**0.5 + (parameter.data == 1)
+    return made.eval()
+
+
+def graph(config: dict[str, Any], tiles: int, batch: int, dtype: Dtype = "fp32", hidden: int = 48) -> StageGraph:
+    spec = FAMILY.vision(config, Picture(tiles=tiles))
+    return vision_graph("vision", FAMILY, config, spec, batch, hidden, dtype, lambda role: role)
+
+
+def serialized(graph: StageGraph) -> bytes:
+    data: bytes = ir.to_proto(graph.model).SerializeToString()
+    return data
+
+
+@pytest.mark.parametrize("tower", [{}, LARGE, {"use_mean_pooling": False}], ids=["300M", "6B", "with a last norm"])
+@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_features_equal_hugging_face(tower: dict[str, Any], tiles: int, batch: int) -> None:
+    chosen = config(tower)
+    theirs, ours = model(chosen), graph(chosen, tiles, batch)
+    assert ours.model.graph.outputs[0].shape == ir.Shape([batch, 9 * tiles, 48])
+    pixels = np.random.default_rng(3).normal(size=(batch * tiles, 3, 84, 84)).astype(np.float32)
+    with torch.inference_mode():
+        wanted = theirs.get_image_features(torch.from_numpy(pixels)).pooler_output.numpy()
+    weights = {name: value.numpy() for name, value in theirs.model.state_dict().items()}
+    assert {name: weights[name].shape for name in ours.weights} == dict(ours.weights)
+    assert set(ours.weights) == {name for name in weights if not name.startswith("language_model.")}
+    session = onnxruntime.InferenceSession(serialized(ours), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"pixel_values": pixels, **{name: weights[name] for name in ours.weights}})
+    assert found.shape == (batch, 9 * tiles, 48) and wanted.std() > 0.05
+    np.testing.assert_allclose(found.reshape(wanted.shape), wanted, atol=1e-4, rtol=0)
+
+
+def test_each_layer_is_one_attention_node() -> None:
+    operators = [node.op_type for node in graph(config(), 3, 2, "bf16").model.graph]
+    assert operators.count("Attention") == 3 and "Softmax" not in operators and "Resize" not in operators
+    assert "MatMul" not in operators  # every projection is a Gemm over stored weights
+    operators = [node.op_type for node in graph(config(LARGE), 3, 2, "bf16").model.graph]
+    assert operators.count("Attention") == 3 and operators.count("RMSNormalization") == 4 * 3
+
+
+def decoder_role(name: str) -> str:
+    return name.removeprefix("model.language_model.") if ".language_model." in name else name.removeprefix("model.")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_cover_a_saved_checkpoint(tied: bool, tmp_path: Path) -> None:
+    """As transformers saves it, which is as the published ones are, and by the paths of its modules."""
+    chosen = {**config(), "tie_word_embeddings": tied}
+    saved = model(chosen)
+    saved.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "numpy") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, not a mapping
+    known = WeightNames(stored, partial(FAMILY.names, chosen), family.tied(chosen))
+    found = {name: known(decoder_role(name)) for name in saved.state_dict()}
+    assert set(found.values()) == set(stored) and len(found) == len(stored) + tied
+    assert {name: tuple(saved.state_dict()[name].shape) for name in found} == {n: stored[f] for n, f in found.items()}
+    assert all(name in FAMILY.names(chosen, decoder_role(name)) for name in saved.state_dict())
+    published = WeightNames((), partial(FAMILY.names, {}), False)
+    assert published("lm_head.weight") == "language_model.lm_head.weight"
+    assert published("layers.3.mlp.up_proj.weight") == "language_model.model.layers.3.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("tower", [{}, LARGE], ids=["300M", "6B"])
+def test_tensorrt_rtx_fuses_the_attention(tower: dict[str, Any], dtype: Dtype) -> None:
+    trt, log = RTX.api(), log_of(RTX)
+    log.clear()
+    builder = trt.Builder(log)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, log)
+    assert parser.parse(serialized(graph(config(tower), 3, 1, dtype))), log.errors
+    settings = builder.create_builder_config()
+    assert builder.build_serialized_network(network, settings) is not None, log.errors
+
+
+def test_decoders_as_published() -> None:
+    spec = FAMILY.decoder(config())
+    assert (spec.qkv_bias, spec.out_bias, spec.qk_norm, spec.head_dim, spec.rope_base) == (True, False, False, 16, 1e6)
+    spec = FAMILY.decoder(config(model_type="qwen3", head_dim=24))
+    assert (spec.qkv_bias, spec.qk_norm, spec.head_dim) == (False, True, 24)
+    spec = FAMILY.decoder(config(model_type="llama", mlp_bias=True))
+    assert (spec.qkv_bias, spec.mlp_bias, spec.head_dim) == (False, True, 16)
+    assert FAMILY.prompt(config(max_position_embeddings=777)).positions == 777
+
+
+def test_tokens_of_a_published_model() -> None:
+    chosen = config({"image_size": [448, 448]})
+    spec = FAMILY.vision(chosen, Picture(tiles=13))
+    assert (spec.tokens, spec.grid, spec.tiles, spec.size) == (256 * 13, (16, 16), 13, (448, 448))
+    how = FAMILY.image(chosen, spec)
+    assert (how.resize, how.tiles, how.resample) == ((448, 448), 13, "bicubic")
+
+
+@pytest.mark.parametrize(
+    ("asked", "changed", "message"),
+    [
+        (Picture(size=(168, 84)), {}, "--image-size 84x168"),
+        (Picture(tiles=0), {}, "--tiles 0"),
+        (Picture(tiles=10**6), {}, "--tiles 1000000"),
+        (Picture(), {"vision_config": {**TOWER, "image_size": [84, 112]}}, "112x84"),
+        (Picture(), {"vision_config": {**TOWER, "image_size": [70, 70]}}, "70x70"),
+        (Picture(), {"vision_feature_layer": -2}, "vision feature layer -2"),
+        (Picture(), {"vision_feature_select_strategy": "full"}, "selection full"),
+        (Picture(), {"downsample_ratio": 0.25}, "downsample ratio 0.25"),
+    ],
+)
+def test_what_does_not_fit_is_refused(asked: Picture, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(HimapError, match=message) as caught:
+        FAMILY.vision({**config(), **changed}, asked)
+    assert caught.value.code == Exit.USAGE
+
+
+@pytest.mark.parametrize(
+    "text", [{"model_type": "gemma2"}, {"hidden_act": "gelu"}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}]
+)
+def test_other_decoders_are_refused(text: dict[str, Any]) -> None:
+    with pytest.raises(HimapError, match="unsupported") as caught:
+        FAMILY.decoder(config(**text))
+    assert caught.value.code == Exit.USAGE

@@ -1,0 +1,269 @@
+"""LLaVA's original layout: the vision graphs of both towers, names, and tokenizers made from SentencePiece models."""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+from tiny import TINY, make_inputs, make_llava
+from tokenizers import Tokenizer
+
+from himap_export.engines.prompt import PromptFormat, encode
+from himap_export.exporter.families import llava
+from himap_export.exporter.families.llava_original import FAMILY, TEMPLATE
+from himap_export.exporter.family import Family, Picture
+from himap_export.exporter.vision import vision_graph
+from himap_export.graphs.build import StageGraph
+from himap_export.graphs.errors import Exit, HimapError
+
+INTERN = Path(__file__).parents[1] / "fixtures/internvl-v1-tiny"
+TOWER = INTERN / "vision_tower_intern_vit_6b"
+PROJECTOR = {f"multi_modal_projector.linear_{i}.{part}" for i in (1, 2) for part in ("weight", "bias")}
+Weights = Mapping[str, NDArray[Any]]
+
+
+def intern(**changes: Any) -> dict[str, Any]:
+    """The fixture's configuration with its tower's, as the registry merges them."""
+    config: dict[str, Any] = json.loads((INTERN / "config.json").read_text())
+    return config | {"vision_config": json.loads((TOWER / "config.json").read_text())} | changes
+
+
+def intern_weights() -> dict[str, NDArray[Any]]:
+    return load_file(INTERN / "model.safetensors") | load_file(TOWER / "model.safetensors")
+
+
+def original(config: dict[str, Any], weights: Weights, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A Hugging Face LLaVA's configuration and tensors in the original layout, the tower inside the checkpoint."""
+    made = {**config["text_config"], "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava"}
+    made |= {"mm_vision_tower": "openai/clip-vit-tiny", "mm_projector_type": "mlp2x_gelu"}
+    made |= {"mm_vision_select_layer": config["vision_feature_layer"], "vision_config": config["vision_config"]}
+    renamed = {
+        "language_model.model.": "model.",
+        "language_model.lm_head.": "lm_head.",
+        "vision_tower.": "model.vision_tower.vision_tower.",
+        "multi_modal_projector.linear_1.": "model.mm_projector.0.",
+        "multi_modal_projector.linear_2.": "model.mm_projector.2.",
+    }
+    tensors = {}
+    for name, value in weights.items():
+        old, new = next((old, new) for old, new in renamed.items() if name.startswith(old))
+        tensors[new + name.removeprefix(old)] = value
+    return made | changes, tensors
+
+
+def features(family: Family, config: dict[str, Any], weights: Weights, pixels: NDArray[np.float32]) -> NDArray[Any]:
+    """What the vision graph makes of `pixels`, its weights the tensors that the family names."""
+    spec = family.vision(config, Picture())
+    hidden = family.decoder(config).hidden
+    graph = vision_graph("vision", family, config, spec, len(pixels), hidden, "fp32", lambda role: role)
+    feeds = {role: next(weights[n] for n in family.names(config, role) if n in weights) for role in graph.weights}
+    assert {role: value.shape for role, value in feeds.items()} == dict(graph.weights)
+    found: NDArray[Any] = session(graph).run(None, {"pixel_values": pixels, **feeds})[0]
+    assert found.shape == (len(pixels), spec.tokens, hidden)
+    return found
+
+
+def session(graph: StageGraph) -> onnxruntime.InferenceSession:
+    data = ir.to_proto(graph.model).SerializeToString()
+    return onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+
+
+def test_intern_vit_gives_the_authors_features() -> None:
+    pixels = np.load(INTERN / "inputs.npz")["pixel_values"]
+    golden = np.load(INTERN / "golden_k2_5_n288_72.npz")["image_features"]
+    np.testing.assert_allclose(features(FAMILY, intern(), intern_weights(), pixels), golden, atol=1e-4, rtol=0)
+
+
+def test_intern_vit_inside_the_checkpoint_with_its_class_token() -> None:
+    """`cls_patch` puts one token in front; the tensors' published names come first."""
+    weights = load_file(INTERN / "model.safetensors")
+    inside = {f"model.vision_tower.vision_tower.{n}": t for n, t in load_file(TOWER / "model.safetensors").items()}
+    pixels = np.load(INTERN / "inputs.npz")["pixel_values"]
+    golden = np.load(INTERN / "golden_k2_5_n288_72.npz")["image_features"]
+    config = intern(mm_vision_select_feature="cls_patch")
+    spec = FAMILY.vision(config, Picture())
+    assert (spec.tokens, spec.grid) == (577, (24, 24))
+    found = features(FAMILY, config, weights | inside, pixels)
+    np.testing.assert_allclose(found[:, 1:], golden, atol=1e-4, rtol=0)
+
+
+def test_intern_vit_has_only_the_layers_that_are_read() -> None:
+    config = intern()
+    graph = vision_graph(
+        "vision",
+        FAMILY,
+        config,
+        FAMILY.vision(config, Picture()),
+        1,
+        64,
+        "fp16",
+        lambda role: next(FAMILY.names(config, role)),
+    )
+    prefix = "model.vision_tower.vision_tower."
+    layers = {name.removeprefix(prefix).split(".")[2] for name in graph.weights if ".encoder." in name}
+    assert layers == {"0", "1", "2"}  # of 6; hidden state -4
+    assert {node.op_type for node in graph.model.graph} >= {"Attention", "RMSNormalization", "Gelu"}
+    positions = [node for node in graph.model.graph if node.op_type == "MatMul" and "resize" in str(node.inputs[0])]
+    assert len(positions) == 2 and all(node.outputs[0].dtype == ir.DataType.FLOAT for node in positions)
+
+
+@pytest.mark.parametrize(("side", "tower"), [(336, "./intern_vit_6b"), (448, "OpenGVLab/InternViT-6B-448px")])
+def test_intern_vit_sees_the_size_that_its_name_tells(side: int, tower: str) -> None:
+    config = intern(mm_vision_tower=tower)
+    spec = FAMILY.vision(config, Picture())
+    how = FAMILY.image(config, spec)
+    assert spec.size == how.output_size == (side, side) and how.pad_color == (123, 116, 103)
+    assert how.mean == (0.485, 0.456, 0.406) and how.std == (0.229, 0.224, 0.225)
+    assert FAMILY.tower(config) == tower
+
+
+@pytest.fixture(scope="module", params=["mha", "biased", "gqa2"])
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    """One tiny LLaVA: its inputs, its Hugging Face configuration and tensors."""
+    folder = tmp_path_factory.mktemp("llava")
+    tiny = make_llava(folder, replace(TINY[request.param]))
+    return make_inputs(tiny), json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+
+
+def test_clip_gives_the_same_graph_in_both_layouts(both: tuple[Any, ...]) -> None:
+    inputs, config, weights = both
+    made, tensors = original(config, weights)
+    wanted = features(llava.FAMILY, config, weights, inputs.pixel_values)
+    assert np.array_equal(features(FAMILY, made, tensors, inputs.pixel_values), wanted)
+    # As openai's checkpoints store the tower by itself, with or without its text encoder's siblings.
+    apart = {name.replace("model.vision_tower.vision_tower.", ""): value for name, value in tensors.items()}
+    nested = made | {"vision_config": {"model_type": "clip", "vision_config": config["vision_config"]}}
+    assert np.array_equal(features(FAMILY, nested, apart, inputs.pixel_values), wanted)
+    graphs = [
+        vision_graph("vision", family, c, family.vision(c, Picture()), 1, wanted.shape[-1], "fp32", lambda role: role)
+        for family, c in ((llava.FAMILY, config), (FAMILY, made))
+    ]
+    kinds = ("Conv", "LayerNormalization", "Gemm", "MatMul", "Attention", "Gelu")
+    counts = [[sum(node.op_type == kind for node in graph.model.graph) for kind in kinds] for graph in graphs]
+    assert counts[0] == counts[1] and graphs[0].weights.keys() - graphs[1].weights.keys() == PROJECTOR
+
+
+def test_decoder_and_prompt(both: tuple[Any, ...]) -> None:
+    _, config, weights = both
+    made, tensors = original(config, weights, pad_token_id=0, eos_token_id=2, image_aspect_ratio="pad")
+    assert FAMILY.decoder(made) == llava.FAMILY.decoder(config)
+    for role in ("embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "norm.weight", "lm_head.weight"):
+        assert next(FAMILY.names(made, role)) in tensors
+    rules = FAMILY.prompt(made)
+    assert (rules.image_token, rules.eos, rules.pad, rules.positions) == (-200, (2,), 0, 2048)
+    spec = FAMILY.vision(made, Picture())
+    assert FAMILY.image(made, spec).pad_color == (122, 116, 104)
+    assert FAMILY.image(made | {"image_aspect_ratio": None}, spec).pad_color is None
+
+
+@pytest.mark.parametrize(("kind", "width"), [("linear", 64), ("mlp1x_gelu", 64), ("mlp3x_gelu", 64), ("identity", 64)])
+def test_projectors(kind: str, width: int) -> None:
+    config = intern(mm_projector_type=kind)
+    spec = FAMILY.vision(config, Picture())
+    made = FAMILY.module(config, spec, torch.float16)
+    found = sorted(name for name, _ in made.named_parameters() if name.startswith("mm_projector"))
+    wanted = {
+        "linear": ["mm_projector"],
+        "mlp1x_gelu": ["mm_projector.0"],
+        "mlp3x_gelu": ["mm_projector.0", "mm_projector.2", "mm_projector.4"],
+        "identity": [],
+    }[kind]
+    assert found == [f"{name}.{part}" for name in wanted for part in ("bias", "weight")]
+    assert all(parameter.is_meta and parameter.dtype == torch.float16 for parameter in made.parameters())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mm_projector_type": "resampler"},
+        {"mm_vision_select_feature": "cls"},
+        {"mm_vision_select_layer": -8},
+        {"image_aspect_ratio": "anyres"},
+        {"mm_hidden_size": 65},
+        {"mm_use_im_start_end": True},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"hidden_act": "relu"},
+        {"vision_config": {"model_type": "eva"}},
+        {"vision_config": intern()["vision_config"] | {"norm_type": "layer_norm"}},
+    ],
+)
+def test_other_variations_are_refused(changes: dict[str, Any]) -> None:
+    config = intern(**changes)
+    with pytest.raises(HimapError) as caught:
+        FAMILY.prompt(config)
+        FAMILY.decoder(config)
+        FAMILY.module(config, FAMILY.vision(config, Picture()), torch.float32)
+    assert caught.value.code == Exit.USAGE
+
+
+CORPUS = ["A chat between a curious human and an assistant.", "USER: What is in the picture?", "ASSISTANT: a red cat"]
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder with a tokenizer.model trained as LLaMA's, and SentencePiece itself."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 20), model_writer=model, vocab_size=340, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("vicuna")
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder, sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["What is in the picture?", "", "  two  spaces ", "\n\ttabs\n", "Ærøskøbing 漢字 🙂 12345", "▁ a▁b", "a" * 50],
+)
+def test_tokenizer_encodes_as_the_original(sentences: tuple[Path, Any], question: str) -> None:
+    """LLaVA's `tokenizer_image_token`: BOS, then each text around the image by itself, as SentencePiece does it."""
+    folder, slow = sentences
+    rules = FAMILY.prompt(intern())
+    made = FAMILY.tokenizer(folder, rules)
+    assert made is not None
+    fast, how = Tokenizer.from_buffer(made), PromptFormat(TEMPLATE, "<image>", 3)
+    image = fast.token_to_id("<image>")
+    assert image == slow.vocab_size()
+    before, after = TEMPLATE.replace("{prompt}", question).split("<image>")
+    wanted = [slow.bos_id(), *slow.encode(before), *[image] * 3, *slow.encode(after)]
+    assert encode(fast, how, question).tolist() == wanted
+    answer = slow.encode(question)
+    assert fast.decode(answer) == slow.decode(answer)
+
+
+def test_tokenizer_keeps_the_ids_of_added_tokens(sentences: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, slow = sentences
+    rules, count = FAMILY.prompt(intern()), slow.vocab_size()
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<im_end>": count + 1, "[PAD]": count}))
+    made = FAMILY.tokenizer(tmp_path, rules)
+    assert made is not None
+    tokenizer = Tokenizer.from_buffer(made)
+    found = [tokenizer.token_to_id(token) for token in ("<unk>", "<s>", "</s>", "[PAD]", "<im_end>", "<image>")]
+    assert found == [0, 1, 2, count, count + 1, count + 2]
+    assert tokenizer.encode("a</s>").ids == [1, *slow.encode("a"), 2]
+    for broken in ('{"<im_end>": 5}', "[]", "{"):
+        (tmp_path / "added_tokens.json").write_text(broken)
+        with pytest.raises(HimapError, match="added_tokens"):
+            FAMILY.tokenizer(tmp_path, rules)
+
+
+def test_no_or_a_damaged_tokenizer_model(tmp_path: Path) -> None:
+    rules = FAMILY.prompt(intern())
+    assert FAMILY.tokenizer(tmp_path, rules) is None
+    for broken in (b"", b"\xff\xff not protobuf"):
+        (tmp_path / "tokenizer.model").write_bytes(broken)
+        with pytest.raises(HimapError, match="tokenizer cannot be loaded"):
+            FAMILY.tokenizer(tmp_path, rules)

@@ -1,0 +1,131 @@
+"""A picture and a question through `himap-run`, against Hugging Face's processor and `generate`; several sizes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import Workshop, call
+from families import FAMILIES, family_inputs, processed
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from transformers import AutoModelForImageTextToText
+
+from himap_export.engines.cli import main as run_main
+from himap_export.exporter.cli import main as export_main
+from himap_export.graphs.errors import Exit
+
+CHINA = Image.fromarray(load_sample_images().images[0])
+QUESTION, NEW = "What is <this>, 你?", 12
+
+
+def picture(folder: Path, width: int, height: int) -> Path:
+    """A photograph of these sides, stored without loss."""
+    file = folder / f"{width}x{height}.png"
+    CHINA.resize((width, height), Image.Resampling.BICUBIC).save(file)
+    return file
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_question_is_answered_as_by_hugging_face(
+    work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """At a size that the model's own processor leaves as it is, or cuts into as many tiles."""
+    row = FAMILIES[name]
+    width = 120 if row.tiles > 1 else row.size[1]
+    file = picture(tmp_path, width, row.size[0])
+    given = processed(name, Image.open(file), QUESTION)
+    model = AutoModelForImageTextToText.from_pretrained(work.family(name), dtype=torch.float32).eval()
+    wanted = model.generate(**given, max_new_tokens=NEW, do_sample=False)[:, given["input_ids"].shape[1] :]
+    bundle = work.family_bundle(name, "--policy", "none", text_budget=120)
+    flags = ["--image", file, "--prompt", QUESTION, "--max-new-tokens", NEW, "--threads", "1"]
+    capsys.readouterr()
+    assert call(run_main, bundle, *flags, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == wanted.tolist()
+
+
+def sized(work: Workshop, *sizes: str) -> Path:
+    return work.family_bundle("qwen2.5-vl", "--image-size", *sizes, "--k1", 2, "--k2", 4, text_budget=120)
+
+
+@pytest.mark.parametrize(("sides", "tokens"), [((300, 100), 8), ((100, 90), 9), ((60, 200), 8)])
+def test_a_picture_goes_to_the_nearest_of_several_sizes(
+    work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str], sides: tuple[int, int], tokens: int
+) -> None:
+    bundle, kept = sized(work, "112x56", "84x84", "56x112"), tmp_path / "kept.png"
+    flags = ["--image", picture(tmp_path, *sides), "--prompt", "?", "--threads", "1", "--show-kept", kept]
+    capsys.readouterr()
+    assert call(run_main, bundle, *flags, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["image_tokens"][0] == tokens
+    assert Image.open(kept).size[0] > 0
+
+
+def test_several_sizes_share_one_copy_of_the_weights(work: Workshop) -> None:
+    one, three = (sized(work, *sizes) for sizes in (("84x84",), ("112x56", "84x84", "56x112")))
+    weights = [sum(f.stat().st_size for f in (bundle / "weights").iterdir()) for bundle in (one, three)]
+    assert weights[0] == weights[1]
+    graphs = json.loads((three / "manifest.json").read_text())["graphs"]
+    assert [name for name in graphs if name.startswith("vision")] == ["vision-112x56", "vision-84x84", "vision-56x112"]
+
+
+def test_an_image_size_that_the_bundle_does_not_hold(
+    work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = sized(work, "112x56", "84x84", "56x112")
+    file, inputs = tmp_path / "in.npz", family_inputs("qwen2.5-vl")
+    np.savez(file, input_ids=inputs.input_ids, pixel_values=inputs.pixel_values)
+    for flags in (
+        ["--load-inputs", file],
+        ["--image", picture(tmp_path, 90, 90), "--prompt", "?", "--image-size", "140x84"],
+    ):
+        capsys.readouterr()
+        assert call(run_main, bundle, *flags) == Exit.USAGE
+        said = capsys.readouterr().err
+        assert "no graph for images of 140x84" in said and "112x56, 84x84, 56x112" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "told"),
+    [
+        ("qwen2.5-vl", ("--image-size", "100x84"), "multiples of 28"),
+        ("qwen2.5-vl", ("--tiles", "2"), "--tiles 2"),
+        ("llava", ("--image-size", "84x84"), "56x56"),
+        ("llava", ("--tiles", "4"), "--tiles 4"),
+        ("internvl", ("--image-size", "84x84"), "56x56"),
+        ("internvl", ("--tiles", "0"), "--tiles 0"),
+        ("llava", ("--image-size", "84by84"), "WIDTHxHEIGHT"),
+    ],
+)
+def test_pictures_that_a_model_cannot_see(
+    work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, flags: tuple[str, ...], told: str
+) -> None:
+    assert call(export_main, work.family(name), *flags, "--out", tmp_path / "bundle") == Exit.USAGE
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_two_images_where_the_plan_has_one(work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle, file = work.family_bundle("llava", "--k1", 2, "--k2", 4), tmp_path / "in.npz"
+    inputs = family_inputs("llava")
+    twice = np.concatenate([inputs.input_ids, inputs.input_ids], axis=1)
+    np.savez(file, input_ids=twice, pixel_values=inputs.pixel_values)
+    assert call(run_main, bundle, "--load-inputs", file) == Exit.USAGE
+    assert "prompt 0 holds 32 image tokens, 2 images" in capsys.readouterr().err
+    one = picture(tmp_path, 56, 56)
+    assert call(run_main, bundle, "--image", one, "--image", one, "--prompt", "?") == Exit.USAGE
+    assert "2 images" in capsys.readouterr().err
+    assert call(run_main, bundle, "--image", one, "--prompt", "And <image>?") == Exit.USAGE
+    assert "<image>" in capsys.readouterr().err
+
+
+def test_an_alias_with_another_models_checkpoint(
+    work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Named: the first tensor that does not fit, its shape, and the shape that the alias has."""
+    out, folder = tmp_path / "bundle", work.family("llava")
+    assert call(export_main, "llava-7b", "--checkpoint", folder, "--out", out) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert "tensor" in said and "its shape is [300, 64]" in said and "[32064, 4096]" in said
+    assert call(export_main, folder, "--checkpoint", folder, "--out", out) == Exit.USAGE
+    assert not out.exists()
