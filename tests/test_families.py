@@ -11,8 +11,12 @@ from commands import Workshop, call, padded
 from families import FAMILIES, family_inputs, hugging_face_answer
 
 from himap_export.graphs.plan import POLICIES
+from himap_export.validate.analysis.attention import prompts
+from himap_export.validate.analysis.gradcam import grad_cams
+from himap_export.validate.analysis.sample import Sample
 from himap_export.validate.cli import main as validate_main
 from himap_export.validate.criteria import Cut, himap
+from himap_export.validate.progress import silent
 from himap_export.validate.reference import Reference
 
 CUTS = himap(2, 4, 0.5, 0.5)
@@ -66,6 +70,21 @@ def test_every_policy_passes_validation(work: Workshop, name: str) -> None:
     for policy in POLICIES:
         flags = ["--policy", policy, "--no-speed", "--prompts", 2, "--threads", 1]
         assert call(validate_main, bundle, "--model", work.family(name), *flags) == 0, policy
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].tiles == 1])
+def test_analyses_see_the_same_model(work: Workshop, name: str) -> None:
+    """Layer by layer as every analysis runs it: the reference's logits; and Grad-CAM's heat lies as the image does."""
+    inputs, reference = family_inputs(name), Reference(work.family(name))
+    sample = Sample(inputs.input_ids[0], inputs.pixel_values, label=30)
+    wanted = reference.prefill(inputs.input_ids, inputs.pixel_values).logits[0]
+    with prompts(reference, [sample], silent) as each:
+        (prompt,) = each
+        np.testing.assert_allclose(prompt.logits(prompt.states()[-1]).detach(), wanted, rtol=0, atol=1e-4)
+    cams = grad_cams(reference, sample)
+    rows, columns = cams.decoder.shape[1:]
+    assert rows * columns == FAMILIES[name].tokens and cams.decoder.max() > 0
+    assert len(cams.vision) == (2 if name == "llava" else 0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

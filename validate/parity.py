@@ -31,7 +31,7 @@ Load = Callable[[Dtype], Reference]
 ROUNDOFF: dict[Dtype, float] = {"fp16": 2.0**-11, "bf16": 2.0**-8, "fp32": 2.0**-24}
 FP32_LOGITS = 1e-3  # absolute: the project's definition of parity (docs: "this is HiMAP")
 FP32_SCORES = 1e-4  # of the largest score; measured 1e-6 to 7e-6
-YARDSTICK = 3.0  # 25 random tiny checkpoints in fp16, ours over PyTorch's error: median 0.8 to 1.0, largest 2.2
+YARDSTICK = 4.0  # 33 random tiny checkpoints in fp16, ours over PyTorch's error: median 0.8 to 1.0, largest 3.0
 WORST = 0.25  # of the largest value: however badly a model is conditioned, a wrong graph must fail
 
 
@@ -116,7 +116,7 @@ def limit_of(t: Closeness, dtype: Dtype, layers: int, rounding: float | None, as
 
     Half precision: how far rounding carries values depends on the model, through the conditioning of its attention, by
     an order of magnitude; no formula in u and L knows that. So the yardstick is measured: `rounding`, the distance of
-    PyTorch's own run in the bundle's dtype, same prompts, same tokens kept. Ours may be 3 times that: two roundings of
+    PyTorch's own run in the bundle's dtype, same prompts, same tokens kept. Ours may be 4 times that: two roundings of
     one computation, neither the better one. Never above a quarter of the largest value, whatever PyTorch does.
     """
     if t.name in ("logits", "decode") and (asked.atol is not None or asked.rtol is not None):

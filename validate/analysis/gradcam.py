@@ -95,6 +95,8 @@ def _cams(reference: Reference, prompt: Prompt) -> tuple[Heat, Heat]:
 
 def _tower(reference: Reference, sample: Sample, gradient: Tensor, side: tuple[int, int]) -> Heat:
     """Heat [Lv,h,w] of the tower's layers, from the gradient [V,D] of the image's features."""
+    if not reference.judge.vision_layers:
+        return np.zeros((0, *side), np.float32)
     outputs: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda module, arguments, output: outputs.append(_first(output)))
@@ -109,7 +111,7 @@ def _tower(reference: Reference, sample: Sample, gradient: Tensor, side: tuple[i
         for hook in hooks:
             hook.remove()
     pairs = [(f[0].detach(), g[0]) for f, g in zip(outputs, gradients, strict=True) if g is not None]
-    return np.stack([heat_of(f, g, side) for f, g in pairs]) if pairs else np.zeros((0, *side), np.float32)
+    return np.stack([heat_of(f, g, side) for f, g in pairs])
 
 
 def _first(output: Any) -> Tensor:

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from himap_export.engines.image import ImagePreprocessing, crop_view
 
-SIDE, GAP, HEAD = 168, 10, 22  # pixels of a panel, between panels, of the line above one
+SIDE, GAP, HEAD = 168, 10, 22  # pixels: the longer side of a panel, between panels, of the line above one
 INK, PAPER = (28, 32, 38), (255, 255, 255)
 # Inferno's path from black to yellow at five places: even steps look even, and grey prints keep their order.
 PLACES = np.linspace(0, 1, 5)
@@ -17,10 +17,10 @@ HUES = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 2
 
 def overlay(image: Image.Image, how: ImagePreprocessing, heat: npt.NDArray[np.floating]) -> Image.Image:
     """`heat` [h,w] in [0,1] over what the model sees of `image`: cold patches are grey, hot ones glow."""
-    view = crop_view(image, how, 1).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    spread = Image.fromarray((255 * np.clip(heat, 0, 1)).astype(np.uint8)).resize(
-        (SIDE, SIDE), Image.Resampling.BICUBIC
-    )
+    view = crop_view(image, how, 1).convert("RGB")
+    size = (round(SIDE * view.width / max(view.size)), round(SIDE * view.height / max(view.size)))
+    view = view.resize(size, Image.Resampling.LANCZOS)
+    spread = Image.fromarray((255 * np.clip(heat, 0, 1)).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     level = np.asarray(spread, np.float64) / 255
     colour = np.stack([np.interp(level, PLACES, HUES[:, channel]) for channel in range(3)], -1)
     grey = np.asarray(ImageOps.grayscale(view).convert("RGB"), np.float64)
