@@ -6,8 +6,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from himap_export.engines.command import image_size, run_command
 from himap_export.graphs.errors import Exit, HimapError
 
@@ -111,6 +109,8 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _draw(file: Path, bundle: "Bundle", question: "Question", answer: "Answer") -> None:
+    import numpy as np
+
     from himap_export.engines.image import tile_grid
     from himap_export.engines.picture import draw_kept, kept_patches
 

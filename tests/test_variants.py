@@ -77,7 +77,7 @@ def test_pipelines_of_all_variants_share_one_copy_of_the_weights(work: Workshop,
 
 def test_graphs_that_variants_agree_on_are_stored_once(several: Path) -> None:
     manifest = open_bundle(several).manifest
-    assert [v.name for v in manifest.variants] == [f"{p}-{b}" for p in PLANS for b in BUDGETS]
+    assert [f"{v.plan_name}-{v.budget.text}" for v in manifest.variants] == [f"{p}-{b}" for p in PLANS for b in BUDGETS]
     stored = {file.stem for file in several.glob("*.onnx")}
     assert stored == set(manifest.graphs) == {g for v in manifest.variants for g in v.graphs.values()}
     # One vision; both plans cut after layer 1 and score it alike, so they share the prefix of each budget.

@@ -9,9 +9,20 @@ import numpy as np
 import onnx_ir as ir
 
 from himap_export.engines.bundle import Bundle
-from himap_export.engines.manifest import GraphRecord, Manifest, ModelRecord, TensorSpec, Variant, WeightForm
+from himap_export.engines.layout import ImageTokens
+from himap_export.engines.manifest import (
+    GraphRecord,
+    Manifest,
+    ModelRecord,
+    PictureRecord,
+    TensorSpec,
+    Variant,
+    WeightForm,
+)
 from himap_export.engines.weight_file import read_header
 from himap_export.exporter.bind import bind
+from himap_export.exporter.families import llava
+from himap_export.exporter.family import Picture
 from himap_export.graphs.build import IR_DTYPE, StageGraph
 from himap_export.graphs.plan import PruningPlan, TokenBudget, himap
 from himap_export.graphs.spec import DecoderSpec, Dtype
@@ -36,7 +47,8 @@ def vision(dtype: Dtype) -> StageGraph:
     text = {"model_type": "llama", "hidden_size": SPEC.hidden, "intermediate_size": SPEC.ffn, "num_hidden_layers": 4}
     text |= {"num_attention_heads": 4, "vocab_size": SPEC.vocab}
     config = {"model_type": "llava", "image_token_index": 95, "text_config": text, "vision_config": tower}
-    return vision_graph(config, SPEC, TokenBudget((V, 8, 2), T, NEW), dtype, lambda name: name)
+    spec = llava.FAMILY.vision(config, Picture())
+    return vision_graph("vision", llava.FAMILY, config, spec, 1, SPEC.hidden, dtype, lambda name: name)
 
 
 def store(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: Dtype) -> None:
@@ -76,9 +88,10 @@ def unsealed(folder: Path, model: StagedModel, graphs: tuple[StageGraph, ...], f
         weights = {name: TensorSpec(model.dtype, shape) for name, shape in graph.weights.items()}
         ir.save(bind(graph, tensors, lambda t: f"weights/{t.file.name}"), folder / f"{graph.name}.onnx")
         records[graph.name] = GraphRecord(f"{graph.name}.onnx", inputs, outputs, weights)
-    variant = Variant("qa", model.plan, model.budget, {graph.name: graph.name for graph in graphs})
+    variant = Variant("qa", model.plan, model.budget, "56x56", {graph.name: graph.name for graph in graphs})
+    pictures = {"56x56": PictureRecord((56, 56), 1, (4, 4), {})}
     manifest = Manifest(
-        ModelRecord("tiny", "tiny", "tiny", 95, (2,), 0), model.spec, (variant,), model.dtype,
-        records, {}, form, ("weights/w.safetensors",), None, None, None, {}, (),
+        ModelRecord("tiny", "tiny", "tiny", ImageTokens(95), (2,), 0), model.spec, (variant,), model.dtype,
+        records, {}, form, ("weights/w.safetensors",), pictures, None, None, {}, (),
     )  # fmt: skip
     return Bundle(folder, manifest, variant)

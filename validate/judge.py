@@ -53,8 +53,8 @@ class Judge:
 
 def load_judge(folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str) -> Judge:
     """The checkpoint in `folder`, in `dtype`. ValueError or OSError if a weight is missing or does not fit."""
-    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    load = _ORIGINALS.get(architecture, _hugging_face)
+    named = json.loads((folder / "config.json").read_text()).get("architectures") or [""]
+    load = _ORIGINALS.get(named[0], _hugging_face)
     return load(folder, dtype, decoder_attention, vision_attention)
 
 

@@ -20,9 +20,8 @@ Shape letters: B batch, S tokens of a stage (S0, S1, ..), V image tokens that ar
 D hidden, H query heads, G kv heads, E head dim, L layers, W vocabulary, N generated tokens.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -32,13 +31,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers import DynamicCache
 
 from himap_export.validate.criteria import CRITERIA, Cut, Cuts, State
 from himap_export.validate.judge import Seen, load_judge
+from himap_export.validate.probabilities import register
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -82,7 +79,7 @@ class Reference:
         device: str = "cpu",
     ) -> None:
         """Load `folder` in `dtype`. `attn_implementation="sdpa"` is the fast one, a fair opponent in benchmarks."""
-        self.judge = load_judge(folder, dtype, _register(attn_implementation), attn_implementation)
+        self.judge = load_judge(folder, dtype, register(attn_implementation), attn_implementation)
         self.judge.whole.to(device)
         self.decoder: Any = self.judge.decoder
         self.layers = len(self.decoder.layers)
@@ -322,41 +319,6 @@ class Reference:
     def rotary(self, hidden: Tensor, turns: Tensor) -> Any:
         """Hugging Face's cos and sin for `turns` [S] or [3,S], as its layers take them."""
         return self.decoder.rotary_emb(hidden, position_ids=turns[None] if turns.ndim == 1 else turns[:, None])
-
-
-def _register(base: str) -> str:
-    """Tell transformers of an attention like `base` ("eager", "sdpa") that also hands out probabilities; its name."""
-    function = eager_attention_forward if base == "eager" else ALL_ATTENTION_FUNCTIONS.get(base)
-    if function is None:
-        raise ValueError(f"unknown attn_implementation {base!r}")
-    name = f"himap_reference_{base}"
-    AttentionInterface.register(name, functools.partial(_attend, function))
-    # So that calling the loaded model itself is also right: an unknown name would get no causal mask at all.
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    return name
-
-
-def _attend(
-    base: Callable[..., tuple[Tensor, Tensor | None]],
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    himap_sink: list[Tensor] | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The attention `base`; also appends the causal softmax of `query` [1,H,S,E], `key` [1,G,S,E] to `himap_sink`.
-
-    The probabilities are [H,S,S] fp32, from fp32 logits, whatever the model's dtype.
-    Eager attention returns its probabilities rounded to the model's dtype, which in fp16 is enough to flip keep sets.
-    """
-    if himap_sink is not None:
-        keys = key[0].float().repeat_interleave(query.shape[1] // key.shape[1], dim=0)
-        logits = query[0].float() @ keys.transpose(1, 2) * options["scaling"]
-        future = torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device).triu(1)
-        himap_sink.append(logits.masked_fill(future, -torch.inf).softmax(-1))
-    return base(module, query, key, value, attention_mask, **options)
 
 
 def _winners(scores: Tensor, keep: int) -> Tensor:

@@ -1,0 +1,50 @@
+"""Hugging Face's attention, handing out the probabilities that it computes with: what the reference ranks tokens by.
+
+Letters as in reference.py.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+
+def register(base: str) -> str:
+    """Tell transformers of an attention like `base` ("eager", "sdpa") that also hands out probabilities; its name."""
+    function = eager_attention_forward if base == "eager" else ALL_ATTENTION_FUNCTIONS.get(base)
+    if function is None:
+        raise ValueError(f"unknown attn_implementation {base!r}")
+    name = f"himap_reference_{base}"
+    AttentionInterface.register(name, functools.partial(_attend, function))
+    # So that calling the loaded model itself is also right: an unknown name would get no causal mask at all.
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name
+
+
+def _attend(
+    base: Callable[..., tuple[Tensor, Tensor | None]],
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    himap_sink: list[Tensor] | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention `base`; also appends the causal softmax of `query` [1,H,S,E], `key` [1,G,S,E] to `himap_sink`.
+
+    The probabilities are [H,S,S] fp32, from fp32 logits, whatever the model's dtype.
+    Eager attention returns its probabilities rounded to the model's dtype, which in fp16 is enough to flip keep sets.
+    """
+    if himap_sink is not None:
+        keys = key[0].float().repeat_interleave(query.shape[1] // key.shape[1], dim=0)
+        logits = query[0].float() @ keys.transpose(1, 2) * options["scaling"]
+        future = torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device).triu(1)
+        himap_sink.append(logits.masked_fill(future, -torch.inf).softmax(-1))
+    return base(module, query, key, value, attention_mask, **options)
