@@ -64,11 +64,12 @@ class Decoder:
         op, spec, p = self.op, self.spec, f"layers.{i}."
         n = self.norm(x, p + "input_layernorm")
         q, k, v = (
-            self.split(self.linear(n, f"{p}self_attn.{which}_proj", heads * spec.head_dim, spec.qkv_bias))
+            self.by_head(self.linear(n, f"{p}self_attn.{which}_proj", heads * spec.head_dim, spec.qkv_bias))
             for which, heads in (("q", spec.heads), ("k", spec.kv_heads), ("v", spec.kv_heads))
         )
         if spec.qk_norm:
             q, k = self.norm(q, p + "self_attn.q_norm"), self.norm(k, p + "self_attn.k_norm")
+        q, k, v = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (q, k, v))
         a = attend(self.rotate(q, rope), self.rotate(k, rope), v)
         x = op.Add(x, self.linear(self.merge(a.out), p + "self_attn.o_proj", spec.hidden, spec.out_bias))
         n = self.norm(x, p + "post_attention_layernorm")
@@ -86,15 +87,17 @@ class Decoder:
         return self.op.RMSNormalization(x, weight, axis=-1, epsilon=self.spec.norm_eps)
 
     def linear(self, x: ir.Value, name: str, out: int, bias: bool) -> ir.Value:
-        weights = [self.f.weight(self.names(name + ".weight"), out, dim(x, 1))]
+        """[B*S,in] to [B*S,out]. A bias is added behind a reshape: TensorRT copies one that it takes into the Gemm."""
+        y = self.op.Gemm(x, self.f.weight(self.names(name + ".weight"), out, dim(x, 1)), transB=1)
         if bias:
-            weights.append(self.f.weight(self.names(name + ".bias"), out))
-        return self.op.Gemm(x, *weights, transB=1)
+            by_sample = self.op.Reshape(y, [self.batch, self.tokens, out])
+            y = self.op.Add(by_sample, self.f.weight(self.names(name + ".bias"), out))
+            y = self.op.Reshape(y, [self.batch * self.tokens, out])
+        return y
 
-    def split(self, x: ir.Value) -> ir.Value:
-        """[B*S,heads*E] to [B,heads,S,E]."""
-        by_head = self.op.Reshape(x, [self.batch, self.tokens, -1, self.spec.head_dim])
-        return self.op.Transpose(by_head, perm=[0, 2, 1, 3])
+    def by_head(self, x: ir.Value) -> ir.Value:
+        """[B*S,heads*E] to [B,S,heads,E]."""
+        return self.op.Reshape(x, [self.batch, self.tokens, -1, self.spec.head_dim])
 
     def merge(self, x: ir.Value) -> ir.Value:
         """[B,H,S,E] to [B*S,H*E]."""
