@@ -1,5 +1,6 @@
 """The .npz doors of himap-run: arrays in, arrays out, pickles never."""
 
+import math
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,7 +31,10 @@ class Inputs:
 
 
 def load_inputs(file: Path) -> Inputs:
-    """Reads an .npz; HimapError (usage) if it is none, or an array is missing or of the wrong kind."""
+    """Reads an .npz; HimapError (usage) if it is none, or an array is missing or of the wrong kind.
+
+    Patches with their `image_grid_thw`, as Hugging Face's processors of Qwen's models give them, become pictures again.
+    """
     try:
         with np.load(file, allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}
@@ -38,6 +42,8 @@ def load_inputs(file: Path) -> Inputs:
         raise HimapError(f"{file} does not exist", hint="--load-inputs takes an .npz file", code=Exit.USAGE) from None
     except (OSError, ValueError, zipfile.BadZipFile) as problem:
         raise HimapError(f"{file} is not a readable .npz", str(problem), code=Exit.USAGE) from None
+    if "image_grid_thw" in arrays and "pixel_values" in arrays and arrays["pixel_values"].ndim == 2:
+        arrays["pixel_values"] = _pictures(file, arrays["pixel_values"], arrays["image_grid_thw"])
     for name, rank, kind in (("input_ids", 2, "i"), ("pixel_values", 4, "f"), ("attention_mask", 2, "ib")):
         _check(file, arrays, name, rank, kind)
     ids, mask = arrays["input_ids"].astype(np.int64), arrays.get("attention_mask")
@@ -50,6 +56,20 @@ def load_inputs(file: Path) -> Inputs:
         details = f"{len(ids)} prompts, {len(arrays['pixel_values'])} images"
         raise HimapError(f"{file} does not hold one image per prompt", details, code=Exit.USAGE)
     return Inputs(ids, arrays["pixel_values"].astype(np.float32), None if mask is None else mask.astype(np.int64))
+
+
+def _pictures(file: Path, patches: npt.NDArray[Any], grids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Pictures [n,3,H,W] from patches [N,3*2*p*p] in the order of Qwen2VLImageProcessor: blocks of 2 x 2 patches that
+    will be merged, each patch in two equal frames. HimapError (usage) for films, or pictures of different sizes."""
+    side, kinds = math.isqrt(patches.shape[1] // 6), {tuple(grid) for grid in grids.tolist()}
+    (frames, rows, columns) = next(iter(kinds), (0, 0, 0))
+    if len(kinds) != 1 or frames != 1 or patches.shape != (len(grids) * rows * columns, 6 * side * side):
+        details = f"pixel_values {list(patches.shape)} for the grids {grids.tolist()}"
+        hint = "one picture of one size per prompt, 2 x 2 patches merged"
+        raise HimapError(f"image_grid_thw in {file} does not fit its pixel_values", details, hint, Exit.USAGE)
+    blocks = patches.reshape(len(grids), rows // 2, columns // 2, 2, 2, 3, 2, side, side)[:, :, :, :, :, :, 0]
+    found: npt.NDArray[Any] = blocks.transpose(0, 5, 1, 3, 6, 2, 4, 7)
+    return found.reshape(len(grids), 3, rows * side, columns * side)
 
 
 def _check(file: Path, arrays: Mapping[str, npt.NDArray[Any]], name: str, rank: int, kinds: str) -> None:

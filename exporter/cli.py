@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         help="all tokens but image tokens (default: 192); several go into one bundle",
     )  # fmt: skip
     budget.add_argument(
-        "--image-size", type=image_size, nargs="+", default=[], metavar="WxH",
+        "--image-size", type=image_size, nargs="+", action="extend", default=[], metavar="WxH",
         help="pixels, for models of any resolution; several go into one bundle, images are letterboxed to the nearest",
     )  # fmt: skip
     budget.add_argument("--tiles", type=int, metavar="N", help="tiles of an image, its thumbnail included (InternVL)")

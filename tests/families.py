@@ -184,14 +184,14 @@ def hugging_face_answer(folder: Path, name: str, inputs: Inputs, new_tokens: int
     row, model = FAMILIES[name], AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     ids, given = torch.from_numpy(inputs.input_ids), {"pixel_values": torch.from_numpy(inputs.pixel_values)}
     if row.patch is not None:
-        given = {"pixel_values": torch.from_numpy(_patches(inputs.pixel_values[0], row.patch))}
+        given = {"pixel_values": torch.from_numpy(patches_of(inputs.pixel_values[0], row.patch))}
         given["image_grid_thw"] = torch.tensor([[1, row.size[0] // row.patch, row.size[1] // row.patch]])
         given["mm_token_type_ids"] = (ids == IMAGE).int()
     found = model.generate(input_ids=ids, **given, max_new_tokens=new_tokens, do_sample=False)
     return found[:, ids.shape[1] :].numpy()
 
 
-def _patches(pixels: NDArray[np.float32], patch: int) -> NDArray[np.float32]:
+def patches_of(pixels: NDArray[np.float32], patch: int) -> NDArray[np.float32]:
     """[N,3*2*p*p], told patch by patch: blocks of 2 x 2 patches that will be merged, each picture two frames."""
     _, height, width = pixels.shape
     found = []

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from commands import Workshop, call
-from families import FAMILIES, family_inputs, processed
+from families import FAMILIES, family_inputs, patches_of, processed
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from transformers import AutoModelForImageTextToText
@@ -83,6 +83,25 @@ def test_an_image_size_that_the_bundle_does_not_hold(
         assert call(run_main, bundle, *flags) == Exit.USAGE
         said = capsys.readouterr().err
         assert "no graph for images of 140x84" in said and "112x56, 84x84, 56x112" in said
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl"])
+def test_patches_as_hugging_face_gives_them(work: Workshop, tmp_path: Path, name: str) -> None:
+    """Its processor's arrays answer like the picture; films and mixed sizes are refused."""
+    row, inputs = FAMILIES[name], family_inputs(name, (9, 4))
+    assert row.patch is not None
+    bundle, file, out = work.family_bundle(name, "--k1", 2, "--k2", 4), tmp_path / "in.npz", tmp_path / "out.npz"
+    wanted = work.answer(bundle, inputs)
+    patches = np.concatenate([patches_of(p, row.patch) for p in inputs.pixel_values])
+    grids = np.array([[1, row.size[0] // row.patch, row.size[1] // row.patch]] * 2)
+    arrays = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask, "pixel_values": patches}
+    np.savez(file, **arrays, image_grid_thw=grids)
+    assert call(run_main, bundle, "--load-inputs", file, "--save-outputs", out, "--threads", 1) == 0
+    with np.load(out) as found:
+        np.testing.assert_array_equal(found["logits"], wanted["logits"])
+    for wrong in (grids * [2, 1, 1], grids[:1], grids + np.array([[0, 2, 0], [0, 0, 0]])):
+        np.savez(file, **arrays, image_grid_thw=wrong)
+        assert call(run_main, bundle, "--load-inputs", file) == Exit.USAGE
 
 
 @pytest.mark.parametrize(
