@@ -34,8 +34,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """`outputs`: logits, tokens and by cut kept_k1, .. over all prompts. Seconds: `first` until the first token of the
-    first batch (vision and prefill), `decoding` for all `steps` after it."""
+    """`outputs`: image_features, logits, tokens and by cut kept_k1, .. over all prompts. Seconds: `first` until the
+    first token of the first batch (vision and prefill), `decoding` for all `steps` after it."""
 
     text: str
     outputs: dict[str, npt.NDArray[Any]]
@@ -116,7 +116,9 @@ def run_arrays(
                 if stream is not None:
                     print(piece, end="", file=stream, flush=True)
         decoding, steps = decoding + time.perf_counter() - start, steps + len(answer) - 1
-        arrays_of: dict[str, npt.NDArray[Any]] = {**prefilled.kept, "logits": prefilled.logits}
+        features = pipeline.read("image_features")[: len(a.input_ids)]
+        arrays_of: dict[str, npt.NDArray[Any]] = {"image_features": features, **prefilled.kept}
+        arrays_of["logits"] = prefilled.logits
         for name, values in (arrays_of | {"tokens": np.stack(answer, axis=1)}).items():
             found.setdefault(name, []).append(values)
     if question is not None:

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F.npz",
         help="input_ids, pixel_values (pictures, or patches and image_grid_thw), attention_mask",
     )
-    p.add_argument("--save-outputs", type=Path, metavar="F.npz", help="kept_k1, .., logits, tokens")
+    p.add_argument("--save-outputs", type=Path, metavar="F.npz", help="image_features, kept_k1, .., logits, tokens")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
     p.add_argument("--no-verify", action="store_true", help="skip the bundle's sha256 check")
     return p

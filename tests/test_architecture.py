@@ -70,7 +70,7 @@ def test_himap_run_needs_neither_torch_nor_onnx(work: Workshop, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     here = work.answer(bundle, golden_inputs())
     with np.load(tmp_path / "out.npz") as there:
-        assert set(there) == {"kept_k1", "kept_k2", "logits", "tokens"}
+        assert set(there) == {"image_features", "kept_k1", "kept_k2", "logits", "tokens"}
         for name in ("kept_k1", "kept_k2", "tokens"):
             np.testing.assert_array_equal(there[name], here[name])
 

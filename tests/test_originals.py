@@ -42,6 +42,7 @@ def test_kept_positions_and_logits_are_the_releases(work: Workshop, tmp_path: Pa
     for got, wanted in (("kept_k1", "kept1"), ("kept_k2", "kept2")):
         np.testing.assert_array_equal(pruned[got], padded(golden[wanted][None], pruned[got].shape[1]))
     np.testing.assert_allclose(pruned["logits"], golden["logits_last"], rtol=0, atol=1e-3)
+    np.testing.assert_allclose(pruned["image_features"], golden["image_features"], rtol=0, atol=1e-3)
     whole = work.answer(export(tmp_path / "whole", FIXTURES / fixture, "--policy", "none"), inputs)
     np.testing.assert_allclose(whole["logits"], golden["unpruned_last"], rtol=0, atol=1e-3)
     assert np.abs(golden["logits_last"] - golden["unpruned_last"]).max() > 0.05
