@@ -4,7 +4,7 @@ Adding a family is writing such a row; docs/add-a-model.md goes through it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,32 @@ class Family:
 def tied(config: Config) -> bool:
     """Whether the head is the embedding's matrix."""
     return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
+
+
+def text_spec(text: Any, ropes: tuple[str, ...] = ("default",), **more: Any) -> DecoderSpec:
+    """The decoder of one of transformers' text configurations, with `more` fields that this family adds or changes.
+
+    HimapError (usage) for an activation, a rotary embedding (but `ropes`) or a sliding window that no graph has.
+    """
+    rope, bias = text.rope_parameters or {}, getattr(text, "attention_bias", False)
+    only("activation", text.hidden_act, "silu")
+    only("rotary embedding", rope.get("rope_type", "default"), *ropes)
+    only("sliding window", "sliding_attention" in (getattr(text, "layer_types", None) or ()), False)
+    found = DecoderSpec(
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        ffn=text.intermediate_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        vocab=text.vocab_size,
+        norm_eps=text.rms_norm_eps,
+        rope_base=float(rope.get("rope_theta", 10000.0)),
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=getattr(text, "mlp_bias", False),
+    )
+    return replace(found, **more)
 
 
 def only(what: str, found: object, *supported: object) -> None:

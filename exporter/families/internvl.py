@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from himap_export.engines.image import ImagePreprocessing
-from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, fixed_size, only
+from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, fixed_size, only, text_spec
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import DecoderSpec
 
@@ -28,28 +28,10 @@ def _full(config: Config) -> "InternVLConfig":
 
 def decoder(config: Config) -> DecoderSpec:
     text = _full(config).text_config
-    rope = text.rope_parameters or {}
     only("text model", text.model_type, "qwen2", "qwen3", "llama")
-    only("activation", text.hidden_act, "silu")
-    only("use_sliding_window", getattr(text, "use_sliding_window", False), False)
+    bias = text.model_type == "qwen2" or getattr(text, "attention_bias", False)
     # Dynamic NTK scaling changes nothing up to `max_position_embeddings`, and `PromptRules.positions` are no more.
-    only("rotary embedding", rope.get("rope_type", "default"), "default", "dynamic")
-    bias = getattr(text, "attention_bias", False)
-    return DecoderSpec(
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        ffn=text.intermediate_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        vocab=text.vocab_size,
-        norm_eps=text.rms_norm_eps,
-        rope_base=rope.get("rope_theta", 10000.0),
-        qkv_bias=text.model_type == "qwen2" or bias,
-        out_bias=bias,
-        mlp_bias=getattr(text, "mlp_bias", False),
-        qk_norm=text.model_type == "qwen3",
-    )
+    return text_spec(text, ("default", "dynamic"), qkv_bias=bias, qk_norm=text.model_type == "qwen3")
 
 
 def vision(config: Config, asked: Picture) -> VisionSpec:

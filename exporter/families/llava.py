@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from himap_export.engines.image import ImagePreprocessing, clip_preprocessing
-from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, fixed_size, only
+from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, fixed_size, only, text_spec
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -24,24 +24,8 @@ def _full(config: Config) -> "LlavaConfig":
 
 def decoder(config: Config) -> DecoderSpec:
     text = _full(config).text_config
-    rope = text.rope_parameters or {}
     only("text model", text.model_type, "llama")
-    only("activation", text.hidden_act, "silu")
-    only("rotary embedding", rope.get("rope_type", "default"), "default")
-    return DecoderSpec(
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        ffn=text.intermediate_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=text.head_dim or text.hidden_size // text.num_attention_heads,
-        vocab=text.vocab_size,
-        norm_eps=text.rms_norm_eps,
-        rope_base=rope.get("rope_theta", 10000.0),
-        qkv_bias=text.attention_bias,
-        out_bias=text.attention_bias,
-        mlp_bias=text.mlp_bias,
-    )
+    return text_spec(text)
 
 
 def vision(config: Config, asked: Picture) -> VisionSpec:

@@ -14,7 +14,7 @@ import numpy as np
 from himap_export.engines.image import ImagePreprocessing, clip_preprocessing
 from himap_export.exporter.families import intern_vit
 from himap_export.exporter.families.sentencepiece import tokenizer
-from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, fixed_size, only
+from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, fixed_size, only, text_spec
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -31,24 +31,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def decoder(config: Config) -> DecoderSpec:
     from transformers import LlamaConfig
 
-    text = LlamaConfig(**{k: v for k, v in config.items() if k not in ("model_type", "vision_config")})
-    rope = text.rope_parameters or {}
-    only("activation", text.hidden_act, "silu")
-    only("rotary embedding", rope.get("rope_type", "default"), "default")
-    return DecoderSpec(
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        ffn=text.intermediate_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=text.head_dim or text.hidden_size // text.num_attention_heads,
-        vocab=text.vocab_size,
-        norm_eps=text.rms_norm_eps,
-        rope_base=rope.get("rope_theta", 10000.0),
-        qkv_bias=text.attention_bias,
-        out_bias=text.attention_bias,
-        mlp_bias=text.mlp_bias,
-    )
+    return text_spec(LlamaConfig(**{k: v for k, v in config.items() if k not in ("model_type", "vision_config")}))
 
 
 def tower(config: Config) -> str | None:

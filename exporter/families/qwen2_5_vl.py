@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from himap_export.engines.image import CLIP_MEAN, CLIP_STD, ImagePreprocessing
 from himap_export.exporter.families import qwen_vision
-from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, only
+from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, only, text_spec
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -26,25 +26,12 @@ def _full(config: Config) -> "Qwen2_5_VLConfig":
 
 def decoder(config: Config) -> DecoderSpec:
     text = _full(config).text_config
-    rope, head_dim = text.rope_parameters, text.hidden_size // text.num_attention_heads
-    sections = rope.get("mrope_section", [16, 24, 24])
-    only("activation", text.hidden_act, "silu")
-    only("sliding window", "sliding_attention" in text.layer_types, False)
-    qwen_vision.only_plain_rope(rope, sections, head_dim)
-    return DecoderSpec(
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        ffn=text.intermediate_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=head_dim,
-        vocab=text.vocab_size,
-        norm_eps=text.rms_norm_eps,
-        rope_base=float(rope["rope_theta"]),
-        qkv_bias=True,
-        # The frequencies in three runs, the fastest for time: apply_multimodal_rotary_pos_emb.
-        rope_axes=tuple(axis for axis, count in enumerate(sections) for _ in range(count)),
-    )
+    sections = text.rope_parameters.get("mrope_section", [16, 24, 24])
+    # The frequencies in three runs, the fastest for time: apply_multimodal_rotary_pos_emb.
+    axes = tuple(axis for axis, count in enumerate(sections) for _ in range(count))
+    spec = text_spec(text, qwen_vision.ROPES, qkv_bias=True, rope_axes=axes)
+    qwen_vision.only_whole_heads(text.rope_parameters, sections, spec.head_dim)
+    return spec
 
 
 def vision(config: Config, asked: Picture) -> VisionSpec:

@@ -9,7 +9,7 @@ import numpy as np
 
 from himap_export.engines.image import ImagePreprocessing
 from himap_export.exporter.families import qwen_vision
-from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, only
+from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, only, text_spec
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -33,26 +33,11 @@ def rope_axes(sections: list[int]) -> tuple[int, ...]:
 
 def decoder(config: Config) -> DecoderSpec:
     full = _full(config)
-    text = full.text_config
-    rope, sections = text.rope_parameters, text.rope_parameters.get("mrope_section", [24, 20, 20])
-    only("activation", text.hidden_act, "silu")
-    qwen_vision.only_plain_rope(rope, sections, text.head_dim)
-    return DecoderSpec(
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        ffn=text.intermediate_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=text.head_dim,
-        vocab=text.vocab_size,
-        norm_eps=text.rms_norm_eps,
-        rope_base=float(rope["rope_theta"]),
-        qkv_bias=text.attention_bias,
-        out_bias=text.attention_bias,
-        qk_norm=True,
-        rope_axes=rope_axes(sections),
-        deepstack=len(full.vision_config.deepstack_visual_indexes),
-    )
+    text, deepstack = full.text_config, len(full.vision_config.deepstack_visual_indexes)
+    sections = text.rope_parameters.get("mrope_section", [24, 20, 20])
+    spec = text_spec(text, qwen_vision.ROPES, qk_norm=True, rope_axes=rope_axes(sections), deepstack=deepstack)
+    qwen_vision.only_whole_heads(text.rope_parameters, sections, spec.head_dim)
+    return spec
 
 
 def vision(config: Config, asked: Picture) -> VisionSpec:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 DEFAULT_SIDE = 448  # pixels
+ROPES = ("default", "mrope")
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 USER = f"<|im_start|>user\n{IMAGE}{{prompt}}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -65,9 +66,8 @@ def letterboxed(
     )
 
 
-def only_plain_rope(rope: Mapping[str, Any], sections: Sequence[int], head_dim: int) -> None:
-    """HimapError (usage) for rotary positions other than unscaled M-RoPE over the whole head."""
-    only("rotary embedding", rope.get("rope_type", "default"), "default", "mrope")
+def only_whole_heads(rope: Mapping[str, Any], sections: Sequence[int], head_dim: int) -> None:
+    """HimapError (usage) for M-RoPE that does not turn the whole head."""
     only("partial rotary factor", rope.get("partial_rotary_factor", 1.0), 1.0)
     only("sum of mrope_section", sum(sections), head_dim // 2)
     only("number of mrope_section", len(sections), 3)
