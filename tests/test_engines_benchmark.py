@@ -1,0 +1,56 @@
+"""The table of all aliases: one is really built, the table goes between its marks, and nothing else is touched."""
+
+import json
+import re
+from pathlib import Path
+
+import engines_only
+import pytest
+
+from himap_export.exporter.aliases import ALIASES
+from himap_export.exporter.family import tied
+from himap_export.exporter.planning import Request, plan_export
+from himap_export.exporter.registry import resolve
+
+PUBLISHED = [name for name, alias in ALIASES.items() if alias.config]
+
+
+def test_the_table_goes_between_the_marks(tmp_path: Path) -> None:
+    docs = tmp_path / "models.md"
+    docs.write_text(f"above\n{engines_only.MARKS[0]}\nold\n{engines_only.MARKS[1]}\nbelow\n")
+    built = engines_only.Built("a", "b/c", "fp16", "4x4", (16, 8, 2), 0.5, 12.34, 1 << 30, 5_000_000)
+    engines_only.insert(docs, engines_only.table([built]))
+    lines = docs.read_text().splitlines()
+    assert lines[0] == "above" and lines[-1] == "below" and "old" not in lines
+    assert "| `a` | b/c | fp16 | 4x4 | 16 → 8 → 2 | 50.0% | 12.3 | 1.00 GiB | 5 MB |" in lines
+    docs.write_text("no marks")
+    with pytest.raises(SystemExit):
+        engines_only.insert(docs, "table")
+    assert docs.read_text() == "no marks"
+
+
+def test_the_docs_table_lists_every_alias() -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    assert [f"| `{name}` |" in docs for name in PUBLISHED] == [True] * len(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_alias_plans_without_network_or_weights(name: str) -> None:
+    """Budgets, FLOPs and dtype of the published sizes; parameters add up to what the model's name says."""
+    planned = plan_export(resolve(name, weights=False), Request())
+    s, v = planned.decoder, planned.variants[0]
+    assert v.budget.visual[0] == v.vision.tokens and 0.1 < planned.ratios(v)[0] < 0.6
+    attention = s.hidden * s.head_dim * 2 * (s.heads + s.kv_heads)
+    head = s.vocab * s.hidden * (1 if tied(planned.model.config) else 2)
+    parameters = s.layers * (attention + 3 * s.hidden * s.ffn) + head
+    size = re.search(r"-(\d+)b", name)
+    billions = float(size[1]) if size else 7.7  # Qwen-VL-Chat's language model
+    # A name counts the tower in and rounds: 1B is 0.63 and a tower of 0.3, 3B is 3.09, 4B is 4.02.
+    assert 0.6 * billions < parameters / 1e9 < 1.15 * billions, parameters / 1e9
+    json.dumps(planned.model.config)
+
+
+@pytest.mark.slow
+def test_one_alias_is_built(tmp_path: Path) -> None:
+    built = engines_only.build("internvl3-1b", tmp_path / "bundle")
+    assert built.tokens == (256, 128, 32) and built.seconds > 1 and built.peak > 1 << 28 and built.size < 200e6
