@@ -338,9 +338,11 @@ def _outputs(runs: list[Comparison]) -> dict[str, npt.NDArray[Any]]:
     tokens are those with the reference's forced."""
     cuts = [f"kept_{cut}" for cut in runs[0].pipeline.stages[1:]]
     pairs: dict[str, list[npt.NDArray[Any]]] = {
+        "image_features": [np.stack(r.found["vision"]) for r in runs],
         **{name: [r.outputs[name] for r in runs] for name in cuts},
         "logits": [np.stack(r.found["logits"]) for r in runs],
         "tokens": [r.told for r in runs],
+        "reference_image_features": [np.stack(r.exact["vision"]) for r in runs],
         **{f"reference_{name}": [r.truth.kept[n] for r in runs] for n, name in enumerate(cuts)},
         "reference_logits": [r.truth.logits for r in runs],
         "reference_tokens": [r.said for r in runs],
@@ -350,5 +352,7 @@ def _outputs(runs: list[Comparison]) -> dict[str, npt.NDArray[Any]]:
 
 
 def _joined(rows: list[npt.NDArray[Any]], fill: int) -> npt.NDArray[Any]:
+    """Rows of different lengths filled up on the right; image features all have one shape."""
     width = max(r.shape[1] for r in rows)
-    return np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1])), constant_values=fill) for r in rows])
+    tail = [(0, 0)] * (rows[0].ndim - 2)
+    return np.concatenate([np.pad(r, [(0, 0), (0, width - r.shape[1]), *tail], constant_values=fill) for r in rows])

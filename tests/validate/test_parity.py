@@ -184,9 +184,9 @@ def test_limits() -> None:
     logits, score = Closeness("logits", 0, 40.0, 1), Closeness("score k1", 0, 2.0, 1)
     assert limit_of(logits, "fp32", 32, None, ASKED) == 1e-3
     assert limit_of(score, "fp32", 32, None, ASKED) == pytest.approx(2e-4)
-    assert limit_of(logits, "fp16", 32, 0.1, ASKED) == pytest.approx(0.3)
+    assert limit_of(logits, "fp16", 32, 0.1, ASKED) == pytest.approx(0.4)
     assert limit_of(logits, "fp16", 32, 0.0, ASKED) == 40 * 2.0**-11  # one rounding is always allowed
     assert limit_of(logits, "bf16", 32, 1e6, ASKED) == WORST * 40  # and a model beyond reason allows no more than this
     assert np.isfinite(limit_of(logits, "fp16", 32, np.inf, ASKED))  # PyTorch itself overflowed
     assert limit_of(logits, "fp16", 32, 0.1, Asked(8, 0.5, 0.01)) == pytest.approx(0.9)
-    assert limit_of(score, "fp16", 32, 0.1, Asked(8, 0.5, 0.01)) == pytest.approx(0.3)  # the user's is of logits
+    assert limit_of(score, "fp16", 32, 0.1, Asked(8, 0.5, 0.01)) == pytest.approx(0.4)  # the user's is of logits

@@ -75,7 +75,7 @@ def test_the_users_prompts_and_all_that_came_of_them(work: Workshop, tmp_path: P
     assert call(main, bundle, "--load-inputs", asked, "--save-outputs", saved, *QUICK, "--no-speed") == 0
     with np.load(saved) as stored:
         found = dict(stored)
-    for name in ("kept_k1", "kept_k2", "logits", "tokens"):
+    for name in ("image_features", "kept_k1", "kept_k2", "logits", "tokens"):
         assert len(found[name]) == len(found[f"reference_{name}"]) == 3
     answered = work.answer(bundle, inputs, "--max-new-tokens", 4)
     for name, values in answered.items():
