@@ -42,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--load-inputs", type=Path, metavar="F.npz", help="as himap-run's; default: drawn from --seed")
     p.add_argument(
         "--save-outputs", type=Path, metavar="F.npz|DIR",
-        help="F.npz: image_features, kept_k1, .., logits, tokens, and reference_ of each; a folder: each graph's, as polygraphy's JSON",
+        help="F.npz: image_features, kept_k1, .., logits, tokens, and reference_ of each; "
+        "a folder: what each graph wrote, as polygraphy's JSON",
     )  # fmt: skip
     p.add_argument("--save-inputs", type=Path, metavar="DIR", help="what each graph read, as polygraphy's JSON")
     p.add_argument("--prompts", type=int, default=4, metavar="N", help="prompts to draw (default: 4)")
