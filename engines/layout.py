@@ -15,20 +15,19 @@ Grid = tuple[int, int]  # rows and columns of an image's tokens
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """What stands for image tokens in `input_ids`: the id `token`, or any of `also` (what the tokenizer writes where
-    the model's own code writes `token`); or, if `between` is set, whatever ids stand between these two."""
+    """What stands for image tokens in `input_ids`: the id `token`; or, if `between` is set, whatever ids stand between
+    these two."""
 
     token: int
-    also: tuple[int, ...] = ()
     between: tuple[int, int] | None = None
 
     def find(self, ids: Integers) -> npt.NDArray[np.bool_]:
         """Which of `ids`, [S] or [B,S], are image tokens."""
-        if self.between is None:
-            return np.isin(ids, (self.token, *self.also))
-        start, end = self.between
-        opened = np.cumsum(ids == start, axis=-1) - np.cumsum(ids == end, axis=-1)
-        found: npt.NDArray[np.bool_] = (opened > 0) & (ids != start)
+        found: npt.NDArray[np.bool_] = ids == self.token
+        if self.between is not None:
+            start, end = self.between
+            opened = np.cumsum(ids == start, axis=-1) - np.cumsum(ids == end, axis=-1)
+            found = (opened > 0) & (ids != start)
         return found
 
     def write(self, count: int) -> Integers:

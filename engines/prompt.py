@@ -26,7 +26,8 @@ class PromptFormat:
 
     The placeholder stands for `image_tokens` (V0) tokens. `add_special_tokens`: the tokenizer adds its own, such as
     BOS (False if the template writes them). `strip`: white space around the question is removed, as some chat templates
-    do. Raises HimapError for a template that breaks these rules.
+    do. `image_id`: what stands for an image token in `input_ids`, -1 if that is the placeholder's id. Raises HimapError
+    for a template that breaks these rules.
     """
 
     template: str
@@ -34,6 +35,7 @@ class PromptFormat:
     image_tokens: int
     add_special_tokens: bool = True
     strip: bool = False
+    image_id: int = -1
 
     def __post_init__(self) -> None:
         problem = ""
@@ -99,10 +101,12 @@ def encode(tokenizer: Tokenizer, how: PromptFormat, prompt: str) -> NDArray[np.i
     except UnicodeEncodeError as error:  # a byte of the command line that was not UTF-8
         raise HimapError("the prompt is not valid Unicode", error.reason, code=Exit.USAGE) from error
     ids: list[int] = tokenizer.encode(text, add_special_tokens=how.add_special_tokens).ids
-    found = ids.count(image_token_id(tokenizer, how.image_token))
+    placeholder = image_token_id(tokenizer, how.image_token)
+    found = ids.count(placeholder)
     if found != how.image_tokens:
         raise HimapError("the prompt has the wrong number of image tokens", f"{found}, expected {how.image_tokens}")
-    return np.array(ids, np.int64)
+    written = np.array(ids, np.int64)
+    return written if how.image_id == -1 else np.where(written == placeholder, how.image_id, written)
 
 
 def image_token_id(tokenizer: Tokenizer, image_token: str) -> int:

@@ -154,7 +154,7 @@ class Export:
     def manifest(self) -> Manifest:
         p, processor = self.planned, self.processor
         return Manifest(
-            model=_model_record(p, self.checkpoint, processor),
+            model=_model_record(p, self.checkpoint),
             decoder=p.decoder,
             variants=tuple(self.variants),
             dtype=p.dtype,
@@ -234,15 +234,14 @@ def _specs(values: Iterable[ir.Value]) -> dict[str, TensorSpec]:
     return specs
 
 
-def _model_record(p: Planned, checkpoint: Checkpoint, processor: ProcessorData) -> ModelRecord:
+def _model_record(p: Planned, checkpoint: Checkpoint) -> ModelRecord:
     """Token ids as transformers' `generate` takes them: generation_config.json first, then config.json."""
     config, rules = p.model.config, p.model.family.prompt(p.model.config)
     told = (checkpoint.generation, config.get("text_config", {}), config)
     eos = next((c["eos_token_id"] for c in told if c.get("eos_token_id") is not None), list(rules.eos))
     pad = next((c["pad_token_id"] for c in told if c.get("pad_token_id") is not None), rules.pad)
     eos_tokens = tuple(dict.fromkeys((*(eos if isinstance(eos, list) else (eos,)), *rules.stop)))
-    also = () if processor.image_id in (None, rules.image_token) else (processor.image_id,)
-    image = ImageTokens(rules.image_token, also, rules.between)
+    image = ImageTokens(rules.image_token, rules.between)
     pad = eos_tokens[0] if pad is None else pad
     return ModelRecord(p.model.name, p.model.source, p.model.family.architecture, image, eos_tokens, pad)
 

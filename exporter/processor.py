@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from tokenizers import Tokenizer
-
 from himap_export.engines.image import CLIP_MEAN, CLIP_STD, RESAMPLING, ImagePreprocessing
 from himap_export.engines.prompt import QUESTION, TOKENIZER, PromptFormat
 from himap_export.exporter.family import Config, Family, PromptRules, VisionSpec
@@ -58,20 +56,19 @@ DYNAMIC: Final = ("Qwen2VLImageProcessor", "Qwen3VLImageProcessor", "GotOcr2Imag
 class ProcessorData:
     """`images` by picture; `prompt` is None without a tokenizer: the bundle then answers only `--load-inputs`.
 
-    `files` maps names in the bundle to their content; `image_id`: the id that the tokenizer gives the placeholder.
+    `files` maps names in the bundle to their content.
     """
 
     images: Mapping[str, ImagePreprocessing]
     prompt: PromptFormat | None
     files: Mapping[str, bytes] = field(default_factory=dict)
-    image_id: int | None = None
 
 
 def alias_processor(family: Family, config: Config, pictures: Mapping[str, VisionSpec]) -> ProcessorData:
     """Of a published model without its checkpoint: its prompt is known, its tokenizer comes with the weights."""
     rules, tokens = family.prompt(config), next(iter(pictures.values())).tokens
     images = {name: family.image(config, spec) for name, spec in pictures.items()}
-    return ProcessorData(images, PromptFormat(rules.template, rules.image_text, tokens))
+    return ProcessorData(images, PromptFormat(rules.template, rules.image_text, tokens, image_id=rules.image_token))
 
 
 def read_processor(folder: Path, family: Family, config: Config, pictures: Mapping[str, VisionSpec]) -> ProcessorData:
@@ -91,9 +88,8 @@ def read_processor(folder: Path, family: Family, config: Config, pictures: Mappi
     made = family.tokenizer(folder, rules)
     if made is None:
         return ProcessorData(images, None)
-    prompt = PromptFormat(rules.template, rules.image_text, tokens)
-    known = Tokenizer.from_buffer(made).token_to_id(rules.image_text)
-    return ProcessorData(images, prompt, {TOKENIZER: made}, known)
+    prompt = PromptFormat(rules.template, rules.image_text, tokens, image_id=rules.image_token)
+    return ProcessorData(images, prompt, {TOKENIZER: made})
 
 
 def _image(found: Mapping[str, Any], default: ImagePreprocessing) -> ImagePreprocessing:
@@ -134,7 +130,8 @@ def _with_tokenizer(
         before, after = rules.surround
         prompt = replace(prompt, template=prompt.template.replace(image_token, before + image_token + after))
     # Written from what transformers loaded: it may add tokens and BOS rules that the file itself does not hold.
-    return ProcessorData(images, prompt, {TOKENIZER: tokenizer.backend_tokenizer.to_str().encode()}, known)
+    prompt = replace(prompt, image_id=rules.image_token)
+    return ProcessorData(images, prompt, {TOKENIZER: tokenizer.backend_tokenizer.to_str().encode()})
 
 
 def _kind(config: Mapping[str, Any]) -> str:

@@ -3,12 +3,14 @@
 A golden proves the reference and the bundle; other sizes go against the reference, which is Hugging Face's modules.
 """
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from commands import Workshop, call, padded, plan_flags, save_inputs
 from originals import FIXTURES, golden_inputs_of, make_both_layouts, make_internvl_v1, make_qwen_vl
 from PIL import Image
@@ -86,6 +88,23 @@ def test_a_question_to_qwen_vl(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert call(validate_main, bundle, "--image", picture, "--prompt", "And?", "--no-speed", "--threads", 1) == 0
     assert call(export_main, model, "--k2", 4, "--text-budget", 2000, "--out", tmp_path / "long") == Exit.USAGE
     assert "the model has 2048" in capsys.readouterr().err
+
+
+def test_a_question_to_llava_in_its_own_layout(tmp_path: Path) -> None:
+    """Its SentencePiece tokenizer knows no <image>; ids say -200 there, as the release's code does."""
+    model, picture = io.BytesIO(), tmp_path / "picture.png"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["USER: what is this? ASSISTANT: a picture of a cat"] * 40), model_writer=model,
+        vocab_size=320, model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    _, folder = make_both_layouts(tmp_path, replace(TINY["mha"], vision_feature_layer=-2, vocab=400, image_token=399))
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 20).convert("RGB").save(picture)
+    bundle = export(tmp_path / "bundle", folder, *plan_flags(himap(2, 4, 0.5, 0.75)), "--text-budget", 250)
+    asked = ["--image", picture, "--prompt", "what is this?", "--threads", 1]
+    assert call(run_main, bundle, *asked) == 0
+    assert call(validate_main, bundle, *asked, "--no-speed") == 0
 
 
 @pytest.mark.parametrize("cuts", [(), himap(2, 4, 0.5, 0.75)], ids=["unpruned", "himap"])
