@@ -54,7 +54,10 @@ def resolve(name: str, revision: str | None = None, weights: bool = True, checkp
         known = f"aliases: {', '.join(ALIASES)}; or a Hugging Face id, or a folder"
         raise HimapError(f"unknown model {name}", known, code=Exit.USAGE)
     folder = _download(source, revision, weights)
-    return _model(name, source, read_config(folder), folder, weights)
+    own = read_config(folder)
+    if alias and "mm_vision_tower" in alias.config:  # releases name a folder on their authors' machines
+        own["mm_vision_tower"] = alias.config["mm_vision_tower"]
+    return _model(name, source, own, folder, weights)
 
 
 def _model(name: str, source: str, config: dict[str, Any], folder: Path, weights: bool) -> Model:
@@ -62,7 +65,11 @@ def _model(name: str, source: str, config: dict[str, Any], folder: Path, weights
     named = family.tower(config)
     if named is None:
         return Model(name, source, family, config, folder)
-    tower = next((p for p in (folder / named, Path(named)) if p.is_dir()), None) or _download(named, None, weights)
+    tower = next((p for p in (folder / named, Path(named)) if p.is_dir()), None)
+    if tower is None and (named.count("/") != 1 or named.startswith((".", "/"))):
+        details, hint = f"config.json names {named}", f"put the tower's checkpoint into {folder / named}"
+        raise HimapError(f"{name}: the vision tower's folder is not there", details, hint, Exit.MISSING)
+    tower = tower or _download(named, None, weights)
     return Model(name, source, family, {"vision_config": read_config(tower), **config}, folder, tower)
 
 

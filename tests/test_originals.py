@@ -152,3 +152,23 @@ def test_engines_take_the_weights_of_a_checkpoint_and_its_tower(
     capsys.readouterr()
     assert call(run_main, bare, "--weights", model, "--load-inputs", file) == Exit.USAGE
     assert "no tensor embeddings.class_embedding" in capsys.readouterr().err
+
+
+def test_a_tower_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named by a path, by a tower without weights, and by one that holds another tower's."""
+    model, out = tmp_path / "model", tmp_path / "bundle"
+    make_internvl_v1(model)
+    tower = model / "tower_intern_vit_6b"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"mm_vision_tower": "./gone"}))
+    assert call(export_main, model, "--out", out) == Exit.MISSING
+    assert "./gone" in capsys.readouterr().err
+    (model / "config.json").write_text(json.dumps(config))
+    (tower / "model.safetensors").rename(tower / "pytorch_model.bin")
+    assert call(export_main, model, "--k2", 4, "--out", out) == Exit.MISSING
+    assert "weights_only=True" in capsys.readouterr().err  # the one command that converts it
+    make_internvl_v1(tmp_path / "other", width=48)
+    (tmp_path / "other" / "tower_intern_vit_6b" / "model.safetensors").rename(tower / "model.safetensors")
+    assert call(export_main, model, "--k2", 4, "--out", out) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert "tensor embeddings." in said and "its shape is [" in said and not out.exists()
