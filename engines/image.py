@@ -31,6 +31,7 @@ RESAMPLING = {
 }
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_SIDE = 16384  # pixels; a larger model input is a damaged manifest
 # Of an intermediate picture: 400 MB of RGB; only pictures hundreds of times longer than wide reach it.
 MAX_PIXELS = 2**27

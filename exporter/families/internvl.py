@@ -7,7 +7,7 @@ LLaMA decoder. A picture is one tile of 448x448 pixels, or several and a thumbna
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from himap_export.engines.image import ImagePreprocessing
+from himap_export.engines.image import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing
 from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, fixed_size, only, text_spec
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import DecoderSpec
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import InternVLConfig
 
 TEMPLATE = "<|im_start|>user\n<img><IMG_CONTEXT></img>\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def _full(config: Config) -> "InternVLConfig":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from himap_export.engines.image import ImagePreprocessing, clip_preprocessing
+from himap_export.engines.image import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing, clip_preprocessing
 from himap_export.exporter.families import intern_vit
 from himap_export.exporter.families.sentencepiece import tokenizer
 from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, fixed_size, only, text_spec
@@ -25,7 +25,6 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the human's questions. "
 )
 TEMPLATE = SYSTEM + "USER: <image>\n{prompt} ASSISTANT:"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def decoder(config: Config) -> DecoderSpec:
