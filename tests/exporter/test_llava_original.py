@@ -134,6 +134,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_inputs(tiny), json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow  # test_originals.py compares both layouts through the commands
 def test_clip_gives_the_same_graph_in_both_layouts(both: tuple[Any, ...]) -> None:
     inputs, config, weights = both
     made, tensors = original(config, weights)
