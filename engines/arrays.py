@@ -61,9 +61,10 @@ def load_inputs(file: Path) -> Inputs:
 def _pictures(file: Path, patches: npt.NDArray[Any], grids: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Pictures [n,3,H,W] from patches [N,3*2*p*p] in the order of Qwen2VLImageProcessor: blocks of 2 x 2 patches that
     will be merged, each patch in two equal frames. HimapError (usage) for films, or pictures of different sizes."""
-    side, kinds = math.isqrt(patches.shape[1] // 6), {tuple(grid) for grid in grids.tolist()}
-    (frames, rows, columns) = next(iter(kinds), (0, 0, 0))
-    if len(kinds) != 1 or frames != 1 or patches.shape != (len(grids) * rows * columns, 6 * side * side):
+    side, kinds = math.isqrt(patches.shape[1] // 6), {tuple(grid) for grid in np.atleast_2d(grids).tolist()}
+    frames, rows, columns = next((kind for kind in kinds if len(kind) == 3), (0, 0, 0))
+    even = rows % 2 == columns % 2 == 0
+    if len(kinds) != 1 or frames != 1 or not even or patches.shape != (len(grids) * rows * columns, 6 * side * side):
         details = f"pixel_values {list(patches.shape)} for the grids {grids.tolist()}"
         hint = "one picture of one size per prompt, 2 x 2 patches merged"
         raise HimapError(f"image_grid_thw in {file} does not fit its pixel_values", details, hint, Exit.USAGE)

@@ -18,7 +18,7 @@ from himap_export.engines.manifest import (
     Variant,
     read_manifest,
 )
-from himap_export.engines.weight_file import StoredTensor, find_tensor, read_header
+from himap_export.engines.weight_file import StoredTensor, find_tensor, find_tensors, read_header
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.plan import PruningPlan, TokenBudget
 
@@ -59,8 +59,7 @@ class Bundle:
 
     def weights(self) -> dict[str, StoredTensor]:
         """Those of `tensors` that a graph of the bundle reads."""
-        wanted = {name for graph in self.manifest.graphs.values() for name in graph.weights}
-        return {name: t for name in wanted if (t := find_tensor(self.tensors, name)) is not None}
+        return find_tensors(self.tensors, (name for g in self.manifest.graphs.values() for name in g.weights))
 
     def graph_name(self, stage: str) -> str:
         """The graph that plays `stage` (vision, prefix, k1, .. or decode) in this variant."""
@@ -130,13 +129,12 @@ def completed(bundle: Bundle, folders: Sequence[Path]) -> Bundle:
             raise HimapError(f"{folder} holds no safetensors file", expected, code=Exit.USAGE)
         stored |= {name: t for file in files for name, t in read_header(file).items()}
     wanted = {name: spec for graph in bundle.manifest.graphs.values() for name, spec in graph.weights.items()}
-    found = {name: find_tensor(stored, name) for name in wanted}
-    problems = [problem for name, spec in wanted.items() if (problem := _misfit(name, found[name], spec))]
+    problems = [problem for name, spec in wanted.items() if (problem := _misfit(name, find_tensor(stored, name), spec))]
     if problems:
         more = f"; {len(problems) - 1} more of {len(wanted)} do not fit" if len(problems) > 1 else ""
         hint, named = f"the engines were made for {bundle.manifest.model.source}", " and ".join(map(str, folders))
         raise HimapError(f"{named} does not hold this bundle's weights", problems[0] + more, hint, Exit.USAGE)
-    return replace(bundle, completion={name: t for name, t in found.items() if t is not None})
+    return replace(bundle, completion=find_tensors(stored, wanted))
 
 
 def _misfit(name: str, found: StoredTensor | None, wanted: TensorSpec) -> str:

@@ -129,6 +129,11 @@ class ImagePreprocessing:
         )
 
 
+def mean_color(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """The colour (0 to 255) that padding has, which normalises to about zero."""
+    return int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)
+
+
 def clip_preprocessing(side: int) -> ImagePreprocessing:
     """What CLIP towers expect when a checkpoint says nothing: shorter edge to `side`, bicubic, centre crop."""
     return ImagePreprocessing(resize=side, crop=(side, side))

@@ -90,6 +90,12 @@ def find_tensor(stored: Mapping[str, StoredTensor], name: str) -> StoredTensor |
     return StoredTensor(name, whole.file, whole.dtype, (rows, *whole.shape[1:]), whole.offset + start * row, rows * row)
 
 
+def find_tensors(stored: Mapping[str, StoredTensor], names: Iterable[str]) -> dict[str, StoredTensor]:
+    """Those of `names` that `find_tensor` finds, in their order."""
+    found = ((name, find_tensor(stored, name)) for name in dict.fromkeys(names))
+    return {name: t for name, t in found if t is not None}
+
+
 def _entry(name: str, file: Path, entry: dict[str, object], data: int, size: int) -> StoredTensor:
     dtype, width = TYPES[str(entry["dtype"])]
     shape = tuple(int(n) for n in entry["shape"])  # type: ignore[attr-defined]

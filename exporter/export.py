@@ -26,7 +26,7 @@ from himap_export.engines.manifest import (
     Variant,
 )
 from himap_export.engines.prompt import TOKENIZER
-from himap_export.engines.weight_file import StoredTensor, find_tensor, read_header
+from himap_export.engines.weight_file import StoredTensor, find_tensors, read_header
 from himap_export.exporter.bind import WeightNames, bind, fitting
 from himap_export.exporter.checkpoint import Checkpoint, open_checkpoint
 from himap_export.exporter.family import tied
@@ -101,8 +101,7 @@ class Export:
             for name, graph in self.graphs.items():
                 self._write(name, graph.model)
             return "none: engines take them as inputs"
-        wanted = dict.fromkeys(weight for g in self.graphs.values() for weight in g.weights)
-        used = {weight: t for weight in wanted if (t := find_tensor(self.checkpoint.tensors, weight)) is not None}
+        used = find_tensors(self.checkpoint.tensors, (weight for g in self.graphs.values() for weight in g.weights))
         folder = self.work / "weights"
         if p.weights == "shared":
             self.files = store_weights(used.values(), folder, p.dtype, p.hard_link)

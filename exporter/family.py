@@ -4,9 +4,10 @@ Adding a family is writing such a row; docs/add-a-model.md goes through it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from himap_export.engines.image import ImagePreprocessing
 from himap_export.graphs.errors import Exit, HimapError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Config = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,11 @@ class Family:
 def tied(config: Config) -> bool:
     """Whether the head is the embedding's matrix."""
     return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
+
+
+def built(kind: type[T], config: Config) -> T:
+    """transformers' configuration class `kind` from a copy of `config`: it writes into the dictionaries it is given."""
+    return kind(**deepcopy({key: value for key, value in config.items() if key != "model_type"}))
 
 
 def text_spec(text: Any, ropes: tuple[str, ...] = ("default",), **more: Any) -> DecoderSpec:

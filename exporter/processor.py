@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from himap_export.engines.image import CLIP_MEAN, CLIP_STD, RESAMPLING, ImagePreprocessing
+from himap_export.engines.image import CLIP_MEAN, CLIP_STD, RESAMPLING, ImagePreprocessing, mean_color
 from himap_export.engines.prompt import QUESTION, TOKENIZER, PromptFormat
 from himap_export.exporter.family import Config, Family, PromptRules, VisionSpec
 from himap_export.graphs.errors import HimapError
@@ -162,7 +162,7 @@ def _preprocessing(name: str, options: Mapping[str, Any]) -> ImagePreprocessing:
     if options["do_pad"]:
         if name != "LlavaImageProcessor":
             raise HimapError(f"unsupported option do_pad of {name}", hint="LlavaImageProcessor pads to a square")
-        pad_color = (int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255))
+        pad_color = mean_color(mean)
     size = _size("size", options["size"], bool(options["default_to_square"])) if options["do_resize"] else None
     crop = _size("crop_size", options["crop_size"], True) if options["do_center_crop"] else None
     if isinstance(crop, int):

@@ -66,9 +66,9 @@ def save_inputs(file: Path, inputs: Inputs) -> Path:
     return file
 
 
-def golden_inputs() -> Inputs:
-    """The prompt behind the goldens: 5 system tokens, 16 image tokens, 9 text tokens."""
-    with np.load(HIMAP_TINY / "inputs.npz") as stored:
+def golden_inputs(fixture: Path = HIMAP_TINY) -> Inputs:
+    """The prompt behind a fixture's goldens; himap-tiny's: 5 system tokens, 16 image tokens, 9 text tokens."""
+    with np.load(fixture / "inputs.npz") as stored:
         ids, pixels = stored["input_ids"], stored["pixel_values"]
     return Inputs(ids, np.ones_like(ids), pixels)
 

@@ -1,4 +1,4 @@
-"""Random checkpoints in the layouts of the original releases, of any size, and the goldens of the given ones."""
+"""Random checkpoints in the layouts of the original releases, of any size."""
 
 import base64
 import json
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-from tiny import Inputs, Tiny, make_llava
+from tiny import Tiny, make_llava
 
 FIXTURES = Path(__file__).parent / "fixtures"
 Arrays = dict[str, NDArray[Any]]
@@ -18,13 +18,6 @@ LLAVA = {
     "multi_modal_projector.linear_1.": "model.mm_projector.0.",
     "multi_modal_projector.linear_2.": "model.mm_projector.2.",
 }  # fmt: skip
-
-
-def golden_inputs_of(fixture: str) -> Inputs:
-    """The prompt behind a fixture's goldens."""
-    with np.load(FIXTURES / fixture / "inputs.npz") as stored:
-        ids, pixels = stored["input_ids"], stored["pixel_values"]
-    return Inputs(ids, np.ones_like(ids), pixels)
 
 
 def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -99,7 +99,8 @@ def test_patches_as_hugging_face_gives_them(work: Workshop, tmp_path: Path, name
     assert call(run_main, bundle, "--load-inputs", file, "--save-outputs", out, "--threads", 1) == 0
     with np.load(out) as found:
         np.testing.assert_array_equal(found["logits"], wanted["logits"])
-    for wrong in (grids * [2, 1, 1], grids[:1], grids + np.array([[0, 2, 0], [0, 0, 0]])):
+    odd = np.array([[1, 3, row.size[0] * row.size[1] // row.patch**2 // 3]] * 2)  # as many patches, but none to merge
+    for wrong in (grids * [2, 1, 1], grids[:1], grids + np.array([[0, 2, 0], [0, 0, 0]]), grids[:, 1:], odd):
         np.savez(file, **arrays, image_grid_thw=wrong)
         assert call(run_main, bundle, "--load-inputs", file) == Exit.USAGE
 

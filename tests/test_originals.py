@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from commands import Workshop, call, padded, plan_flags, save_inputs
-from originals import FIXTURES, golden_inputs_of, make_both_layouts, make_internvl_v1, make_qwen_vl
+from commands import Workshop, call, golden_inputs, padded, plan_flags, save_inputs
+from originals import FIXTURES, make_both_layouts, make_internvl_v1, make_qwen_vl
 from PIL import Image
 from tiny import TINY, make_inputs
 
@@ -39,7 +39,7 @@ def export(folder: Path, checkpoint: Path, *flags: object) -> Path:
 @pytest.mark.parametrize(("fixture", "name"), GOLDEN)
 def test_kept_positions_and_logits_are_the_releases(work: Workshop, tmp_path: Path, fixture: str, name: str) -> None:
     golden, cuts = np.load(FIXTURES / fixture / name), GOLDEN[fixture, name]
-    inputs = golden_inputs_of(fixture)
+    inputs = golden_inputs(FIXTURES / fixture)
     pruned = work.answer(export(tmp_path / "pruned", FIXTURES / fixture, *plan_flags(cuts)), inputs)
     for got, wanted in (("kept_k1", "kept1"), ("kept_k2", "kept2")):
         np.testing.assert_array_equal(pruned[got], padded(golden[wanted][None], pruned[got].shape[1]))
@@ -134,7 +134,7 @@ def test_engines_take_the_weights_of_a_checkpoint_and_its_tower(
         whole = export(tmp_path / f"{name}-whole", model, *plan)
         bare = export(tmp_path / f"{name}-bare", model, *plan, "--engines-only")
         fixture = {"qwen": "qwen-vl-tiny", "intern": "internvl-v1-tiny"}[name]
-        inputs = golden_inputs_of(fixture)
+        inputs = golden_inputs(FIXTURES / fixture)
         ids = inputs.input_ids
         if name == "qwen":
             ids = np.where(ids >= 300, ids + 170, ids)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from himap_export.engines.backends import ANYWAY, Gather, Opening, Tensor, as_stored
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import EngineRecord, TensorSpec
-from himap_export.engines.weight_file import NUMPY, find_tensor, map_tensors
+from himap_export.engines.weight_file import NUMPY, find_tensors, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -78,8 +78,7 @@ def _device(asked: str | None) -> str:
 
 def _values(bundle: Bundle, names: Iterable[str], device: str) -> dict[str, Any]:
     """Weights as OrtValues: on the CPU over the mapped files' pages, on a GPU copied there one by one."""
-    wanted = set(names)
-    arrays = map_tensors(t for name in wanted if (t := find_tensor(bundle.tensors, name)) is not None)
+    arrays = map_tensors(find_tensors(bundle.tensors, names).values())
     if device == "cpu":
         made = _onnxruntime().OrtValue.ortvalue_from_numpy
         return {name: made(array) for name, array in arrays.items()}

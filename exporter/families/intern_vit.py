@@ -3,13 +3,12 @@
 Letters of this file: B batch, N patches, D hidden, H heads, E head dim.
 """
 
-from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.exporter.families.resize import interpolation
+from himap_export.exporter.families.resize import interpolation, resized
 from himap_export.exporter.family import Config, only
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ def check(tower: Config) -> None:
 def intern_vit(tower: Config, side: int, layers: int) -> "torch.nn.Module":
     """The tower's first `layers` layers, from pixels [B,3,side,side] to hidden states [B,1+N,D], class token first.
 
-    Make it on the meta device, cast it to the model's dtype, then `fill` it.
+    Make it on the meta device, cast it to the model's dtype, then let it hold its `constants`.
     """
     import torch
 
@@ -45,7 +44,8 @@ def intern_vit(tower: Config, side: int, layers: int) -> "torch.nn.Module":
             x: torch.Tensor = e.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
             positions = e.position_embedding
             if learned != patches:
-                positions = _resized(positions, self.get_buffer("resize"))
+                placed = resized(positions[0, 1:], self.get_buffer("resize"))
+                positions = torch.cat([positions[:, :1], placed[None]], dim=1)
             x = torch.cat([e.class_embedding.expand(batch, -1, -1), x], dim=1) + positions
             for layer in self.encoder.layers:
                 x = layer(x)
@@ -54,28 +54,10 @@ def intern_vit(tower: Config, side: int, layers: int) -> "torch.nn.Module":
     return InternVit()
 
 
-def fill(made: "torch.nn.Module", tower: Config, side: int) -> dict[str, npt.NDArray[np.float32]]:
-    """Gives `made` a meta buffer for each of its constants, which stay in fp32; returns them by the buffers' names."""
-    import torch
-
+def constants(tower: Config, side: int) -> dict[str, npt.NDArray[np.float32]]:
+    """What the module's meta buffers hold, by their names: how positions are resized, which stays in fp32."""
     learned, patches = tower["image_size"] // tower["patch_size"], side // tower["patch_size"]
-    if learned == patches:
-        return {}
-    resize = interpolation(learned, patches, "bicubic").astype(np.float32)
-    made.register_buffer("resize", torch.empty(resize.shape, device="meta"), persistent=False)
-    return {"resize": resize}
-
-
-def _resized(positions: "torch.Tensor", weights: "torch.Tensor") -> "torch.Tensor":
-    """Positions [1,1+n*n,D] for m*m patches, [1,1+m*m,D]: rows, then columns, through `weights` [m,n] in fp32."""
-    import torch
-
-    n, hidden = weights.shape[1], positions.shape[-1]
-    assert isqrt(positions.shape[1] - 1) == n
-    grid = positions[0, 1:].float().reshape(n, n * hidden)
-    rows = (weights @ grid).reshape(-1, n, hidden)
-    patches = (weights @ rows).reshape(1, -1, hidden)
-    return torch.cat([positions[:, :1], patches.to(positions.dtype)], dim=1)
+    return {} if learned == patches else {"resize": interpolation(learned, patches, "bicubic")}
 
 
 def _embeddings(tower: Config, learned: int) -> "torch.nn.Module":

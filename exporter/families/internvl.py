@@ -8,7 +8,17 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from himap_export.engines.image import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing
-from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, fixed_size, only, text_spec
+from himap_export.exporter.family import (
+    Config,
+    Family,
+    Picture,
+    PromptRules,
+    VisionSpec,
+    built,
+    fixed_size,
+    only,
+    text_spec,
+)
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import DecoderSpec
 
@@ -22,7 +32,7 @@ TEMPLATE = "<|im_start|>user\n<img><IMG_CONTEXT></img>\n{prompt}<|im_end|>\n<|im
 def _full(config: Config) -> "InternVLConfig":
     from transformers import InternVLConfig
 
-    return InternVLConfig(**{k: v for k, v in config.items() if k != "model_type"})
+    return built(InternVLConfig, config)
 
 
 def decoder(config: Config) -> DecoderSpec:

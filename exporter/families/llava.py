@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from himap_export.engines.image import ImagePreprocessing, clip_preprocessing
-from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, fixed_size, only, text_spec
+from himap_export.exporter.family import (
+    Config,
+    Family,
+    Picture,
+    PromptRules,
+    VisionSpec,
+    built,
+    fixed_size,
+    only,
+    text_spec,
+)
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -19,7 +29,7 @@ TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"
 def _full(config: Config) -> "LlavaConfig":
     from transformers import LlavaConfig
 
-    return LlavaConfig(**{k: v for k, v in config.items() if k != "model_type"})
+    return built(LlavaConfig, config)
 
 
 def decoder(config: Config) -> DecoderSpec:

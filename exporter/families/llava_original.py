@@ -11,10 +11,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from himap_export.engines.image import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing, clip_preprocessing
+from himap_export.engines.image import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing, clip_preprocessing, mean_color
 from himap_export.exporter.families import intern_vit
+from himap_export.exporter.families.constants import hold
 from himap_export.exporter.families.sentencepiece import tokenizer
-from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, fixed_size, only, text_spec
+from himap_export.exporter.family import (
+    Config,
+    Family,
+    Picture,
+    PromptRules,
+    VisionSpec,
+    built,
+    fixed_size,
+    only,
+    text_spec,
+)
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -30,7 +41,7 @@ TEMPLATE = SYSTEM + "USER: <image>\n{prompt} ASSISTANT:"
 def decoder(config: Config) -> DecoderSpec:
     from transformers import LlamaConfig
 
-    return text_spec(LlamaConfig(**{k: v for k, v in config.items() if k not in ("model_type", "vision_config")}))
+    return text_spec(built(LlamaConfig, {k: v for k, v in config.items() if k != "vision_config"}))
 
 
 def tower(config: Config) -> str | None:
@@ -39,16 +50,20 @@ def tower(config: Config) -> str | None:
     return named
 
 
+def _is_intern(config: Config) -> bool:
+    return config.get("vision_config", {}).get("model_type") == intern_vit.MODEL_TYPE  # type: ignore[no-any-return]
+
+
 def _tower(config: Config) -> tuple[Config, bool, int]:
     """The vision tower's own configuration, whether it is an InternViT-6B, and the side of its pictures in pixels."""
     found: Config = config.get("vision_config", {})
     kind = found.get("model_type")
     only("vision tower", kind, "clip", "clip_vision_model", intern_vit.MODEL_TYPE)
-    if kind != intern_vit.MODEL_TYPE:
+    if not _is_intern(config):
         from transformers import CLIPVisionConfig
 
         found = found.get("vision_config", found)  # of a CLIP with its text encoder, as openai's
-        full = CLIPVisionConfig(**{k: v for k, v in found.items() if k != "model_type"})
+        full = built(CLIPVisionConfig, found)
         return full.to_dict(), False, full.image_size
     intern_vit.check(found)
     # Trained at 224 px; its authors' CLIPVisionTower chooses by the tower's name.
@@ -72,7 +87,7 @@ def names(config: Config, role: str) -> Iterator[str]:
     """The checkpoint's names, then for the tower those of a checkpoint of its own."""
     if role.startswith("vision_tower."):
         rest = role.removeprefix("vision_tower.").removeprefix("vision_model.")
-        variants = (rest,) if _tower(config)[1] else (f"vision_model.{rest}", rest)
+        variants = (rest,) if _is_intern(config) else (f"vision_model.{rest}", rest)
         for prefix in ("model.vision_tower.vision_tower.", ""):
             yield from (prefix + variant for variant in variants)
     else:
@@ -94,12 +109,11 @@ def prompt(config: Config) -> PromptRules:
 
 def image(config: Config, spec: VisionSpec) -> ImagePreprocessing:
     how = clip_preprocessing(spec.size[0])
-    if _tower(config)[1]:
+    if _is_intern(config):
         how = replace(how, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     if config.get("image_aspect_ratio") != "pad":
         return how
-    red, green, blue = (int(channel * 255) for channel in how.mean)
-    return replace(how, pad_color=(red, green, blue))
+    return replace(how, pad_color=mean_color(how.mean))
 
 
 def _projector(config: Config, width: int) -> "torch.nn.Module":
@@ -150,10 +164,10 @@ def module(config: Config, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.
     with torch.device("meta"):
         made = Vision().to(dtype).eval()
     if intern:
-        constants = intern_vit.fill(made.vision_tower, found, side)
+        hold(made, intern_vit.constants(found, side), "vision_tower")
     else:
-        constants = {"embeddings.position_ids": np.arange((side // found["patch_size"]) ** 2 + 1)[None]}
-    made.constants = {f"vision_tower.{name}": values for name, values in constants.items()}  # type: ignore[assignment]
+        places = np.arange((side // found["patch_size"]) ** 2 + 1)[None]
+        made.constants = {"vision_tower.embeddings.position_ids": places}  # type: ignore[assignment]
     return made
 
 

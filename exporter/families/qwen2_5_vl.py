@@ -1,12 +1,12 @@
 """`Qwen2_5_VLForConditionalGeneration`: window attention in the tower, M-RoPE in the decoder (arXiv 2502.13923)."""
 
 from collections.abc import Iterator
-from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from himap_export.engines.image import CLIP_MEAN, CLIP_STD, ImagePreprocessing
 from himap_export.exporter.families import qwen_vision
-from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, only, text_spec
+from himap_export.exporter.families.constants import hold
+from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, built, only, text_spec
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -20,8 +20,7 @@ def _full(config: Config) -> "Qwen2_5_VLConfig":
     """The text model's fields may stand at the top (published checkpoints) or under `text_config`."""
     from transformers import Qwen2_5_VLConfig
 
-    # Copied: the class writes into the dictionaries it is given.
-    return Qwen2_5_VLConfig(**deepcopy({k: v for k, v in config.items() if k != "model_type"}))
+    return built(Qwen2_5_VLConfig, config)
 
 
 def decoder(config: Config) -> DecoderSpec:
@@ -104,7 +103,7 @@ def module(config: Config, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.
     patches = qwen_vision.patch_order(spec.grid, merge, found.order)
     cos, sin = qwen_vision.rotary_tables(tower, spec.grid[1] * merge, patches)
     constants = {"patches": patches, "cos": cos, "sin": sin, "reading_order": found.reading_order}
-    qwen_vision.fill(made, constants)
+    hold(made, constants)
     return made
 
 

@@ -1,7 +1,6 @@
 """`Qwen3VLForConditionalGeneration`: a tower that feeds several decoder layers (deepstack), a Qwen3 decoder, M-RoPE."""
 
 from collections.abc import Iterator
-from copy import deepcopy
 from math import isqrt
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,8 @@ import numpy as np
 
 from himap_export.engines.image import ImagePreprocessing
 from himap_export.exporter.families import qwen_vision
-from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, only, text_spec
+from himap_export.exporter.families.constants import hold
+from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, built, only, text_spec
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ HALF = (0.5, 0.5, 0.5)
 def _full(config: Config) -> "Qwen3VLConfig":
     from transformers import Qwen3VLConfig
 
-    # Copied: the class writes into the dictionaries it is given.
-    return Qwen3VLConfig(**deepcopy({k: v for k, v in config.items() if k != "model_type"}))
+    return built(Qwen3VLConfig, config)
 
 
 def rope_axes(sections: list[int]) -> tuple[int, ...]:
@@ -122,7 +121,7 @@ def module(config: Config, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.
     patches = qwen_vision.patch_order(spec.grid, merge, np.arange(spec.tokens))
     cos, sin = qwen_vision.rotary_tables(tower, columns, patches)
     learned = interpolation((rows, columns), isqrt(tower.num_position_embeddings), patches)
-    qwen_vision.fill(made, {"patches": patches, "cos": cos, "sin": sin, **learned})
+    hold(made, {"patches": patches, "cos": cos, "sin": sin, **learned})
     return made
 
 

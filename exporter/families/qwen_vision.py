@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.engines.image import ImagePreprocessing
+from himap_export.engines.image import ImagePreprocessing, mean_color
 from himap_export.exporter.family import Config, Picture, PromptRules, VisionSpec, only
 from himap_export.graphs.errors import Exit, HimapError
 
@@ -60,7 +60,7 @@ def letterboxed(
     spec: VisionSpec, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> ImagePreprocessing:
     """The whole picture within `spec.size`; the rest has the mean colour, which normalises to about zero."""
-    color = (int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255))
+    color = mean_color(mean)
     return ImagePreprocessing(
         resize=spec.size, crop=None, resample="bicubic", mean=mean, std=std, pad_color=color, letterbox=True
     )
@@ -123,15 +123,6 @@ def rotary_tables(tower: Any, columns: int, patches: Array) -> tuple[Array, Arra
     place = np.stack([patches // columns, patches % columns], axis=1).astype(np.float32)
     angle = (place[:, :, None] * frequency).reshape(len(patches), -1)
     return np.cos(angle), np.sin(angle)
-
-
-def fill(module: "torch.nn.Module", constants: Mapping[str, Array]) -> None:
-    """Gives `module` a meta buffer for each constant; call it behind `.to(dtype)`, which would round the tables."""
-    import torch
-
-    for name, values in constants.items():
-        module.register_buffer(name, torch.from_numpy(values).to("meta"), persistent=False)
-    module.constants = dict(constants)  # type: ignore[assignment]
 
 
 def embed(proj: Any, pixels: "torch.Tensor", order: "torch.Tensor") -> "torch.Tensor":

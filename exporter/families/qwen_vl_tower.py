@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from himap_export.exporter.families.resize import interpolation
+from himap_export.exporter.families.constants import hold
+from himap_export.exporter.families.resize import interpolation, resized
 from himap_export.exporter.family import Config
 
 EPS = 1e-6  # of every LayerNorm
@@ -113,25 +114,15 @@ class Tower(nn.Module):
 
 
 class Vision(nn.Module):
-    """The tower under the name it has in the release, and the `constants` of its meta buffers."""
+    """The tower under the name it has in the release."""
 
     def __init__(self, visual: Config) -> None:
         super().__init__()
         self.visual = Tower(visual)
-        self.constants: dict[str, Any] = {}
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.visual(pixel_values)
         return features
-
-
-def resized(positions: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """Positions [n*n,C] of a square grid for [m*m,C]: rows, then columns, through `weights` [m,n], in fp32."""
-    if weights is None:
-        return positions
-    n, channels = weights.shape[1], positions.shape[-1]
-    rows = (weights @ positions.float().reshape(n, n * channels)).reshape(-1, n, channels)
-    return (weights @ rows).reshape(-1, channels).to(positions.dtype)
 
 
 def tower(visual: Config, dtype: torch.dtype) -> Vision:
@@ -139,10 +130,7 @@ def tower(visual: Config, dtype: torch.dtype) -> Vision:
     with torch.device("meta"):
         made = Vision(visual).to(dtype).eval()
     side = visual["image_size"] // visual["patch_size"]
-    # After the cast: resizing is done in fp32, as the release does, whatever the model's dtype.
-    for name, learned in (("patch_resize", POSITIONS), ("key_resize", queries(visual))):
-        if isqrt(learned) != side:
-            matrix = interpolation(isqrt(learned), side, "bicubic")
-            made.visual.register_buffer(name, torch.empty(matrix.shape, device="meta"), persistent=False)
-            made.constants[f"visual.{name}"] = matrix
+    # Resizing is done in fp32, as the release does, whatever the model's dtype.
+    sides = {"patch_resize": isqrt(POSITIONS), "key_resize": isqrt(queries(visual))}
+    hold(made, {name: interpolation(old, side, "bicubic") for name, old in sides.items() if old != side}, "visual")
     return made

@@ -4,8 +4,13 @@ Interpolation is linear and separable, so resizing [old, old, channels] to [new,
 [new, old] applied to the rows and to the columns: two small matrix products every runtime can execute.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
 
 
 def interpolation(old: int, new: int, mode: str) -> NDArray[np.float32]:
@@ -35,3 +40,12 @@ def interpolation(old: int, new: int, mode: str) -> NDArray[np.float32]:
         columns = functional.interpolate(units, size=(new, 1), mode=mode, align_corners=False)
     matrix: NDArray[np.float32] = columns[0, :, :, 0].T.contiguous().numpy()
     return matrix
+
+
+def resized(positions: "torch.Tensor", weights: "torch.Tensor | None") -> "torch.Tensor":
+    """Positions [n*n,C] of a square grid for [m*m,C]: rows, then columns, through `weights` [m,n], in fp32."""
+    if weights is None:
+        return positions
+    n, channels = weights.shape[1], positions.shape[-1]
+    rows = (weights @ positions.float().reshape(n, n * channels)).reshape(-1, n, channels)
+    return (weights @ rows).reshape(-1, channels).to(positions.dtype)
