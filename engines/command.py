@@ -1,6 +1,7 @@
-"""What all commands share: one line for a user's mistake, one exit code for each kind of end."""
+"""What all commands share: how options are read, one line for a user's mistake, one exit code for each kind of end."""
 
 import argparse
+import math
 import os
 import re
 import signal
@@ -12,29 +13,117 @@ from himap_export.graphs.errors import Exit, HimapError
 
 # One module each in engines/backends; named here, where nothing is imported.
 BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+# More threads than this only wait for each other, and starting a hundred thousand takes the machine down.
+MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))
+NOTHING_LEFT = "nothing was left behind"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(int(Exit.USAGE), f"{self.prog}: error: {' '.join(message.split())} (usage: {self.prog} --help)\n")
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """The type of an option that takes a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        if re.fullmatch(r"[+-]?\d{1,18}", text.strip(), re.ASCII) is None or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {least} to {most}")
+        return int(text)
+
+    return parse
+
+
+def number(least: float, most: float) -> Callable[[str], float]:
+    """The type of an option that takes a number from `least` to `most`; not a number is none."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number from {least:g} to {most:g}")
+        return value
+
+    return parse
 
 
 def image_size(text: str) -> tuple[int, int]:
     """(height, width) from "WxH"; ArgumentTypeError for anything else."""
-    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text, re.ASCII)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in pixels, such as 448x336")
     return int(found[2]), int(found[1])
 
 
-def run_command(name: str, body: Callable[[], Exit | None], interrupted: str = "nothing was left behind") -> NoReturn:
-    """Runs `body` and leaves the process with its exit code; only bugs keep their traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the command to stop; `state` says what it leaves, where that is not what the command says."""
+
+    def __init__(self, state: str = "") -> None:
+        super().__init__(state)
+        self.state = state
+
+
+def run_command(name: str, body: Callable[[], Exit | None], interrupted: str = NOTHING_LEFT) -> NoReturn:
+    """Runs `body` and leaves the process with its exit code; only bugs keep their traceback.
+
+    `interrupted`: what an interrupted command leaves.
+    """
+    for sent in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sent, _interrupt)
     try:
+        _check_words(sys.argv)
         code = body() or Exit.OK
         sys.stdout.flush()
     except HimapError as problem:
-        print(f"{name}: error: {' '.join(str(problem).split())}", file=sys.stderr)  # one line, whatever was quoted
+        _say(f"{name}: error: {problem}")
         code = problem.code
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted, {interrupted}", file=sys.stderr)
+    except KeyboardInterrupt as problem:
+        _say(f"{name}: interrupted, {getattr(problem, 'state', '') or interrupted}")
         code = Exit.INTERRUPTED
     except BrokenPipeError:  # the reader of our output has left: so do we, quietly
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = Exit.FAILURE
+    except MemoryError:
+        _say(f"{name}: error: the machine has too little memory for this")
+        code = Exit.FAILURE
+    except OSError as problem:  # full disks, full standard output, files that changed under our hands
+        where = f"{problem.filename}: " if problem.filename else ""
+        _say(f"{name}: error: {where}{problem.strerror or problem}")
+        code = Exit.FAILURE
+    _abandon_output()
     sys.exit(int(code))
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _check_words(words: list[str]) -> None:
+    """Names that are no text can be opened, but neither printed nor written into a manifest or a report."""
+    for n, word in enumerate(words[1:], 1):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(word).decode("utf-8", "backslashreplace")
+            hint = "rename the file, or give other words"
+            raise HimapError(f"argument {n} is not valid UTF-8", shown, hint, Exit.USAGE) from None
+
+
+def _say(line: str) -> None:
+    """One line, whatever was quoted; a standard error that nobody can write to is no reason to fail."""
+    try:
+        shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(line.split()))
+        print(shown, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        return
+
+
+def _abandon_output() -> None:
+    """Python flushes standard output once more at its end, and complains: what cannot be written is dropped."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,88 @@
+"""Files from elsewhere, read within bounds and turned into typed values, or refused in one line.
+
+A document is JSON or TOML that somebody else wrote: a manifest, a configuration, a data set, a plan. Its type is a
+`msgspec.Struct`, whose annotations are its schema: no value is converted silently, none is unbounded.
+"""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from himap_export.graphs.errors import Exit, HimapError
+
+T = TypeVar("T")
+MEGABYTE = 10**6
+# Whole numbers as documents may hold them: how many of something there are, and ids of tokens.
+Id = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
+
+
+def read_file(path: Path, what: str, most: int, code: Exit = Exit.USAGE) -> bytes:
+    """The bytes of a plain file that is `what` ("plan"), at most `most` of them.
+
+    HimapError (`code`) if there is none, it is a folder, pipe or device, cannot be read, or is longer.
+    """
+    try:
+        # Without O_NONBLOCK opening a pipe waits for its writer, for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:  # noqa: PTH123  # a descriptor, not a path
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise HimapError(f"{what} {path} is not a file", "expected a plain file", code=code)
+            if found.st_size > most:
+                details = f"{found.st_size} bytes, at most {most} are read"
+                raise HimapError(f"{what} {path} is too large", details, code=code)
+            return file.read(most)
+    except (OSError, ValueError) as problem:  # ValueError: a null byte in the name
+        reason = (problem.strerror if isinstance(problem, OSError) else None) or str(problem)
+        raise HimapError(f"cannot read {what} {path}", reason, code=code) from None
+
+
+def parse_json(text: bytes, where: str, code: Exit = Exit.USAGE) -> Any:
+    """The value of a JSON text (UTF-8), `where` it was found.
+
+    HimapError (`code`) for what JSON does not allow (NaN, infinity), leaves open (a key twice) or can spell but no
+    UTF-8 can (half a character), and for nesting deeper than Python follows.
+    """
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_number)
+        if b"\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeError:
+        raise HimapError(f"{where} is not valid UTF-8 text", code=code) from None
+    except RecursionError:
+        raise HimapError(f"{where} is not usable JSON", "it is nested too deeply", code=code) from None
+    except ValueError as problem:
+        raise HimapError(f"{where} is not JSON", str(problem), code=code) from None
+    return value
+
+
+def typed(value: object, kind: type[T], where: str, code: Exit = Exit.USAGE) -> T:
+    """`value`, as JSON or TOML gives it, as a `kind`: nothing is converted but lists to tuples and whole numbers to
+    floats. HimapError (`code`) that says what was expected, and at which place of the document `where`."""
+    try:
+        return msgspec.convert(value, kind, strict=True)
+    except msgspec.ValidationError as problem:
+        raise HimapError(f"{where} is not usable", str(problem).replace("`", ""), code=code) from None
+    except RecursionError:
+        raise HimapError(f"{where} is not usable", "it is nested too deeply", code=code) from None
+
+
+def read_json(path: Path, kind: type[T], what: str, most: int = 16 * MEGABYTE, code: Exit = Exit.USAGE) -> T:
+    """The JSON document `what` in the file `path` as a `kind`. HimapError as `read_file`, `parse_json` and `typed`."""
+    return typed(parse_json(read_file(path, what, most, code), f"{what} {path}", code), kind, f"{what} {path}", code)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it holds {next(n for n in names if names.count(n) > 1)!r} twice")
+    return found
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no JSON number")

@@ -1,0 +1,105 @@
+"""Files that a command writes where the user said: whole or not at all, and over nothing that is not the same kind."""
+
+import os
+import stat
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from himap_export.graphs.errors import Exit, HimapError
+
+# What files of a kind begin with: another file at the user's path is somebody's, not an older output.
+KINDS = {".npz": (b"PK\x03\x04", b"PK\x05\x06"), ".png": (b"\x89PNG",)}
+MANIFEST = "manifest.json"
+
+
+def check_output(path: Path, *inputs: Path | None) -> None:
+    """HimapError (usage) unless `path` can become a file: in a folder that is there and is not a bundle's, over nothing
+    or over a plain file of its own kind that is none of `inputs`. Called before any work."""
+    if not _is(path.absolute().parent, stat.S_ISDIR):
+        raise HimapError(f"cannot write {path}", f"{path.parent} is no folder", code=Exit.USAGE)
+    check_outside(path)
+    if not _exists(path):
+        return
+    if not _is(path, stat.S_ISREG, follow=False):
+        raise HimapError(f"cannot write {path}", "it is there and is not a plain file", "give another name", Exit.USAGE)
+    for file in inputs:
+        if file is not None and file.exists() and path.samefile(file):
+            raise HimapError(f"cannot write {path}", "it is an input of this command", "give another name", Exit.USAGE)
+    wanted = KINDS.get(path.suffix.lower(), ())
+    with path.open("rb") as f:
+        start = f.read(8)
+    if start and wanted and not start.startswith(wanted):
+        details = f"it is there and is not a {path.suffix} file"
+        raise HimapError(f"cannot write {path}", details, "give another name; it is left alone", Exit.USAGE)
+
+
+def check_outside(path: Path) -> None:
+    """HimapError (usage) if `path`, a file or a folder to be written, lies in a bundle, or is one."""
+    whole = Path(os.path.realpath(path))
+    for folder in (whole, *whole.parents):
+        if _exists(folder / MANIFEST) and (folder / MANIFEST).is_file():
+            from himap_export.engines.manifest import is_bundle
+
+            if is_bundle(folder):
+                details, hint = f"{folder} is a bundle", "a bundle holds what its manifest lists: choose another place"
+                raise HimapError(f"cannot write {path}", details, hint, Exit.USAGE)
+
+
+def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Lets `write` fill a file beside `path`, and puts it there when it is whole. HimapError if it cannot."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=".himap-", suffix=".partial", dir=path.parent)
+        part = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as f:
+                write(f)
+            part.chmod(0o666 & ~_umask())
+            if _exists(path) and not _is(path, stat.S_ISREG, follow=False):
+                raise HimapError(f"cannot write {path}", "it is there and is not a plain file")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as problem:
+        raise HimapError(f"cannot write {path}", problem.strerror or str(problem)) from None
+
+
+def check_report(folder: Path, names: tuple[str, ...] = ("report.html", "report.json")) -> None:
+    """HimapError (usage) unless a report can go into `folder`: new or a folder that can be written, outside bundles, in
+    which nothing but plain files goes by the report's `names`. Called before any work."""
+    check_outside(folder)
+    if _exists(folder) and not _is(folder, stat.S_ISDIR):
+        raise HimapError(f"cannot write a report to {folder}", "it is no folder", code=Exit.USAGE)
+    home = next(p for p in (folder.absolute(), *folder.absolute().parents) if _exists(p))
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        raise HimapError(f"cannot write a report to {folder}", f"{home} cannot be written", code=Exit.USAGE)
+    for name in names:
+        if _exists(folder / name) and not _is(folder / name, stat.S_ISREG, follow=False):
+            details = f"{name} is there and is not a plain file"
+            raise HimapError(f"cannot write a report to {folder}", details, code=Exit.USAGE)
+
+
+def _exists(path: Path) -> bool:
+    """Links that lead nowhere too. HimapError (usage) for a name that no file can have."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as problem:
+        reason = (problem.strerror if isinstance(problem, OSError) else None) or str(problem)
+        raise HimapError(f"cannot write {str(path)[:80]}", reason, code=Exit.USAGE) from None
+    return True
+
+
+def _is(path: Path, kind: Callable[[int], bool], follow: bool = True) -> bool:
+    try:
+        return kind(path.stat().st_mode if follow else path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
