@@ -3,12 +3,13 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -59,8 +60,8 @@ def load_processor(bundle: Bundle, weights: Sequence[Path]) -> tuple[Tokenizer, 
                 f"it was exported without a checkpoint: put {TOKENIZER} into the --weights folder, or use --load-inputs"
             )
         raise HimapError(f"{bundle.folder} holds no tokenizer", hint=hint, code=Exit.USAGE)
-    form = replace(PromptFormat.from_json(manifest.prompt), image_tokens=bundle.budget.visual[0])
-    return load_tokenizer(file), form, ImagePreprocessing.from_json(bundle.picture.preprocessing)
+    form = replace(manifest.prompt, image_tokens=bundle.budget.visual[0])
+    return load_tokenizer(file), form, bundle.picture.preprocessing
 
 
 def load_question(
@@ -94,18 +95,20 @@ def run_arrays(
 ) -> Answer:
     """All prompts, B at a time; shorter answers are filled with the padding token.
 
-    Prompt n draws its random cuts, if the plan has any, by the sampling's seed + n.
+    Prompt n draws its random cuts, if the plan has any, by the sampling's seed + n, and its tokens by seed and n:
+    what it is answered does not depend on the batch it stands in. HimapError if logits are not finite.
     """
     batch, pad = pipeline.bundle.budget.batch, pipeline.manifest.model.pad_token
-    seeds = sampling.seed + np.arange(len(arrays.input_ids))
+    numbers = range(len(arrays.input_ids))
     found: dict[str, list[npt.NDArray[Any]]] = {}
     text, first, decoding, steps = "", 0.0, 0.0, 0
     for n, a in enumerate(arrays.batches(batch)):
         start = time.perf_counter()
-        drawn = seeds[n * batch : (n + 1) * batch]
-        prefilled, layout = pipeline.prefill(a.input_ids, a.pixel_values, a.attention_mask, drawn)
+        requests = numbers[n * batch : (n + 1) * batch]
+        seeds = sampling.seed + np.array(requests, np.int64)
+        prefilled, layout = pipeline.prefill(a.input_ids, a.pixel_values, a.attention_mask, seeds)
         answer: list[npt.NDArray[np.int64]] = []
-        for token in pipeline.generate(prefilled, layout, new_tokens, sampling):
+        for token in pipeline.generate(prefilled, layout, new_tokens, sampling, requests):
             if not answer:
                 first, start = first or time.perf_counter() - start, time.perf_counter()
             answer.append(token)

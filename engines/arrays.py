@@ -1,7 +1,10 @@
-"""The .npz doors of himap-run: arrays in, arrays out, pickles never."""
+"""Arrays in and arrays out of himap-run as .npz files, pickles never."""
 
+import lzma
 import math
+import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from himap_export.engines.documents import open_file
+from himap_export.engines.files import write_file
 from himap_export.graphs.errors import Exit, HimapError
+
+NAMES = ("input_ids", "pixel_values", "attention_mask", "image_grid_thw")
 
 
 @dataclass(frozen=True)
@@ -31,18 +38,14 @@ class Inputs:
 
 
 def load_inputs(file: Path) -> Inputs:
-    """Reads an .npz; HimapError (usage) if it is none, or an array is missing or of the wrong kind.
+    """Reads an .npz; HimapError (usage) if it is none, or an array is missing, of the wrong kind or holds no number.
 
     Patches with their `image_grid_thw`, as Hugging Face's processors of Qwen's models give them, become pictures again.
     """
-    try:
-        with np.load(file, allow_pickle=False) as data:
-            arrays = {name: data[name] for name in data.files}
-    except FileNotFoundError:
-        raise HimapError(f"{file} does not exist", hint="--load-inputs takes an .npz file", code=Exit.USAGE) from None
-    except (OSError, ValueError, zipfile.BadZipFile) as problem:
-        raise HimapError(f"{file} is not a readable .npz", str(problem), code=Exit.USAGE) from None
+    arrays = _read(file)
     if "image_grid_thw" in arrays and "pixel_values" in arrays and arrays["pixel_values"].ndim == 2:
+        _check(file, arrays, "image_grid_thw", 2, "i")
+        _check(file, arrays, "pixel_values", 2, "f")
         arrays["pixel_values"] = _pictures(file, arrays["pixel_values"], arrays["image_grid_thw"])
     for name, rank, kind in (("input_ids", 2, "i"), ("pixel_values", 4, "f"), ("attention_mask", 2, "ib")):
         _check(file, arrays, name, rank, kind)
@@ -50,22 +53,64 @@ def load_inputs(file: Path) -> Inputs:
     if mask is not None and mask.shape != ids.shape:
         details = f"{list(mask.shape)}, input_ids are {list(ids.shape)}"
         raise HimapError(f"attention_mask in {file} has another shape", details, code=Exit.USAGE)
-    if len(ids) == 0:
+    if ids.size == 0:
         raise HimapError(f"{file} holds no prompt", code=Exit.USAGE)
-    if not len(arrays["pixel_values"]) or len(arrays["pixel_values"]) % len(ids):
-        details = f"{len(ids)} prompts, {len(arrays['pixel_values'])} images"
+    with np.errstate(over="ignore"):  # what fp32 cannot hold becomes infinite, and is refused with the rest
+        pixels = arrays["pixel_values"].astype(np.float32)
+    if not pixels.size or len(pixels) % len(ids):
+        details = f"{len(ids)} prompts, {len(pixels)} images"
         raise HimapError(f"{file} does not hold one image per prompt", details, code=Exit.USAGE)
-    return Inputs(ids, arrays["pixel_values"].astype(np.float32), None if mask is None else mask.astype(np.int64))
+    if not np.isfinite(pixels).all():
+        details = f"{int((~np.isfinite(pixels)).sum())} of {pixels.size} are NaN, infinite or beyond fp32"
+        raise HimapError(f"pixel_values in {file} are not numbers", details, code=Exit.USAGE)
+    return Inputs(ids, pixels, None if mask is None else (mask != 0).astype(np.int64))
+
+
+def _read(file: Path) -> dict[str, npt.NDArray[Any]]:
+    """The arrays that are inputs; of others not a byte is read."""
+    most = memory_bytes() // 4
+    with open_file(file, "inputs") as f:
+        try:
+            with zipfile.ZipFile(f) as archive:
+                held = [name.removesuffix(".npy") for name in archive.namelist()]
+                if twice := [name for name in NAMES if held.count(name) > 1]:
+                    raise ValueError(f"it holds {twice[0]} twice")
+                return {name: _array(archive, name, most) for name in NAMES if name in held}
+        # NumPy's headers are Python literals, members may be encrypted or compressed by anything
+        except (OSError, ValueError, RuntimeError, EOFError, SyntaxError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as problem:
+            raise HimapError(f"{file} is not a readable .npz", str(problem), code=Exit.USAGE) from None
+
+
+def _array(archive: zipfile.ZipFile, name: str, most: int) -> npt.NDArray[Any]:
+    """One member, whose header must say no more than there is, and no more than `most` bytes."""
+    size = archive.getinfo(f"{name}.npy").file_size
+    with archive.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+    needed = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or needed > size:
+        raise ValueError(f"{name} is not an array of numbers of the size that its header says")
+    if needed > most:
+        raise ValueError(f"{name} takes {needed / 1e9:.1f} GB, a quarter of this machine's memory is {most / 1e9:.1f}")
+    with archive.open(f"{name}.npy") as member:
+        found: npt.NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
+        return found
+
+
+def memory_bytes() -> int:
+    """The machine's physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _pictures(file: Path, patches: npt.NDArray[Any], grids: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Pictures [n,3,H,W] from patches [N,3*2*p*p] in the order of Qwen2VLImageProcessor: blocks of 2 x 2 patches that
     will be merged, each patch in two equal frames. HimapError (usage) for films, or pictures of different sizes."""
-    side, kinds = math.isqrt(patches.shape[1] // 6), {tuple(grid) for grid in np.atleast_2d(grids).tolist()}
+    side, kinds = math.isqrt(patches.shape[1] // 6), {tuple(grid) for grid in grids.tolist()}
     frames, rows, columns = next((kind for kind in kinds if len(kind) == 3), (0, 0, 0))
-    even = rows % 2 == columns % 2 == 0
+    even = rows % 2 == columns % 2 == 0 and min(rows, columns, side) > 0
     if len(kinds) != 1 or frames != 1 or not even or patches.shape != (len(grids) * rows * columns, 6 * side * side):
-        details = f"pixel_values {list(patches.shape)} for the grids {grids.tolist()}"
+        details = f"pixel_values {list(patches.shape)} for the grids {str(grids.tolist())[:80]}"
         hint = "one picture of one size per prompt, 2 x 2 patches merged"
         raise HimapError(f"image_grid_thw in {file} does not fit its pixel_values", details, hint, Exit.USAGE)
     blocks = patches.reshape(len(grids), rows // 2, columns // 2, 2, 2, 3, 2, side, side)[:, :, :, :, :, :, 0]
@@ -78,7 +123,7 @@ def _check(file: Path, arrays: Mapping[str, npt.NDArray[Any]], name: str, rank: 
     if found is None:
         if name == "attention_mask":
             return
-        raise HimapError(f"{file} holds no {name}", f"it holds {', '.join(arrays) or 'nothing'}", code=Exit.USAGE)
+        raise HimapError(f"{file} holds no {name}", f"it holds {', '.join(arrays) or 'nothing else'}", code=Exit.USAGE)
     if found.ndim != rank or found.dtype.kind not in kinds:
         expected = f"expected {rank} dimensions of {'integers' if 'i' in kinds else 'floats'}"
         raise HimapError(f"{name} in {file} is {found.dtype}{list(found.shape)}", expected, code=Exit.USAGE)
@@ -86,11 +131,4 @@ def _check(file: Path, arrays: Mapping[str, npt.NDArray[Any]], name: str, rank: 
 
 def save_outputs(file: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """Writes an .npz under exactly this name, whole or not at all."""
-    part = file.with_name(f".{file.name}.partial")
-    try:
-        with part.open("wb") as f:
-            np.savez(f, allow_pickle=False, **arrays)
-        part.replace(file)
-    except OSError as problem:
-        part.unlink(missing_ok=True)
-        raise HimapError(f"cannot write {file}", problem.strerror or str(problem)) from None
+    write_file(file, lambda f: np.savez(f, allow_pickle=False, **arrays))

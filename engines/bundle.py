@@ -1,7 +1,8 @@
 """A bundle on disk: opened at one variant, checked byte by byte against its manifest, and its weights found."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from himap_export.engines.manifest import (
     PictureRecord,
     TensorSpec,
     Variant,
+    entries,
     read_manifest,
 )
 from himap_export.engines.weight_file import StoredTensor, find_tensor, find_tensors, read_header
@@ -105,12 +107,26 @@ class Bundle:
         raise HimapError(f"{self.folder} holds no text budget of {text_budget}", f"it holds {held}", code=Exit.USAGE)
 
 
-def open_bundle(folder: Path, verify: bool = True) -> Bundle:
-    """The bundle in `folder`, at its first variant; with `verify`, every file's length and sha256 are checked first."""
+def open_bundle(folder: Path, verify: bool = True, expected: str | None = None) -> Bundle:
+    """The bundle in `folder`, at its first variant.
+
+    It holds plain files, those that its manifest lists and no others; with `verify`, the length and sha256 of each are
+    checked first. HimapError (failure) for one that is not as it was exported, or whose seal is not `expected`.
+    """
     manifest = read_manifest(folder)
+    if expected is not None and manifest.seal != expected.lower():
+        hint = "it is another export, or was changed and sealed anew"
+        raise HimapError(f"{folder} is not the bundle expected", f"its sha256 is {manifest.seal}", hint)
+    _check_files(folder, manifest)
     if verify:
         _verify(folder, manifest)
     return Bundle(folder, manifest, manifest.variants[0])
+
+
+def skipped_checks(manifest: Manifest) -> str:
+    """What `verify=False` leaves out, in words."""
+    size = sum(record.bytes for record in manifest.files.values())
+    return f"not verified: the content of {len(manifest.files)} files, {size / 1e6:.1f} MB, engines and weights among them"
 
 
 def completed(bundle: Bundle, folders: Sequence[Path]) -> Bundle:
@@ -154,19 +170,26 @@ def digest(path: Path) -> FileRecord:
 
 def digests(folder: Path) -> dict[str, FileRecord]:
     """A record of every file under `folder` but the manifest, by relative path."""
-    paths = sorted(_files(folder))
+    names = sorted(name for name in entries(folder) if name != FILE_NAME)
     with ThreadPoolExecutor() as pool:  # hashlib lets other threads run
-        return dict(zip((p.relative_to(folder).as_posix() for p in paths), pool.map(digest, paths), strict=True))
+        return dict(zip(names, pool.map(lambda name: digest(folder / name), names), strict=True))
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (p for p in folder.rglob("*") if p.is_file() and p.name != FILE_NAME)
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    """That the folder holds what the manifest lists: an engine may read any file beside it."""
+    found = set(entries(folder)) - {FILE_NAME}
+    for name in sorted(found - manifest.files.keys()):
+        hint = "move it out of the bundle"
+        raise HimapError(f"{folder} holds {name}, which its manifest does not list", hint=hint)
+    for name in manifest.files:
+        if name not in found:
+            raise HimapError(f"{folder} lacks {name}", hint="the bundle is incomplete: copy or export it again")
+        if not stat.S_ISREG((folder / name).lstat().st_mode):
+            hint = "copy or export the bundle again"
+            raise HimapError(f"{folder / name} is not a plain file", "a bundle holds no links", hint)
 
 
 def _verify(folder: Path, manifest: Manifest) -> None:
-    for name in manifest.files:
-        if not (folder / name).is_file():
-            raise HimapError(f"{folder} lacks {name}", hint="the bundle is incomplete: copy or export it again")
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda name: digest(folder / name), manifest.files)
         for (name, expected), actual in zip(manifest.files.items(), found, strict=True):

@@ -1,12 +1,13 @@
 """`himap-run`: answers questions about an image with a bundle. Needs neither torch nor transformers."""
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from himap_export.engines.command import image_size, run_command
+from himap_export.engines.command import MOST_THREADS, Parser, image_size, number, run_command, whole
 from himap_export.graphs.errors import Exit, HimapError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="himap-run", description=__doc__)
+    p = Parser(prog="himap-run", description=__doc__)
     p.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that himap-export wrote")
     p.add_argument("--image", type=Path, action="append", metavar="FILE")
     p.add_argument("--prompt", metavar="TEXT")
@@ -25,9 +26,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--device", choices=("cpu", "cuda"), help="for onnxruntime (default: cuda where it has the provider)"
     )
-    p.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    p.add_argument("--threads", type=whole(1, MOST_THREADS), help="CPU threads (default: all)")
     p.add_argument("--plan", "--policy", metavar="NAME", help="one of the bundle's plans (default: its first)")
-    p.add_argument("--text-budget", type=int, metavar="N", help="default: the smallest of the bundle's that fits")
+    p.add_argument("--text-budget", type=whole(1, 2**20), metavar="N", help="default: the smallest of the bundle's that fits")
     p.add_argument(
         "--image-size", type=image_size, metavar="WxH", help="one of the bundle's (default: the nearest to the image)"
     )
@@ -35,10 +36,10 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", type=Path, action="append", default=[], metavar="DIR",
         help="checkpoint that completes an --engines-only bundle; repeatable: its vision tower may lie elsewhere",
     )  # fmt: skip
-    p.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the bundle's budget")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    p.add_argument("--top-p", type=float, default=1.0)
-    p.add_argument("--seed", type=int, default=0, help="of sampling and of random cuts (default: 0)")
+    p.add_argument("--max-new-tokens", type=whole(1, 2**20), metavar="N", help="default: the bundle's budget")
+    p.add_argument("--temperature", type=number(0, 1000), default=0.0, help="0 is greedy (default)")
+    p.add_argument("--top-p", type=number(1e-9, 1), default=1.0, help="share of the probability to draw from (default: 1)")
+    p.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of sampling and of random cuts (default: 0)")
     p.add_argument(
         "--show-kept", type=Path, metavar="FILE.png", help="draw the image with the patches kept by each cut"
     )
@@ -50,7 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--save-outputs", type=Path, metavar="F.npz", help="image_features, kept_k1, .., logits, tokens")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
-    p.add_argument("--no-verify", action="store_true", help="skip the bundle's sha256 check")
+    p.add_argument(
+        "--expect-sha256", metavar="HEX", help="the bundle's digest, as its export printed it: no other is opened"
+    )
+    p.add_argument("--no-verify", action="store_true", help="do not compare the files' content with the manifest")
     return p
 
 
@@ -65,6 +69,10 @@ def main(argv: list[str] | None = None) -> None:
         if len(args.image) > 1:
             parser.error(f"{len(args.image)} images, but a bundle's plan has one: give --image once")
         args.image = args.image[0]
+    if args.expect_sha256 is not None and re.fullmatch("[0-9a-fA-F]{64}", args.expect_sha256) is None:
+        parser.error("--expect-sha256 takes 64 hexadecimal digits")
+    if args.expect_sha256 is not None and args.no_verify:
+        parser.error("--expect-sha256 excludes --no-verify: the digest stands for files that are compared with it")
     run_command("himap-run", lambda: _run(args))
 
 
@@ -72,17 +80,20 @@ def _run(args: argparse.Namespace) -> None:
     from himap_export.engines.answer import load_arrays, load_question, run_arrays, show
     from himap_export.engines.arrays import save_outputs
     from himap_export.engines.backends import Opening
-    from himap_export.engines.bundle import completed, open_bundle
+    from himap_export.engines.bundle import completed, open_bundle, skipped_checks
+    from himap_export.engines.files import check_output
     from himap_export.engines.layout import text_tokens
     from himap_export.engines.sampling import Sampling
 
     for file in (args.save_outputs, args.show_kept):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise HimapError(f"cannot write {file}", f"{file.parent} is no folder", code=Exit.USAGE)
+        if file is not None:
+            check_output(file, args.image, args.load_inputs)
     if args.show_kept is not None and args.image is None:
         raise HimapError("--show-kept needs --image", "the picture is drawn over it", code=Exit.USAGE)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    bundle = open_bundle(args.bundle, verify=not args.no_verify)
+    bundle = open_bundle(args.bundle, not args.no_verify, args.expect_sha256)
+    if args.no_verify:
+        print(f"himap-run: {skipped_checks(bundle.manifest)}", file=sys.stderr)
     if args.weights:
         bundle = completed(bundle, args.weights)
     bundle.weights()  # a bundle of engines only says that it needs --weights, before it looks for anything else

@@ -8,7 +8,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -20,25 +20,31 @@ MEGABYTE = 10**6
 Id = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 
 
-def read_file(path: Path, what: str, most: int, code: Exit = Exit.USAGE) -> bytes:
-    """The bytes of a plain file that is `what` ("plan"), at most `most` of them.
+def open_file(path: Path, what: str, code: Exit = Exit.USAGE) -> BinaryIO:
+    """A plain file that is `what` ("plan"), open for reading.
 
-    HimapError (`code`) if there is none, it is a folder, pipe or device, cannot be read, or is longer.
+    HimapError (`code`) if there is none, it is a folder, pipe or device, or cannot be read.
     """
     try:
         # Without O_NONBLOCK opening a pipe waits for its writer, for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:  # noqa: PTH123  # a descriptor, not a path
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise HimapError(f"{what} {path} is not a file", "expected a plain file", code=code)
-            if found.st_size > most:
-                details = f"{found.st_size} bytes, at most {most} are read"
-                raise HimapError(f"{what} {path} is too large", details, code=code)
-            return file.read(most)
+        file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: PTH123, SIM115
     except (OSError, ValueError) as problem:  # ValueError: a null byte in the name
         reason = (problem.strerror if isinstance(problem, OSError) else None) or str(problem)
-        raise HimapError(f"cannot read {what} {path}", reason, code=code) from None
+        raise HimapError(f"cannot read {what} {str(path)[:300]}", reason, code=code) from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise HimapError(f"cannot read {what} {path}", "it is not a plain file", code=code)
+    return file
+
+
+def read_file(path: Path, what: str, most: int, code: Exit = Exit.USAGE) -> bytes:
+    """The bytes of a plain file that is `what`, at most `most` of them. HimapError (`code`) as `open_file`, or if it is
+    longer."""
+    with open_file(path, what, code) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise HimapError(f"{what} {path} is too large", f"{size} bytes, at most {most} are read", code=code)
+        return file.read(most)
 
 
 def parse_json(text: bytes, where: str, code: Exit = Exit.USAGE) -> Any:

@@ -8,17 +8,19 @@ uses those classes when torchvision is missing; its torchvision classes resample
 levels. Letterboxing has no equivalent there.
 """
 
+import io
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from himap_export.engines.documents import read_file
 from himap_export.graphs.errors import Exit, HimapError
 
 RESAMPLING = {
@@ -32,13 +34,13 @@ RESAMPLING = {
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MAX_BYTES = 2**30  # of a picture's file
 MAX_SIDE = 16384  # pixels; a larger model input is a damaged manifest
 # Of an intermediate picture: 400 MB of RGB; only pictures hundreds of times longer than wide reach it.
 MAX_PIXELS = 2**27
 
 
-@dataclass(frozen=True)
-class ImagePreprocessing:
+class ImagePreprocessing(Struct, frozen=True, forbid_unknown_fields=True):
     """Pad to a square, resize, crop the centre, rescale, normalise; always RGB. Sizes are (height, width) in pixels.
 
     `resize` is the length of the shorter edge, or a size to which the picture is stretched, or None. `pad_color` (RGB,
@@ -67,7 +69,7 @@ class ImagePreprocessing:
             problem = f"a size is outside 1..{MAX_SIDE}: {sides}"
         elif self.resample not in RESAMPLING:
             problem = f"resample {self.resample!r} is not one of {', '.join(RESAMPLING)}"
-        elif not all(math.isfinite(number) for number in numbers) or 0 in self.std:
+        elif not all(math.isfinite(number) for number in numbers) or min(self.rescale_factor, *self.std) <= 0:
             problem = f"rescale_factor, mean or std is not usable: {numbers}"
         elif self.pad_color is not None and any(not 0 <= channel <= 255 for channel in self.pad_color):
             problem = f"pad_color is outside 0..255: {self.pad_color}"
@@ -77,6 +79,8 @@ class ImagePreprocessing:
             problem = "letterboxing takes a size, a pad_color and no crop"
         elif self.tiles != 1:
             problem = self._problem_of_tiles()
+        elif math.prod(self.output_size) > MAX_PIXELS:
+            problem = f"{self.output_size} is more than {MAX_PIXELS} pixels"
         if problem:
             raise HimapError("unusable image preprocessing", problem)
 
@@ -94,40 +98,6 @@ class ImagePreprocessing:
             return self.crop
         return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize or (0, 0)
 
-    def to_json(self) -> dict[str, object]:
-        """A plain dictionary for the manifest; floats survive exactly."""
-        edge = {"shortest_edge": self.resize} if isinstance(self.resize, int) else None
-        return {
-            "pad_color": None if self.pad_color is None else list(self.pad_color),
-            "resize": edge or _size_to_json(self.resize if isinstance(self.resize, tuple) else None),
-            "resample": self.resample,
-            "crop": _size_to_json(self.crop),
-            "rescale_factor": self.rescale_factor,
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "letterbox": self.letterbox,
-            "tiles": self.tiles,
-        }
-
-    @classmethod
-    def from_json(cls, data: object) -> "ImagePreprocessing":
-        """The reverse of `to_json`; HimapError for anything that `to_json` does not write."""
-        if not isinstance(data, Mapping):
-            raise HimapError("unusable image preprocessing", "it is not an object")
-        if not isinstance(data.get("letterbox"), bool):
-            raise HimapError("unusable image preprocessing", f"letterbox is {data.get('letterbox')!r}, not a boolean")
-        return cls(
-            resize=_resize_from_json(data.get("resize")),
-            crop=_size_from_json("crop", data.get("crop")),
-            resample=str(data.get("resample")),
-            rescale_factor=_number("rescale_factor", data.get("rescale_factor")),
-            mean=_three("mean", data.get("mean")),
-            std=_three("std", data.get("std")),
-            pad_color=_color("pad_color", data.get("pad_color")),
-            letterbox=bool(data["letterbox"]),
-            tiles=_integer("tiles", data.get("tiles")),
-        )
-
 
 def mean_color(mean: tuple[float, float, float]) -> tuple[int, int, int]:
     """The colour (0 to 255) that padding has, which normalises to about zero."""
@@ -144,21 +114,16 @@ def load_image(path: Path) -> Image.Image:
 
     Raises HimapError (Exit.USAGE) if the file is missing, unreadable, not a picture, damaged, or a decompression bomb.
     """
-    if not path.exists():
-        raise HimapError("image not found", str(path), code=Exit.USAGE)
-    if not path.is_file():
-        raise HimapError("image is not a file", str(path), code=Exit.USAGE)
+    content = io.BytesIO(read_file(path, "image", MAX_BYTES))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit: a large photograph
-            with Image.open(path) as opened:
+            with Image.open(content) as opened:
                 return (ImageOps.exif_transpose(opened) or opened).convert("RGB")
     except Image.DecompressionBombError as error:
         raise HimapError("image has too many pixels", str(path), str(error), code=Exit.USAGE) from error
     except UnidentifiedImageError as error:
         raise HimapError("not an image that Pillow can read", str(path), code=Exit.USAGE) from error
-    except PermissionError as error:
-        raise HimapError("image cannot be read", str(path), error.strerror or "", code=Exit.USAGE) from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error... on bad bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HimapError("image is damaged", str(path), reason, code=Exit.USAGE) from error
@@ -280,47 +245,3 @@ def _check_pixels(image: Image.Image, height: int, width: int) -> None:
     if height * width > MAX_PIXELS:
         shape = f"{image.width} x {image.height} pixels would become {width} x {height}"
         raise HimapError("image is too long and thin", shape, code=Exit.USAGE)
-
-
-def _size_to_json(size: tuple[int, int] | None) -> dict[str, int] | None:
-    return None if size is None else {"height": size[0], "width": size[1]}
-
-
-def _resize_from_json(value: object) -> int | tuple[int, int] | None:
-    if isinstance(value, Mapping) and set(value) == {"shortest_edge"}:
-        return _integer("resize", value["shortest_edge"])
-    return _size_from_json("resize", value)
-
-
-def _size_from_json(name: str, value: object) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    if not isinstance(value, Mapping) or set(value) != {"height", "width"}:
-        raise HimapError("unusable image preprocessing", f"{name} is {value!r}")
-    return _integer(name, value["height"]), _integer(name, value["width"])
-
-
-def _integer(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise HimapError("unusable image preprocessing", f"{name} is {value!r}, not an integer")
-    return value
-
-
-def _number(name: str, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise HimapError("unusable image preprocessing", f"{name} is {value!r}, not a number")
-    return float(value)
-
-
-def _three(name: str, value: object) -> tuple[float, float, float]:
-    if not isinstance(value, list | tuple) or len(value) != 3:
-        raise HimapError("unusable image preprocessing", f"{name} is {value!r}, not three numbers")
-    return _number(name, value[0]), _number(name, value[1]), _number(name, value[2])
-
-
-def _color(name: str, value: object) -> tuple[int, int, int] | None:
-    if value is None:
-        return None
-    if not isinstance(value, list | tuple) or len(value) != 3:
-        raise HimapError("unusable image preprocessing", f"{name} is {value!r}, not three integers")
-    return _integer(name, value[0]), _integer(name, value[1]), _integer(name, value[2])

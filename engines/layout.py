@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
+from himap_export.engines.documents import Id
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.plan import TokenBudget
 from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, SYSTEM
@@ -13,13 +15,12 @@ Integers = npt.NDArray[np.int64]
 Grid = tuple[int, int]  # rows and columns of an image's tokens
 
 
-@dataclass(frozen=True)
-class ImageTokens:
+class ImageTokens(Struct, frozen=True, forbid_unknown_fields=True):
     """What stands for image tokens in `input_ids`: the id `token`; or, if `between` is set, whatever ids stand between
     these two."""
 
-    token: int
-    between: tuple[int, int] | None = None
+    token: Id
+    between: tuple[Id, Id] | None = None
 
     def find(self, ids: Integers) -> npt.NDArray[np.bool_]:
         """Which of `ids`, [S] or [B,S], are image tokens."""

@@ -1,179 +1,275 @@
-"""The manifest: what a bundle holds, as frozen data and as JSON. A folder without one is not a bundle."""
+"""The manifest: what a bundle holds, as frozen data and as JSON. A folder without one is not a bundle.
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+It is sealed by a digest over its own canonical form, and every file of the bundle is listed with its sha256: who knows
+the seal knows every byte. docs/bundle.md says what a schema's number promises.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal
 
+import msgspec
+from msgspec import Meta, Struct
+
+from himap_export.engines.documents import MEGABYTE, Id, parse_json, read_file, typed
+from himap_export.engines.image import ImagePreprocessing
 from himap_export.engines.layout import Grid, ImageTokens
+from himap_export.engines.prompt import PromptFormat
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.plan import Cut, PruningPlan, TokenBudget
+from himap_export.graphs.plan import PruningPlan, TokenBudget
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
-SCHEMA = 4
+SCHEMA = 5
 FILE_NAME = "manifest.json"
 WeightForm = Literal["shared", "embedded", "absent"]
+MOST = 64 * MEGABYTE  # a hundred variants of the largest model take 20
+
+Name = Annotated[str, Meta(min_length=1, max_length=500)]
+Size = Annotated[int, Meta(ge=0, lt=2**40)]  # of one axis, or of a file in bytes
+Text = Annotated[str, Meta(max_length=100_000)]
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """A static tensor at a graph's door: `dtype` is fp16, bf16, fp32 or int64."""
+class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """A static tensor at a graph's door."""
 
-    dtype: str
-    shape: tuple[int, ...]
+    dtype: Literal["fp16", "bf16", "fp32", "int64"]
+    shape: Annotated[tuple[Size, ...], Meta(max_length=8)]
 
 
-@dataclass(frozen=True)
-class GraphRecord:
+class GraphRecord(Struct, frozen=True, forbid_unknown_fields=True):
     """One graph: its tensors in and out, and the checkpoint's weights it reads, by name.
 
     `file` is its ONNX file, empty where only engines with their weights inside are left of it.
     """
 
     file: str
-    inputs: Mapping[str, TensorSpec]
-    outputs: Mapping[str, TensorSpec]
-    weights: Mapping[str, TensorSpec]
+    inputs: Mapping[Name, TensorSpec]
+    outputs: Mapping[Name, TensorSpec]
+    weights: Mapping[Name, TensorSpec]
 
 
-@dataclass(frozen=True)
-class PictureRecord:
+class PictureRecord(Struct, frozen=True, forbid_unknown_fields=True):
     """What a vision graph sees: `tiles` pictures of `size` (height, width) a prompt, made as `preprocessing` says.
 
     `grid`: rows and columns of the tokens of one tile.
     """
 
-    size: tuple[int, int]
-    tiles: int
+    size: tuple[Size, Size]
+    tiles: Annotated[int, Meta(ge=1, le=10_000)]
     grid: Grid
-    preprocessing: Mapping[str, Any]
+    preprocessing: ImagePreprocessing
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(Struct, frozen=True, forbid_unknown_fields=True):
     """One plan at one text budget for one of the bundle's pictures. `graphs` names the graph that plays each stage;
     variants share those that agree."""
 
-    plan_name: str
+    plan_name: Name
     plan: PruningPlan
     budget: TokenBudget
-    picture: str
-    graphs: Mapping[str, str]
+    picture: Name
+    graphs: Mapping[Name, Name]
 
 
-@dataclass(frozen=True)
-class EngineRecord:
+class EngineRecord(Struct, frozen=True, forbid_unknown_fields=True):
     """What a backend made of one graph. `gather` says in which form it holds the top-k gather: ops, plugin or none.
 
     Where a compiler tells, equal ones counted: `layers` of the network it read ("64x KV_CACHE_UPDATE") and `kernels`
     that became of them ("32x _gemm_mha_v2 (Attention)").
     """
 
-    file: str
-    seconds: float
-    gather: str = "none"
+    file: Name
+    seconds: Annotated[float, Meta(ge=0)]
+    gather: Literal["ops", "plugin", "none"] = "none"
     layers: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class ModelRecord:
+class ModelRecord(Struct, frozen=True, forbid_unknown_fields=True):
     """Where the model came from and the token ids its prompts need; `image`: what stands for image tokens."""
 
-    name: str
-    source: str
-    architecture: str
+    name: Text
+    source: Text
+    architecture: Text
     image: ImageTokens
-    eos_tokens: tuple[int, ...]
-    pad_token: int
+    eos_tokens: Annotated[tuple[Id, ...], Meta(min_length=1, max_length=1000)]
+    pad_token: Id
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    sha256: str
-    bytes: int
+class FileRecord(Struct, frozen=True, forbid_unknown_fields=True):
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    bytes: Size
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """Everything about a bundle but its tensors; paths are relative to its folder.
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything about a bundle but its tensors; paths are relative to its folder, `files` lists them all.
 
     `weight_form`: "shared", the files in `weights` are read by all engines; "embedded", each engine holds its own;
-    "absent", the bundle was made without them and `himap-run --weights` brings them.
+    "absent", the bundle was made without them and `himap-run --weights` brings them. `seal`: see `sealed`.
     """
 
+    schema: Literal[5] = SCHEMA
     model: ModelRecord
     decoder: DecoderSpec
-    variants: tuple[Variant, ...]
+    variants: Annotated[tuple[Variant, ...], Meta(min_length=1, max_length=1000)]
     dtype: Dtype
-    graphs: Mapping[str, GraphRecord]
-    engines: Mapping[str, Mapping[str, EngineRecord]]
+    graphs: Mapping[Name, GraphRecord]
+    engines: Mapping[Name, Mapping[Name, EngineRecord]]
     weight_form: WeightForm
-    weights: tuple[str, ...]
-    pictures: Mapping[str, PictureRecord]
-    prompt: Mapping[str, Any] | None
-    tokenizer: str | None
-    toolchain: Mapping[str, str]
-    command: tuple[str, ...]
-    files: Mapping[str, FileRecord] = field(default_factory=dict)
-    schema: int = SCHEMA
+    weights: tuple[Name, ...]
+    pictures: Mapping[Name, PictureRecord]
+    prompt: PromptFormat | None
+    tokenizer: Name | None
+    toolchain: Mapping[Name, Text]
+    command: tuple[Text, ...]
+    files: Mapping[Name, FileRecord] = {}  # noqa: RUF012  # msgspec copies it
+    seal: str = ""
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` wrote; KeyError, TypeError or ValueError if it is anything else."""
-        d = json.loads(text)
-        d["model"]["image"] = ImageTokens(**_tuples(d["model"]["image"]))
-        d["model"] = ModelRecord(**_tuples(d["model"]))
-        d["decoder"] = DecoderSpec(**_tuples(d["decoder"]))
-        d["pictures"] = {name: PictureRecord(**_tuples(p)) for name, p in d["pictures"].items()}
-        d["variants"] = tuple(_variant(v) for v in d["variants"])
-        d["graphs"] = {name: _graph(g) for name, g in d["graphs"].items()}
-        d["engines"] = {
-            backend: {name: EngineRecord(**_tuples(e)) for name, e in engines.items()}
-            for backend, engines in d["engines"].items()
-        }
-        d["files"] = {name: FileRecord(**f) for name, f in d["files"].items()}
-        return cls(**{**d, "weights": tuple(d["weights"]), "command": tuple(d["command"])})
+    def paths(self) -> Iterator[str]:
+        """Every file that opening the bundle may read."""
+        yield from (graph.file for graph in self.graphs.values() if graph.file)
+        yield from (engine.file for engines in self.engines.values() for engine in engines.values())
+        yield from self.weights
+        if self.tokenizer is not None:
+            yield self.tokenizer
 
 
-def _tuples(d: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in d.items()}
+def sealed(manifest: Manifest) -> Manifest:
+    """The manifest with its `seal`: sha256, in hex, of its canonical form, which is its JSON without the seal, without
+    white space, keys of every object in order, UTF-8."""
+    return msgspec.structs.replace(manifest, seal=_digest(manifest))
 
 
-def _variant(d: dict[str, Any]) -> Variant:
-    plan = PruningPlan(tuple(Cut(**cut) for cut in d["plan"]["cuts"]))
-    return Variant(d["plan_name"], plan, TokenBudget(**_tuples(d["budget"])), d["picture"], d["graphs"])
+def _digest(manifest: Manifest) -> str:
+    bare = msgspec.structs.replace(manifest, seal="")
+    return hashlib.sha256(msgspec.json.encode(bare, order="deterministic")).hexdigest()
 
 
-def _graph(d: dict[str, Any]) -> GraphRecord:
-    inputs, outputs, weights = (
-        {name: TensorSpec(t["dtype"], tuple(t["shape"])) for name, t in d[side].items()}
-        for side in ("inputs", "outputs", "weights")
-    )
-    return GraphRecord(d["file"], inputs, outputs, weights)
+def manifest_json(manifest: Manifest) -> bytes:
+    """The file's content."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the bundle in `folder`; HimapError if there is none, or it is of another schema, or damaged."""
+    """The manifest of the bundle in `folder`, its seal and all references inside it checked.
+
+    HimapError: usage if there is none, failure if it is damaged, not sealed as it stands, or of another schema.
+    """
     path = folder / FILE_NAME
-    try:
-        text = path.read_text()
-        schema = json.loads(text)["schema"]
-        if schema == SCHEMA:
-            return Manifest.from_json(text)
-    except (FileNotFoundError, NotADirectoryError):
+    if not _is_there(path):
         hint = f"a bundle is the folder himap-export wrote, with its {FILE_NAME}"
-        raise HimapError(f"{folder} is not a bundle", hint=hint, code=Exit.USAGE) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise HimapError(
-            f"{path} is damaged", f"{type(problem).__name__} {problem}", "export the bundle again"
-        ) from None
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise HimapError(
-            f"{folder} is a bundle of schema {schema}, this version reads {SCHEMA}", hint="update himap-export"
-        )
-    raise HimapError(f"{folder} is a bundle of schema {schema}, this version reads {SCHEMA}", hint="export it again")
+        raise HimapError(f"{folder} is not a bundle", hint=hint, code=Exit.USAGE)
+    try:
+        data = parse_json(read_file(path, "manifest", MOST, Exit.FAILURE), str(path), Exit.FAILURE)
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if schema != SCHEMA or isinstance(schema, bool):
+            raise _other_schema(folder, schema)
+        manifest = typed(data, Manifest, str(path), Exit.FAILURE)
+    except _OtherSchemaError:
+        raise
+    except HimapError as problem:
+        details = ": ".join(part for part in (problem.summary, problem.details) if part)
+        raise HimapError(f"{path} is damaged", details, "copy or export the bundle again") from None
+    if manifest.seal != _digest(manifest):
+        what = f"its seal is {manifest.seal[:12] or 'missing'}, its content has {_digest(manifest)[:12]}"
+        raise HimapError(f"{path} has changed since export", what, "copy or export the bundle again")
+    if problem := next(_problems(manifest), ""):
+        raise HimapError(f"{path} is damaged", problem, "export the bundle again")
+    return manifest
+
+
+class _OtherSchemaError(HimapError):
+    """A bundle of another version."""
+
+
+def _other_schema(folder: Path, schema: object) -> HimapError:
+    if not isinstance(schema, int) or isinstance(schema, bool):
+        return HimapError(f"{folder / FILE_NAME} names no schema", "it is no bundle's", "export the bundle again")
+    hint = "update himap-export" if schema > SCHEMA else "export it again"
+    return _OtherSchemaError(f"{folder} is a bundle of schema {schema}, this version reads {SCHEMA}", hint=hint)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def is_plain(name: str) -> bool:
+    """Whether `name` can be a file inside a bundle's folder and nowhere else, written in one way only."""
+    parts = name.split("/")
+    return all(part not in ("", ".", "..") and part.isprintable() and "\\" not in part for part in parts)
+
+
+def _problems(m: Manifest) -> Iterator[str]:
+    """What a manifest says that cannot be so: paths that lead out, references to what it does not hold."""
+    yield from (f"the path {name!r} leads out of the bundle" for name in (*m.paths(), *m.files) if not is_plain(name))
+    yield from (f"{name} is not listed among its files" for name in m.paths() if name not in m.files)
+    yield from (f"{FILE_NAME} lists itself" for name in m.files if name == FILE_NAME)
+    for v in m.variants:
+        what = f"plan {v.plan_name} at text budget {v.budget.text}"
+        stages = ("vision", *v.plan.stages, "decode")
+        if set(v.graphs) != set(stages) or not set(v.graphs.values()) <= set(m.graphs):
+            yield f"{what} does not name a graph for each of {', '.join(stages)}"
+        if (picture := m.pictures.get(v.picture)) is None:
+            yield f"{what} is for pictures {v.picture}, which are not there"
+        elif prod(picture.grid) * picture.tiles > v.budget.visual[0]:
+            yield f"{what} has fewer image tokens than its pictures"
+        if len(v.budget.visual) != len(v.plan.stages) or list(v.budget.visual) != sorted(v.budget.visual, reverse=True):
+            yield f"{what} keeps {list(v.budget.visual)} image tokens"
+        if any(cut.layer >= m.decoder.layers for cut in v.plan.cuts):
+            yield f"{what} cuts behind the decoder's last layer"
+    for backend, engines in m.engines.items():
+        if set(engines) != set(m.graphs):
+            yield f"the {backend} engines are not those of its graphs"
+    yield from (f"{name} has no graph" for name in m.pictures if all(v.picture != name for v in m.variants))
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether the manifest in `folder` is one that himap-export wrote, of this or an older schema; damaged or not, a
+    web app's is none."""
+    return _own_files(folder) is not None
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """What lies in a bundle's folder and is not the bundle's: paths relative to it, links and devices among them."""
+    own = _own_files(folder) or frozenset()
+    return sorted(name for name in entries(folder) if name != FILE_NAME and name not in own)
+
+
+def _own_files(folder: Path) -> frozenset[str] | None:
+    """The files that a manifest of ours lists, whatever its schema; None if it is not ours."""
+    if not _is_there(folder / FILE_NAME):
+        return None
+    try:
+        data = parse_json(read_file(folder / FILE_NAME, "manifest", MOST), "manifest")
+        found = typed(data, _Outline, "manifest")
+    except HimapError:
+        return None
+    return frozenset(found.files)
+
+
+class _Outline(Struct, frozen=True):
+    """What every schema of ours has had."""
+
+    schema: Annotated[int, Meta(ge=1, le=SCHEMA)]
+    model: Mapping[str, Any]
+    decoder: Mapping[str, Any]
+    graphs: Mapping[str, Any]
+    engines: Mapping[str, Any]
+    toolchain: Mapping[str, str]
+    command: tuple[str, ...]
+    files: Mapping[str, FileRecord]
+
+
+def entries(folder: Path) -> Iterator[str]:
+    """Every entry under `folder` that is not a folder, by its path in it; links are not followed."""
+    for home, folders, files in os.walk(folder):
+        links = [name for name in folders if (Path(home) / name).is_symlink()]
+        for name in (*files, *links):
+            yield (Path(home) / name).relative_to(folder).as_posix()

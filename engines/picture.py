@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from himap_export.engines.files import write_file
 from himap_export.engines.image import ImagePreprocessing, crop_view, tile_grid
-from himap_export.graphs.errors import Exit, HimapError
 
 # Pixels; a panel has at least PANEL * PANEL of them, a whole multiple of the model's own.
 PANEL, MARGIN, GAP, HEAD = 672, 48, 36, 84
@@ -58,10 +58,7 @@ def draw_kept(
     sides = [tiles * side for tiles, side in zip(tile_grid(image, how), how.output_size, strict=True)]
     view = crop_view(image, how, ceil(PANEL / sqrt(prod(sides)))).convert("RGB")
     picture = _compose(view, panels, question, answer)
-    try:
-        picture.save(file, format="PNG")
-    except OSError as problem:
-        raise HimapError(f"cannot write {file}", problem.strerror or str(problem), code=Exit.FAILURE) from None
+    write_file(file, lambda f: picture.save(f, format="PNG"))
 
 
 def _compose(view: Image.Image, panels: list[Panel], question: str, answer: str) -> Image.Image:

@@ -5,20 +5,25 @@ stage writes the next one reads in place, and prefill's caches are decode's.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from himap_export.engines.arrays import memory_bytes
 from himap_export.engines.backends import ANYWAY, Engines, Opening, Tensor, load_backend
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.layout import Integers, PromptLayout, lay_out
 from himap_export.engines.manifest import TensorSpec
 from himap_export.engines.sampling import Sampler, Sampling
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.flops import BYTES
 from himap_export.graphs.spec import PADDING
+
+FP16_MAX, FP32_MAX = float(np.finfo(np.float16).max), float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,24 @@ class Pipeline:
         self.engines: Engines = engines or load_backend(backend).open_engines(bundle, opening)
         self.tensors: dict[str, Tensor] = {}
         self.stages = bundle.plan.stages
+        self._check_memory()
         self._rope_shift = np.zeros(bundle.budget.batch, np.int64)  # of the prompts that were loaded last
         self._run = {name: self._bind(name) for name in ("vision", *self.stages, "decode")}
         self._prefill = self.engines.chain([self._run[name] for name in ("vision", *self.stages)])
         self._decode = self.engines.chain([self._run["decode"]])
+
+    def _check_memory(self) -> None:
+        """Every tensor is allocated at once: better a line now than a machine that swaps itself to death."""
+        if self.engines.device != "cpu":
+            return
+        named: dict[str, TensorSpec] = {}
+        for stage in self.bundle.variant.graphs:
+            record = self.bundle.graph(stage)
+            named |= {tensor_name(stage, name): spec for name, spec in {**record.inputs, **record.outputs}.items()}
+        needed = sum(prod(spec.shape) * BYTES.get(spec.dtype, 8) for spec in named.values())
+        if needed > memory_bytes():
+            details = f"{needed / 1e9:.0f} GB for its caches and states, this machine has {memory_bytes() / 1e9:.0f}"
+            raise HimapError(f"{self.bundle.folder} is too large for this machine", details, "export smaller budgets")
 
     def _bind(self, graph: str) -> Callable[[], None]:
         record = self.bundle.graph(graph)
@@ -94,6 +113,10 @@ class Pipeline:
             each = "one image" if tiles == 1 else f"{tiles} tiles"
             expected = f"expected {list(wanted)}, {each} per prompt"
             raise HimapError(f"pixel_values are {list(pixel_values.shape)}", expected, code=Exit.USAGE)
+        most = FP16_MAX if self.bundle.graph("vision").inputs["pixel_values"].dtype == "fp16" else FP32_MAX
+        if not np.abs(pixel_values).max() <= most:  # false for NaN, too
+            details = f"expected numbers up to {most:g}, the largest is {np.abs(pixel_values).max():g}"
+            raise HimapError("pixel_values are out of range", details, code=Exit.USAGE)
         missing = budget.batch - len(input_ids)
         self.tensors["pixel_values"].write(np.concatenate([pixel_values, *[pixel_values[-tiles:]] * missing]))
         for name in ("input_ids", "position_ids", "token_kind", "rope_position_ids"):
@@ -141,19 +164,28 @@ class Pipeline:
             self.tensors["decode.rope_position_ids"].write(turned)
 
     def generate(
-        self, prefilled: Prefilled, layout: PromptLayout, new_tokens: int, sampling: Sampling | None = None
+        self,
+        prefilled: Prefilled,
+        layout: PromptLayout,
+        new_tokens: int,
+        sampling: Sampling | None = None,
+        requests: Sequence[int] | None = None,
     ) -> Iterator[Integers]:
-        """Tokens [b], one array per step, until every sample has ended; an ended one goes on with the padding token."""
+        """Tokens [b], one array per step, until every sample has ended; an ended one goes on with the padding token.
+
+        `requests` [b], 0, 1, .. if not given, are the samples' numbers: by theirs and the seed they draw. HimapError if
+        logits are not finite.
+        """
         limit = self.bundle.budget.new
         if not 1 <= new_tokens <= limit:
             hint = f"1 to {limit}, or export with --max-new-tokens {new_tokens}"
             summary = f"--max-new-tokens {new_tokens} is outside the bundle's budget"
             raise HimapError(summary, hint=hint, code=Exit.USAGE)
-        sampler, model = Sampler(sampling or Sampling()), self.manifest.model
-        samples, batch = len(prefilled.logits), len(layout.lengths)
+        samples, batch, model = len(prefilled.logits), len(layout.lengths), self.manifest.model
+        sampler = Sampler(sampling or Sampling(), range(samples) if requests is None else requests)
         ended, logits = np.zeros(samples, bool), prefilled.logits
         for step in range(new_tokens):
-            tokens = np.where(ended, model.pad_token, sampler(logits))
+            tokens = np.where(ended, model.pad_token, sampler(np.where(ended[:, None], 0, logits)))
             yield tokens
             ended |= np.isin(tokens, model.eos_tokens)
             if ended.all() or step == new_tokens - 1:

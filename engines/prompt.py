@@ -5,23 +5,25 @@ the bundle's manifest. The ids equal those of Hugging Face's LlavaProcessor (tra
 the placeholder repeated once per image token, then the tokenizer); tests/engines/test_prompt.py compares them.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta, Struct
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from himap_export.engines.documents import MEGABYTE, Id, read_file
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.plan import Tokens
 
+MOST_TOKENIZER = 256 * MEGABYTE  # the largest published vocabularies take 40
 TOKENIZER = "tokenizer.json"  # by this name in a checkpoint's folder and in a bundle
 QUESTION = "{prompt}"  # where the question goes in a template
 REPLACEMENT = "\ufffd"  # what decoders give for bytes that are not (yet) UTF-8
 
 
-@dataclass(frozen=True)
-class PromptFormat:
+class PromptFormat(Struct, frozen=True, forbid_unknown_fields=True):
     """How a question becomes text: `template` holds `{prompt}` once and the placeholder `image_token` once.
 
     The placeholder stands for `image_tokens` (V0) tokens. `add_special_tokens`: the tokenizer adds its own, such as
@@ -30,12 +32,12 @@ class PromptFormat:
     for a template that breaks these rules.
     """
 
-    template: str
-    image_token: str
-    image_tokens: int
+    template: Annotated[str, Meta(max_length=MEGABYTE)]
+    image_token: Annotated[str, Meta(max_length=1000)]
+    image_tokens: Tokens
     add_special_tokens: bool = True
     strip: bool = False
-    image_id: int = -1
+    image_id: Id = -1
 
     def __post_init__(self) -> None:
         problem = ""
@@ -47,22 +49,6 @@ class PromptFormat:
             problem = f"image_tokens is {self.image_tokens}"
         if problem:
             raise HimapError("unusable prompt format", problem)
-
-    def to_json(self) -> dict[str, object]:
-        """A plain dictionary for the manifest."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: object) -> "PromptFormat":
-        """The reverse of `to_json`; HimapError for anything that `to_json` does not write."""
-        if not isinstance(data, Mapping):
-            raise HimapError("unusable prompt format", "it is not an object")
-        values = {field.name: data.get(field.name) for field in fields(cls)}
-        types = {field.name: field.type for field in fields(cls)}
-        wrong = [name for name, value in values.items() if type(value) is not types[name]]
-        if wrong:
-            raise HimapError("unusable prompt format", f"{wrong[0]} is {values[wrong[0]]!r}")
-        return cls(**values)  # type: ignore[arg-type]  # just checked, field by field
 
     def render(self, prompt: str) -> str:
         """The text around one question, the placeholder still single.
@@ -79,10 +65,9 @@ class PromptFormat:
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a `tokenizer.json`, without stored padding or truncation. HimapError if it cannot be read."""
-    if not path.is_file():
-        raise HimapError("tokenizer not found", str(path))
+    content = read_file(path, "tokenizer", MOST_TOKENIZER, Exit.FAILURE)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # tokenizers raises bare Exception
         raise HimapError("tokenizer cannot be read", str(path), " ".join(str(error).split())) from error
     tokenizer.no_padding()

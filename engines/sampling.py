@@ -1,5 +1,7 @@
 """Choosing the next token from logits."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,31 +19,40 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise HimapError(f"--temperature {self.temperature} is negative", hint="0 is greedy", code=Exit.USAGE)
+        if not 0 <= self.temperature < math.inf:
+            raise HimapError(f"temperature {self.temperature} is not a number from 0 on", "0 is greedy", code=Exit.USAGE)
         if not 0 < self.top_p <= 1:
-            raise HimapError(f"--top-p {self.top_p} is outside (0, 1]", hint="1 keeps all tokens", code=Exit.USAGE)
+            raise HimapError(f"top_p {self.top_p} is outside (0, 1]", "1 keeps all tokens", code=Exit.USAGE)
         if not 0 <= self.seed < 2**32:
-            raise HimapError(f"--seed {self.seed} is outside [0, 2^32)", hint="give a number in it", code=Exit.USAGE)
+            raise HimapError(f"seed {self.seed} is outside [0, 2^32)", "give a number in it", code=Exit.USAGE)
 
 
 class Sampler:
-    """Draws tokens [B] int64 from logits [B,W], reproducibly for a seed."""
+    """Draws tokens [b] int64 from logits [b,W]; row i answers request `requests[i]`.
 
-    def __init__(self, how: Sampling) -> None:
-        self.how, self._random = how, np.random.default_rng(how.seed)
+    What a request draws depends on the seed and its own number, not on who else is in the batch. HimapError if logits
+    are not finite: no token follows from them.
+    """
+
+    def __init__(self, how: Sampling, requests: Sequence[int]) -> None:
+        self.how, self._requests = how, requests
+        self._random = [np.random.default_rng((how.seed, request)) for request in requests]
 
     def __call__(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+        for request, row in zip(self._requests, logits, strict=True):
+            if not np.isfinite(row).all():
+                details = f"{int((~np.isfinite(row)).sum())} of {row.size} logits of prompt {request} are NaN or infinite"
+                hint = "himap-validate tells which stage went wrong; fp16 overflows where bf16 and fp32 do not"
+                raise HimapError("the model gives no answer", details, hint)
         if self.how.temperature == 0:
             best: npt.NDArray[np.int64] = logits.argmax(axis=1)
             return best
-        scaled = logits.astype(np.float64) / self.how.temperature
-        return np.array([self._draw(row) for row in scaled], np.int64)
+        return np.array([self._draw(*pair) for pair in zip(self._random, logits, strict=True)], np.int64)
 
-    def _draw(self, logits: npt.NDArray[np.float64]) -> int:
-        p = np.exp(logits - logits.max())
+    def _draw(self, random: np.random.Generator, logits: npt.NDArray[np.float32]) -> int:
+        p = np.exp((logits.astype(np.float64) - logits.max()) / self.how.temperature)
         p /= p.sum()
         order = np.argsort(-p, kind="stable")
         # A token stays if those before it have not yet reached top_p: the first one always does.
         order = order[np.cumsum(p[order]) - p[order] < self.how.top_p]
-        return int(self._random.choice(order, p=p[order] / p[order].sum()))
+        return int(random.choice(order, p=p[order] / p[order].sum()))

@@ -6,30 +6,34 @@ policies are the methods it is compared with, and the controls without which no 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
+
+from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from himap_export.graphs.errors import Exit, HimapError
 
 Visual = tuple[int, ...]  # [V0, V1, ..]: image tokens alive in each stage
+# Of a file that says how many: the longest contexts are a million tokens, and every slot of a budget is memory.
+Tokens = Annotated[int, Meta(ge=0, le=2**20)]
+MOST_CUTS = 64  # a cut opens a stage, and a stage has a layer
 # What ranks image tokens at a cut; `graphs/importance.py` says how, one function each.
 Criterion = Literal["instruction", "image", "last", "boundary", "random", "uniform"]
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(Struct, frozen=True, forbid_unknown_fields=True):
     """Layers `layer` and later (from 0) see only the image tokens that this cut keeps.
 
     `criterion` ranks them by the layer before. Either `remove`, the fraction of the image tokens still alive that leave
     (removed count: floor(R * n)), or `keep`, the number that stay.
     """
 
-    layer: int
+    layer: Annotated[int, Meta(ge=0, le=1024)]
     criterion: Criterion
-    remove: float | None = None
-    keep: int | None = None
+    remove: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    keep: Tokens | None = None
 
     def kept(self, alive: int) -> int:
         """V' of V `alive` image tokens; HimapError (usage) if more are to be kept than there are."""
@@ -41,15 +45,14 @@ class Cut:
         return self.keep
 
 
-@dataclass(frozen=True)
-class PruningPlan:
+class PruningPlan(Struct, frozen=True, forbid_unknown_fields=True):
     """The cuts, in the order of their layers; none: the unpruned model, in one stage.
 
     Layers `0..k1-1` see all tokens, `k1..k2-1` those kept by the first cut, and so on. A fraction is of what the cut
     before it left.
     """
 
-    cuts: tuple[Cut, ...] = ()
+    cuts: Annotated[tuple[Cut, ...], Meta(max_length=MOST_CUTS)] = ()
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -154,18 +157,17 @@ def align(visual: Visual, text: int, multiple: int) -> Visual:
     return tuple(found)
 
 
-@dataclass(frozen=True)
-class TokenBudget:
+class TokenBudget(Struct, frozen=True, forbid_unknown_fields=True):
     """Static token counts of the stages.
 
     `visual` = [V0, V1, ..] image tokens, `text` = T slots for all other tokens (padding included), `new` = tokens that
     may be generated. Stage i holds S_i = V_i + T tokens and a KV cache of C_i = S_i + new.
     """
 
-    visual: Visual
-    text: int
-    new: int
-    batch: int = 1
+    visual: Annotated[tuple[Tokens, ...], Meta(min_length=1, max_length=MOST_CUTS + 1)]
+    text: Tokens
+    new: Tokens
+    batch: Annotated[int, Meta(le=4096)] = 1
 
     def __post_init__(self) -> None:
         for name, value in (("--text-budget", self.text), ("--max-new-tokens", self.new), ("--batch", self.batch)):

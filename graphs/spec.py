@@ -1,8 +1,9 @@
 """What a LLaMA-family decoder is, as numbers."""
 
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
 
 from himap_export.graphs.plan import PruningPlan
 
@@ -12,8 +13,13 @@ Dtype = Literal["fp16", "bf16", "fp32"]
 PADDING, SYSTEM, IMAGE, INSTRUCTION = 0, 1, 2, 3
 
 
-@dataclass(frozen=True)
-class DecoderSpec:
+# As files may say it: several times what the largest published decoders have, and what a machine can still add up.
+Layers = Annotated[int, Meta(ge=1, le=1024)]
+Width = Annotated[int, Meta(ge=1, le=2**20)]
+Heads = Annotated[int, Meta(ge=1, le=2**12)]
+
+
+class DecoderSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """A pre-norm decoder with rotary positions, grouped-query attention and a SwiGLU feed-forward.
 
     Letters as in the docs: L `layers`, D `hidden`, F `ffn`, H `heads`, G `kv_heads`, E `head_dim`, W `vocab`.
@@ -22,21 +28,21 @@ class DecoderSpec:
     `deepstack`: that many first layers are followed by an addition of vision features to the image tokens (Qwen3-VL).
     """
 
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    norm_eps: float = 1e-5
-    rope_base: float = 10000.0
+    layers: Layers
+    hidden: Width
+    ffn: Width
+    heads: Heads
+    kv_heads: Heads
+    head_dim: Heads
+    vocab: Annotated[int, Meta(ge=1, le=2**24)]
+    norm_eps: Annotated[float, Meta(gt=0, le=1)] = 1e-5
+    rope_base: Annotated[float, Meta(gt=0, le=1e18)] = 10000.0
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    rope_axes: tuple[int, ...] = ()
-    deepstack: int = 0
+    rope_axes: Annotated[tuple[Annotated[int, Meta(ge=0, le=2)], ...], Meta(max_length=2**11)] = ()
+    deepstack: Annotated[int, Meta(ge=0, le=1024)] = 0
 
 
 def stage_layers(plan: PruningPlan, layers: int) -> tuple[range, ...]:
