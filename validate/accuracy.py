@@ -93,9 +93,9 @@ def summarise(answered: Sequence[Answered], dataset: Dataset, baselines: Mapping
         for kind in types:
             here = np.ones(len(kinds), bool) if kind == ALL else kinds == kind
             mine = right[name][:, here]
-            over = {other: paired_difference(mine, right[other][:, here], seed=0) for other in others}
+            over = {other: paired_difference(mine, right[other][:, here]) for other in others}
             spread = over_seeds(mine) if len(mine) > 1 else None
-            cells[name][kind] = Cell(int(here.sum()), accuracy_interval(mine, seed=0), over, spread)
+            cells[name][kind] = Cell(int(here.sum()), accuracy_interval(mine), over, spread)
     return Summary(types, cells)
 
 
@@ -113,22 +113,22 @@ def summary_lines(summary: Summary) -> list[str]:
     for name, cells in summary.cells.items():
         rows.append((name, *(percent(cells[kind].accuracy) for kind in summary.types)))
     lines = aligned(rows)
-    differences = [("", "over", "points", "95 % interval")]
+    differences = [("", "over", "points, with their 95 % interval")]
     for name, cells in summary.cells.items():
-        for other, i in cells[ALL].over.items():
-            differences.append((name, other, f"{i.mean * 100:+.1f}", f"{i.low * 100:+.1f} to {i.high * 100:+.1f}"))
-    told = "right answers in percent, with half their 95 % interval; paired differences on all questions:"
+        differences += [(name, other, points(i)) for other, i in cells[ALL].over.items()]
+    told = "right answers in percent, with their 95 % interval; paired differences on all questions:"
     return [*lines, "", told, *aligned(differences)]
 
 
 def percent(i: Interval) -> str:
-    """An accuracy and half its interval, in percent: 78.0 ±1.1."""
-    return f"{100 * i.mean:.1f} ±{50 * (i.high - i.low):.1f}"
+    """An accuracy and its interval, in percent: 78.0 (76.9 to 79.0)."""
+    return f"{100 * i.mean:.1f} ({100 * i.low:.1f} to {100 * i.high:.1f})"
 
 
 def points(i: Interval) -> str:
     """A difference in percentage points: +1.2 (-0.3 to +2.7)."""
-    return f"{i.mean * 100:+.1f} ({i.low * 100:+.1f} to {i.high * 100:+.1f})"
+    mean, low, high = (round(100 * value, 1) + 0.0 for value in (i.mean, i.low, i.high))  # -0.0 + 0.0 is 0.0
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def summary_json(summary: Summary) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from himap_export.validate.prompter import Prompter
 
 SHOWN = 6  # example images
 HOW = (
-    "An answer is right if it is the expected one, but for case, white space and final punctuation; of options the "
-    "letter counts. Intervals are 95 %, resampled from the questions 10,000 times; differences are paired, question by "
+    "An answer is right if it is the expected one, but for case, white space and final punctuation; of options, if it "
+    "names the right one as lmms-eval reads it (himap_export.validate.choices), which is wrong where it decides on "
+    "none. Intervals are 95 %: Wilson's for accuracies, Tango's for differences, which are paired, question by "
     "question. Repetitions of a random plan are averaged per question first: they are no further questions."
 )
 
@@ -82,10 +83,9 @@ def _table(summary: Summary, crowd: Sequence[PlanContender]) -> Table:
     rows = []
     for name, cells in summary.cells.items():
         found = [cells[kind].accuracy for kind in summary.types]
-        cells_text = [percent(i) for i in found]
-        rows.append((name, f"{flops[name]:.0%}", *cells_text))
+        rows.append((name, f"{flops[name]:.0%}", *map(percent, found)))
     counts = ("questions", "", *(f"{next(iter(summary.cells.values()))[kind].questions}" for kind in summary.types))
-    caption = "Right answers, in percent, and half the 95 % interval."
+    caption = "Right answers, in percent, with their 95 % interval."
     return Table(("", "FLOPs kept", *summary.types), (counts, *rows), caption)
 
 

@@ -1,27 +1,32 @@
-"""How sure an accuracy is: percentile bootstrap over questions, paired where two policies answered the same ones.
+"""How sure an accuracy is: score intervals over questions, paired where two policies answered the same ones.
 
-Several seeds of a random policy are [seeds, n] arrays. They are averaged per question before anything is resampled:
-seeds on the same question are no further questions. Their own spread is told apart, by `over_seeds`.
-(Efron and Tibshirani, An Introduction to the Bootstrap, chapters 8 and 13.)
+An accuracy has Wilson's interval (1927; Newcombe 1998, Statistics in Medicine 17:857, method 3), a difference of two on
+the same questions Tango's (1998, Statistics in Medicine 17:891): McNemar's test, turned round to ask which differences
+it does not refuse. Neither collapses to a point where all answers are equal, and neither is symmetric about its mean.
+
+Several seeds of a random policy are [seeds, n] arrays. They are averaged per question first: seeds on the same question
+are no further questions. Their own spread is told apart, by `over_seeds`. The averages y lie in [0,1], where right and
+wrong vary most: y² <= y, so var(y) <= mean(1 - mean); and d = y - y' lies in [-1,1], where d² <= |d|, so var(d) <=
+E|d| - mean². Those bounds are the variances that both intervals assume: of averages they cover at least as often.
 """
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-RESAMPLES = 10_000
-LEVEL = (2.5, 97.5)  # percentiles: 95 %
-_CELLS = 2**20  # counts drawn at once: 8 MiB
+LEVEL = 0.95
+_HALVINGS = 60  # of [-1,1]: down to the last bit
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over questions and its 95 % interval."""
+    """A mean over questions and its 95 % interval, which holds it and is wider on one side."""
 
     mean: float
     low: float
@@ -38,17 +43,27 @@ class SeedSpread:
     seeds: int
 
 
-def accuracy_interval(right: Array, seed: int) -> Interval:
-    """Of `right`, bool [n] or [seeds, n]: the share of right answers. ValueError for no question.
+def accuracy_interval(right: Array, level: float = LEVEL) -> Interval:
+    """Of `right`, bool [n] or [seeds, n]: the share of right answers, by Wilson. ValueError for no question."""
+    values = _per_question(right)
+    n, mean, z = len(values), float(values.mean()), _quantile(level)
+    centre, half = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return Interval(mean, max(0.0, min(low, mean)), min(1.0, max(high, mean)))  # rounding may pass an end
 
-    Where all answers are right (or wrong) the interval is that point: a bootstrap cannot tell of what it never saw.
-    """
-    return _interval(_per_question(right), seed)
+
+def paired_difference(a: Array, b: Array, level: float = LEVEL) -> Interval:
+    """Of mean(a - b), where question i of both, bool [n] or [seeds, n], is the same, by Tango. ValueError for none."""
+    difference = _per_question(a) - _per_question(b)
+    more, less = float(np.maximum(difference, 0).sum()), float(np.maximum(-difference, 0).sum())
+    n, z = len(difference), _quantile(level)
+    return Interval((more - less) / n, -_most(less, more, n, z), _most(more, less, n, z))
 
 
-def paired_difference(a: Array, b: Array, seed: int) -> Interval:
-    """Of mean(a - b), where question i of both, bool [n] or [seeds, n], is the same; resampled as pairs."""
-    return _interval(_per_question(a) - _per_question(b), seed)
+def least_questions(loss: float) -> int:
+    """How many questions it takes, all answered alike, for `paired_difference` to exclude more than `loss`."""
+    z = _quantile(LEVEL)
+    return math.ceil(z * z * (1 - loss) / loss)
 
 
 def over_seeds(right: Array) -> SeedSpread:
@@ -59,21 +74,31 @@ def over_seeds(right: Array) -> SeedSpread:
 
 def _per_question(right: Array) -> npt.NDArray[np.float64]:
     means: npt.NDArray[np.float64] = np.atleast_2d(np.asarray(right, np.float64)).mean(axis=0)
+    if not len(means):
+        raise ValueError("no question to judge by")
     return means
 
 
-def _interval(values: npt.NDArray[np.float64], seed: int) -> Interval:
-    means = np.concatenate(list(_resampled_means(values, np.random.default_rng(seed))))
-    low, high = np.percentile(means, LEVEL)
-    return Interval(float(values.mean()), float(low), float(high))
+def _quantile(level: float) -> float:
+    return NormalDist().inv_cdf((1 + level) / 2)
 
 
-def _resampled_means(values: npt.NDArray[np.float64], rng: np.random.Generator) -> Iterator[npt.NDArray[np.float64]]:
-    """RESAMPLES means of n draws with replacement: how often each distinct value is drawn is multinomial."""
-    if values.size == 0:
-        raise ValueError("no question to resample")
-    distinct, counts = np.unique(values, return_counts=True)  # right and wrong are two, whatever n is
-    rows = max(1, _CELLS // len(distinct))
-    for done in range(0, RESAMPLES, rows):
-        drawn = rng.multinomial(len(values), counts / len(values), min(rows, RESAMPLES - done))
-        yield drawn @ distinct / len(values)
+def _most(more: float, less: float, n: int, z: float) -> float:
+    """The largest difference that McNemar's test at `z` does not refuse: `more` of `n` answers speak for it, `less`
+    against. The test's statistic falls from 0 at the difference found, so that halving finds where it passes -z."""
+    low, high = (more - less) / n, 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if (n * middle - more + less) ** 2 <= z * z * n * _variance(more, less, n, middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _variance(more: float, less: float, n: int, difference: float) -> float:
+    """Of one question's difference, where the mean is `difference` and the share against it the likeliest one."""
+    linear = (2 * n - more + less) * difference - more - less
+    constant = -less * difference * (1 - difference)
+    against = (math.sqrt(max(0.0, linear * linear - 8 * n * constant)) - linear) / (4 * n)
+    return 2 * against + difference * (1 - difference)

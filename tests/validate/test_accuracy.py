@@ -10,10 +10,11 @@ import pytest
 
 from himap_export.engines.arrays import Inputs
 from himap_export.validate import prompter as prompter_module
-from himap_export.validate.accuracy import run, summarise, summary_json, summary_lines
+from himap_export.validate.accuracy import percent, points, run, summarise, summary_json, summary_lines
 from himap_export.validate.answers import Answered, AnswerLog, read_log
 from himap_export.validate.dataset import Dataset, Example, read_dataset
 from himap_export.validate.prompter import Prompter, prompter_of_checkpoint
+from himap_export.validate.statistics import Interval, accuracy_interval
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "exporter" / "shapes"
@@ -116,7 +117,8 @@ def test_the_summary_by_hand(prompter: Prompter, data: Dataset, tmp_path: Path) 
     right = np.isin(of_type, [0, 1, 2]).mean()
     assert summary.cells["himap"][one].accuracy.mean == pytest.approx(right)
     text = "\n".join(summary_lines(summary))
-    assert f"{300 / n:.1f} ±" in text and "himap" in text and "paired differences" in text
+    assert "±" not in text and "himap" in text and "paired differences" in text
+    assert f"{300 / n:.1f} ({100 * himap.accuracy.low:.1f} to {100 * himap.accuracy.high:.1f})" in text
     assert json.loads(json.dumps(summary_json(summary)))["accuracy"]["himap"]["all"]["questions"] == n
 
 
@@ -177,4 +179,12 @@ def test_differences_within_a_type_are_of_its_questions() -> None:
                 theirs = shares[other][("all", "a", "b").index(kind)]
                 assert difference.mean == pytest.approx(share - theirs)
     own = summary.cells["himap"]["all"]
-    assert (own.over["himap"].low, own.over["himap"].high) == (0, 0) and own.accuracy.low < own.accuracy.high
+    assert (
+        own.over["himap"].mean == 0 and own.over["himap"].low < -0.3 and own.over["himap"].high > 0.3
+    )  # of 6 questions
+
+
+def test_intervals_are_told_by_their_ends() -> None:
+    assert percent(Interval(0.78, 0.769, 0.79)) == "78.0 (76.9 to 79.0)"
+    assert percent(accuracy_interval(np.ones(5, bool))) == "100.0 (56.6 to 100.0)"
+    assert points(Interval(-0.0001, -0.01, 0.02)) == "+0.0 (-1.0 to +2.0)"

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.validate.statistics import Interval, accuracy_interval, paired_difference
+from himap_export.validate.accuracy import points
+from himap_export.validate.statistics import Interval, accuracy_interval, least_questions, paired_difference
 from himap_export.validate.tuning.grid import Candidate
 
 Right = npt.NDArray[np.bool_]  # [n] of one plan
@@ -43,7 +44,7 @@ def judge(
             and (flops[o.name], -means[o.name]) != (flops[c.name], -means[c.name])
             for o in candidates
         )  # fmt: skip
-        accuracy, loss = accuracy_interval(right[c.name], 0), paired_difference(unpruned, right[c.name], 0)
+        accuracy, loss = accuracy_interval(right[c.name]), paired_difference(unpruned, right[c.name])
         found.append(Judged(c, flops[c.name], accuracy, loss, not beaten))
     return tuple(found)
 
@@ -55,23 +56,28 @@ def choose(judged: Sequence[Judged], unpruned: float, keep: float) -> Choice:
     for j in judged:
         if j.loss.high <= allowed:
             told = (
-                f"{j.candidate.name} is the cheapest plan whose 95 % interval keeps {keep:.0%} of the unpruned "
-                f"accuracy: it is right in {j.accuracy.mean:.1%} against {unpruned:.1%}, loses "
-                f"{100 * j.loss.mean:.1f} points ({100 * j.loss.low:.1f} to {100 * j.loss.high:.1f}), and takes "
-                f"{j.flops:.0%} of the FLOPs. {_caution(j)}"
+                f"{j.candidate.name} is the cheapest plan whose loss, by its 95 % interval, leaves at least {keep:.0%} "
+                f"of the unpruned accuracy: it is right in {j.accuracy.mean:.1%} against {unpruned:.1%}, loses "
+                f"{points(j.loss)} points, and takes {j.flops:.0%} of the FLOPs. {CAUTION}"
             )
             return Choice(j.candidate, told)
     least = min(judged, key=lambda j: j.loss.high)
     told = (
-        f"No plan's 95 % interval keeps {keep:.0%} of the unpruned accuracy of {unpruned:.1%}: {least.candidate.name} "
-        f"comes nearest, and may lose {100 * least.loss.high:.1f} points. Ask more questions, prune less, or lower "
-        "--min-accuracy."
+        f"No plan's 95 % interval leaves at least {keep:.0%} of the unpruned accuracy of {unpruned:.1%}: "
+        f"{least.candidate.name} comes nearest, and may lose {100 * least.loss.high:.1f} points. {_advice(allowed)}"
     )
     return Choice(None, told)
 
 
-def _caution(j: Judged) -> str:
-    """The best of many plans looks better than it is; and no interval tells of a loss that no question has shown."""
-    if j.loss.low == j.loss.high:
-        return "No question told the two apart: ask more before you rely on it."
-    return "It was chosen on these very questions: validate it on others before you rely on it."
+# The best of many plans looks better than it is.
+CAUTION = "It was chosen on these very questions: validate it on others before you rely on it."
+
+
+def _advice(allowed: float) -> str:
+    """No interval excludes a loss that so few questions would not have shown."""
+    if allowed <= 0:
+        return "Nothing may be lost, and no number of questions excludes every loss: lower --min-accuracy."
+    return (
+        f"Ask more questions (even without a loss it takes {least_questions(allowed)}), prune less, or lower "
+        "--min-accuracy."
+    )

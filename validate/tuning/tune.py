@@ -72,7 +72,7 @@ def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, as
         job = Job(checkpoint, asked.dtype, 1, asked.candidates, "himap", asked.seed)
         _answer(job, data, log, prompter, asked.workers)
         right = _right(log.file, data)
-        unpruned = accuracy_interval(right[UNPRUNED], 0)
+        unpruned = accuracy_interval(right[UNPRUNED])
         judged = judge(asked.candidates, flops, right, right[UNPRUNED])
         choice = choose(judged, unpruned.mean, asked.keep)
         front = tuple(j for j in judged if j.on_front or j.candidate == choice.candidate)
@@ -81,7 +81,7 @@ def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, as
         if asked.control:
             _answer(replace(job, candidates=plans, policy="random"), data, log, prompter, asked.workers)
             right = _right(log.file, data)
-            over = {c.name: paired_difference(right[c.name], right[CONTROL + c.name], 0) for c in plans}
+            over = {c.name: paired_difference(right[c.name], right[CONTROL + c.name]) for c in plans}
     times: dict[str, Timed] = {}
     if asked.rounds:
         named = {c.name: c.plan for c in plans}
