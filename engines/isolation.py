@@ -27,16 +27,19 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Child:
-    """A process that answers requests over `door`; `what` it does, as errors name it. Made by `child`."""
+    """A process that answers requests; errors name `what` it does. Made by `child`."""
 
     def __init__(self, what: str, door: Connection, process: BaseProcess, hint: str) -> None:
-        self.door = door
-        self._what, self._process, self._hint = what, process, hint
+        self._what, self._door, self._process, self._hint = what, door, process, hint
+
+    def fileno(self) -> int:
+        """For `multiprocessing.connection.wait`: ready when there is something to receive."""
+        return self._door.fileno()
 
     def send(self, request: object) -> None:
         """Asks for something; HimapError as `receive`, if the child is no longer there."""
         try:
-            self.door.send(request)
+            self._door.send(request)
         except ConnectionError:
             self.receive()  # what it left behind says why
             self._died()
@@ -44,7 +47,7 @@ class Child:
     def receive(self) -> Any:
         """The next answer. The child's own HimapError; HimapError if it died, as compilers written in C++ may."""
         try:
-            found = self.door.recv()
+            found = self._door.recv()
         except (EOFError, ConnectionError):
             self._died()
         if isinstance(found, HimapError):

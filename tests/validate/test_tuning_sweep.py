@@ -64,12 +64,21 @@ def test_an_error_in_a_worker_is_told_as_it_is(
     assert not active_children() and "Traceback" not in capfd.readouterr().err
 
 
+def test_a_bug_in_a_worker_is_told_as_what_it_is(
+    shapes: Path, asked: list[tuple[int, Example]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(HimapError, match=r"sweeping plans failed: KeyError: 'nothing'") as told:
+        list(sweep(Job(shapes, "fp32", 1, PLANS, "nothing", 0), asked, 1))
+    assert "memory" not in str(told.value) and "Traceback" in capfd.readouterr().err
+    assert not active_children()
+
+
 def test_a_worker_that_dies_is_an_error(shapes: Path, asked: list[tuple[int, Example]]) -> None:
     answers = sweep(Job(shapes, "fp32", 1, PLANS, "himap", 0), asked, 1)
     next(answers)
     (worker,) = active_children()
     worker.kill()
-    with pytest.raises(HimapError, match="a worker of the sweep died"):
+    with pytest.raises(HimapError, match=r"sweeping plans died: killed by SIGKILL .*--workers 1"):
         list(answers)
     assert not active_children()
 

@@ -4,18 +4,15 @@ The unpruned pass gives the state at every K1; each (K1, R1) runs on from there 
 (K2, R2) runs on to the end. One prefill a plan: the first generated token is the answer.
 """
 
-import os
-import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from himap_export.engines.arrays import Inputs
-from himap_export.graphs.errors import HimapError
+from himap_export.engines.isolation import MEMORY, child
 from himap_export.graphs.spec import Dtype
 from himap_export.validate.contenders import UNPRUNED, request_seed
 from himap_export.validate.criteria import Cut, State
@@ -79,57 +76,32 @@ def sweep(job: Job, examples: Sequence[tuple[int, Example]], workers: int) -> It
 
     A HimapError of theirs is raised here, and one is if a process dies. Whoever stops early does not wait for them.
     """
-    todo = iter(examples)
+    todo, hint = iter(examples), f"{MEMORY} try --workers 1"
     with ExitStack() as stack:
-        busy = [stack.enter_context(_worker(job)) for _ in examples[:workers]]
-        try:
-            for door, task in zip(busy, todo, strict=False):
-                door.send(task)
-            while busy:
-                ready = wait(busy)
-                for door in [door for door in busy if door in ready]:
-                    told: Told | HimapError = door.recv()
-                    if isinstance(told, HimapError):
-                        raise told
-                    if (following := next(todo, None)) is None:
-                        busy.remove(door)
-                    else:
-                        door.send(following)
-                    yield told
-        except (EOFError, ConnectionError):
-            raise HimapError("a worker of the sweep died", hint="is there enough memory? try --workers 1") from None
+        busy = [
+            stack.enter_context(child("sweeping plans", {}, _answering, job, hint=hint)) for _ in examples[:workers]
+        ]
+        for one, task in zip(busy, todo, strict=False):
+            one.send(task)
+        while busy:
+            ready = wait(busy)
+            for one in [one for one in busy if one in ready]:
+                told: Told = one.receive()
+                if (following := next(todo, None)) is None:
+                    busy.remove(one)
+                else:
+                    one.send(following)
+                yield told
 
 
-@contextmanager
-def _worker(job: Job) -> Iterator[Connection]:
-    context = get_context("spawn")
-    mine, his = context.Pipe()
-    process = context.Process(target=_serve, args=(his, job), daemon=True)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the parent's to handle
-    try:
-        process.start()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    his.close()
-    try:
-        yield mine
-    finally:
-        process.kill()  # in the middle of an example too: a large model's takes minutes
-        process.join()
-        mine.close()
+def _answering(job: Job) -> Callable[[tuple[int, Example]], Told]:
+    reference = load_reference(job.checkpoint, job.dtype, job.threads)
+    prompter = prompter_of_checkpoint(job.checkpoint)
 
+    def answer(task: tuple[int, Example]) -> Told:
+        number, example = task
+        inputs, seed = prompter.arrays(example), request_seed(job.seed, number)
+        tokens = first_tokens(reference, inputs, job.candidates, job.policy, seed)
+        return example, tokens, prompter.label(example)
 
-def _serve(door: Connection, job: Job) -> None:
-    os.dup2(2, 1)  # libraries print; standard output is the command's result
-    try:
-        reference = load_reference(job.checkpoint, job.dtype, job.threads)
-        prompter = prompter_of_checkpoint(job.checkpoint)
-        while True:
-            number, example = door.recv()
-            inputs, seed = prompter.arrays(example), request_seed(job.seed, number)
-            tokens = first_tokens(reference, inputs, job.candidates, job.policy, seed)
-            door.send((example, tokens, prompter.label(example)))
-    except HimapError as problem:
-        door.send(problem)
-    except (EOFError, ConnectionError):
-        return  # the parent has left
+    return answer
