@@ -11,7 +11,7 @@ from himap_export.engines.manifest import FILE_NAME
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.accuracy import run, summarise, summary_json, summary_lines
 from himap_export.validate.accuracy_page import accuracy_page
-from himap_export.validate.answers import AnswerLog, claim, read_log
+from himap_export.validate.answers import AnswerLog, check_count, check_log, claim, read_log
 from himap_export.validate.contenders import contenders
 from himap_export.validate.dataset import Dataset, read_dataset
 from himap_export.validate.html.drawing import matplotlib
@@ -37,6 +37,7 @@ class Scoring:
     new_tokens: int | None
     skip_bad: bool
     command: str
+    vision_tower: Path | None = None  # of the checkpoint, where that names one outside its folder
 
 
 def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) -> tuple[list[str], dict[str, Any]]:
@@ -46,25 +47,29 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
     """
     claim(asked.report, ANSWERS)
     matplotlib()  # before hours of answers, not behind them
-    data = read_dataset(asked.dataset, asked.skip_bad)
-    data = Dataset(data.examples[: asked.limit], data.skipped)
+    whole = read_dataset(asked.dataset, asked.skip_bad)
+    data = Dataset(whole.examples[: asked.limit], whole.skipped)
     for line in data.skipped:
         say(f"left out: {line}")
     prompter = prompter_of_bundle(bundle, checkpoint)
     held = (v.plan_name for v in bundle.manifest.variants)
     names = tuple(dict.fromkeys(bundle.plan_name(name) for name in asked.plans) or dict.fromkeys(held))
-    bundle = bundle.at(names[0], asked.text_budget, _longest(prompter, data, bundle, asked))
-    longest = max(len(prompter.answer(e)) + 1 for e in data.examples)  # and the token that ends it
+    check_count(len(data.examples) * (len(names) * (2 + asked.seeds) + 1))  # each with its controls, and the unpruned
+    # What is measured does not depend on --limit: who asked a few questions can go on with all.
+    bundle = bundle.at(names[0], asked.text_budget, _longest(prompter, whole, data, bundle, asked))
+    longest = max(len(prompter.answer(e)) + 1 for e in whole.examples)  # and the token that ends it
     new_tokens = min(asked.new_tokens or max(SHORT, longest), bundle.budget.new)
-    first = open_pipeline(bundle, asked.backend, opening, "himap-validate")
-    header = {
+    header: dict[str, Any] = {
         "bundle": digest(bundle.path(FILE_NAME)).sha256, "dataset": digest(asked.dataset).sha256, "plans": list(names),
-        "text_budget": bundle.budget.text, "backend": first.backend, "max_new_tokens": new_tokens,
+        "text_budget": bundle.budget.text, "max_new_tokens": new_tokens,
     }  # fmt: skip
+    check_log(asked.report / ANSWERS, header | ({"backend": asked.backend} if asked.backend else {}))
+    first = open_pipeline(bundle, asked.backend, opening, "himap-validate")
+    header["backend"] = first.backend
     asked.report.mkdir(parents=True, exist_ok=True)
     with (
         AnswerLog(asked.report / ANSWERS, header) as log,
-        contenders(first, checkpoint, opening, names, asked.seeds, new_tokens) as crowd,
+        contenders(first, checkpoint, opening, names, asked.seeds, new_tokens, asked.vision_tower) as crowd,
     ):
         with counted("answers") as count:
             run(crowd, data, prompter, log, bundle.manifest.model.eos_tokens, count)
@@ -79,14 +84,15 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
     return [*summary_lines(summary), "", f"report: {written}"], facts
 
 
-def _longest(prompter: Prompter, data: Dataset, bundle: Bundle, asked: Scoring) -> int:
-    """Text tokens of the longest prompt; HimapError (usage) with its line if no text budget holds it."""
-    lengths = {e.line: prompter.text_tokens(e) for e in data.examples}
-    line, longest = max(lengths.items(), key=lambda item: item[1])
+def _longest(prompter: Prompter, whole: Dataset, data: Dataset, bundle: Bundle, asked: Scoring) -> int:
+    """Text tokens of the longest prompt of the `whole` data set, or as many as the largest budget holds; HimapError
+    (usage) with the line of one of `data` that no text budget holds."""
+    lengths = {e.line: prompter.text_tokens(e) for e in whole.examples}
+    line = max((e.line for e in data.examples), key=lambda line: lengths[line])
     budget = asked.text_budget or max(v.budget.text for v in bundle.manifest.variants)
-    if longest > budget:
-        summary = f"line {line} of {asked.dataset} has {longest} text tokens"
+    if lengths[line] > budget:
+        summary, longest = f"line {line} of {asked.dataset} has {lengths[line]} text tokens", lengths[line]
         raise HimapError(
             summary, f"the budget is {budget}", f"export with --text-budget {longest}, or leave it out", Exit.USAGE
         )
-    return longest
+    return min(budget, max(lengths.values()))

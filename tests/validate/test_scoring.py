@@ -1,13 +1,16 @@
 """`himap-validate --dataset` through the real command, on the shipped model, and the reports of both of its modes."""
 
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 from commands import Workshop, call
 
 from himap_export.exporter.cli import main as export_main
+from himap_export.graphs.errors import HimapError
 from himap_export.validate.cli import main
 from himap_export.validate.criteria import himap
 from himap_export.validate.dataset import read_dataset
@@ -21,7 +24,7 @@ SHAPES, IMAGES = ROOT / "exporter" / "shapes", ROOT / "examples" / "shapes" / "i
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("scoring") / "bundle"
-    flags = ("--policy", "himap", "--policy", "fastv", "--text-budget", 20, "--max-new-tokens", 4, "--batch", 2)
+    flags = ("--policy", "himap", "--policy", "fastv", "--text-budget", 20, "--max-new-tokens", 12, "--batch", 2)
     assert call(export_main, "shapes", *flags, "--out", out) == 0
     return out
 
@@ -79,6 +82,69 @@ def test_one_plan_and_one_object(bundle: Path, tmp_path: Path, capsys: pytest.Ca
     found = json.loads(capsys.readouterr().out)
     assert list(found["accuracy"]) == ["fastv", "none", "random", "uniform"]
     assert found["accuracy"]["fastv"]["all"]["questions"] == 3
+
+
+def test_what_a_limit_asked_the_whole_goes_on_with(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The longest right answer, which decides how many tokens are generated, is behind the limit."""
+    folder, tokens = Path(shutil.copytree(IMAGES, tmp_path / "images")), list[int]()
+    last = {"image": "letter.png", "question": "what?", "answer": "red " * 9}
+    (folder / "more.jsonl").write_text(f"{(folder / 'questions.jsonl').read_text().strip()}\n{json.dumps(last)}\n")
+
+    def contenders(*asked: Any) -> NoReturn:
+        tokens.append(asked[5])
+        raise HimapError("far enough")
+
+    monkeypatch.setattr("himap_export.validate.scoring.contenders", contenders)
+    for flags in (("--limit", 2), ()):
+        assert score(bundle, tmp_path / "r", "--dataset", folder / "more.jsonl", *flags) == 1
+        assert "far enough" in capsys.readouterr().err
+    assert tokens == [10, 10]
+
+
+def test_a_prompt_behind_the_limit_may_be_too_long(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(IMAGES, tmp_path / "images"))
+    last = {"image": "letter.png", "question": "red " * 30, "answer": "red"}
+    (folder / "more.jsonl").write_text(f"{(folder / 'questions.jsonl').read_text().strip()}\n{json.dumps(last)}\n")
+    monkeypatch.setattr("himap_export.validate.scoring.contenders", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    flags = ("--dataset", folder / "more.jsonl")
+    assert score(bundle, tmp_path / "r", *flags, "--limit", 2) == 130
+    assert score(bundle, tmp_path / "r", *flags) == 2
+    assert "line 6 of" in capsys.readouterr().err
+
+
+def test_what_can_be_known_before_is_checked_before_engines_are_opened(
+    bundle: Path, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def opened(*_: object) -> NoReturn:
+        raise AssertionError("engines were opened first")
+
+    monkeypatch.setattr("himap_export.validate.scoring.open_pipeline", opened)
+    damaged, blocked = (Path(shutil.copytree(report, tmp_path / name)) for name in ("damaged", "blocked"))
+    with (damaged / "answers.jsonl").open("a") as log:
+        log.write("{}\n")
+    (blocked / "report.json").unlink()
+    (blocked / "report.json").mkdir()
+    (tmp_path / "piped").mkdir()
+    os.mkfifo(tmp_path / "piped" / "answers.jsonl")
+    before = sorted(bundle.rglob("*"))
+    for folder, flags, words in (
+        (report, ("--max-new-tokens", 2), "logs another measurement: max_new_tokens is 2, was 8"),
+        (report, ("--plan", "qa"), "logs another measurement: plans is ['qa'], was ['qa', 'fastv']"),
+        (damaged, (), "is no answer: the log is damaged"),
+        (blocked, (), "report.json is there and is not a plain file"),
+        (tmp_path / "piped", (), "answers.jsonl is there and is not a plain file"),
+        (bundle / "report", (), "is a bundle"),
+        (bundle, (), "is a bundle"),
+        (tmp_path / ("x" * 300), (), "File name too long"),
+    ):
+        assert score(bundle, folder, *flags) == 2, words
+        err = capsys.readouterr().err
+        assert words in err and len(err.splitlines()) == 1
+    assert sorted(bundle.rglob("*")) == before
 
 
 def test_what_is_refused(bundle: Path, report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

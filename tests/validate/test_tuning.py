@@ -80,6 +80,7 @@ def test_grids() -> None:
         (((2,), (0.5,), (4,), (-0.5,)), r"--r2 -0\.5 is outside"),
         (((2,), (0.5,), (4,), (float("nan"),)), "--r2 nan is outside"),
         (((10,), (0.5,), (4,), (0.5,)), "--k1 10 is past"),
+        ((range(1, 4), [n / 64 for n in range(64)], range(4, 10), (0.5,)), "1152 plans are too many to try"),
     ):
         with pytest.raises(HimapError, match=words):
             grid(*arguments, 10)
@@ -103,16 +104,19 @@ def test_the_choice_by_hand() -> None:
     chosen = choose(judged, 1.0, 0.98)
     assert chosen.candidate == judged[1].candidate and "50% of the FLOPs" in chosen.reason
     assert choose(judged, 1.0, 0.99).candidate == judged[2].candidate
-    assert "validate it on others" in chosen.reason
+    assert "validate it on others" in chosen.reason and "+1.0 (+0.0 to +1.9) points" in chosen.reason
     nothing = choose(judged[:2], 1.0, 0.99)
     assert nothing.candidate is None and "may lose 1.9 points" in nothing.reason
+    assert "lower --min-accuracy" in choose(judged[:2], 1.0, 1.0).reason
 
 
-def test_a_loss_that_no_question_shows_is_not_excluded() -> None:
-    plan, right = Candidate(1, 0.75, 2, 0.9), np.ones(5, bool)
+@pytest.mark.parametrize(("questions", "sure"), [(5, False), (380, False), (381, True)])
+def test_a_loss_that_no_question_shows_is_not_excluded(questions: int, sure: bool) -> None:
+    plan, right = Candidate(1, 0.75, 2, 0.9), np.ones(questions, bool)
     judged = judge((plan,), {plan.name: 0.2}, {plan.name: right}, right)
     chosen = choose(judged, 1.0, 0.99)
-    assert chosen.candidate == plan and "No question told the two apart" in chosen.reason
+    assert chosen.candidate == (plan if sure else None)
+    assert sure or "even without a loss it takes 381" in chosen.reason
 
 
 @pytest.mark.parametrize("control", ["random", "none"])
@@ -134,7 +138,8 @@ def test_a_chosen_plan_is_told_of_though_another_dominates_it(
 
     monkeypatch.setattr("himap_export.validate.tuning.tune.sweep", sweep)
     monkeypatch.setattr("himap_export.validate.tuning.page.pareto", pareto)
-    flags = ("--k1", "1", "--k2", "4", "--r1", "0.5", "--r2", "0.5,0.9", "--no-time", "--control", control)
+    flags = ("--k1", 1, "--k2", 4, "--r1", 0.5, "--r2", "0.5,0.9", "--no-time", "--control", control)
+    flags += ("--min-accuracy", 0.2)  # 3 of 5 are right: the dear plan may lose 43 points, the cheap one 55
     data = IMAGES / "questions.jsonl"
     assert call(main, "shapes", "--dataset", data, "--out", tmp_path / "out", *flags, "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -179,6 +184,52 @@ def test_a_sweep_goes_on_where_it_stopped(tuned: Path, tmp_path: Path, capsys: p
     assert after["plans"] == before["plans"] and after["times"] == {}
 
 
+def test_options_are_bounded_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    many = ",".join(f"0.{n:04}" for n in range(4000))
+    for option, value, words in (
+        ("--r1", many, "4000 values are too many"),
+        ("--r1", "1.5", "'1.5' is not a number from 0 to 1"),
+        ("--r1", "0.5,nan", "'nan' is not a number"),
+        ("--r2", "inf", "'inf' is not a number"),
+        ("--r2", "0.5,,0.6", "'' is not a number"),
+        ("--k1", "", "'' is not a whole number"),
+        ("--k1", "two", "'two' is not a whole number"),
+        ("--k2", "1e3", "'1e3' is not a whole number"),
+        ("--k2", "1" * 300, "is not a whole number"),
+        ("--min-accuracy", "2", "'2' is not a number from 0.001 to 1"),
+        ("--min-accuracy", "nan", "'nan' is not a number"),
+        ("--limit", 0, "'0' is not a whole number"),
+        ("--workers", 100_000, "'100000' is not a whole number from 1 to "),
+        ("--threads", 100_000, "'100000' is not a whole number from 1 to "),
+        ("--rounds", 10**9, "is not a whole number from 1 to 1000"),
+        ("--seed", -1, "'-1' is not a whole number"),
+    ):
+        assert call(main, "shapes", "--dataset", "none", "--out", tmp_path / "a", f"{option}={value}") == 2
+        err = capsys.readouterr().err
+        assert words in err and len(err.splitlines()) == 1 and f"argument {option}" in err, option
+    fractions = ",".join(f"{n / 64}" for n in range(64))
+    flags = ("--dataset", IMAGES / "questions.jsonl", "--out", tmp_path / "a", "--r1", fractions, "--r2", fractions)
+    assert call(main, "shapes", *flags) == 2
+    assert "plans are too many to try: at most 1000" in capsys.readouterr().err and not (tmp_path / "a").exists()
+
+
+def test_where_the_results_go_is_checked_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(model: str) -> Path:
+        raise AssertionError("the model was fetched first")
+
+    monkeypatch.setattr("himap_export.validate.loading.checkpoint_folder", fetch)
+    for name in ("plans.toml", "report.html", "report.json"):
+        out = tmp_path / f"beside-{name}"
+        (out / name).mkdir(parents=True)
+        (out / "sweep.jsonl").touch()
+        assert call(main, "shapes", "--dataset", IMAGES / "questions.jsonl", "--out", out) == 2
+        assert f"{name} is there and is not a plain file" in capsys.readouterr().err
+    assert call(main, "shapes", "--dataset", tmp_path / "none", "--out", tmp_path / "a") == 2
+    assert "cannot read data set" in capsys.readouterr().err
+
+
 def test_what_is_refused(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
@@ -190,13 +241,13 @@ def test_what_is_refused(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ((*data, "--out", tmp_path / "a", "--dtype", "bf16"), "do not compute in bf16"),
         ((*data, "--out", tmp_path / "a", "--k1", "4", "--k2", "2"), "no plan is left to try"),
         ((*data, "--out", tmp_path / "a", "--k2", "10"), "--k2 10 is past the last layer"),
-        ((*data, "--out", tmp_path / "a", "--r1", "1.5"), "is outside [0, 1)"),
-        ((*data, "--out", tmp_path / "a", "--k1", "two"), "invalid comma-separated int value"),
-        ((*data, "--out", tmp_path / "a", "--min-accuracy", 2), "must lie in (0, 1]"),
-        (("--dataset", tmp_path / "none.jsonl", "--out", tmp_path / "a"), "does not exist"),
+        ((*data, "--out", tmp_path / "a", "--r1", "1"), "is outside [0, 1)"),
+        (("--dataset", tmp_path / "none.jsonl", "--out", tmp_path / "a"), "cannot read data set"),
+        ((*data, "--out", tmp_path / "a" / ("x" * 300)), "File name too long"),
     ):
         assert call(main, "shapes", *flags) == 2, flags
-        assert words in capsys.readouterr().err, flags
+        err = capsys.readouterr().err
+        assert words in err and len(err.splitlines()) == 1, flags
     assert not (tmp_path / "a").exists()
     twin = shutil.copytree(checkpoint_folder("shapes"), tmp_path / "twin")
     assert call(main, twin, *data, "--out", tuned, *SMALL) == 2

@@ -6,42 +6,55 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from operator import methodcaller
 from pathlib import Path
 from typing import TypeVar
 
-from himap_export.engines.command import run_command
+from himap_export.engines.command import MOST_THREADS, Parser, number, run_command, whole
 from himap_export.validate.progress import RESUMED, say
 
 LOG, PLANS = "sweep.jsonl", "plans.toml"
+MOST_VALUES = 64  # of one option: more than there are layers to cut at, or steps worth telling apart
 Number = TypeVar("Number", int, float)
 
 
 def _list(kind: Callable[[str], Number]) -> Callable[[str], tuple[Number, ...]]:
-    def parse(text: str) -> tuple[Number, ...]:
-        return tuple(kind(part) for part in text.split(","))
+    """The type of an option that takes values with commas between them."""
 
-    parse.__name__ = f"comma-separated {kind.__name__}"  # what argparse says of a bad one
+    def parse(text: str) -> tuple[Number, ...]:
+        parts = text.split(",")
+        if len(parts) > MOST_VALUES:
+            raise argparse.ArgumentTypeError(f"{len(parts)} values are too many: at most {MOST_VALUES}")
+        return tuple(kind(part) + 0 for part in parts)  # -0.0 + 0 is 0.0
+
     return parse
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="himap-tune", description=__doc__)
+    p = Parser(prog="himap-tune", description=__doc__)
     p.add_argument("model", metavar="MODEL", help="alias, Hugging Face id or checkpoint folder, as for himap-export")
     p.add_argument("--dataset", type=Path, required=True, metavar="F.jsonl", help="lines of image, question, answer")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"{PLANS}, the report, and the answers' log")
-    p.add_argument("--k1", type=_list(int), metavar="K,..", help="layers of the first cut (default: by the depth)")
-    p.add_argument("--k2", type=_list(int), metavar="K,..", help="layers of the second cut (default: by the depth)")
-    p.add_argument("--r1", type=_list(float), metavar="R,..", default=(0.25, 0.5, 0.75), help="default: 0.25,0.5,0.75")
-    p.add_argument("--r2", type=_list(float), metavar="R,..", default=(0.5, 0.75, 0.9), help="default: 0.5,0.75,0.9")
+    layers, fractions = _list(whole(1, 9999)), _list(number(0, 1))
+    p.add_argument("--k1", type=layers, metavar="K,..", help="layers of the first cut (default: by the depth)")
+    p.add_argument("--k2", type=layers, metavar="K,..", help="layers of the second cut (default: by the depth)")
+    p.add_argument("--r1", type=fractions, metavar="R,..", default=(0.25, 0.5, 0.75), help="default: 0.25,0.5,0.75")
+    p.add_argument("--r2", type=fractions, metavar="R,..", default=(0.5, 0.75, 0.9), help="default: 0.5,0.75,0.9")
     p.add_argument(
-        "--min-accuracy", type=float, default=0.99, metavar="F",
+        "--min-accuracy", type=number(0.001, 1), default=0.99, metavar="F",
         help="what the chosen plan must keep of the unpruned accuracy (default: 0.99)",
     )  # fmt: skip
-    p.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
-    p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a CPU)")
-    p.add_argument("--rounds", type=int, default=10, help="in which the plans of the front are timed (default: 10)")
+    p.add_argument("--limit", type=whole(1, 10**9), metavar="N", help="the first N questions only")
     p.add_argument(
-        "--threads", type=int, default=1, metavar="N",
+        "--workers", type=whole(1, MOST_THREADS), default=min(MOST_THREADS, len(os.sched_getaffinity(0))), metavar="N",
+        help="processes (default: one a CPU)",
+    )  # fmt: skip
+    p.add_argument(
+        "--rounds", type=whole(1, 1000), default=10, metavar="N",
+        help="in which the plans of the front are timed (default: 10)",
+    )  # fmt: skip
+    p.add_argument(
+        "--threads", type=whole(1, MOST_THREADS), default=1, metavar="N",
         help="CPU threads of the engines that are timed (default: 1; of more, idle ones disturb the others)",
     )  # fmt: skip
     p.add_argument("--no-time", action="store_true", help="measure accuracy only")
@@ -50,28 +63,23 @@ def _parser() -> argparse.ArgumentParser:
         help="whom the front's rankings have to beat at their own cuts (default: random)",
     )  # fmt: skip
     p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of PyTorch (default: fp32)")
-    p.add_argument("--seed", type=int, default=0, help="of the random control (default: 0)")
+    p.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of the random control (default: 0)")
     p.add_argument("--skip-bad", action="store_true", help="leave out lines that cannot be read, and say so")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = _parser()
-    args = parser.parse_args(argv)
-    for name, least in (("limit", 1), ("workers", 1), ("rounds", 1), ("threads", 1), ("seed", 0)):
-        if (value := getattr(args, name)) is not None and value < least:
-            parser.error(f"--{name} must be at least {least}")
-    if not 0 < args.min_accuracy <= 1:
-        parser.error("--min-accuracy must lie in (0, 1]")
+    args = _parser().parse_args(argv)
     run_command("himap-tune", lambda: _tune(args, sys.argv[1:] if argv is None else argv), RESUMED)
 
 
 def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.engines.backends import load_backend
+    from himap_export.engines.files import write_file
     from himap_export.exporter.planning import describe
     from himap_export.exporter.registry import resolve
-    from himap_export.validate.answers import claim
+    from himap_export.validate.answers import check_count, claim
     from himap_export.validate.dataset import Dataset, read_dataset
     from himap_export.validate.html.drawing import matplotlib
     from himap_export.validate.html.page import finite, write_report
@@ -81,7 +89,11 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.validate.tuning.timing import BACKEND
     from himap_export.validate.tuning.tune import Asked, tune
 
-    claim(args.out, LOG)
+    claim(args.out, LOG, PLANS)
+    data = read_dataset(args.dataset, args.skip_bad)
+    for line in data.skipped:
+        say(f"left out: {line}")
+    data = Dataset(data.examples[: args.limit], data.skipped)
     matplotlib()
     if not args.no_time:
         load_backend(BACKEND).check(args.dtype, "auto")  # now, not after hours of sweeping
@@ -89,10 +101,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     layers = describe(resolve(str(folder)))[0].layers
     k1, k2 = defaults(layers)
     candidates = grid(args.k1 or k1, args.r1, args.k2 or k2, args.r2, layers)
-    data = read_dataset(args.dataset, args.skip_bad)
-    for line in data.skipped:
-        say(f"left out: {line}")
-    data = Dataset(data.examples[: args.limit], data.skipped)
+    check_count((len(candidates) + 1) * len(data.examples))
     say(f"{len(candidates)} plans, {len(data.examples)} questions, up to {args.workers} at a time")
     args.out.mkdir(parents=True, exist_ok=True)
     rounds = 0 if args.no_time else args.rounds
@@ -102,7 +111,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     tuned = tune(folder, args.dataset, data, args.out / LOG, asked)
     about = {"model": args.model, "dataset": str(args.dataset), "dtype": args.dtype, "seed": args.seed}
     plans, facts = args.out / PLANS, finite(about | tuned_json(tuned))
-    plans.write_text(toml(tuned))
+    write_file(plans, methodcaller("write", toml(tuned).encode()))
     page = tuned_page(tuned, args.model, shlex.join(["himap-tune", *argv]), str(plans))
     report = write_report(args.out, page, facts)
     if args.json:

@@ -7,6 +7,8 @@ from itertools import product
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.plan import Cut, PruningPlan, himap
 
+MOST_PLANS = 1000  # each is a prefill of every question: of 1000 questions, at a tenth of a second, more than a day
+
 
 @dataclass(frozen=True, order=True)
 class Candidate:
@@ -42,15 +44,19 @@ def grid(
 ) -> tuple[Candidate, ...]:
     """Every plan of these values in which K2 comes after K1, sorted so that those that share a prefix stand together.
 
-    HimapError (usage) if a value is outside what a decoder of `layers` layers can follow, or no plan is left.
+    HimapError (usage) if a value is outside what a decoder of `layers` layers can follow, no plan is left, or more
+    than MOST_PLANS are.
     """
     for k1, r1 in product(k1s, r1s):
         PruningPlan((Cut(k1, "instruction", r1),)).check(layers)
     for k2, r2 in product(k2s, r2s):
         if k2 != 1:  # a layer like any other, but no K1 comes before it: there will be no plan with it
             himap(1, k2, 0.0, r2).check(layers)
-    found = {Candidate(k1, r1, k2, r2) for k1, r1, k2, r2 in product(k1s, r1s, k2s, r2s) if k1 < k2}
-    if not found:
+    pairs, fractions = [(k1, k2) for k1, k2 in product(set(k1s), set(k2s)) if k1 < k2], (set(r1s), set(r2s))
+    if not pairs:
         listed = f"--k1 {','.join(map(str, k1s))}, --k2 {','.join(map(str, k2s))}"
         raise HimapError("no plan is left to try", f"no k2 is above a k1 ({listed})", code=Exit.USAGE)
-    return tuple(sorted(found))
+    if (plans := len(pairs) * len(fractions[0]) * len(fractions[1])) > MOST_PLANS:
+        details, hint = f"at most {MOST_PLANS}, for each is a prefill of every question", "name fewer values"
+        raise HimapError(f"{plans} plans are too many to try", details, hint, Exit.USAGE)
+    return tuple(sorted(Candidate(k1, r1, k2, r2) for (k1, k2), r1, r2 in product(pairs, *fractions)))
