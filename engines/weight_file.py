@@ -1,32 +1,29 @@
 """safetensors files as they lie on disk: where each tensor's bytes are, and the file mapped, never read as a whole."""
 
-import json
+import os
 import re
-import struct
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
 
+import ml_dtypes
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.graphs.errors import HimapError
+from himap_export.engines.documents import MEGABYTE, open_file, parse_json, typed
+from himap_export.graphs.errors import Exit, HimapError
 
-# safetensors' names of element types, ours, and their sizes. bf16 has no NumPy type: it is mapped as raw 16-bit words.
-TYPES: Mapping[str, tuple[str, int]] = {
-    "F32": ("fp32", 4),
-    "F16": ("fp16", 2),
-    "BF16": ("bf16", 2),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
-    "F64": ("fp64", 8),
-}
+# safetensors' names of element types, and ours of those that a graph knows; the others keep theirs.
+_OURS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "I64": "int64", "I32": "int32", "BOOL": "bool"}
+_Type = Literal[
+    "BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
+    "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64",
+]  # fmt: skip
+# What maps a tensor, by our name of its type. NumPy has no bf16: its numbers are held as 16-bit words.
 NUMPY: Mapping[str, type[np.generic]] = {
     "fp32": np.float32,
     "fp16": np.float16,
@@ -35,7 +32,17 @@ NUMPY: Mapping[str, type[np.generic]] = {
     "int32": np.int32,
     "bool": np.bool_,
 }
-_HEADER_LIMIT = 100_000_000  # the format's own limit
+# The longest header that is read. The format allows 100 MB; 16 MB describe a hundred thousand tensors.
+_HEADER_LIMIT = 16 * MEGABYTE
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    """A tensor in a header; more dimensions than 64 no array has."""
+
+    dtype: _Type
+    shape: Annotated[tuple[_Count, ...], msgspec.Meta(max_length=64)]
+    data_offsets: tuple[_Count, _Count]
 
 
 @dataclass(frozen=True)
@@ -51,23 +58,53 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, checked against its length; HimapError if it is truncated or corrupt."""
+    """The tensors of one safetensors file, which must fill it to the byte: no holes, no overlaps, nothing behind them.
+
+    HimapError if it is truncated or corrupt, or no plain file.
+    """
+    with open_file(file, "safetensors file", Exit.FAILURE) as f:
+        size, start = os.fstat(f.fileno()).st_size, f.read(8)
+        length, most = int.from_bytes(start, "little"), min(size - 8, _HEADER_LIMIT)
+        text = f.read(length) if len(start) == 8 and length <= most else b""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as f:
-            start = f.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else _HEADER_LIMIT + 1
-            header = json.loads(f.read(length)) if length <= min(size, _HEADER_LIMIT) else None
-        if not isinstance(header, dict):
-            raise ValueError(f"its header should end within {size} bytes")
-        header.pop("__metadata__", None)
-        return {name: _entry(name, file, entry, 8 + length, size) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as problem:
+        if not text:
+            raise ValueError(f"its header should end within {max(most, 0)} bytes")
+        header = typed(parse_json(text, "its header", Exit.FAILURE), dict[str, Any], "its header", Exit.FAILURE)
+        if (metadata := header.pop("__metadata__", None)) is not None:
+            typed(metadata, dict[str, str], "its __metadata__", Exit.FAILURE)
+        return _placed(file, header, 8 + length, size)
+    except (ValueError, HimapError) as problem:
         hint = "it is truncated or corrupt: fetch it again"
         raise HimapError(f"{file} is not a readable safetensors file", str(problem), hint) from None
 
 
-_ROWS = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
+def _placed(file: Path, header: Mapping[str, Any], data: int, size: int) -> dict[str, StoredTensor]:
+    """The tensors of `header`, whose first byte is the file's byte `data`; ValueError unless they tile its rest."""
+    found, places = {}, []
+    for name, values in header.items():
+        entry = typed(values, _Entry, f"tensor {name[:100]}", Exit.FAILURE)
+        begin, end = entry.data_offsets
+        if 8 * (end - begin) != _bits(entry.dtype) * prod(entry.shape):
+            raise ValueError(f"tensor {name[:100]} does not fill its bytes")
+        kind = _OURS.get(entry.dtype, entry.dtype)
+        found[name] = StoredTensor(name, file, kind, entry.shape, data + begin, end - begin)
+        places.append((begin, end, name))
+    at = 0
+    for begin, end, name in sorted(places):
+        if begin != at:
+            raise ValueError(f"tensor {name[:100]} should start at byte {at} of the data, it starts at {begin}")
+        at = end
+    if data + at != size:
+        raise ValueError(f"its tensors should end at byte {data + at}, the file has {size}")
+    return found
+
+
+def _bits(dtype: str) -> int:
+    found = re.search(r"\d+", dtype)  # F8_E4M3 is of 8 bits
+    return int(found[0]) if found else 8  # BOOL
+
+
+_ROWS = re.compile(r"(?P<name>.+)\[(?P<start>\d{1,12}):(?P<stop>\d{1,12})\]", re.ASCII | re.DOTALL)
 
 
 def base_name(name: str) -> str:
@@ -96,24 +133,94 @@ def find_tensors(stored: Mapping[str, StoredTensor], names: Iterable[str]) -> di
     return {name: t for name, t in found if t is not None}
 
 
-def _entry(name: str, file: Path, entry: dict[str, object], data: int, size: int) -> StoredTensor:
-    dtype, width = TYPES[str(entry["dtype"])]
-    shape = tuple(int(n) for n in entry["shape"])  # type: ignore[attr-defined]
-    begin, end = (int(n) for n in entry["data_offsets"])  # type: ignore[attr-defined]
-    if end - begin != width * prod(shape) or not 0 <= begin <= end:
-        raise ValueError(f"tensor {name} does not fill its bytes")
-    if data + end > size:
-        raise ValueError(f"tensor {name} should end at byte {data + end}, the file has {size}")
-    return StoredTensor(name, file, dtype, shape, data + begin, end - begin)
-
-
 def map_tensors(tensors: Iterable[StoredTensor]) -> dict[str, npt.NDArray[np.generic]]:
-    """Arrays over the files' pages (copy on write): nothing is read before its use, two users share it."""
+    """Arrays over the files' pages (copy on write): nothing is read before its use, two users share it.
+
+    HimapError (usage) for a tensor that is no weight.
+    """
     files: dict[Path, np.memmap[Any, np.dtype[np.uint8]]] = {}
     arrays = {}
     for t in tensors:
+        check_float(t)
         if t.file not in files:
             files[t.file] = np.memmap(t.file, np.uint8, "c")
         raw = files[t.file][t.offset : t.offset + t.nbytes]
         arrays[t.name] = np.ndarray(t.shape, NUMPY[t.dtype], buffer=raw.data)
     return arrays
+
+
+def as_stored(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """`values` in the form in which `NUMPY` holds `dtype`, rounded to nearest even: NaN stays NaN, and what is too
+    large is infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype == "bf16":
+            return np.ascontiguousarray(values, ml_dtypes.bfloat16).view(np.uint16)
+        return np.ascontiguousarray(values, NUMPY[dtype])
+
+
+def as_numbers(stored: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """The inverse: bf16 words become fp32, everything else is itself."""
+    return stored.view(ml_dtypes.bfloat16).astype(np.float32) if dtype == "bf16" else stored
+
+
+class _Words(NamedTuple):
+    """A float type as whole numbers; shifted left by one bit, its sign, it is not finite from `infinity` on."""
+
+    kind: type[np.unsignedinteger[Any]]
+    infinity: int
+
+
+_WORDS = {
+    "fp16": _Words(np.uint16, 0xF800),
+    "bf16": _Words(np.uint16, 0xFF00),
+    "fp32": _Words(np.uint32, 0xFF000000),
+}
+_PIECE, _BLOCK = 16 << 20, 1 << 16  # bytes that are mapped at once, and numbers that stay in a core's cache
+
+
+def not_finite(stored: npt.NDArray[Any], dtype: str) -> int:
+    """How many numbers of `stored` [n], in the form of `as_stored`, are NaN or infinite; exact, and fast if none is."""
+    kind, infinity = _WORDS[dtype]
+    words, found = stored.view(kind), 0
+    for at in range(0, len(words), _BLOCK):
+        block = words[at : at + _BLOCK]
+        doubled = block + block
+        if doubled.max() >= infinity:
+            found += int(np.count_nonzero(doubled >= infinity))
+    return found
+
+
+def check_float(tensor: StoredTensor) -> None:
+    """HimapError (usage) unless `tensor` is of a type that a weight may have: fp16, bf16 or fp32."""
+    if tensor.dtype not in _WORDS:
+        details, hint = f"it is stored as {tensor.dtype}", f"expected {', '.join(_WORDS)}: is the checkpoint quantised?"
+        raise HimapError(f"tensor {tensor.name} is no weight that a graph can use", details, hint, Exit.USAGE)
+
+
+def check_finite(tensors: Iterable[StoredTensor]) -> None:
+    """HimapError if one of `tensors` holds NaN or infinity, or no floats. Reads them once, piece by piece."""
+    pieces = []
+    for t in tensors:
+        check_float(t)
+        pieces += [(t, at) for at in range(0, t.nbytes, _PIECE)]
+    spoiled: dict[str, int] = {}
+    pool = ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))))
+    try:
+        for (t, _), count in zip(pieces, pool.map(_not_finite_in, pieces), strict=True):
+            if count:
+                spoiled[t.name] = spoiled.get(t.name, 0) + count
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupted command waits for the pieces under way, not for all
+    if spoiled:
+        name, count = next(iter(spoiled.items()))
+        more = f", {len(spoiled) - 1} more tensors too" if len(spoiled) > 1 else ""
+        values = "value is" if count == 1 else "values are"
+        hint = "is the checkpoint damaged?"
+        raise HimapError(f"tensor {name} is not finite", f"{count} {values} NaN or infinite{more}", hint)
+
+
+def _not_finite_in(piece: tuple[StoredTensor, int]) -> int:
+    """A mapping of its own each time: what has been read counts as this process's memory no longer."""
+    t, at = piece
+    size = min(_PIECE, t.nbytes - at)
+    return not_finite(np.asarray(np.memmap(t.file, np.uint8, "r", t.offset + at, (size,))), t.dtype)

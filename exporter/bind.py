@@ -4,7 +4,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 
 import onnx_ir as ir
 
-from himap_export.engines.weight_file import StoredTensor, base_name, find_tensor
+from himap_export.engines.weight_file import StoredTensor, base_name, check_float, find_tensor
 from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import Exit, HimapError
 
@@ -38,9 +38,11 @@ class WeightNames:
 
 
 def fitting(tensors: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...]) -> StoredTensor:
-    """The tensor `name`, which `WeightNames` has found; HimapError (usage) if its shape is not the configuration's."""
+    """The tensor `name`, which `WeightNames` has found; HimapError (usage) if it is of no type that a weight may have,
+    or its shape is not the configuration's."""
     stored = find_tensor(tensors, name)
     assert stored is not None, name
+    check_float(stored)
     if stored.shape != shape:
         details = f"its shape is {list(stored.shape)}, the model's configuration says {list(shape)}"
         hint = "is this the checkpoint of that model?"

@@ -5,26 +5,39 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Sequence
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
-from himap_export.engines.backends import as_numbers, as_stored
-from himap_export.engines.weight_file import StoredTensor, map_tensors
+from himap_export.engines.weight_file import (
+    StoredTensor,
+    as_numbers,
+    as_stored,
+    check_finite,
+    map_tensors,
+    not_finite,
+)
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import Dtype
 
 _FLOATS = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+_LARGEST = {"fp16": 65504.0, "bf16": float.fromhex("0x1.fep127")}  # the last finite number; fp32 holds all of theirs
 _FICLONE = 0x40049409  # linux/fs.h: share extents copy-on-write
-_CHUNK = 1 << 24
+_CHUNK, _PIECE = 1 << 24, 1 << 22  # bytes that are copied at once, and numbers that are converted
 
 
-def store_weights(tensors: Iterable[StoredTensor], folder: Path, dtype: Dtype, hard_link: bool = False) -> list[str]:
+def store_weights(
+    tensors: Iterable[StoredTensor], folder: Path, dtype: Dtype, hard_link: bool = False, allow_overflow: bool = False
+) -> list[str]:
     """Writes the files that hold `tensors` (each tensor used by a graph) into `folder`; returns their names, sorted.
 
     A file whose used tensors all have `dtype` already is hard-linked on request, else reflinked, else copied whole,
-    byte for byte; any other is rewritten with its used tensors in `dtype`. OSError when the disk is full.
+    byte for byte; any other is rewritten with its used tensors in `dtype`, as `write_weights` does. OSError when the
+    disk is full.
     """
     by_file: dict[Path, list[StoredTensor]] = {}
     for t in tensors:
@@ -38,7 +51,7 @@ def store_weights(tensors: Iterable[StoredTensor], folder: Path, dtype: Dtype, h
                 details = f"{unlike[0].name} is {unlike[0].dtype}, the bundle wants {dtype}"
                 raise HimapError("cannot hard-link the weights", details, "leave --hard-link out", Exit.USAGE)
             if unlike:
-                write_weights(used, folder / targets[file], dtype, bar)
+                write_weights(used, folder / targets[file], dtype, bar, allow_overflow)
             elif hard_link:
                 _link(file, folder / targets[file])
             else:
@@ -50,16 +63,29 @@ def _targets(files: Iterable[Path]) -> dict[Path, str]:
     """Their own names; where two checkpoints use the same one, the second's goes behind its folder's."""
     found: dict[Path, str] = {}
     for file in files:
-        found[file] = f"{file.parent.name}-{file.name}" if file.name in found.values() else file.name
+        name = file.name
+        while name in found.values():
+            name = f"{file.parent.name}-{name}"
+        found[file] = name
     return found
 
 
-def write_weights(tensors: Sequence[StoredTensor], target: Path, dtype: Dtype, bar: "tqdm[None] | None" = None) -> None:
-    """A safetensors file of `tensors` in `dtype`, one tensor in memory at a time."""
+def write_weights(
+    tensors: Sequence[StoredTensor],
+    target: Path,
+    dtype: Dtype,
+    bar: "tqdm[None] | None" = None,
+    allow_overflow: bool = False,
+) -> None:
+    """A safetensors file of `tensors` in `dtype`, a piece of one in memory at a time.
+
+    HimapError (usage) for a number that is too large for `dtype`; with `allow_overflow` it becomes the largest that is
+    not. (failure) for one that is not finite. Neither is looked for where a tensor has `dtype` already.
+    """
     width = 4 if dtype == "fp32" else 2
     header, end = {}, 0
     for t in tensors:
-        size = width * int(np.prod(t.shape, dtype=np.int64))
+        size = width * prod(t.shape)
         header[t.name] = {"dtype": _FLOATS[dtype], "shape": t.shape, "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header).encode()
@@ -67,10 +93,28 @@ def write_weights(tensors: Sequence[StoredTensor], target: Path, dtype: Dtype, b
     with target.open("wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for t in tensors:
-            stored = map_tensors([t])[t.name]
-            f.write(stored.data if t.dtype == dtype else as_stored(as_numbers(stored, t.dtype), dtype).data)
+            stored = map_tensors([t])[t.name].reshape(-1)
+            for start in range(0, stored.size, _PIECE):
+                piece = stored[start : start + _PIECE]
+                f.write((piece if t.dtype == dtype else _converted(t, piece, dtype, allow_overflow)).data)
             if bar is not None:
                 bar.update(t.nbytes)
+
+
+def _converted(tensor: StoredTensor, piece: npt.NDArray[Any], dtype: Dtype, allow_overflow: bool) -> npt.NDArray[Any]:
+    """Numbers of `tensor`, [n] in its own dtype, in `dtype`; HimapError as `write_weights`."""
+    numbers = as_numbers(piece, tensor.dtype)
+    made = as_stored(numbers, dtype)
+    if not_finite(made, dtype) == 0:
+        return made
+    check_finite([tensor])
+    largest = _LARGEST[dtype]
+    if not allow_overflow:
+        worst = float(numbers[np.abs(numbers).argmax()])
+        hint = "--allow-overflow takes the largest number there is, or give another --dtype"
+        details = f"it holds {worst:g}, {dtype} ends at {largest:g}"
+        raise HimapError(f"tensor {tensor.name} does not fit {dtype}", details, hint, Exit.USAGE)
+    return as_stored(np.clip(numbers, -largest, largest), dtype)
 
 
 def _bar(size: int, what: str) -> "tqdm[None]":

@@ -8,16 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, Protocol, cast
 
-import numpy as np
 import numpy.typing as npt
 
 from himap_export.engines.bundle import Bundle
-from himap_export.engines.command import BACKENDS
+from himap_export.engines.command import BACKENDS, MOST_THREADS
 from himap_export.engines.isolation import isolated
 from himap_export.engines.manifest import EngineRecord, TensorSpec
+from himap_export.engines.scratch import scratch_folder
 from himap_export.graphs.errors import Exit, HimapError
 
 Gather = Literal["auto", "plugin", "ops"]  # the form of the top-k gather in an engine
@@ -25,10 +24,17 @@ Gather = Literal["auto", "plugin", "ops"]  # the form of the top-k gather in an 
 
 @dataclass(frozen=True)
 class Opening:
-    """How to open engines: CPU `threads` (None: all); `device` "cpu" or "cuda" where a backend knows both."""
+    """How to open engines: CPU `threads` (None: all); `device` "cpu" or "cuda" where a backend knows both.
+
+    HimapError (usage) for a number of threads that no machine should start.
+    """
 
     threads: int | None = None
     device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise HimapError(f"cannot use {self.threads} threads", f"expected 1 to {MOST_THREADS}", code=Exit.USAGE)
 
 
 ANYWAY = Opening()
@@ -90,8 +96,8 @@ def load_backend(name: str) -> Backend:
 
 def build_all(name: str, bundle: Bundle, graphs: Sequence[str], gather: Gather) -> dict[str, EngineRecord]:
     """Compiles `graphs` on one backend, in a process of its own if the backend wants one."""
-    with TemporaryDirectory(prefix="himap-build-") as scratch:
-        variables = load_backend(name).environment(gather, Path(scratch))
+    with scratch_folder("build") as scratch:
+        variables = load_backend(name).environment(gather, scratch)
         if variables is None:
             return _build_here(name, bundle, graphs, gather)
         return isolated(f"building {name} engines", variables, _build_here, name, bundle, graphs, gather)
@@ -100,20 +106,3 @@ def build_all(name: str, bundle: Bundle, graphs: Sequence[str], gather: Gather) 
 def _build_here(name: str, bundle: Bundle, graphs: Sequence[str], gather: Gather) -> dict[str, EngineRecord]:
     backend = load_backend(name)
     return {graph: backend.build(bundle, graph, gather) for graph in graphs}
-
-
-def as_stored(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """`values` in the NumPy form of `dtype`; bf16 is rounded to nearest even and held as 16-bit words."""
-    if dtype != "bf16":
-        from himap_export.engines.weight_file import NUMPY
-
-        return np.ascontiguousarray(values, NUMPY[dtype])
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def as_numbers(stored: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """The inverse: bf16 words become fp32, everything else is itself."""
-    if dtype != "bf16":
-        return stored
-    return (stored.astype(np.uint32) << 16).view(np.float32)

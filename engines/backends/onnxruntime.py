@@ -3,26 +3,31 @@
 All sessions share each weight as one OrtValue: over the mapped file's pages, or once on the device. In the graphs
 weights are inputs with defaults, not constants, so no session makes copies of its own: prepacked, folded or cast.
 
-The CUDA provider has not been on hardware yet: it is written from onnxruntime's documentation.
+The CUDA provider has not been on hardware yet: it is written from onnxruntime's documentation. What it has no kernel
+for runs on the CPU, and so do computations of shapes, which onnxruntime puts there itself: a session that refused all
+of them might refuse sound graphs. So each is named on standard error.
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.engines.backends import ANYWAY, Gather, Opening, Tensor, as_stored
+from himap_export.engines.backends import ANYWAY, Gather, Opening, Tensor
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import EngineRecord, TensorSpec
-from himap_export.engines.weight_file import NUMPY, find_tensors, map_tensors
+from himap_export.engines.weight_file import NUMPY, as_stored, find_tensors, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
 
+_RECORD = "session.record_ep_graph_assignment_info"  # else a session does not know afterwards where its nodes run
+_NAMED = 500  # characters of a list of nodes
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -59,7 +64,7 @@ def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
     record = bundle.manifest.graphs[graph]
     weights = {} if bundle.manifest.weight_form == "absent" else _values(bundle, record.weights, "cpu")
     _session(bundle, graph, weights, ANYWAY, "cpu")
-    form = "ops" if any(name.startswith("score_") for name in record.inputs) else "none"
+    form: Literal["ops", "none"] = "ops" if any(name.startswith("score_") for name in record.inputs) else "none"
     return EngineRecord(record.file, round(time.perf_counter() - start, 3), form)
 
 
@@ -99,6 +104,7 @@ def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Op
     ort, options = _onnxruntime(), _onnxruntime().SessionOptions()
     options.intra_op_num_threads = opening.threads or len(os.sched_getaffinity(0))
     options.log_severity_level = 3
+    options.add_session_config_entry(_RECORD, "1")
     record = bundle.manifest.graphs[graph]
     if bundle.manifest.weight_form == "shared":
         for name in record.weights:
@@ -108,13 +114,24 @@ def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Op
     try:
         session = ort.InferenceSession(path, options, providers=providers)
     except Exception as problem:  # onnxruntime's own exceptions share no base class
-        details = str(problem).splitlines()[0]
+        details = next(iter(str(problem).splitlines()), type(problem).__name__)
         hint = "check onnxruntime's version against the manifest's"
         raise HimapError(f"onnxruntime refuses {path}", details, hint) from None
     if _PROVIDERS[device] not in session.get_providers():  # onnxruntime itself falls back with a warning
         hint = "check the GPU's driver, or give --device cpu"
         raise HimapError("onnxruntime cannot use the CUDA provider", hint=hint, code=Exit.MISSING)
+    if elsewhere := _elsewhere(session, _PROVIDERS[device]):
+        print(f"onnxruntime: {graph} runs partly on the CPU: {elsewhere}", file=sys.stderr)
     return session
+
+
+def _elsewhere(session: Any, provider: str) -> str:
+    """How many nodes of a session run on another provider than this one, and which; empty if none does."""
+    parts = session.get_provider_graph_assignment_info()
+    nodes = [(part.ep_name == provider, node) for part in parts for node in part.get_nodes()]
+    others = ", ".join(f"{node.op_type} {node.name}".strip() for here, node in nodes if not here)
+    named = others if len(others) <= _NAMED else f"{others[:_NAMED]} .."
+    return f"{sum(not here for here, _ in nodes)} of {len(nodes)} nodes, {named}" if others else ""
 
 
 class HostTensor:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from himap_export.engines.backends import Gather
 from himap_export.engines.bundle import Bundle
@@ -107,7 +107,7 @@ def _refused(flavour: Flavour, source: Path, problem: str) -> HimapError:
     return HimapError(f"{flavour.title} refuses {source}", details, hint)
 
 
-def _gather_form(trt: ModuleType, network: Any, operators: Mapping[str, str]) -> str:
+def _gather_form(trt: ModuleType, network: Any, operators: Mapping[str, str]) -> Literal["ops", "plugin", "none"]:
     """Whether the parser found a plugin for `himap::TopKGather` or inlined its standard operators."""
     if any(network.get_layer(i).type == trt.LayerType.PLUGIN_V3 for i in range(network.num_layers)):
         return "plugin"
