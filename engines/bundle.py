@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+from himap_export.engines.checkpoint_files import stored_tensors
 from himap_export.engines.manifest import (
     FILE_NAME,
     FileRecord,
@@ -20,7 +21,7 @@ from himap_export.engines.manifest import (
     entries,
     read_manifest,
 )
-from himap_export.engines.weight_file import StoredTensor, find_tensor, find_tensors, read_header
+from himap_export.engines.weight_file import StoredTensor, check_finite, find_tensor, find_tensors, read_header
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.plan import PruningPlan, TokenBudget
 
@@ -126,31 +127,31 @@ def open_bundle(folder: Path, verify: bool = True, expected: str | None = None) 
 def skipped_checks(manifest: Manifest) -> str:
     """What `verify=False` leaves out, in words."""
     size = sum(record.bytes for record in manifest.files.values())
-    return f"not verified: the content of {len(manifest.files)} files, {size / 1e6:.1f} MB, engines and weights among them"
+    return (
+        f"not verified: the content of {len(manifest.files)} files, {size / 1e6:.1f} MB, engines and weights among them"
+    )
 
 
-def completed(bundle: Bundle, folders: Sequence[Path]) -> Bundle:
+def completed(bundle: Bundle, folders: Sequence[Path], verify: bool = True) -> Bundle:
     """A bundle of engines only, with the weights of the checkpoint in `folders`: its own, and its tower's if that lies
     elsewhere.
 
-    Only headers are read. HimapError (usage) if a name is missing, or a shape or dtype is not what the engines take.
+    Headers decide whether they fit; with `verify`, the weights are read once, to see that they are numbers. HimapError
+    (usage) if a name is missing, or a shape or dtype is not what the engines take; (failure) for NaN and infinity.
     """
     if bundle.manifest.weight_form != "absent":
         raise HimapError(f"{bundle.folder} has its own weights", hint="leave --weights out", code=Exit.USAGE)
-    stored: dict[str, StoredTensor] = {}
-    for folder in folders:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            expected = "expected the folder of the checkpoint that the engines were made for"
-            raise HimapError(f"{folder} holds no safetensors file", expected, code=Exit.USAGE)
-        stored |= {name: t for file in files for name, t in read_header(file).items()}
+    stored = stored_tensors(folders, Exit.USAGE)
     wanted = {name: spec for graph in bundle.manifest.graphs.values() for name, spec in graph.weights.items()}
     problems = [problem for name, spec in wanted.items() if (problem := _misfit(name, find_tensor(stored, name), spec))]
     if problems:
         more = f"; {len(problems) - 1} more of {len(wanted)} do not fit" if len(problems) > 1 else ""
         hint, named = f"the engines were made for {bundle.manifest.model.source}", " and ".join(map(str, folders))
         raise HimapError(f"{named} does not hold this bundle's weights", problems[0] + more, hint, Exit.USAGE)
-    return replace(bundle, completion=find_tensors(stored, wanted))
+    found = find_tensors(stored, wanted)
+    if verify:
+        check_finite(found.values())
+    return replace(bundle, completion=found)
 
 
 def _misfit(name: str, found: StoredTensor | None, wanted: TensorSpec) -> str:

@@ -28,7 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--threads", type=whole(1, MOST_THREADS), help="CPU threads (default: all)")
     p.add_argument("--plan", "--policy", metavar="NAME", help="one of the bundle's plans (default: its first)")
-    p.add_argument("--text-budget", type=whole(1, 2**20), metavar="N", help="default: the smallest of the bundle's that fits")
+    p.add_argument(
+        "--text-budget", type=whole(1, 2**20), metavar="N", help="default: the smallest of the bundle's that fits"
+    )
     p.add_argument(
         "--image-size", type=image_size, metavar="WxH", help="one of the bundle's (default: the nearest to the image)"
     )
@@ -38,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--max-new-tokens", type=whole(1, 2**20), metavar="N", help="default: the bundle's budget")
     p.add_argument("--temperature", type=number(0, 1000), default=0.0, help="0 is greedy (default)")
-    p.add_argument("--top-p", type=number(1e-9, 1), default=1.0, help="share of the probability to draw from (default: 1)")
+    p.add_argument(
+        "--top-p", type=number(1e-9, 1), default=1.0, help="share of the probability to draw from (default: 1)"
+    )
     p.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of sampling and of random cuts (default: 0)")
     p.add_argument(
         "--show-kept", type=Path, metavar="FILE.png", help="draw the image with the patches kept by each cut"
@@ -95,7 +99,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.no_verify:
         print(f"himap-run: {skipped_checks(bundle.manifest)}", file=sys.stderr)
     if args.weights:
-        bundle = completed(bundle, args.weights)
+        bundle = completed(bundle, args.weights, not args.no_verify)
     bundle.weights()  # a bundle of engines only says that it needs --weights, before it looks for anything else
     question = None
     if args.load_inputs is None:

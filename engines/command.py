@@ -6,9 +6,14 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
+from himap_export.engines.scratch import clear_leftovers
+from himap_export.engines.supervisor import supervise
 from himap_export.graphs.errors import Exit, HimapError
 
 # One module each in engines/backends; named here, where nothing is imported.
@@ -16,6 +21,7 @@ BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 # More threads than this only wait for each other, and starting a hundred thousand takes the machine down.
 MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))
 NOTHING_LEFT = "nothing was left behind"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,15 +73,35 @@ class Interrupted(KeyboardInterrupt):
         self.state = state
 
 
+@contextmanager
+def held_signals(state: str) -> Iterator[None]:
+    """Holds back signals while something must be done as a whole; one that came is Interrupted behind it, with
+    `state`."""
+    if threading.current_thread() is not threading.main_thread():  # where signals never arrive
+        yield
+        return
+    came: list[int] = []
+    before = {sent: signal.signal(sent, lambda number, _: came.append(number)) for sent in SIGNALS}
+    try:
+        yield
+    finally:
+        for sent, handler in before.items():
+            signal.signal(sent, handler)
+    if came:
+        raise Interrupted(state)
+
+
 def run_command(name: str, body: Callable[[], Exit | None], interrupted: str = NOTHING_LEFT) -> NoReturn:
     """Runs `body` and leaves the process with its exit code; only bugs keep their traceback.
 
-    `interrupted`: what an interrupted command leaves.
+    `interrupted`: what an interrupted command leaves. A process that was started as this command works in a child.
     """
-    for sent in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(sent, _interrupt)
+    if Path(sys.argv[0]).name == name:
+        supervise(name, interrupted)
+    before = {sent: signal.signal(sent, _interrupt) for sent in SIGNALS}
     try:
         _check_words(sys.argv)
+        clear_leftovers()
         code = body() or Exit.OK
         sys.stdout.flush()
     except HimapError as problem:
@@ -93,11 +119,17 @@ def run_command(name: str, body: Callable[[], Exit | None], interrupted: str = N
         where = f"{problem.filename}: " if problem.filename else ""
         _say(f"{name}: error: {where}{problem.strerror or problem}")
         code = Exit.FAILURE
+    finally:
+        for sent, handler in before.items():
+            signal.signal(sent, handler)
     _abandon_output()
     sys.exit(int(code))
 
 
 def _interrupt(*_: object) -> NoReturn:
+    """Ends the command once; what it then clears away is not interrupted again."""
+    for sent in SIGNALS:
+        signal.signal(sent, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

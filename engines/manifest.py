@@ -125,7 +125,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     tokenizer: Name | None
     toolchain: Mapping[Name, Text]
     command: tuple[Text, ...]
-    files: Mapping[Name, FileRecord] = {}  # noqa: RUF012  # msgspec copies it
+    files: Mapping[Name, FileRecord] = {}  # msgspec copies it
     seal: str = ""
 
     def paths(self) -> Iterator[str]:

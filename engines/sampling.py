@@ -20,7 +20,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise HimapError(f"temperature {self.temperature} is not a number from 0 on", "0 is greedy", code=Exit.USAGE)
+            raise HimapError(f"temperature {self.temperature} is no number from 0 on", "0 is greedy", code=Exit.USAGE)
         if not 0 < self.top_p <= 1:
             raise HimapError(f"top_p {self.top_p} is outside (0, 1]", "1 keeps all tokens", code=Exit.USAGE)
         if not 0 <= self.seed < 2**32:
@@ -41,7 +41,9 @@ class Sampler:
     def __call__(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
         for request, row in zip(self._requests, logits, strict=True):
             if not np.isfinite(row).all():
-                details = f"{int((~np.isfinite(row)).sum())} of {row.size} logits of prompt {request} are NaN or infinite"
+                details = (
+                    f"{int((~np.isfinite(row)).sum())} of {row.size} logits of prompt {request} are NaN or infinite"
+                )
                 hint = "himap-validate tells which stage went wrong; fp16 overflows where bf16 and fp32 do not"
                 raise HimapError("the model gives no answer", details, hint)
         if self.how.temperature == 0:

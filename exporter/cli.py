@@ -6,16 +6,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from himap_export.engines.command import BACKENDS, image_size, run_command
+from himap_export.engines.command import BACKENDS, Parser, image_size, number, run_command, whole
 from himap_export.exporter.aliases import ALIASES
 from himap_export.graphs.plan import POLICIES, TASKS
 
 if TYPE_CHECKING:
     from himap_export.exporter.planning import Planned
 
+TOKENS = 2**20  # the longest contexts are a million tokens
+
 
 def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="himap-export", description=__doc__)
+    p = Parser(prog="himap-export", description=__doc__)
     p.add_argument("model", metavar="MODEL", help=f"{', '.join(ALIASES)}, a Hugging Face id, or a checkpoint folder")
     plan = p.add_argument_group("pruning plan (HiMAP, arXiv 2503.13108, and what it is compared with)")
     plan.add_argument("--task", choices=tuple(TASKS), default="qa", help="the authors' plan for a task (default: qa)")
@@ -27,26 +29,37 @@ def _parser() -> argparse.ArgumentParser:
         "--policy", action="append", default=[], choices=tuple(POLICIES), metavar="POLICY",
         help=f"repeatable, all in one bundle: {', '.join(POLICIES)} (default: himap)",
     )  # fmt: skip
-    plan.add_argument("--k1", type=int, help="layer of the first cut")
-    plan.add_argument("--k2", type=int, help="layer of the second cut")
-    plan.add_argument("--r1", type=float, help="fraction of image tokens removed at k1")
-    plan.add_argument("--r2", type=float, help="fraction removed at k2 of what k1 left")
-    plan.add_argument("--keep", type=int, metavar="N", help="image tokens that a policy of one cut keeps, for --r1")
+    plan.add_argument("--k1", type=whole(-1024, 1024), help="layer of the first cut")
+    plan.add_argument("--k2", type=whole(-1024, 1024), help="layer of the second cut")
+    plan.add_argument("--r1", type=number(-1, 1), help="fraction of image tokens removed at k1")
+    plan.add_argument("--r2", type=number(-1, 1), help="fraction removed at k2 of what k1 left")
+    plan.add_argument(
+        "--keep", type=whole(0, TOKENS), metavar="N", help="image tokens that a policy of one cut keeps, for --r1"
+    )
     budget = p.add_argument_group("static budgets")
     budget.add_argument(
-        "--text-budget", type=int, nargs="+", default=[192], metavar="N",
+        "--text-budget", type=whole(1, TOKENS), nargs="+", default=[192], metavar="N",
         help="all tokens but image tokens (default: 192); several go into one bundle",
     )  # fmt: skip
     budget.add_argument(
         "--image-size", type=image_size, nargs="+", action="extend", default=[], metavar="WxH",
         help="pixels, for models of any resolution; several go into one bundle, images are letterboxed to the nearest",
     )  # fmt: skip
-    budget.add_argument("--tiles", type=int, metavar="N", help="tiles of an image, its thumbnail included (InternVL)")
     budget.add_argument(
-        "--align", type=int, metavar="N", help="keep more image tokens, up to a multiple of N tokens a stage"
+        "--tiles", type=whole(1, 10_000), metavar="N", help="tiles of an image, its thumbnail included (InternVL)"
     )
-    budget.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="answer tokens (default: 128)")
-    budget.add_argument("--batch", type=int, default=1, metavar="N", help="prompts answered together (default: 1)")
+    budget.add_argument(
+        "--align",
+        type=whole(1, TOKENS),
+        metavar="N",
+        help="keep more image tokens, up to a multiple of N tokens a stage",
+    )
+    budget.add_argument(
+        "--max-new-tokens", type=whole(1, TOKENS), default=128, metavar="N", help="answer tokens (default: 128)"
+    )
+    budget.add_argument(
+        "--batch", type=whole(1, 4096), default=1, metavar="N", help="prompts answered together (default: 1)"
+    )
     p.add_argument(
         "--dtype", choices=("fp16", "bf16", "fp32"), help="default: the checkpoint's; fp16 if TensorRT meets fp32"
     )
@@ -62,8 +75,16 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     weights.add_argument("--engines-only", action="store_true", help="no weights: himap-run --weights brings them")
     weights.add_argument("--hard-link", action="store_true", help="link the checkpoint's files instead of copying them")
+    p.add_argument(
+        "--allow-overflow", action="store_true",
+        help="weights beyond the range of --dtype become its largest number (default: they are refused)",
+    )  # fmt: skip
     p.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     p.add_argument("--checkpoint", type=Path, metavar="DIR", help="folder that holds an alias's weights")
+    p.add_argument(
+        "--vision-tower", type=Path, metavar="DIR",
+        help="folder of the vision tower, where a checkpoint names one outside its own folder",
+    )  # fmt: skip
     p.add_argument("--dry-run", action="store_true", help="print the plan; needs no weights")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("--overwrite", action="store_true", help="replace a bundle that is already at --out")
@@ -83,12 +104,13 @@ def _export(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.exporter.planning import Request, plan_export
     from himap_export.exporter.registry import resolve
     from himap_export.exporter.report import plan_json, plan_table
-    from himap_export.exporter.target import check_target
+    from himap_export.exporter.target import settle_target
 
     same = ("task", "k1", "k2", "r1", "r2", "keep", "tiles", "max_new_tokens", "batch", "align", "dtype", "gather")
     request = Request(
         **{name: getattr(args, name) for name in same},
         hard_link=args.hard_link,
+        allow_overflow=args.allow_overflow,
         policies=tuple(args.policy),
         plans=tuple(args.plan),
         text_budgets=tuple(args.text_budget),
@@ -96,28 +118,29 @@ def _export(args: argparse.Namespace, argv: list[str]) -> None:
         backends=tuple(dict.fromkeys(args.backend or ("onnxruntime",))),
         weights="absent" if args.engines_only else args.weights,
     )
-    if not args.dry_run:
-        check_target(args.out, args.overwrite)
-    model = resolve(args.model, args.revision, not (args.dry_run or args.engines_only), args.checkpoint)
+    out = None if args.dry_run else settle_target(args.out, args.overwrite)
+    weights = not (args.dry_run or args.engines_only)
+    model = resolve(args.model, args.revision, weights, args.checkpoint, args.vision_tower)
     planned = plan_export(model, request)
     if not args.json:
         print(plan_table(planned))
     result = plan_json(planned)
-    if not args.dry_run:
-        result |= _build(planned, args, argv)
+    if out is not None:
+        result |= _build(planned, out, args, argv)
     if args.json:
         print(json.dumps(result, indent=1))
 
 
-def _build(planned: "Planned", args: argparse.Namespace, argv: list[str]) -> dict[str, object]:
+def _build(planned: "Planned", out: Path, args: argparse.Namespace, argv: list[str]) -> dict[str, object]:
     from himap_export.exporter.export import export
 
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    manifest = export(planned, args.out, ("himap-export", *argv), args.overwrite, progress)
+    manifest = export(planned, out, ("himap-export", *argv), args.overwrite, progress)
     if not args.json:
         weights = " --weights CHECKPOINT" if manifest.weight_form == "absent" else ""
-        print(f"\nbundle: {args.out}   answer with: himap-run {args.out}{weights} --image FILE --prompt TEXT")
+        print(f"\nsha256: {manifest.seal}   pin it with: himap-run --expect-sha256")
+        print(f"bundle: {args.out}   answer with: himap-run {args.out}{weights} --image FILE --prompt TEXT")
     size = sum(f.bytes for f in manifest.files.values())
-    return {"bundle": str(args.out), "backends": list(manifest.engines), "bytes": size}
+    return {"bundle": str(args.out), "sha256": manifest.seal, "backends": list(manifest.engines), "bytes": size}

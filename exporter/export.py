@@ -3,13 +3,14 @@
 import platform
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from msgspec.structs import replace
 
 from himap_export.engines.backends import build_all, load_backend
 from himap_export.engines.bundle import Bundle, digests
@@ -24,16 +25,19 @@ from himap_export.engines.manifest import (
     PictureRecord,
     TensorSpec,
     Variant,
+    manifest_json,
+    read_manifest,
+    sealed,
 )
 from himap_export.engines.prompt import TOKENIZER
-from himap_export.engines.weight_file import StoredTensor, find_tensors, read_header
+from himap_export.engines.weight_file import StoredTensor, check_finite, find_tensors, read_header
 from himap_export.exporter.bind import WeightNames, bind, fitting
 from himap_export.exporter.checkpoint import Checkpoint, open_checkpoint
 from himap_export.exporter.family import tied
 from himap_export.exporter.planning import Planned
 from himap_export.exporter.processor import ProcessorData, alias_processor, read_processor
 from himap_export.exporter.store import store_weights, write_weights
-from himap_export.exporter.target import check_target, work_folder
+from himap_export.exporter.target import settle_target, work_folder
 from himap_export.graphs.build import IR_DTYPE, StageGraph
 from himap_export.graphs.errors import HimapError
 from himap_export.graphs.stages import StagedModel
@@ -59,6 +63,7 @@ class Export:
     records: dict[str, GraphRecord] = field(default_factory=dict)
     engines: dict[str, dict[str, EngineRecord]] = field(default_factory=dict)
     hashes: dict[str, FileRecord] = field(default_factory=dict)
+    sealed: Manifest = field(init=False)
 
     def vision(self) -> str:
         from himap_export.exporter.vision import vision_graph  # torch: seconds to import
@@ -102,9 +107,10 @@ class Export:
                 self._write(name, graph.model)
             return "none: engines take them as inputs"
         used = find_tensors(self.checkpoint.tensors, (weight for g in self.graphs.values() for weight in g.weights))
+        check_finite(used.values())
         folder = self.work / "weights"
         if p.weights == "shared":
-            self.files = store_weights(used.values(), folder, p.dtype, p.hard_link)
+            self.files = store_weights(used.values(), folder, p.dtype, p.hard_link, allow_overflow=p.allow_overflow)
             stored = {name: t for file in self.files for name, t in read_header(folder / file).items()}
             for name, graph in self.graphs.items():
                 self._write(name, bind(graph, stored, _location))
@@ -112,7 +118,7 @@ class Export:
         folder.mkdir()
         for name, graph in self.graphs.items():
             file = folder / f"{name}.safetensors"
-            write_weights([used[weight] for weight in graph.weights], file, p.dtype)
+            write_weights([used[w] for w in graph.weights], file, p.dtype, allow_overflow=p.allow_overflow)
             self._write(name, bind(graph, read_header(file), _location))
         self.files = [f"{name}.safetensors" for name in self.graphs]
         return f"{sum((folder / file).stat().st_size for file in self.files) / 1e6:.1f} MB, each graph its own"
@@ -147,7 +153,9 @@ class Export:
         for name, content in self.processor.files.items():
             (self.work / name).write_bytes(content)
         self.hashes = digests(self.work)
-        (self.work / FILE_NAME).write_text(self.manifest().to_json())
+        self.sealed = sealed(self.manifest())
+        (self.work / FILE_NAME).write_bytes(manifest_json(self.sealed))
+        read_manifest(self.work)  # what cannot be read back was never exported
         return f"{len(self.hashes)} files, {sum(f.bytes for f in self.hashes.values()) / 1e6:.1f} MB"
 
     def manifest(self) -> Manifest:
@@ -162,10 +170,10 @@ class Export:
             weight_form=p.weights,
             weights=tuple(f"weights/{file}" for file in self.files),
             pictures={
-                name: PictureRecord(spec.size, spec.tiles, spec.grid, processor.images[name].to_json())
+                name: PictureRecord(spec.size, spec.tiles, spec.grid, processor.images[name])
                 for name, spec in p.pictures.items()
             },
-            prompt=processor.prompt.to_json() if processor.prompt else None,
+            prompt=processor.prompt,
             tokenizer=TOKENIZER if TOKENIZER in processor.files else None,
             toolchain=_toolchain(p.backends),
             command=self.command,
@@ -175,7 +183,7 @@ class Export:
 
 def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: bool, progress: Progress) -> Manifest:
     """Writes the bundle of `planned` to `out` and returns its manifest; on any failure `out` is as it was."""
-    check_target(out, overwrite)
+    out = settle_target(out, overwrite)
     for name in planned.backends:
         load_backend(name).check(planned.dtype, planned.gather)
     checkpoint = _checkpoint(planned)
@@ -183,13 +191,13 @@ def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: boo
     names = WeightNames(checkpoint.names, partial(family.names, config), tied(config))
     _check_weights(planned, checkpoint, names)
     processor = _processor(planned, checkpoint)
-    with work_folder(out) as work:
+    with work_folder(out, overwrite) as work:
         state = Export(planned, checkpoint, processor, names, work, command)
         for phase in (state.vision, state.stages, state.weights, state.compile, state.seal):
             start = time.perf_counter()
             result = phase()
             progress(f"{phase.__name__:8} {time.perf_counter() - start:6.1f} s   {result}")
-        return state.manifest()
+    return state.sealed
 
 
 def _checkpoint(p: Planned) -> Checkpoint:

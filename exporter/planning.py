@@ -1,17 +1,25 @@
 """From what the user asked to what will be built: model, plans, budgets, dtype. Needs no weights."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any, get_args
 
+import msgspec
+
 from himap_export.engines.backends import Gather
+from himap_export.engines.documents import typed
+from himap_export.engines.image import MAX_PIXELS, MAX_SIDE
 from himap_export.engines.manifest import WeightForm
-from himap_export.exporter.family import Picture, VisionSpec
+from himap_export.exporter.family import Picture, PromptRules, VisionSpec, require
 from himap_export.exporter.plans import KEYS, flag_plans, named_plans
 from himap_export.exporter.registry import Model
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.flops import StageCost, paper_ratio, stage_costs, true_ratio
 from himap_export.graphs.plan import PruningPlan, TokenBudget, Visual, align
 from himap_export.graphs.spec import DecoderSpec, Dtype
+
+MOST_TOKENS = 2**20  # of a picture; the longest contexts have a few million
+MOST_VARIANTS = 256  # each has graphs of its own, seconds to build
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Request:
     gather: Gather = "auto"
     weights: WeightForm = "shared"
     hard_link: bool = False
+    allow_overflow: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ class Planned:
     weights: WeightForm = "shared"
     hard_link: bool = False
     align: int | None = None
+    allow_overflow: bool = False
 
     @property
     def pictures(self) -> dict[str, VisionSpec]:
@@ -97,30 +107,55 @@ def plan_export(model: Model, asked: Request) -> Planned:
     dtype = asked.dtype or _own_dtype(model.config, asked.backends)
     sizes = dict.fromkeys(asked.image_sizes or (None,))
     decoder, visions = describe(model, *(Picture(size, asked.tiles) for size in sizes))
-    variants, plans = [], _plans(asked)
+    variants, plans, texts = [], _plans(asked), dict.fromkeys(asked.text_budgets)
+    if (count := len(visions) * len(plans) * len(texts)) > MOST_VARIANTS:
+        details = f"{len(visions)} pictures, {len(plans)} plans, {len(texts)} text budgets: at most {MOST_VARIANTS}"
+        raise HimapError(f"{count} variants are too many for one bundle", details, code=Exit.USAGE)
     for vision in visions:
         for name, plan in plans.items():
             kept = plan.check(decoder.layers).kept(vision.tokens)
-            for text in dict.fromkeys(asked.text_budgets):
+            for text in texts:
                 visual = align(kept, text, asked.align) if asked.align is not None else kept
                 budget = TokenBudget(visual, text, asked.max_new_tokens, asked.batch)
                 _check_positions(model, budget)
                 variants.append(PlannedVariant(name, plan, budget, kept, vision))
-    same = (asked.backends, asked.gather, asked.weights, asked.hard_link, asked.align)
+    same = (asked.backends, asked.gather, asked.weights, asked.hard_link, asked.align, asked.allow_overflow)
     return Planned(model, decoder, tuple(variants), dtype, *same)
 
 
 def describe(model: Model, *pictures: Picture) -> tuple[DecoderSpec, tuple[VisionSpec, ...]]:
     """The model's decoder, and its vision graph for each of `pictures` (none: its own). HimapError (usage) if its
     config.json is damaged, not supported, or knows no such picture."""
+    family, config = model.family, model.config
     try:
-        seen = tuple(model.family.vision(model.config, picture) for picture in pictures or (Picture(),))
-        return model.family.decoder(model.config), seen
-    except HimapError:
+        seen = tuple(family.vision(config, picture) for picture in pictures or (Picture(),))
+        decoder, rules = family.decoder(config), family.prompt(config)
+    except (HimapError, MemoryError):
         raise
     except Exception as problem:  # transformers checks a configuration with errors of many kinds
-        hint = f"is it a configuration of {model.family.architecture}?"
-        raise HimapError(f"{model.name}: unusable config.json", str(problem), hint, Exit.USAGE) from None
+        details, hint = " ".join(str(problem).split())[:300], f"is it a configuration of {family.architecture}?"
+        raise HimapError(f"{model.name}: unusable config.json", details, hint, Exit.USAGE) from None
+    for vision in seen:
+        _check_vision(vision)
+    _check_image_token(rules, decoder)
+    return typed(msgspec.to_builtins(decoder), DecoderSpec, f"{model.name}: config.json"), seen
+
+
+def _check_vision(vision: VisionSpec) -> None:
+    """Before any table of such a size is made."""
+    (height, width), pixels = vision.size, vision.tiles * prod(vision.size)
+    if max(height, width) > MAX_SIDE or pixels > MAX_PIXELS or not 1 <= vision.tokens <= MOST_TOKENS:
+        details = f"{width}x{height} pixels in {vision.tiles} tiles, {vision.tokens} tokens"
+        most = f"at most {MAX_SIDE} pixels a side, {MAX_PIXELS} in all, and 1 to {MOST_TOKENS} tokens"
+        raise HimapError("no model sees such pictures", f"{details}: {most}", code=Exit.USAGE)
+    require(vision.channels == 3, f"a vision tower of {vision.channels} colours, where pictures have 3")
+
+
+def _check_image_token(rules: PromptRules, decoder: DecoderSpec) -> None:
+    """Ids below zero are of no vocabulary at all: LLaVA's original layout means them so."""
+    if rules.image_token >= decoder.vocab:
+        details = f"it is {rules.image_token}, the vocabulary has {decoder.vocab}"
+        raise HimapError("the image token of config.json is no token", details, code=Exit.USAGE)
 
 
 def picture_name(vision: VisionSpec) -> str:

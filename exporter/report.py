@@ -1,8 +1,9 @@
 """A plan as people read it and as programs do."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
+
+from msgspec.structs import asdict
 
 from himap_export.exporter.planning import Planned, PlannedVariant
 

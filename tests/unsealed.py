@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from himap_export.engines.bundle import Bundle
+from himap_export.engines.image import clip_preprocessing
 from himap_export.engines.layout import ImageTokens
 from himap_export.engines.manifest import (
     GraphRecord,
@@ -89,9 +90,10 @@ def unsealed(folder: Path, model: StagedModel, graphs: tuple[StageGraph, ...], f
         ir.save(bind(graph, tensors, lambda t: f"weights/{t.file.name}"), folder / f"{graph.name}.onnx")
         records[graph.name] = GraphRecord(f"{graph.name}.onnx", inputs, outputs, weights)
     variant = Variant("qa", model.plan, model.budget, "56x56", {graph.name: graph.name for graph in graphs})
-    pictures = {"56x56": PictureRecord((56, 56), 1, (4, 4), {})}
+    pictures = {"56x56": PictureRecord((56, 56), 1, (4, 4), clip_preprocessing(56))}
     manifest = Manifest(
-        ModelRecord("tiny", "tiny", "tiny", ImageTokens(95), (2,), 0), model.spec, (variant,), model.dtype,
-        records, {}, form, ("weights/w.safetensors",), pictures, None, None, {}, (),
+        model=ModelRecord("tiny", "tiny", "tiny", ImageTokens(95), (2,), 0), decoder=model.spec, variants=(variant,),
+        dtype=model.dtype, graphs=records, engines={}, weight_form=form, weights=("weights/w.safetensors",),
+        pictures=pictures, prompt=None, tokenizer=None, toolchain={}, command=(),
     )  # fmt: skip
     return Bundle(folder, manifest, variant)

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import to_builtins
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from himap_export.engines.documents import typed
 from himap_export.engines.prompt import Detokenizer, PromptFormat, encode, load_tokenizer
 from himap_export.graphs.errors import Exit, HimapError
 
@@ -141,7 +143,7 @@ def test_tokenizer_without_the_image_token_is_refused() -> None:
 
 
 def test_unreadable_tokenizers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(HimapError, match="tokenizer not found"):
+    with pytest.raises(HimapError, match="No such file"):
         load_tokenizer(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(HimapError, match="tokenizer cannot be read") as caught:
@@ -151,7 +153,7 @@ def test_unreadable_tokenizers_are_refused(tmp_path: Path) -> None:
 
 def test_json_round_trip() -> None:
     how = PromptFormat("<s>" + TEMPLATE, "<image>", 576, add_special_tokens=False, strip=True)
-    assert PromptFormat.from_json(how.to_json()) == how
+    assert typed(to_builtins(how), PromptFormat, "prompt") == how
 
 
 @pytest.mark.parametrize(
@@ -166,13 +168,14 @@ def test_json_round_trip() -> None:
         {"image_tokens": True},
         {"image_tokens": "576"},
         {"strip": None},
+        {"trim": True},
     ],
 )
 def test_damaged_manifests_are_refused(change: dict[str, object]) -> None:
-    with pytest.raises(HimapError, match="unusable prompt format"):
-        PromptFormat.from_json({**HOW.to_json(), **change})
-    with pytest.raises(HimapError, match="unusable prompt format"):
-        PromptFormat.from_json([change])
+    with pytest.raises(HimapError, match="usable"):
+        typed({**to_builtins(HOW), **change}, PromptFormat, "prompt")
+    with pytest.raises(HimapError, match="prompt is not usable: Expected object, got array"):
+        typed([change], PromptFormat, "prompt")
 
 
 ANSWERS = [

@@ -1,0 +1,124 @@
+"""A command that ends when it is asked to: a parent process that waits for the one that works.
+
+Python runs signal handlers between its own instructions, so nothing that happens inside a library for a minute (an
+engine that opens, a tensor that is hashed) can be interrupted in the process itself. The parent passes signals on, and
+kills a child that has not ended GRACE seconds later, clearing away what it had announced.
+"""
+
+import ctypes
+import mmap
+import os
+import select
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
+
+from himap_export.graphs.errors import Exit
+
+GRACE = 0.7  # seconds
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_BOARD = 64 * 1024
+_board: mmap.mmap | None = None  # shared with the parent: folders that go if this process is killed
+
+
+def supervise(name: str, interrupted: str) -> None:
+    """Returns in a child process, which is the command from here on; the parent ends as the child does.
+
+    A child that dies of a signal (no memory, a crash in a library) is one line and exit code 1; one that was asked to
+    end and does not is killed: `interrupted` says what is left, exit code 130.
+    """
+    global _board
+    _board = mmap.mmap(-1, _BOARD)
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        die_with_parent(parent)
+        return
+    _wait(child, name, interrupted)
+
+
+def die_with_parent(parent: int) -> None:
+    """Has the kernel kill this process when its parent, `parent` by its id, dies; at once if it is dead already."""
+    with suppress(AttributeError, OSError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(int(Exit.FAILURE))
+
+
+@contextmanager
+def announced(folder: Path, *parents: Path) -> Iterator[None]:
+    """Tells the parent process of a folder that must go, with empty `parents`, if this process is killed meanwhile."""
+    if _board is None:
+        yield
+        return
+    content = b"\0".join(os.fsencode(p) for p in (folder, *parents))
+    if len(content) + 2 < _BOARD:
+        _board[: len(content) + 2] = content + b"\0\0"
+    try:
+        yield
+    finally:
+        _board[:1] = b"\0"
+
+
+def _wait(child: int, name: str, interrupted: str) -> NoReturn:
+    """Passes signals on until the child has ended, then ends in its way."""
+    asked: list[float] = []
+
+    def pass_on(number: int, _: object) -> None:
+        asked.append(time.monotonic())
+        with suppress(ProcessLookupError):
+            os.kill(child, number)
+
+    ready, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sent, pass_on)
+    killed = False
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        if asked and time.monotonic() > asked[0] + GRACE:
+            killed = True
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            break
+        left = asked[0] + GRACE - time.monotonic() if asked else None
+        if select.select([ready], [], [], None if left is None else max(0.0, left))[0]:
+            os.read(ready, 4096)
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        _clear()
+    if killed:
+        _end(f"{name}: interrupted, {interrupted}", Exit.INTERRUPTED)
+    if code < 0:
+        reason = "the machine may have too little memory" if -code == signal.SIGKILL else "a library crashed"
+        _end(f"{name}: error: killed by {signal.Signals(-code).name} ({reason})", Exit.FAILURE)
+    os._exit(code)
+
+
+def _clear() -> None:
+    """Removes what the child had announced; what a bundle may still need back is left to the next export."""
+    assert _board is not None
+    if _board[:1] == b"\0":
+        return
+    folder, *parents = (Path(os.fsdecode(part)) for part in _board[:].split(b"\0\0")[0].split(b"\0"))
+    if (folder / "old").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    for parent in parents:
+        with suppress(OSError):
+            parent.rmdir()
+
+
+def _end(line: str, code: Exit) -> NoReturn:
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+    os._exit(int(code))
