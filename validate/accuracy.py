@@ -122,13 +122,19 @@ def summary_lines(summary: Summary) -> list[str]:
 
 def percent(i: Interval) -> str:
     """An accuracy and its interval, in percent: 78.0 (76.9 to 79.0)."""
-    return f"{100 * i.mean:.1f} ({100 * i.low:.1f} to {100 * i.high:.1f})"
+    mean, low, high = _rounded(i)
+    return f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
 def points(i: Interval) -> str:
     """A difference in percentage points: +1.2 (-0.3 to +2.7)."""
-    mean, low, high = (round(100 * value, 1) + 0.0 for value in (i.mean, i.low, i.high))  # -0.0 + 0.0 is 0.0
+    mean, low, high = _rounded(i)
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _rounded(i: Interval) -> tuple[float, float, float]:
+    mean, low, high = (round(100 * value, 1) + 0.0 for value in (i.mean, i.low, i.high))  # -0.0 + 0.0 is 0.0
+    return mean, low, high
 
 
 def summary_json(summary: Summary) -> dict[str, Any]:

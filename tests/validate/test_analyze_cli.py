@@ -53,7 +53,7 @@ def test_what_is_refused(report: Path, tmp_path: Path, capsys: pytest.CaptureFix
     bad.write_text(QUESTIONS.read_text() + '{"image": "nowhere.png", "question": "?", "answer": "red"}\n')
     for arguments, words in (
         (("shapes", "--dataset", QUESTIONS, "--out", report), "is not an empty folder"),
-        (("shapes", "--dataset", tmp_path / "none.jsonl", "--out", tmp_path / "a"), "does not exist"),
+        (("shapes", "--dataset", tmp_path / "none.jsonl", "--out", tmp_path / "a"), "cannot read data set"),
         (("shapes", "--dataset", bad, "--out", tmp_path / "a"), "line 6"),
         (("no-such-model", "--dataset", QUESTIONS, "--out", tmp_path / "a"), "unknown model"),
         (("shapes", "--dataset", QUESTIONS, "--out", tmp_path / "a", "--width", 11), "windows must lie within"),

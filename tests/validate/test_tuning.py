@@ -104,7 +104,7 @@ def test_the_choice_by_hand() -> None:
     chosen = choose(judged, 1.0, 0.98)
     assert chosen.candidate == judged[1].candidate and "50% of the FLOPs" in chosen.reason
     assert choose(judged, 1.0, 0.99).candidate == judged[2].candidate
-    assert "validate it on others" in chosen.reason and "+1.0 (+0.0 to +1.9) points" in chosen.reason
+    assert "validate it on others" in chosen.reason and "(0.0 to 1.9) points" in chosen.reason
     nothing = choose(judged[:2], 1.0, 0.99)
     assert nothing.candidate is None and "may lose 1.9 points" in nothing.reason
     assert "lower --min-accuracy" in choose(judged[:2], 1.0, 1.0).reason

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.validate.accuracy import points
+from himap_export.validate.accuracy import percent
 from himap_export.validate.statistics import Interval, accuracy_interval, least_questions, paired_difference
 from himap_export.validate.tuning.grid import Candidate
 
@@ -58,7 +58,7 @@ def choose(judged: Sequence[Judged], unpruned: float, keep: float) -> Choice:
             told = (
                 f"{j.candidate.name} is the cheapest plan whose loss, by its 95 % interval, leaves at least {keep:.0%} "
                 f"of the unpruned accuracy: it is right in {j.accuracy.mean:.1%} against {unpruned:.1%}, loses "
-                f"{points(j.loss)} points, and takes {j.flops:.0%} of the FLOPs. {CAUTION}"
+                f"{percent(j.loss)} points, and takes {j.flops:.0%} of the FLOPs. {CAUTION}"
             )
             return Choice(j.candidate, told)
     least = min(judged, key=lambda j: j.loss.high)
