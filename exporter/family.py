@@ -5,9 +5,12 @@ Adding a family is writing such a row; docs/add-a-model.md goes through it.
 
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from himap_export.engines.image import ImagePreprocessing
 from himap_export.graphs.errors import Exit, HimapError
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 Config = Mapping[str, Any]
+# Those of transformers that published towers and projectors use, or used.
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish")
 T = TypeVar("T")
 
 
@@ -78,7 +83,8 @@ class Family:
     `[a:b]` behind it is those rows of a fused tensor. `image`: how pictures become pixels if the checkpoint does not
     say. `tokenizer`: makes tokenizer.json's content for a checkpoint folder that has none, if it can. `tower`: another
     checkpoint, folder or Hugging Face id, that holds the vision tower's tensors. `own_image`: the release's code makes
-    pictures as `image` says, whatever a preprocessor_config.json beside it says.
+    pictures as `image` says, whatever a preprocessor_config.json beside it says. `schema`: the fields of config.json,
+    and all of it that the functions are given.
     """
 
     architecture: str
@@ -91,6 +97,7 @@ class Family:
     tokenizer: Callable[[Path, PromptRules], bytes | None] = lambda folder, rules: None
     tower: Callable[[Config], str | None] = lambda config: None
     own_image: bool = False
+    schema: type[Struct] = field(kw_only=True)
 
 
 def tied(config: Config) -> bool:
@@ -99,19 +106,32 @@ def tied(config: Config) -> bool:
 
 
 def built(kind: type[T], config: Config) -> T:
-    """transformers' configuration class `kind` from a copy of `config`: it writes into the dictionaries it is given."""
-    return kind(**deepcopy({key: value for key, value in config.items() if key != "model_type"}))
+    """transformers' configuration class `kind` from a copy of `config`: it writes into the dictionaries it is given.
+
+    The copy says nothing of the weights' type, which is asked for where a module is made."""
+    copy = deepcopy({key: value for key, value in config.items() if key != "model_type"})
+    for part in (copy, *(value for value in copy.values() if isinstance(value, dict))):
+        part.pop("dtype", None), part.pop("torch_dtype", None)
+    return kind(**copy)
+
+
+def only_kinds(what: str, part: Config, *supported: str) -> None:
+    """HimapError (usage) unless `part` of a configuration is of one of `supported` types, the first if it says none:
+    transformers would make whatever class it names."""
+    only(what, part.get("model_type", supported[0]), *supported)
 
 
 def text_spec(text: Any, ropes: tuple[str, ...] = ("default",), **more: Any) -> DecoderSpec:
     """The decoder of one of transformers' text configurations, with `more` fields that this family adds or changes.
 
-    HimapError (usage) for an activation, a rotary embedding (but `ropes`) or a sliding window that no graph has.
+    HimapError (usage) for an activation, a rotary embedding (but `ropes`), a sliding window or heads that no graph has.
     """
     rope, bias = text.rope_parameters or {}, getattr(text, "attention_bias", False)
     only("activation", text.hidden_act, "silu")
     only("rotary embedding", rope.get("rope_type", "default"), *ropes)
-    only("sliding window", "sliding_attention" in (getattr(text, "layer_types", None) or ()), False)
+    only("partial rotary factor", rope.get("partial_rotary_factor", 1.0), 1.0)
+    for kind in dict.fromkeys(getattr(text, "layer_types", None) or ()):
+        only("kind of layer", kind, "full_attention")
     found = DecoderSpec(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
@@ -126,6 +146,9 @@ def text_spec(text: Any, ropes: tuple[str, ...] = ("default",), **more: Any) -> 
         out_bias=bias,
         mlp_bias=getattr(text, "mlp_bias", False),
     )
+    groups, rest = divmod(found.heads, found.kv_heads)
+    require(groups > 0 and not rest, f"{found.heads} attention heads are not shared evenly by {found.kv_heads}")
+    require(found.head_dim % 2 == 0, f"heads of {found.head_dim} cannot be rotated by halves")
     return replace(found, **more)
 
 
@@ -133,6 +156,20 @@ def only(what: str, found: object, *supported: object) -> None:
     """HimapError (usage) unless `found` is one of `supported`."""
     if found not in supported:
         raise HimapError(f"unsupported {what} {found}", f"supported: {', '.join(map(str, supported))}", code=Exit.USAGE)
+
+
+def require(holds: bool, otherwise: str) -> None:
+    """HimapError (usage) that says what is the case `otherwise`, unless it `holds`."""
+    if not holds:
+        raise HimapError("unsupported configuration", otherwise, code=Exit.USAGE)
+
+
+def check_tower(width: int, heads: int, activation: str, multiple: int = 1) -> None:
+    """HimapError (usage) unless a vision tower's `width` falls into `heads`, a `multiple` of numbers each, and its
+    `activation` is one that transformers has."""
+    even = width % (heads * multiple) == 0
+    require(even, f"a vision tower of {width} channels has no {heads} equal heads of a multiple of {multiple}")
+    only("activation of the vision tower", activation, *ACTIVATIONS)
 
 
 def fixed_size(asked: Picture, size: tuple[int, int]) -> tuple[int, int]:

@@ -3,17 +3,44 @@
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta, Struct
+from msgspec.structs import replace
+
+from himap_export.engines.documents import MEGABYTE, read_file, typed
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.plan import CRITERIA, POLICIES, TASKS, Cut, PruningPlan
+from himap_export.graphs.plan import POLICIES, TASKS, Cut, PruningPlan, Tokens
 
 Values = Mapping[str, Any]  # k1, k2, r1, r2, keep, as far as they were given
-KEYS = {"k1": (int,), "k2": (int,), "r1": (int, float), "r2": (int, float), "keep": (int,)}
-_CUT_KEYS = {"layer": (int,), "criterion": (str,), "remove": (int, float), "keep": (int,)}
+KEYS = ("k1", "k2", "r1", "r2", "keep")
 FASTV = PruningPlan((Cut(2, "last", 0.5),))  # its authors' own K and R
+MOST_PLANS = 64  # in one file: each is a variant of the bundle, with graphs of its own
+_Layer = Annotated[int, Meta(ge=1, le=1024)]  # no decoder has more
+_Fraction = Annotated[float, Meta(ge=0, lt=1)]
+
+
+class _NoCut(Struct, frozen=True, forbid_unknown_fields=True):
+    """The table of a plan by its policy; the policies differ by how many cuts they make."""
+
+    policy: str = "himap"
+
+
+class _OneCut(_NoCut, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    k1: _Layer
+    r1: _Fraction | None = None
+    keep: Tokens | None = None
+
+
+class _TwoCuts(_NoCut, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    k1: _Layer
+    k2: _Layer
+    r1: _Fraction
+    r2: _Fraction
+
+
+_TABLES: tuple[type[_NoCut], ...] = (_NoCut, _OneCut, _TwoCuts)
 
 
 def flag_plans(policies: Sequence[str], task: str, values: Values) -> dict[str, PruningPlan]:
@@ -84,60 +111,42 @@ def _read(file: Path) -> Iterator[tuple[str, PruningPlan]]:
     `[tight]` with `k1 = 2`, `k2 = 8`, `r1 = 0.5`, `r2 = 0.9`, and `policy` if not himap; or with any list of cuts:
     `cuts = [{layer = 2, criterion = "last", keep = 100}]`.
     """
-    try:
-        tables = tomllib.loads(file.read_text())
-    except (OSError, UnicodeDecodeError) as problem:
-        known = f"a plan is one of {', '.join(TASKS)}, or a TOML file"
-        reason = problem.strerror if isinstance(problem, OSError) else "it is not text"
-        raise HimapError(f"cannot read the plan {file}", f"{reason}", known, Exit.USAGE) from None
-    except tomllib.TOMLDecodeError as problem:
-        raise HimapError(f"{file} is not TOML", str(problem), code=Exit.USAGE) from None
+    tables = _tables(file)
     if not tables:
         raise HimapError(f"{file} holds no plan", hint="one table each, with k1, k2, r1 and r2", code=Exit.USAGE)
+    if len(tables) > MOST_PLANS:
+        raise HimapError(f"{file} holds {len(tables)} plans", f"at most {MOST_PLANS} are read", code=Exit.USAGE)
     for name, table in tables.items():
-        if not re.fullmatch(r"[\w-]+", name) or not isinstance(table, dict):
-            hint = "one table each, named with letters, digits, - and _"
-            raise HimapError(f"{file}: {name} is not a plan", hint=hint, code=Exit.USAGE)
+        if not re.fullmatch(r"[\w-]{1,64}", name) or not isinstance(table, dict):
+            hint = "one table each, named with up to 64 letters, digits, - and _"
+            raise HimapError(f"{file}: {name[:80]} is not a plan", hint=hint, code=Exit.USAGE)
         yield name, _plan(f"{file}: plan {name}", table)
 
 
-def _plan(what: str, table: Values) -> PruningPlan:
+def _tables(file: Path) -> dict[str, Any]:
+    try:
+        content = read_file(file, "the plan", MEGABYTE)
+    except HimapError as problem:
+        known = f"a plan is one of {', '.join(TASKS)}, or a TOML file"
+        raise HimapError(problem.summary, problem.details, known, problem.code) from None
+    try:
+        return tomllib.loads(content.decode())
+    except UnicodeDecodeError:
+        raise HimapError(f"{file} is not TOML", "it is not UTF-8 text", code=Exit.USAGE) from None
+    except RecursionError:
+        raise HimapError(f"{file} is not usable TOML", "it is nested too deeply", code=Exit.USAGE) from None
+    except ValueError as problem:  # TOMLDecodeError, and numbers of thousands of digits
+        raise HimapError(f"{file} is not TOML", str(problem), code=Exit.USAGE) from None
+
+
+def _plan(what: str, table: Mapping[str, Any]) -> PruningPlan:
     if "cuts" in table:
-        return _cuts(what, table)
+        return typed(table, PruningPlan, what)
     policy = table.get("policy", "himap")
-    if policy not in POLICIES:
-        raise HimapError(f"{what}: unknown policy {policy}", f"known: {', '.join(POLICIES)}", code=Exit.USAGE)
-    values = {key: value for key, value in table.items() if key != "policy"}
-    allowed = _allowed(len(POLICIES[policy]))
-    _check_keys(what, values, {key: KEYS[key] for key in allowed})
-    spare = "r1" if "keep" in values else "keep"  # one cut: a fraction or a number
-    for key in allowed:
-        if key not in values and key != spare:
-            raise HimapError(f"{what} lacks {key}", f"expected {', '.join(allowed)}", code=Exit.USAGE)
+    if policy not in tuple(POLICIES):  # it may be a list
+        raise HimapError(f"{what}: unknown policy {str(policy)[:80]}", f"known: {', '.join(POLICIES)}", code=Exit.USAGE)
+    found = typed(table, _TABLES[len(POLICIES[policy])], what)
+    values = {key: value for key in KEYS if (value := getattr(found, key, None)) is not None}
+    if isinstance(found, _OneCut) and found.r1 is None and found.keep is None:
+        raise HimapError(f"{what} lacks r1", "expected k1, and r1 or keep", code=Exit.USAGE)
     return _changed(policy, _default(policy, "qa"), values)
-
-
-def _cuts(what: str, table: Values) -> PruningPlan:
-    cuts = table["cuts"]
-    if len(table) > 1 or not isinstance(cuts, list) or not all(isinstance(cut, dict) for cut in cuts):
-        hint = 'cuts = [{layer = 2, criterion = "instruction", remove = 0.5}, ..] and nothing else'
-        raise HimapError(f"{what}: cuts are no list of tables", hint=hint, code=Exit.USAGE)
-    for n, cut in enumerate(cuts, 1):
-        _check_keys(f"{what}, cut {n}", cut, _CUT_KEYS)
-        for key in ("layer", "criterion"):
-            if key not in cut:
-                raise HimapError(f"{what}, cut {n} lacks {key}", f"expected {', '.join(_CUT_KEYS)}", code=Exit.USAGE)
-        if cut["criterion"] not in CRITERIA:
-            summary = f"{what}, cut {n}: unknown criterion {cut['criterion']}"
-            raise HimapError(summary, f"known: {', '.join(CRITERIA)}", code=Exit.USAGE)
-    return PruningPlan(tuple(Cut(**cut) for cut in cuts))
-
-
-def _check_keys(what: str, table: Values, types: Mapping[str, tuple[type, ...]]) -> None:
-    for key, value in table.items():
-        if key not in types:
-            expected = f"expected {', '.join(types) or 'no keys'}"
-            raise HimapError(f"{what} has an unknown key {key}", expected, code=Exit.USAGE)
-        if not isinstance(value, types[key]) or isinstance(value, bool):
-            expected = "expected text" if str in types[key] else "expected a number"
-            raise HimapError(f"{what}: {key} is {value!r}", expected, code=Exit.USAGE)

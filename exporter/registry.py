@@ -1,24 +1,30 @@
 """From the name of a model to its family, its configuration and its folder."""
 
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from himap_export.engines.documents import typed
 from himap_export.exporter.aliases import ALIASES
 from himap_export.exporter.checkpoint import read_config
+from himap_export.exporter.config import Head, ReleasedTower, known_fields
 from himap_export.exporter.families import internvl, llava, llava_original, qwen2_5_vl, qwen3_vl, qwen_vl
 from himap_export.exporter.family import Family
 from himap_export.graphs.errors import Exit, HimapError
 
 _ROWS = (llava.FAMILY, llava_original.FAMILY, qwen_vl.FAMILY, qwen2_5_vl.FAMILY, qwen3_vl.FAMILY, internvl.FAMILY)
 FAMILIES = {family.architecture: family for family in _ROWS}
+_HUB_ID: Final = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 # What an export reads of a repository on the hub: never code, never pickles.
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.tiktoken", "tokenizer.model")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as named by the user: its family, its configuration, and its folder once the weights are there.
+    """A model as named by the user: its family, the fields of its configuration that the family knows, and its folder
+    once the weights are there.
 
     `tower`: the folder of another checkpoint that holds its vision tower, if there is one; its config.json stands in
     `config` as "vision_config".
@@ -32,52 +38,82 @@ class Model:
     tower: Path | None = None
 
 
-def resolve(name: str, revision: str | None = None, weights: bool = True, checkpoint: Path | None = None) -> Model:
+def resolve(
+    name: str,
+    revision: str | None = None,
+    weights: bool = True,
+    checkpoint: Path | None = None,
+    vision_tower: Path | None = None,
+) -> Model:
     """Alias, local folder or Hugging Face id to a model; without `weights` an alias needs no network.
 
     `checkpoint`: the folder that holds an alias's weights; what the alias says of its sizes then is what they must be.
-    HimapError: usage for what is no model or of an unsupported architecture, missing for what cannot be fetched.
+    `vision_tower`: the folder of the vision tower, for a release that has it apart and names it elsewhere. HimapError:
+    usage for what is no model, of an unsupported architecture or unusable, missing for what cannot be fetched.
     """
     alias = ALIASES.get(name)
     source = str(checkpoint) if checkpoint else alias.source if alias else name
     if checkpoint and not alias:
         hint = "a folder is a model by itself: leave --checkpoint out"
-        raise HimapError(f"{name} is no alias", f"aliases: {', '.join(ALIASES)}", hint, Exit.USAGE)
-    if Path(source).is_dir():
+        raise HimapError(f"{name[:80]} is no alias", f"aliases: {', '.join(ALIASES)}", hint, Exit.USAGE)
+    if _is_folder(Path(source)):
         own = read_config(Path(source))
-        return _model(name, source, own | alias.config if alias else own, Path(source), weights)
+        return _model(name, source, own | alias.config if alias else own, Path(source), weights, vision_tower)
     if checkpoint:
         raise HimapError(f"{checkpoint} is no folder", "--checkpoint holds the weights of an alias", code=Exit.USAGE)
     if alias and not weights:
-        return Model(name, source, _family(name, alias.config), alias.config, None)
-    if alias is None and (source.count("/") != 1 or source.startswith((".", "/"))):
+        family = _family(name, alias.config)
+        return Model(name, source, family, known_fields(alias.config, family.schema, name), None)
+    if alias is None and not _HUB_ID.fullmatch(source):
         known = f"aliases: {', '.join(ALIASES)}; or a Hugging Face id, or a folder"
-        raise HimapError(f"unknown model {name}", known, code=Exit.USAGE)
+        raise HimapError(f"unknown model {name[:80]}", known, code=Exit.USAGE)
     folder = _download(source, revision, weights)
     own = read_config(folder)
     if alias and "mm_vision_tower" in alias.config:  # releases name a folder on their authors' machines
         own["mm_vision_tower"] = alias.config["mm_vision_tower"]
-    return _model(name, source, own, folder, weights)
+    return _model(name, source, own, folder, weights, vision_tower)
 
 
-def _model(name: str, source: str, config: dict[str, Any], folder: Path, weights: bool) -> Model:
-    family = _family(name, config)
+def _model(
+    name: str, source: str, config: dict[str, Any], folder: Path, weights: bool, vision_tower: Path | None
+) -> Model:
+    family, where = _family(name, config), f"{name[:200]}: config.json"
+    config = known_fields(config, family.schema, where)
     named = family.tower(config)
     if named is None:
+        if vision_tower is not None:
+            raise HimapError(f"{name} has its vision tower", hint="leave --vision-tower out", code=Exit.USAGE)
         return Model(name, source, family, config, folder)
-    tower = next((p for p in (folder / named, Path(named)) if p.is_dir()), None)
-    if tower is None and (named.count("/") != 1 or named.startswith((".", "/"))):
-        details, hint = f"config.json names {named}", f"put the tower's checkpoint into {folder / named}"
+    tower = vision_tower or _inside(folder, named)
+    if tower is None and _HUB_ID.fullmatch(named):
+        tower = _download(named, None, weights)
+    if tower is None or not _is_folder(tower):
+        details = f"config.json names {named[:200]}, no Hugging Face id, and no folder in {folder}"
+        details = details if tower is None else f"{tower} is no folder"
+        hint = "give the folder of the tower's checkpoint with --vision-tower DIR"
         raise HimapError(f"{name}: the vision tower's folder is not there", details, hint, Exit.MISSING)
-    tower = tower or _download(named, None, weights)
-    return Model(name, source, family, {"vision_config": read_config(tower), **config}, folder, tower)
+    own = known_fields(read_config(tower), ReleasedTower, f"{tower}: config.json")
+    return Model(name, source, family, {"vision_config": own, **config}, folder, tower)
+
+
+def _inside(folder: Path, named: str) -> Path | None:
+    """The folder that a checkpoint names, if it is one inside the checkpoint's own, wherever links lead."""
+    home, found = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / named))
+    return folder / named if found != home and found.is_relative_to(home) and _is_folder(found) else None
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _family(name: str, config: dict[str, Any]) -> Family:
-    found = (config.get("architectures") or ["(none named)"])[0]
+    found = (typed(config, Head, f"{name[:200]}: config.json").architectures or ["(none named)"])[0]
     if found not in FAMILIES:
         supported = f"supported: {', '.join(FAMILIES)}"
-        raise HimapError(f"{name}: unsupported architecture {found}", supported, code=Exit.USAGE)
+        raise HimapError(f"{name}: unsupported architecture {found[:80]}", supported, code=Exit.USAGE)
     return FAMILIES[found]
 
 

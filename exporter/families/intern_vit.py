@@ -9,16 +9,21 @@ import numpy as np
 import numpy.typing as npt
 
 from himap_export.exporter.families.resize import interpolation, resized
-from himap_export.exporter.family import Config, only
+from himap_export.exporter.family import Config, check_tower, only, require
 
 if TYPE_CHECKING:
     import torch
 
 MODEL_TYPE = "intern_vit_6b"
+NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "image_size", "patch_size")
 
 
 def check(tower: Config) -> None:
     """HimapError (usage) for a variation of the tower that `intern_vit` does not follow."""
+    for name in NEEDED:
+        require(name in tower, f"the vision tower's config.json lacks {name}")
+    require(tower["patch_size"] <= tower["image_size"], "the vision tower's patches are larger than its pictures")
+    check_tower(tower["hidden_size"], tower["num_attention_heads"], tower.get("hidden_act", "gelu"))
     only("activation of the vision tower", tower.get("hidden_act", "gelu"), "gelu")
     only("norm of the vision tower", tower.get("norm_type", "rms_norm"), "rms_norm")
 

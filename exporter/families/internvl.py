@@ -8,15 +8,19 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from himap_export.engines.image import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing
+from himap_export.exporter.config import InternVl
 from himap_export.exporter.family import (
+    ACTIVATIONS,
     Config,
     Family,
     Picture,
     PromptRules,
     VisionSpec,
     built,
+    check_tower,
     fixed_size,
     only,
+    only_kinds,
     text_spec,
 )
 from himap_export.graphs.errors import Exit, HimapError
@@ -32,12 +36,13 @@ TEMPLATE = "<|im_start|>user\n<img><IMG_CONTEXT></img>\n{prompt}<|im_end|>\n<|im
 def _full(config: Config) -> "InternVLConfig":
     from transformers import InternVLConfig
 
+    only_kinds("text model", config.get("text_config", {}), "qwen2", "qwen3", "llama")
+    only_kinds("vision tower", config.get("vision_config", {}), "internvl_vision")
     return built(InternVLConfig, config)
 
 
 def decoder(config: Config) -> DecoderSpec:
     text = _full(config).text_config
-    only("text model", text.model_type, "qwen2", "qwen3", "llama")
     bias = text.model_type == "qwen2" or getattr(text, "attention_bias", False)
     # Dynamic NTK scaling changes nothing up to `max_position_embeddings`, and `PromptRules.positions` are no more.
     return text_spec(text, ("default", "dynamic"), qkv_bias=bias, qk_norm=text.model_type == "qwen3")
@@ -47,12 +52,14 @@ def vision(config: Config, asked: Picture) -> VisionSpec:
     """`asked.tiles` pictures of the tower's own size, the thumbnail counted."""
     full = _full(config)
     tower, positions = full.vision_config, full.text_config.max_position_embeddings
-    only("vision tower", tower.model_type, "internvl_vision")
+    check_tower(tower.hidden_size, tower.num_attention_heads, tower.hidden_act)
+    only("norm of the vision tower", tower.norm_type, "layer_norm", "rms_norm")
+    only("activation of the projector", full.projector_hidden_act, *ACTIVATIONS)
     only("vision feature layer", full.vision_feature_layer, -1)
     only("vision feature selection", full.vision_feature_select_strategy, "default")
     only("downsample ratio", full.downsample_ratio, 0.5)
     (height, width), (patch, across) = tower.image_size, tower.patch_size
-    if height != width or patch != across or height // patch % 2:
+    if height != width or patch != across or height < patch or height // patch % 2:
         details = "supported: square pictures of an even number of square patches in a row"
         raise HimapError(f"unsupported vision tower of {width}x{height} pixels", details, code=Exit.USAGE)
     size, tiles = fixed_size(Picture(asked.size), (height, width)), 1 if asked.tiles is None else asked.tiles
@@ -125,4 +132,4 @@ def module(config: Config, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.
         return Vision().to(dtype).eval()
 
 
-FAMILY = Family("InternVLForConditionalGeneration", decoder, vision, module, names, prompt, image)
+FAMILY = Family("InternVLForConditionalGeneration", decoder, vision, module, names, prompt, image, schema=InternVl)

@@ -6,15 +6,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from himap_export.engines.image import ImagePreprocessing, clip_preprocessing
+from himap_export.exporter.config import Llava
 from himap_export.exporter.family import (
+    ACTIVATIONS,
     Config,
     Family,
     Picture,
     PromptRules,
     VisionSpec,
     built,
+    check_tower,
     fixed_size,
     only,
+    only_kinds,
+    require,
     text_spec,
 )
 from himap_export.graphs.spec import DecoderSpec
@@ -29,18 +34,23 @@ TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"
 def _full(config: Config) -> "LlavaConfig":
     from transformers import LlavaConfig
 
+    only_kinds("text model", config.get("text_config", {}), "llama")
+    only_kinds("vision tower", config.get("vision_config", {}), "clip_vision_model")
     return built(LlavaConfig, config)
 
 
 def decoder(config: Config) -> DecoderSpec:
-    text = _full(config).text_config
-    only("text model", text.model_type, "llama")
-    return text_spec(text)
+    return text_spec(_full(config).text_config)
 
 
 def vision(config: Config, asked: Picture) -> VisionSpec:
-    tower = _full(config).vision_config
-    only("vision tower", tower.model_type, "clip_vision_model")
+    full = _full(config)
+    tower, layers = full.vision_config, full.vision_feature_layer
+    check_tower(tower.hidden_size, tower.num_attention_heads, tower.hidden_act)
+    only("activation of the projector", full.projector_hidden_act, *ACTIVATIONS)
+    for layer in [layers] if isinstance(layers, int) else layers:
+        depth = tower.num_hidden_layers
+        require(-depth - 1 <= layer <= depth, f"vision_feature_layer {layer} of a vision tower of {depth} layers")
     side = tower.image_size // tower.patch_size
     whole = config.get("vision_feature_select_strategy", "default") == "full"
     size = fixed_size(asked, (tower.image_size, tower.image_size))
@@ -103,4 +113,4 @@ def module(config: Config, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.
         return Vision().to(dtype).eval()
 
 
-FAMILY = Family("LlavaForConditionalGeneration", decoder, vision, module, names, prompt, image)
+FAMILY = Family("LlavaForConditionalGeneration", decoder, vision, module, names, prompt, image, schema=Llava)

@@ -6,12 +6,13 @@ Where the vision tower's tensors lie in a checkpoint of their own, its config.js
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec.structs import replace
 
 from himap_export.engines.image import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing, clip_preprocessing, mean_color
+from himap_export.exporter.config import LlavaOriginal
 from himap_export.exporter.families import intern_vit
 from himap_export.exporter.families.constants import hold
 from himap_export.exporter.families.sentencepiece import tokenizer
@@ -22,8 +23,10 @@ from himap_export.exporter.family import (
     PromptRules,
     VisionSpec,
     built,
+    check_tower,
     fixed_size,
     only,
+    require,
     text_spec,
 )
 from himap_export.graphs.spec import DecoderSpec
@@ -55,7 +58,9 @@ def _is_intern(config: Config) -> bool:
 
 
 def _tower(config: Config) -> tuple[Config, bool, int]:
-    """The vision tower's own configuration, whether it is an InternViT-6B, and the side of its pictures in pixels."""
+    """The vision tower's own configuration, whether it is an InternViT-6B, and the side of its pictures in pixels.
+
+    HimapError (usage) for one that `module` does not follow."""
     found: Config = config.get("vision_config", {})
     kind = found.get("model_type")
     only("vision tower", kind, "clip", "clip_vision_model", intern_vit.MODEL_TYPE)
@@ -64,14 +69,24 @@ def _tower(config: Config) -> tuple[Config, bool, int]:
 
         found = found.get("vision_config", found)  # of a CLIP with its text encoder, as openai's
         full = built(CLIPVisionConfig, found)
+        check_tower(full.hidden_size, full.num_attention_heads, full.hidden_act)
         return full.to_dict(), False, full.image_size
     intern_vit.check(found)
     # Trained at 224 px; its authors' CLIPVisionTower chooses by the tower's name.
     return found, True, 448 if "448" in (tower(config) or "") else 336
 
 
+def _layers(config: Config, depth: int) -> int:
+    """How many of the tower's `depth` layers are read: state 0 is the embeddings', and one state is wanted."""
+    select: int = config.get("mm_vision_select_layer", -2)
+    require(-depth - 1 <= select <= depth, f"mm_vision_select_layer {select} of a vision tower of {depth} layers")
+    return select % (depth + 1)
+
+
 def vision(config: Config, asked: Picture) -> VisionSpec:
     found, _, side = _tower(config)
+    _layers(config, found["num_hidden_layers"])
+    _projector_depth(config, found["hidden_size"])
     feature = config.get("mm_vision_select_feature", "patch")
     only("mm_vision_select_feature", feature, "patch", "cls_patch")
     only("image_aspect_ratio", config.get("image_aspect_ratio"), None, "square", "pad")
@@ -116,21 +131,28 @@ def image(config: Config, spec: VisionSpec) -> ImagePreprocessing:
     return replace(how, pad_color=mean_color(how.mean))
 
 
+def _projector_depth(config: Config, width: int) -> int | None:
+    """Linear layers of the projector's MLP; None for one linear layer by itself, 0 for no projector."""
+    kind = config.get("mm_projector_type", "linear")
+    if kind == "identity":
+        only("width of the vision tower under an identity projector", width, config["hidden_size"])
+        return 0
+    depth = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
+    if depth is None:
+        only("mm_projector_type", kind, "linear", "mlp2x_gelu", "mlpNx_gelu", "identity")
+    return int(depth[1]) if depth else None
+
+
 def _projector(config: Config, width: int) -> "torch.nn.Module":
     """[...,width] to [...,D], as build_vision_projector in llava/model/multimodal_projector/builder.py."""
     from torch import nn
 
-    kind, hidden = config.get("mm_projector_type", "linear"), config["hidden_size"]
-    if kind == "identity":
-        only("width of the vision tower under an identity projector", width, hidden)
+    depth, hidden = _projector_depth(config, width), config["hidden_size"]
+    if depth == 0:
         return nn.Identity()
-    if kind == "linear":
-        return nn.Linear(width, hidden)
-    depth = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
     if depth is None:
-        only("mm_projector_type", kind, "linear", "mlp2x_gelu", "mlpNx_gelu", "identity")
-    assert depth is not None
-    deeper = (layer for _ in range(int(depth[1]) - 1) for layer in (nn.GELU(), nn.Linear(hidden, hidden)))
+        return nn.Linear(width, hidden)
+    deeper = (layer for _ in range(depth - 1) for layer in (nn.GELU(), nn.Linear(hidden, hidden)))
     return nn.Sequential(nn.Linear(width, hidden), *deeper)
 
 
@@ -140,9 +162,7 @@ def module(config: Config, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     found, intern, side = _tower(config)
-    select, depth = config.get("mm_vision_select_layer", -2), found["num_hidden_layers"]
-    only("mm_vision_select_layer", select, *range(-depth - 1, depth + 1))
-    layers = select % (depth + 1)  # state 0 is the embeddings'; no later layer is wanted
+    layers = _layers(config, found["num_hidden_layers"])
     whole = spec.tokens > spec.grid[0] * spec.grid[1]
 
     class Vision(torch.nn.Module):
@@ -173,5 +193,5 @@ def module(config: Config, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.
 
 FAMILY = Family(
     "LlavaLlamaForCausalLM", decoder, vision, module, names, prompt, image, tokenizer=tokenizer, tower=tower,
-    own_image=True,
+    own_image=True, schema=LlavaOriginal,
 )  # fmt: skip

@@ -4,9 +4,20 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from himap_export.engines.image import CLIP_MEAN, CLIP_STD, ImagePreprocessing
+from himap_export.exporter.config import Qwen25Vl
 from himap_export.exporter.families import qwen_vision
 from himap_export.exporter.families.constants import hold
-from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, built, only, text_spec
+from himap_export.exporter.family import (
+    Config,
+    Family,
+    Picture,
+    PromptRules,
+    VisionSpec,
+    built,
+    only,
+    require,
+    text_spec,
+)
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -29,7 +40,7 @@ def decoder(config: Config) -> DecoderSpec:
     # The frequencies in three runs, the fastest for time: apply_multimodal_rotary_pos_emb.
     axes = tuple(axis for axis, count in enumerate(sections) for _ in range(count))
     spec = text_spec(text, qwen_vision.ROPES, qkv_bias=True, rope_axes=axes)
-    qwen_vision.only_whole_heads(text.rope_parameters, sections, spec.head_dim)
+    qwen_vision.only_whole_heads(sections, spec.head_dim)
     return spec
 
 
@@ -37,6 +48,8 @@ def vision(config: Config, asked: Picture) -> VisionSpec:
     full = _full(config)
     tower = full.vision_config
     only("width of vision features", tower.out_hidden_size, full.text_config.hidden_size)
+    unit = tower.patch_size * tower.spatial_merge_size
+    require(tower.window_size >= unit, f"windows of {tower.window_size} pixels hold no merged patch of {unit}")
     return qwen_vision.vision_spec(tower, asked)
 
 
@@ -107,4 +120,4 @@ def module(config: Config, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.
     return made
 
 
-FAMILY = Family("Qwen2_5_VLForConditionalGeneration", decoder, vision, module, names, prompt, image)
+FAMILY = Family("Qwen2_5_VLForConditionalGeneration", decoder, vision, module, names, prompt, image, schema=Qwen25Vl)

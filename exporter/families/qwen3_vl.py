@@ -7,9 +7,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from himap_export.engines.image import ImagePreprocessing
+from himap_export.exporter.config import Qwen3Vl
 from himap_export.exporter.families import qwen_vision
 from himap_export.exporter.families.constants import hold
-from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, built, only, text_spec
+from himap_export.exporter.family import (
+    Config,
+    Family,
+    Picture,
+    PromptRules,
+    VisionSpec,
+    built,
+    only,
+    require,
+    text_spec,
+)
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -35,7 +46,7 @@ def decoder(config: Config) -> DecoderSpec:
     text, deepstack = full.text_config, len(full.vision_config.deepstack_visual_indexes)
     sections = text.rope_parameters.get("mrope_section", [24, 20, 20])
     spec = text_spec(text, qwen_vision.ROPES, qk_norm=True, rope_axes=rope_axes(sections), deepstack=deepstack)
-    qwen_vision.only_whole_heads(text.rope_parameters, sections, spec.head_dim)
+    qwen_vision.only_whole_heads(sections, spec.head_dim)
     return spec
 
 
@@ -43,7 +54,11 @@ def vision(config: Config, asked: Picture) -> VisionSpec:
     full = _full(config)
     tower = full.vision_config
     only("width of vision features", tower.out_hidden_size, full.text_config.hidden_size)
-    return qwen_vision.vision_spec(tower, asked, len(tower.deepstack_visual_indexes))
+    found = list(tower.deepstack_visual_indexes)
+    require(len(found) <= full.text_config.num_hidden_layers, f"{len(found)} deepstack features for fewer layers")
+    once = len(set(found)) == len(found) and all(0 <= index < tower.depth for index in found)
+    require(once, f"deepstack_visual_indexes {found[:16]} of a vision tower of {tower.depth} layers")
+    return qwen_vision.vision_spec(tower, asked, len(found))
 
 
 def names(config: Config, role: str) -> Iterator[str]:
@@ -125,4 +140,4 @@ def module(config: Config, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.
     return made
 
 
-FAMILY = Family("Qwen3VLForConditionalGeneration", decoder, vision, module, names, prompt, image)
+FAMILY = Family("Qwen3VLForConditionalGeneration", decoder, vision, module, names, prompt, image, schema=Qwen3Vl)

@@ -5,7 +5,7 @@ known, so whatever depends on it alone is a table written into the graph, and pi
 Letters of this file: m `spatial_merge_size`, N patches, V = N / m^2 merged tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from himap_export.engines.image import ImagePreprocessing, mean_color
-from himap_export.exporter.family import Config, Picture, PromptRules, VisionSpec, only
+from himap_export.exporter.family import Config, Picture, PromptRules, VisionSpec, check_tower, only
 from himap_export.graphs.errors import Exit, HimapError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ USER = f"<|im_start|>user\n{IMAGE}{{prompt}}<|im_end|>\n<|im_start|>assistant\n"
 def vision_spec(tower: Any, asked: Picture, deepstack: int = 0) -> VisionSpec:
     """Of a Hugging Face vision config; HimapError (usage) for a size that is no whole number of merged patches."""
     only("frames of a patch", tower.temporal_patch_size, 2)
+    check_tower(tower.hidden_size, tower.num_heads, tower.hidden_act, multiple=4)  # rows and columns turn pairs
     if asked.tiles not in (None, 1):
         raise HimapError(f"--tiles {asked.tiles} does not fit", "this model sees its picture whole", code=Exit.USAGE)
     unit = tower.patch_size * tower.spatial_merge_size
@@ -66,9 +67,8 @@ def letterboxed(
     )
 
 
-def only_whole_heads(rope: Mapping[str, Any], sections: Sequence[int], head_dim: int) -> None:
+def only_whole_heads(sections: Sequence[int], head_dim: int) -> None:
     """HimapError (usage) for M-RoPE that does not turn the whole head."""
-    only("partial rotary factor", rope.get("partial_rotary_factor", 1.0), 1.0)
     only("sum of mrope_section", sum(sections), head_dim // 2)
     only("number of mrope_section", len(sections), 3)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from himap_export.engines.image import ImagePreprocessing
+from himap_export.exporter.config import QwenVl
 from himap_export.exporter.families import tiktoken
-from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, fixed_size, only
+from himap_export.exporter.family import Config, Family, Picture, PromptRules, VisionSpec, fixed_size, only, require
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def decoder(config: Config) -> DecoderSpec:
     only("bias of linear layers (no_bias)", config.get("no_bias", True), True)
     only("part of a head that is rotated (rotary_pct)", config.get("rotary_pct", 1.0), 1.0)
     only("tied embedding", config.get("tie_word_embeddings", False), False)
+    require(head_dim % 2 == 0, f"heads of {head_dim} cannot be rotated by halves")
     return DecoderSpec(
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],
@@ -59,12 +61,14 @@ def vision(config: Config, asked: Picture) -> VisionSpec:
     from himap_export.exporter.families.qwen_vl_tower import CHANNELS, HEAD_DIM, queries
 
     visual = config["visual"]
-    tokens, side = queries(visual), visual["image_size"]
+    tokens, side, patch = queries(visual), visual["image_size"], visual["patch_size"]
+    width, heads = visual["width"], visual["heads"]
     only("width of vision features", visual["output_dim"], config["hidden_size"])
-    only("remainder of the width of vision features by 128", visual["output_dim"] % HEAD_DIM, 0)
-    only("remainder of the tower's width by its heads", visual["width"] % visual["heads"], 0)
-    only("remainder of the picture's size by the patch's", side % visual["patch_size"], 0)
-    only("number of queries", tokens, isqrt(tokens) ** 2)
+    require(visual["output_dim"] % HEAD_DIM == 0, f"{visual['output_dim']} channels are no whole heads of {HEAD_DIM}")
+    require(width % heads == 0, f"a vision tower of {width} channels has no {heads} equal heads")
+    require(int(width * visual["mlp_ratio"]) > 0, f"mlp_ratio {visual['mlp_ratio']} leaves the tower no hidden layer")
+    require(side % patch == 0, f"pictures of {side} pixels are no whole patches of {patch}")
+    require(tokens == isqrt(tokens) ** 2, f"{tokens} queries are no square")
     return VisionSpec(fixed_size(asked, (side, side)), CHANNELS, tokens, (isqrt(tokens), isqrt(tokens)))
 
 
@@ -135,4 +139,6 @@ def tokenizer(folder: Path, rules: PromptRules) -> bytes | None:
     return tiktoken.tokenizer_json(folder / "qwen.tiktoken", {"<imgpad>": rules.image_token})
 
 
-FAMILY = Family("QWenLMHeadModel", decoder, vision, module, names, prompt, image, tokenizer, own_image=True)
+FAMILY = Family(
+    "QWenLMHeadModel", decoder, vision, module, names, prompt, image, tokenizer, own_image=True, schema=QwenVl
+)

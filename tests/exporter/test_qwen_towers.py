@@ -174,7 +174,7 @@ def test_axes_of_published_checkpoints() -> None:
 
 
 def test_sliding_windows_are_refused() -> None:
-    with pytest.raises(HimapError, match="unsupported sliding window"):
+    with pytest.raises(HimapError, match="unsupported kind of layer sliding_attention"):
         qwen2_5_vl.decoder({**CONFIG_2_5, "use_sliding_window": True})
 
 

@@ -145,9 +145,9 @@ def test_decoder() -> None:
         ({"no_bias": False}, "unsupported bias of linear layers"),
         ({"rotary_pct": 0.5}, "unsupported part of a head that is rotated"),
         ({"hidden_size": 256}, "unsupported width of vision features 128"),
-        ({"visual": {**CONFIG["visual"], "n_queries": 200}}, "unsupported number of queries 200"),
-        ({"visual": {**CONFIG["visual"], "image_size": 225}}, "unsupported remainder of the picture's size"),
-        ({"visual": {**CONFIG["visual"], "output_dim": 64}, "hidden_size": 64}, "unsupported remainder of the width"),
+        ({"visual": {**CONFIG["visual"], "n_queries": 200}}, "200 queries are no square"),
+        ({"visual": {**CONFIG["visual"], "image_size": 225}}, "pictures of 225 pixels are no whole patches of 14"),
+        ({"visual": {**CONFIG["visual"], "output_dim": 64}, "hidden_size": 64}, "64 channels are no whole heads of 128"),
     ],
 )
 def test_other_configurations_are_refused(change: dict[str, Any], message: str) -> None:

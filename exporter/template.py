@@ -1,0 +1,133 @@
+"""A checkpoint's chat template, rendered where it can do no harm: in a child process of little time and memory.
+
+The sandbox of transformers keeps a template from running code, not from looping for a year or from making a string of a
+terabyte. The child is a fork of this process: it costs milliseconds, for everything is imported already.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import resource
+import select
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from himap_export.engines.documents import MEGABYTE
+from himap_export.graphs.errors import HimapError
+
+# Published templates are up to 40 kB, take 10 ms and no memory to speak of, and a prompt has to fit a context.
+MOST_TEXT = MEGABYTE  # bytes of a template, and of all that is made of it
+MOST_MEMORY = 256 * MEGABYTE  # beyond what this process has
+MOST_SECONDS = 3  # of a processor
+MOST_WAIT = 30.0  # seconds by the clock: the machine may have much else to do
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of sys/prctl.h
+
+
+def render(template: str, questions: Sequence[str], variables: Mapping[str, Any]) -> tuple[str, ...]:
+    """The prompts that `template` makes of an image and each of `questions`; it sees `variables` besides.
+
+    HimapError for a template that raises, takes too long, or takes or makes too much.
+    """
+    # Before the fork: the child imports nothing.
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if len(template.encode(errors="surrogatepass")) > MOST_TEXT:
+        raise _refused(f"it is longer than {MOST_TEXT} bytes")
+
+    def texts() -> list[str]:
+        contents = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
+        chats: list[Any] = [[{"role": "user", "content": content}] for content in contents]
+        made, _ = render_jinja_template(chats, chat_template=template, add_generation_prompt=True, **variables)
+        return [str(text) for text in made]
+
+    answer = json.loads(_bounded(lambda: _said(texts)))
+    if isinstance(answer, str):
+        raise _refused(answer)
+    return tuple(answer)
+
+
+def _said(texts: Callable[[], list[str]]) -> bytes:
+    """What `texts` gives, or in one string why it gives nothing, as JSON."""
+    answer: list[str] | str
+    try:
+        answer = texts()
+        if len("".join(answer).encode()) > MOST_TEXT:
+            answer = f"it makes more than {MOST_TEXT} bytes"
+    except MemoryError:
+        answer = f"it takes more than {MOST_MEMORY // MEGABYTE} MB"
+    except Exception as problem:  # whatever the template does or raises
+        answer = " ".join(str(problem)[:1000].split()) or type(problem).__name__
+    return json.dumps(answer).encode()
+
+
+def _bounded(work: Callable[[], bytes]) -> bytes:
+    """What `work` returns in a process of its own. HimapError if that does not end in time, or not well."""
+    reader, writer = os.pipe()
+    parent, libc = os.getpid(), ctypes.CDLL(None)
+    child = os.fork()
+    if child == 0:
+        _in_child(parent, libc, writer, work)
+    os.close(writer)
+    try:
+        found = _read(reader)
+    finally:
+        os.close(reader)
+        os.kill(child, signal.SIGKILL)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if ended:
+        raise _refused(f"it takes more than {MOST_SECONDS} s or {MOST_MEMORY // MEGABYTE} MB")
+    return found
+
+
+def _in_child(parent: int, libc: ctypes.CDLL, writer: int, work: Callable[[], bytes]) -> NoReturn:
+    """Nothing that the parent has open, has caught or wants done at its end concerns the child."""
+    ended = 1
+    try:
+        gc.disable()
+        for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU):
+            signal.signal(caught, signal.SIG_DFL)
+        libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(nowhere, standard)
+        if os.getppid() == parent:
+            _limit()
+            found = memoryview(work())
+            while found:
+                found = found[os.write(writer, found) :]
+            ended = 0
+    finally:
+        os._exit(ended)
+
+
+def _limit() -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = {
+        resource.RLIMIT_AS: pages * resource.getpagesize() + MOST_MEMORY,
+        resource.RLIMIT_CPU: MOST_SECONDS,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_CORE: 0,
+    }
+    for what, most in limits.items():
+        hard = resource.getrlimit(what)[1]
+        resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def _read(reader: int) -> bytes:
+    """All that is written, but no longer than MOST_WAIT: then what there is."""
+    until, found, waiting = time.monotonic() + MOST_WAIT, bytearray(), select.poll()
+    waiting.register(reader, select.POLLIN)
+    while waiting.poll(max(0.0, until - time.monotonic()) * 1000):
+        part = os.read(reader, 65536)
+        if not part:
+            break
+        found += part
+    return bytes(found)
+
+
+def _refused(why: str) -> HimapError:
+    return HimapError("the chat template cannot be rendered", why)
