@@ -21,9 +21,9 @@ from himap_export.validate.prompter import Prompter
 SHOWN = 6  # example images
 HOW = (
     "An answer is right if it is the expected one, but for case, white space and final punctuation; of options, if it "
-    "names the right one as lmms-eval reads it (himap_export.validate.choices), which is wrong where it decides on "
-    "none. Intervals are 95 %: Wilson's for accuracies, Tango's for differences, which are paired, question by "
-    "question. Repetitions of a random plan are averaged per question first: they are no further questions."
+    "names the right one by the rule of lmms-eval: one that names none, or several, is wrong. Intervals are 95 %: "
+    "Wilson's for accuracies, Tango's for differences, which are paired, question by question. Repetitions of a random "
+    "plan are averaged per question first: they are no further questions."
 )
 
 

@@ -1,6 +1,10 @@
 """Which option an answer names: the published cases of the rule, what ours adds to it, and that chance has no part."""
 
+import unicodedata
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from himap_export.validate.choices import LETTERS, chosen
 
@@ -109,6 +113,37 @@ def test_an_options_text_before_a_letter_inside_it() -> None:
 
 def test_what_cannot_be_read_is_never_drawn() -> None:
     assert {chosen(said, COLOURS) for said in ("I cannot say.", "Something else") for _ in range(50)} == {None}
+
+
+PARTS = [
+    "A",
+    "b",
+    "C",
+    "Z",
+    "The answer is ",
+    "Answer: ",
+    "<answer>",
+    "</answer>",
+    "\\boxed{",
+    "}",
+    "(",
+    ")",
+    ".",
+    ", ",
+    " or ",
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.one_of(st.text(), st.lists(st.sampled_from([*PARTS, " ", "\n", "cat", "not "])).map("".join)), st.integers(2, 26)
+)
+def test_any_text_names_an_option_or_none(said: str, count: int) -> None:
+    options = [f"option {n}" for n in range(count)]
+    found = chosen(said, options)
+    assert found is None or 0 <= found < count
+    if found is not None:  # some letter, or the option's text, says so
+        assert LETTERS[found] in unicodedata.normalize("NFKC", said).upper()
 
 
 def test_long_answers_are_read_at_once() -> None:
