@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from himap_export.engines.manifest import is_bundle
 from himap_export.graphs.errors import Exit, HimapError
 
 # What files of a kind begin with: another file at the user's path is somebody's, not an older output.
 KINDS = {".npz": (b"PK\x03\x04", b"PK\x05\x06"), ".png": (b"\x89PNG",)}
-MANIFEST = "manifest.json"
 
 
 def check_output(path: Path, *inputs: Path | None) -> None:
@@ -39,12 +39,9 @@ def check_outside(path: Path) -> None:
     """HimapError (usage) if `path`, a file or a folder to be written, lies in a bundle, or is one."""
     whole = Path(os.path.realpath(path))
     for folder in (whole, *whole.parents):
-        if _exists(folder / MANIFEST) and (folder / MANIFEST).is_file():
-            from himap_export.engines.manifest import is_bundle
-
-            if is_bundle(folder):
-                details, hint = f"{folder} is a bundle", "a bundle holds what its manifest lists: choose another place"
-                raise HimapError(f"cannot write {path}", details, hint, Exit.USAGE)
+        if is_bundle(folder):
+            details, hint = f"{folder} is a bundle", "a bundle holds what its manifest lists: choose another place"
+            raise HimapError(f"cannot write {path}", details, hint, Exit.USAGE)
 
 
 def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -72,8 +69,11 @@ def check_report(folder: Path, names: tuple[str, ...] = ("report.html", "report.
     if _exists(folder) and not _is(folder, stat.S_ISDIR):
         raise HimapError(f"cannot write a report to {folder}", "it is no folder", code=Exit.USAGE)
     home = next(p for p in (folder.absolute(), *folder.absolute().parents) if _exists(p))
-    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
-        raise HimapError(f"cannot write a report to {folder}", f"{home} cannot be written", code=Exit.USAGE)
+    try:
+        tempfile.TemporaryFile(dir=home).close()
+    except OSError as problem:
+        details = f"{home} cannot be written: {problem.strerror}"
+        raise HimapError(f"cannot write a report to {folder}", details, code=Exit.USAGE) from None
     for name in names:
         if _exists(folder / name) and not _is(folder / name, stat.S_ISREG, follow=False):
             details = f"{name} is there and is not a plain file"

@@ -135,7 +135,9 @@ def test_a_manifest_that_is_no_file(bundle: Path) -> None:
         refused(bundle, "cannot read manifest")
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../k1.onnx", "weights/../k1.onnx", "./k1.onnx", "a//b", "a\\b", "a\nb"])
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../k1.onnx", "weights/../k1.onnx", "./k1.onnx", "a//b", "a\\b", "a\nb"]
+)
 def test_paths_lead_nowhere_else(bundle: Path, name: str) -> None:
     def listed(data: Json) -> None:
         data["graphs"]["k1"]["file"] = name
