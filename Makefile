@@ -7,7 +7,7 @@ BUNDLE ?= demo/shapes
 IMAGE ?= examples/shapes/images/$(shell sed -n '1s/.*"image": "\([^"]*\)".*/\1/p' examples/shapes/images/questions.jsonl)
 QUESTION ?= $(shell sed -n '1s/.*"question": "\([^"]*\)".*/\1/p' examples/shapes/images/questions.jsonl)
 
-.PHONY: install demo test test-slow lint bench bench-7b bench-gpu bench-engines bench-analysis shapes study clean
+.PHONY: install demo test test-slow fuzz lint bench bench-7b bench-gpu bench-engines bench-analysis shapes study clean
 
 install: $(READY)
 
@@ -34,6 +34,10 @@ test: install lint
 
 test-slow: install
 	$(BIN)/pytest -n 2 -m slow
+
+# Twenty minutes of bad input at every command's doors; HIMAP_FUZZ_SEED repeats an order.
+fuzz: install
+	HIMAP_FUZZ_SECONDS=$${HIMAP_FUZZ_SECONDS:-1200} $(BIN)/pytest tests/fuzz -m slow -s
 
 lint: install types
 	$(BIN)/ruff check .

@@ -2,12 +2,14 @@
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from commands import Workshop
 from hypothesis import settings
+from vision_cache import remembering
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test talks to the hub
 
@@ -27,3 +29,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     folder = shared / "workshop"
     folder.mkdir(exist_ok=True)
     return Workshop(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _vision_graphs(work: Workshop) -> Iterator[None]:
+    """Commands called in this process make each vision graph once."""
+    from himap_export.exporter import vision
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vision, "vision_graph", remembering(vision.vision_graph, work.folder))
+        yield

@@ -10,10 +10,12 @@ import torch
 from commands import Workshop, call, save_inputs
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from numpy.typing import NDArray
 from tiny import Inputs, make_inputs
 from transformers import LlavaForConditionalGeneration
 
+from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import open_bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline, Prefilled, tensor_name
@@ -50,8 +52,8 @@ def answer(pipeline: Pipeline, inputs: Inputs, count: int = NEW, sampling: Sampl
 
 
 def with_stops(pipeline: Pipeline, eos: tuple[int, ...], pad: int = 0) -> Pipeline:
-    model = replace(pipeline.manifest.model, eos_tokens=eos, pad_token=pad)
-    pipeline.manifest = replace(pipeline.manifest, model=model)
+    model = structs.replace(pipeline.manifest.model, eos_tokens=eos, pad_token=pad)
+    pipeline.manifest = structs.replace(pipeline.manifest, model=model)
     return pipeline
 
 
@@ -61,7 +63,7 @@ LOGITS = np.array([[0.0, 2.0, 1.0, -3.0], [5.0, 5.0, 4.9, -1.0]], np.float32)
 
 
 def draws(how: Sampling, count: int, logits: NDArray[np.float32] = LOGITS) -> Ints:
-    sampler = Sampler(how)
+    sampler = Sampler(how, range(len(logits)))
     return np.stack([sampler(logits) for _ in range(count)])
 
 
@@ -123,10 +125,13 @@ def test_a_drawn_token_is_among_those_that_top_p_allows(t: float, top_p: float, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((-0.1, 1.0), "--temperature -0.1"),
-        ((1.0, 0.0), "--top-p 0.0"),
-        ((1.0, 1.1), "--top-p 1.1"),
-        ((1.0, -1), "--top-p -1"),
+        ((-0.1, 1.0), "temperature -0.1"),
+        ((np.nan, 1.0), "temperature nan"),
+        ((np.inf, 1.0), "temperature inf"),
+        ((1.0, 0.0), "top_p 0.0"),
+        ((1.0, 1.1), "top_p 1.1"),
+        ((1.0, -1), "top_p -1"),
+        ((1.0, np.nan), "top_p nan"),
     ],
 )
 def test_impossible_sampling_is_refused(arguments: tuple[float, float], words: str) -> None:
@@ -143,6 +148,49 @@ def test_sampling_flags_reach_the_answer(work: Workshop, bundle: Path, pipeline:
     np.testing.assert_array_equal(sampled, answer(pipeline, inputs, NEW, Sampling(1.5, 0.9, 3)))
     for other in ((), ("--temperature", 1.5, "--top-p", 0.9, "--seed", 4)):
         assert not np.array_equal(sampled, work.answer(bundle, inputs, *other)["tokens"])
+
+
+def test_what_a_request_draws_does_not_depend_on_its_batch(work: Workshop) -> None:
+    """Four equal prompts, answered one by one and two at a time: each its own answer, the same both ways."""
+    prompt = make_inputs(work.tiny("gqa2"), [9], [5])
+    four = Inputs(
+        *(np.repeat(part, 4, axis=0) for part in (prompt.input_ids, prompt.attention_mask, prompt.pixel_values))
+    )
+    shape = ("--text-budget", 16, "--max-new-tokens", NEW)
+    one, two = (work.bundle("gqa2", "--batch", b, *shape, cuts=CUTS) for b in (1, 2))
+    alone, paired = (work.answer(b, four, "--temperature", 1.5, "--seed", 3)["tokens"] for b in (one, two))
+    np.testing.assert_array_equal(alone, paired)
+    assert len(np.unique(alone, axis=0)) == 4
+    in_first, in_second = (Sampler(Sampling(1.0, seed=1), requests)(LOGITS) for requests in ((0, 5), (5, 9)))
+    again = Sampler(Sampling(1.0, seed=1), (5,))(LOGITS[1:])
+    assert in_first[1] == again[0] and len(in_second) == 2
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_no_answer(pipeline: Pipeline, work: Workshop, bad: float) -> None:
+    logits = LOGITS.copy()
+    logits[1, 2] = bad
+    with pytest.raises(HimapError, match="1 of 4 logits of prompt 7 are NaN or infinite"):
+        Sampler(Sampling(), (3, 7))(logits)
+    inputs = two_prompts(work)
+    prefilled, layout = pipeline.prefill(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
+    prefilled.logits[0, 5] = bad
+    with pytest.raises(HimapError, match="the model gives no answer"):
+        next(pipeline.generate(prefilled, layout, 1))
+
+
+def test_pixels_are_numbers_that_the_graph_can_hold(pipeline: Pipeline, work: Workshop) -> None:
+    inputs = two_prompts(work)
+    for bad in (np.nan, np.inf):
+        inputs.pixel_values[1, 0, 0, 0] = bad
+        with pytest.raises(HimapError, match="pixel_values are out of range"):
+            pipeline.prefill(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
+
+
+def test_a_bundle_larger_than_the_machine_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("himap_export.engines.pipeline.memory_bytes", lambda: 1 << 16)
+    with pytest.raises(HimapError, match="is too large for this machine"):
+        Pipeline(open_bundle(bundle), "onnxruntime", Opening(threads=1))
 
 
 # --- the end of an answer ---

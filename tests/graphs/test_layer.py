@@ -1,12 +1,11 @@
 """One decoder layer as a graph against Hugging Face's LlamaDecoderLayer, prefill and decode."""
 
-from dataclasses import replace
-
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from numpy.typing import NDArray
 from statement import IMAGE_TOKEN, Decoded, Floats, Ints, decode
 
@@ -148,7 +149,7 @@ def examples(draw: st.DrawFn, unpruned: bool = False) -> Example:
     visual, text, batch = rows * columns, draw(st.integers(1, 8)), draw(st.integers(1, 3))
     plan = draw(plans(layers, visual))
     if unpruned:
-        plan = PruningPlan(tuple(replace(cut, remove=0.0, keep=None) for cut in plan.cuts))
+        plan = PruningPlan(tuple(structs.replace(cut, remove=0.0, keep=None) for cut in plan.cuts))
     model = StagedModel(spec, plan, TokenBudget(plan.kept(visual), text, NEW, batch), "fp32", lambda role: role)
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     prompts = []

@@ -13,6 +13,7 @@ from typing import cast
 import numpy as np
 import pytest
 from commands import Workshop, blocked_python, golden_inputs
+from msgspec import structs
 from tiny import make_inputs
 
 from himap_export.engines.arrays import Inputs
@@ -187,8 +188,10 @@ def test_bf16_is_refused(golden: Saved) -> None:
     bundle = open_bundle(golden.bundle)
     graph = bundle.graph_name("vision")
     record = bundle.manifest.graphs[graph]
-    record = replace(record, outputs={name: TensorSpec("bf16", spec.shape) for name, spec in record.outputs.items()})
-    manifest = replace(bundle.manifest, graphs={**bundle.manifest.graphs, graph: record})
+    record = structs.replace(
+        record, outputs={name: TensorSpec("bf16", spec.shape) for name, spec in record.outputs.items()}
+    )
+    manifest = structs.replace(bundle.manifest, graphs={**bundle.manifest.graphs, graph: record})
     pipeline = cast(Pipeline, SimpleNamespace(bundle=replace(bundle, manifest=manifest)))
     inputs = golden_inputs()
     with pytest.raises(HimapError, match="cannot hold bf16") as refused:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import Workshop, call
+from msgspec import structs
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoProcessor, AutoTokenizer
@@ -96,7 +97,7 @@ def test_a_bundle_and_its_checkpoint_say_the_same(shapes: Prompter, bundle: Bund
 def test_a_bundle_that_knows_its_prompt_takes_the_checkpoints_tokenizer(
     shapes: Prompter, bundle: Bundle, tmp_path: Path
 ) -> None:
-    bare = replace(bundle, manifest=replace(bundle.manifest, tokenizer=None))  # as exported by an alias alone
+    bare = replace(bundle, manifest=structs.replace(bundle.manifest, tokenizer=None))  # as exported by an alias alone
     asked = read_dataset(QUESTIONS).examples[0]
     found = prompter_of_bundle(bare, SHAPES).arrays(asked)
     np.testing.assert_array_equal(found.input_ids, shapes.arrays(asked).input_ids)

@@ -1,0 +1,50 @@
+"""Vision graphs that tests export again and again, each made once in a run.
+
+The torch exporter takes two thirds of an export's time, and what it makes depends on nothing but its arguments.
+Commands that tests start as processes of their own do without.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from himap_export.exporter.bind import WeightNames
+from himap_export.exporter.family import Family, VisionSpec
+from himap_export.graphs.build import StageGraph
+
+Make = Callable[..., StageGraph]
+
+
+def remembering(make: Make, folder: Path) -> Make:
+    """`vision_graph` that keeps what `make` made in `folder`, for pytest-xdist's other workers too."""
+
+    def vision_graph(
+        name: str,
+        family: Family,
+        config: Mapping[str, Any],
+        spec: VisionSpec,
+        batch: int,
+        hidden: int,
+        dtype: str,
+        names: WeightNames,
+    ) -> StageGraph:
+        given = (name, family.architecture, config, repr(spec), batch, hidden, dtype, sorted(names._names), names._tied)
+        key = hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:20]
+        file = folder / f"vision-{key}.onnx"
+        if not file.exists():
+            graph = make(name, family, config, spec, batch, hidden, dtype, names)
+            proto, part = ir.to_proto(graph.model), folder / f"{key}.{os.getpid()}"
+            onnx.helper.set_model_props(proto, {"weights": json.dumps(graph.weights)})
+            part.write_bytes(proto.SerializeToString())
+            part.rename(file)
+        model = ir.from_proto(onnx.load(file, load_external_data=False))
+        weights = json.loads(model.metadata_props.pop("weights"))
+        return StageGraph(name, model, {weight: tuple(shape) for weight, shape in weights.items()})
+
+    return vision_graph
