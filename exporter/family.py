@@ -84,7 +84,8 @@ class Family:
     say. `tokenizer`: makes tokenizer.json's content for a checkpoint folder that has none, if it can. `tower`: another
     checkpoint, folder or Hugging Face id, that holds the vision tower's tensors. `own_image`: the release's code makes
     pictures as `image` says, whatever a preprocessor_config.json beside it says. `schema`: the fields of config.json,
-    and all of it that the functions are given.
+    and all of it that the functions are given. `model_type`: the name by which transformers knows the model, if it
+    does; which tokenizers it takes depends on it.
     """
 
     architecture: str
@@ -97,6 +98,7 @@ class Family:
     tokenizer: Callable[[Path, PromptRules], bytes | None] = lambda folder, rules: None
     tower: Callable[[Config], str | None] = lambda config: None
     own_image: bool = False
+    model_type: str = ""
     schema: type[Struct] = field(kw_only=True)
 
 

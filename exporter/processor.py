@@ -6,50 +6,94 @@ transformers 5.23: `get_processor_dict`, `get_image_processor_dict`, the class a
 """
 
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
+from msgspec import Meta, Struct
+from msgspec.structs import replace
+
+from himap_export.engines.documents import read_file, read_json, typed
 from himap_export.engines.image import CLIP_MEAN, CLIP_STD, RESAMPLING, ImagePreprocessing, mean_color
-from himap_export.engines.prompt import QUESTION, TOKENIZER, PromptFormat
+from himap_export.engines.prompt import MOST_TOKENIZER, QUESTION, TOKENIZER, PromptFormat
+from himap_export.engines.scratch import scratch_folder
+from himap_export.exporter.config import Name, Side
 from himap_export.exporter.family import Config, Family, PromptRules, VisionSpec
-from himap_export.graphs.errors import HimapError
+from himap_export.exporter.template import MOST_TEXT, render
+from himap_export.graphs.errors import Exit, HimapError
 
+S = TypeVar("S", bound=Struct)
 SENTINEL: Final = "himap-export asks 7c41"
 PROBE: Final = '  Is "5 < 6" & {true}?\n\tÆther  '  # what a template might strip or escape
+Template = Annotated[str, Meta(max_length=MOST_TEXT)]
+Number = Annotated[float, Meta(ge=-(2**16), le=2**16)]  # of a colour: 0 to 1, or to 255
+# Not tuple[Number, Number, Number]: msgspec 0.22 breaks memory where a union has one beside a bounded number.
+Colour = Number | Annotated[tuple[Number, ...], Meta(min_length=3, max_length=3)]
+Pair = Annotated[tuple[Side, ...], Meta(min_length=2, max_length=2)]
 
-# Hugging Face class -> its defaults for missing keys. Classes that tile the image (anyres) are not here.
-CLIP: Final[Mapping[str, Any]] = {
-    "do_resize": True,
-    "size": {"shortest_edge": 224},
-    "default_to_square": False,
-    "resample": 3,
-    "do_pad": False,
-    "do_center_crop": True,
-    "crop_size": 224,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": CLIP_MEAN,
-    "image_std": CLIP_STD,
-}
-SIGLIP: Final[Mapping[str, Any]] = {
-    **CLIP,
-    "size": {"height": 224, "width": 224},
-    "default_to_square": True,
-    "do_center_crop": False,
-    "image_mean": (0.5, 0.5, 0.5),
-    "image_std": (0.5, 0.5, 0.5),
-}
-PROCESSORS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "CLIPImageProcessor": CLIP,
-    "LlavaImageProcessor": CLIP,
-    "SiglipImageProcessor": SIGLIP,
-}
+
+class Files(Struct, frozen=True):
+    """What is read of processor_config.json and of chat_template.json."""
+
+    image_processor: dict[str, Any] | None = None
+    chat_template: Template | dict[str, Template] | None = None
+    image_token: Name | None = None
+
+
+class Size(Struct, frozen=True, forbid_unknown_fields=True):
+    """A picture's sides, or its shorter one. With the others its size would depend on the picture."""
+
+    shortest_edge: Side | None = None
+    height: Side | None = None
+    width: Side | None = None
+    longest_edge: None = None
+    max_height: None = None
+    max_width: None = None
+
+
+class Colours(Struct, frozen=True, kw_only=True):
+    """What is read of an image processor whose sizes follow the picture: here they are static, as the family says."""
+
+    image_mean: Colour | None = None
+    image_std: Colour | None = None
+
+
+class Clip(Struct, frozen=True, kw_only=True):
+    """CLIP's image processor, with its defaults for what is missing."""
+
+    do_resize: bool = True
+    size: Side | Pair | Size = Size(shortest_edge=224)
+    default_to_square: bool = False
+    resample: Annotated[int, Meta(ge=0, le=5)] = 3
+    do_pad: bool = False
+    do_center_crop: bool = True
+    crop_size: Side | Pair | Size = 224
+    do_rescale: bool = True
+    rescale_factor: Number = 1 / 255
+    do_normalize: bool = True
+    image_mean: Colour = CLIP_MEAN
+    image_std: Colour = CLIP_STD
+
+
+class Siglip(Clip, frozen=True, kw_only=True):
+    """SigLIP's."""
+
+    size: Side | Pair | Size = Size(height=224, width=224)
+    default_to_square: bool = True
+    do_center_crop: bool = False
+    image_mean: Colour = (0.5, 0.5, 0.5)
+    image_std: Colour = (0.5, 0.5, 0.5)
+
+
+# By Hugging Face's class. Those that tile the picture (anyres) are not here.
+PROCESSORS: Final = {"CLIPImageProcessor": Clip, "LlavaImageProcessor": Clip, "SiglipImageProcessor": Siglip}
+WHERE: Final = "the image processor's configuration"
 UNSUPPORTED: Final = ("image_grid_pinpoints", "use_square_size")
-# Their sizes follow the picture; here they are static, as the family says, and only the colours are the checkpoint's.
 DYNAMIC: Final = ("Qwen2VLImageProcessor", "Qwen3VLImageProcessor", "GotOcr2ImageProcessor", "InternVLImageProcessor")
+# Of a tokenizer's files those that transformers may see, which are copies; tokenizer.json is one more.
+TOKENIZER_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(frozen=True)
@@ -78,13 +122,14 @@ def read_processor(folder: Path, family: Family, config: Config, pictures: Mappi
     tower's, a chat template without exactly one image and one question, a tokenizer at odds with the model.
     """
     rules, tokens = family.prompt(config), next(iter(pictures.values())).tokens
-    processor = _read_json(folder / "processor_config.json")
-    nested = processor.get("image_processor")
-    flat = nested if isinstance(nested, dict) else _read_json(folder / "preprocessor_config.json")
-    flat = {} if family.own_image else flat
+    processor = _read(folder / "processor_config.json", Files)
+    flat = processor.image_processor
+    if flat is None and os.path.lexists(path := folder / "preprocessor_config.json"):
+        flat = read_json(path, dict[str, Any], "image processor", code=Exit.FAILURE)
+    flat = {} if family.own_image or flat is None else flat
     images = {name: _image(flat, family.image(config, spec)) for name, spec in pictures.items()}
-    if (folder / TOKENIZER).is_file():
-        return _with_tokenizer(folder, processor, rules, images, tokens)
+    if os.path.lexists(folder / TOKENIZER):
+        return _with_tokenizer(folder, family.model_type, processor, rules, images, tokens)
     made = family.tokenizer(folder, rules)
     if made is None:
         return ProcessorData(images, None)
@@ -96,7 +141,9 @@ def _image(found: Mapping[str, Any], default: ImagePreprocessing) -> ImagePrepro
     if not found:
         return default
     if _kind(found) in DYNAMIC:
-        mean, std = (_three(found.get(f"image_{what}") or getattr(default, what)) for what in ("mean", "std"))
+        told = typed(found, Colours, WHERE, Exit.FAILURE)
+        mean = default.mean if told.image_mean is None else _three(told.image_mean)
+        std = default.std if told.image_std is None else _three(told.image_std)
         return replace(default, mean=mean, std=std)
     image = read_image_preprocessing(found)
     if image.output_size != default.output_size:
@@ -108,14 +155,16 @@ def _image(found: Mapping[str, Any], default: ImagePreprocessing) -> ImagePrepro
 
 def _with_tokenizer(
     folder: Path,
-    processor: Mapping[str, Any],
+    model_type: str,
+    processor: Files,
     rules: PromptRules,
     images: Mapping[str, ImagePreprocessing],
     image_tokens: int,
 ) -> ProcessorData:
     template = _chat_template(folder, processor)
-    tokenizer = _load_tokenizer(folder)
-    image_token = getattr(tokenizer, "image_token", None) or processor.get("image_token") or rules.image_text
+    tokenizer = _load_tokenizer(folder, model_type)
+    told = getattr(tokenizer, "image_token", None)
+    image_token = (told if isinstance(told, str) else None) or processor.image_token or rules.image_text
     known = tokenizer.backend_tokenizer.token_to_id(image_token)
     if known != rules.image_token and rules.image_token >= 0:
         details = f"{image_token!r} is {known} in the tokenizer, {rules.image_token} in the model's config"
@@ -137,7 +186,7 @@ def _with_tokenizer(
 def _kind(config: Mapping[str, Any]) -> str:
     """The image processor's class, whichever of its spellings the checkpoint uses."""
     name = config.get("image_processor_type") or config.get("feature_extractor_type") or "LlavaImageProcessor"
-    return str(name).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+    return str(name)[:80].replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
 
 
 def read_image_preprocessing(config: Mapping[str, Any]) -> ImagePreprocessing:
@@ -147,81 +196,69 @@ def read_image_preprocessing(config: Mapping[str, Any]) -> ImagePreprocessing:
         raise HimapError(f"unsupported image processor {name}", f"supported: {', '.join(PROCESSORS)}")
     for key in UNSUPPORTED:
         if config.get(key):
-            raise HimapError(f"unsupported option {key} of the image processor", f"{config[key]}")
+            raise HimapError(f"unsupported option {key} of the image processor", str(config[key])[:80])
     given = {key: value for key, value in config.items() if value is not None}
-    options = {**PROCESSORS[name], **given}
-    try:
-        return _preprocessing(name, options)
-    except (TypeError, ValueError, KeyError, OverflowError) as error:
-        raise HimapError("the image processor's configuration is not usable", str(error)) from error
-
-
-def _preprocessing(name: str, options: Mapping[str, Any]) -> ImagePreprocessing:
-    mean = _three(options["image_mean"])
-    pad_color = None
-    if options["do_pad"]:
-        if name != "LlavaImageProcessor":
-            raise HimapError(f"unsupported option do_pad of {name}", hint="LlavaImageProcessor pads to a square")
-        pad_color = mean_color(mean)
-    size = _size("size", options["size"], bool(options["default_to_square"])) if options["do_resize"] else None
-    crop = _size("crop_size", options["crop_size"], True) if options["do_center_crop"] else None
+    how = typed(given, PROCESSORS[name], WHERE, Exit.FAILURE)
+    if how.do_pad and name != "LlavaImageProcessor":
+        raise HimapError(f"unsupported option do_pad of {name}", hint="LlavaImageProcessor pads to a square")
+    mean = _three(how.image_mean)
+    crop = _size("crop_size", how.crop_size, True) if how.do_center_crop else None
     if isinstance(crop, int):
-        raise HimapError("unsupported crop_size of the image processor", str(options["crop_size"]))
+        raise HimapError("unsupported crop_size of the image processor", f"shortest_edge {crop}")
     names = {int(value): text for text, value in RESAMPLING.items()}
     return ImagePreprocessing(
-        resize=size,
+        resize=_size("size", how.size, how.default_to_square) if how.do_resize else None,
         crop=crop,
-        resample=names.get(options["resample"], str(options["resample"])),
-        rescale_factor=float(options["rescale_factor"]) if options["do_rescale"] else 1.0,
-        mean=mean if options["do_normalize"] else (0.0, 0.0, 0.0),
-        std=_three(options["image_std"]) if options["do_normalize"] else (1.0, 1.0, 1.0),
-        pad_color=pad_color,
+        resample=names[how.resample],
+        rescale_factor=how.rescale_factor if how.do_rescale else 1.0,
+        mean=mean if how.do_normalize else (0.0, 0.0, 0.0),
+        std=_three(how.image_std) if how.do_normalize else (1.0, 1.0, 1.0),
+        pad_color=mean_color(mean) if how.do_pad else None,
     )
 
 
-def _size(name: str, value: object, square: bool) -> int | tuple[int, int]:
+def _size(name: str, value: int | tuple[int, ...] | Size, square: bool) -> int | tuple[int, int]:
     """The shorter edge, or (height, width). Old configs write one number, or two (transformers' `get_size_dict`)."""
     if isinstance(value, int):
         return (value, value) if square else value
-    if isinstance(value, list | tuple) and len(value) == 2:
-        return int(value[0]), int(value[1])
-    sides = {key: side for key, side in value.items() if side is not None} if isinstance(value, Mapping) else {}
-    if set(sides) == {"shortest_edge"}:
-        return int(sides["shortest_edge"])
-    if set(sides) == {"height", "width"}:
-        return int(sides["height"]), int(sides["width"])
-    raise HimapError(f"unsupported {name} of the image processor", str(value), "shortest_edge, or height and width")
+    if isinstance(value, tuple):
+        return value[0], value[1]
+    if value.shortest_edge and not (value.height or value.width):
+        return value.shortest_edge
+    if value.height and value.width and not value.shortest_edge:
+        return value.height, value.width
+    raise HimapError(f"unsupported {name} of the image processor", hint="expected shortest_edge, or height and width")
 
 
-def _three(value: Any) -> tuple[float, float, float]:
-    red, green, blue = [value] * 3 if isinstance(value, int | float) else value
-    return float(red), float(green), float(blue)
+def _three(value: float | tuple[float, ...]) -> tuple[float, float, float]:
+    return (value[0], value[1], value[2]) if isinstance(value, tuple) else (value, value, value)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise HimapError(f"{path.name} cannot be read", str(path), str(error)) from error
-    if not isinstance(data, dict):
-        raise HimapError(f"{path.name} is not a JSON object", str(path))
-    return data
+def _read(path: Path, kind: type[S]) -> S:
+    """What a JSON file says; nothing, if there is no such file."""
+    return read_json(path, kind, "processor's file", code=Exit.FAILURE) if os.path.lexists(path) else kind()
 
 
-def _load_tokenizer(folder: Path) -> Any:
-    """The tokenizer as transformers sees it, so that the bundle encodes exactly like Hugging Face."""
+def _load_tokenizer(folder: Path, model_type: str) -> Any:
+    """The tokenizer as transformers sees it, so that the bundle encodes exactly like Hugging Face.
+
+    It sees copies of the files that a tokenizer is made of, beside a config.json that says no more than `model_type`:
+    no file that they name elsewhere, no code, and no configuration that nobody has checked.
+    """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise all kinds, bare Exception included
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        details = f"{folder / TOKENIZER}: {reason}"
-        hint = "without tokenizer.json the bundle is exported without a tokenizer"
-        raise HimapError("the checkpoint's tokenizer cannot be loaded", details, hint) from error
+    with scratch_folder("tokenizer") as stage:
+        _copy_tokenizer(folder, stage)
+        (stage / "config.json").write_text(json.dumps({"model_type": model_type} if model_type else {}))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(stage, trust_remote_code=False, local_files_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:  # transformers and tokenizers raise all kinds, bare Exception included
+            reason = str(error).replace(str(stage), str(folder)).strip().partition("\n")[0] or type(error).__name__
+            details = f"{folder / TOKENIZER}: {reason[:300]}"
+            hint = "without tokenizer.json the bundle is exported without a tokenizer"
+            raise HimapError("the checkpoint's tokenizer cannot be loaded", details, hint) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise HimapError("unsupported tokenizer", f"{type(tokenizer).__name__} does not use the tokenizers library")
     tokenizer.backend_tokenizer.no_padding()
@@ -229,16 +266,26 @@ def _load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _chat_template(folder: Path, processor: Mapping[str, Any]) -> str | None:
+def _copy_tokenizer(folder: Path, stage: Path) -> None:
+    """The tokenizer's files into `stage`, without what in them names other files."""
+    (stage / TOKENIZER).write_bytes(read_file(folder / TOKENIZER, "tokenizer", MOST_TOKENIZER, Exit.FAILURE))
+    for name in TOKENIZER_FILES:
+        if os.path.lexists(folder / name):
+            found = read_json(folder / name, dict[str, Any], "tokenizer's file", code=Exit.FAILURE)
+            kept = {key: value for key, value in found.items() if not key.endswith(("_file", "_files", "_path"))}
+            kept.pop("init_inputs", None)
+            (stage / name).write_text(json.dumps(kept))
+
+
+def _chat_template(folder: Path, processor: Files) -> str | None:
     """The template that Hugging Face's processor would use, or None."""
-    template = processor.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+    template = _default(processor.chat_template or _read(folder / "chat_template.json", Files).chat_template)
     path = folder / "chat_template.jinja"
-    if template is None and path.is_file():
+    if template is None and os.path.lexists(path):
         try:
-            template = path.read_text("utf-8")
-        except (OSError, ValueError) as error:
-            raise HimapError(f"{path.name} cannot be read", str(path), str(error)) from error
-    template = _default(template)
+            template = read_file(path, "chat template", MOST_TEXT, Exit.FAILURE).decode()
+        except UnicodeDecodeError:
+            raise HimapError(f"chat template {path} is not valid UTF-8 text") from None
     if template is not None and not isinstance(template, str):
         raise HimapError("the chat template is not text", repr(template)[:80])
     return template
@@ -252,25 +299,13 @@ def _default(template: Any) -> Any:
 def _render(template: str, special: Mapping[str, Any], image_token: str, image_tokens: int) -> PromptFormat:
     """The chat template as a `PromptFormat`: rendered with a sentinel question, then checked with an awkward one."""
     bos = str(special.get("bos_token") or "")
-
-    def rendered(question: str) -> str:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        chats = [[{"role": "user", "content": content}]]
-        try:
-            texts, _ = render_jinja_template(chats, chat_template=template, add_generation_prompt=True, **special)
-        except Exception as error:  # whatever the template does or raises
-            raise HimapError("the chat template cannot be rendered", str(error) or type(error).__name__) from error
-        return str(texts[0])
-
-    text = rendered(SENTINEL)
+    text, probed = render(template, (SENTINEL, PROBE), special)
     if text.count(SENTINEL) != 1 or text.count(image_token) != 1 or QUESTION in text:
-        details = f"expected one {image_token} and the question once in {text!r}"
+        details = f"expected one {image_token} and the question once in {text[:500]!r}"
         raise HimapError("unsupported chat template", details)
     starts_with_bos = bool(bos) and text.startswith(bos)
     for strip in (False, True):
         how = PromptFormat(text.replace(SENTINEL, QUESTION), image_token, image_tokens, not starts_with_bos, strip)
-        if how.render(PROBE) == rendered(PROBE):
+        if how.render(PROBE) == probed:
             return how
     raise HimapError("unsupported chat template", "it changes the text of the question")

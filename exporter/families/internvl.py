@@ -132,4 +132,14 @@ def module(config: Config, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.
         return Vision().to(dtype).eval()
 
 
-FAMILY = Family("InternVLForConditionalGeneration", decoder, vision, module, names, prompt, image, schema=InternVl)
+FAMILY = Family(
+    "InternVLForConditionalGeneration",
+    decoder,
+    vision,
+    module,
+    names,
+    prompt,
+    image,
+    model_type="internvl",
+    schema=InternVl,
+)

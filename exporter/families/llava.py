@@ -113,4 +113,6 @@ def module(config: Config, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.
         return Vision().to(dtype).eval()
 
 
-FAMILY = Family("LlavaForConditionalGeneration", decoder, vision, module, names, prompt, image, schema=Llava)
+FAMILY = Family(
+    "LlavaForConditionalGeneration", decoder, vision, module, names, prompt, image, model_type="llava", schema=Llava
+)

@@ -193,5 +193,5 @@ def module(config: Config, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.
 
 FAMILY = Family(
     "LlavaLlamaForCausalLM", decoder, vision, module, names, prompt, image, tokenizer=tokenizer, tower=tower,
-    own_image=True, schema=LlavaOriginal,
+    own_image=True, model_type="llava", schema=LlavaOriginal,
 )  # fmt: skip

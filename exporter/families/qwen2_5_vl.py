@@ -120,4 +120,14 @@ def module(config: Config, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.
     return made
 
 
-FAMILY = Family("Qwen2_5_VLForConditionalGeneration", decoder, vision, module, names, prompt, image, schema=Qwen25Vl)
+FAMILY = Family(
+    "Qwen2_5_VLForConditionalGeneration",
+    decoder,
+    vision,
+    module,
+    names,
+    prompt,
+    image,
+    model_type="qwen2_5_vl",
+    schema=Qwen25Vl,
+)

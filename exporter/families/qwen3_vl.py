@@ -140,4 +140,14 @@ def module(config: Config, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.
     return made
 
 
-FAMILY = Family("Qwen3VLForConditionalGeneration", decoder, vision, module, names, prompt, image, schema=Qwen3Vl)
+FAMILY = Family(
+    "Qwen3VLForConditionalGeneration",
+    decoder,
+    vision,
+    module,
+    names,
+    prompt,
+    image,
+    model_type="qwen3_vl",
+    schema=Qwen3Vl,
+)

@@ -4,16 +4,19 @@ It gives the ids of LLaVA's `tokenizer_image_token` (llava/mm_utils.py) with the
 and behind the image are tokenised each for itself, so SentencePiece's leading space stands before both.
 """
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
+from himap_export.engines.documents import MEGABYTE, Id, read_file, read_json
 from himap_export.exporter.family import PromptRules, only
-from himap_export.graphs.errors import HimapError
+from himap_export.graphs.errors import Exit, HimapError
 
 SPACE = "\u2581"  # SentencePiece's
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # ModelProto.SentencePiece.Type
 BPE = 2  # TrainerSpec.ModelType
+MOST_BYTES = 64 * MEGABYTE  # of a tokenizer.model: the largest published ones take 4
+MOST_LETTERS = 1000  # of a piece: all its halves are looked up
 
 
 def tokenizer(folder: Path, rules: PromptRules) -> bytes | None:
@@ -22,7 +25,7 @@ def tokenizer(folder: Path, rules: PromptRules) -> bytes | None:
     Special tokens that a prompt spells (`</s>`) are those tokens, and the text behind one gets a leading space, as in
     the slow tokenizer with `legacy`. HimapError for a damaged file, or a SentencePiece model unlike LLaMA's.
     """
-    if not (folder / "tokenizer.model").is_file():
+    if not os.path.lexists(folder / "tokenizer.model"):
         return None
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers.tokenization_utils_base import generate_merges
@@ -30,15 +33,20 @@ def tokenizer(folder: Path, rules: PromptRules) -> bytes | None:
     proto = _read(folder / "tokenizer.model")
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces}
-    made = Tokenizer(
-        models.BPE(
+    try:
+        model = models.BPE(
             vocab=vocab,
             merges=generate_merges(vocab, scores),
             unk_token=proto.trainer_spec.unk_piece,
             fuse_unk=True,
             byte_fallback=proto.trainer_spec.byte_fallback,
         )
-    )
+    except Exception as problem:  # tokenizers raises bare Exception
+        details = " ".join(str(problem).split())
+        raise HimapError(
+            "the checkpoint's tokenizer cannot be loaded", f"{folder / 'tokenizer.model'}: {details}"
+        ) from None
+    made = Tokenizer(model)
     # On each stretch of text between special tokens, the image among them.
     made.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     made.decoder = decoders.Sequence(
@@ -63,12 +71,15 @@ def _read(path: Path) -> Any:
 
     proto = import_protobuf().ModelProto()
     try:
-        proto.ParseFromString(path.read_bytes())
-    except (OSError, DecodeError) as problem:
+        proto.ParseFromString(read_file(path, "tokenizer", MOST_BYTES, Exit.FAILURE))
+    except DecodeError as problem:
         raise HimapError("the checkpoint's tokenizer cannot be loaded", f"{path}: {problem}") from None
-    text, trained = proto.normalizer_spec, proto.trainer_spec
-    if not proto.pieces or not 0 <= trained.bos_id < len(proto.pieces):
+    text, trained, pieces = proto.normalizer_spec, proto.trainer_spec, [piece.piece for piece in proto.pieces]
+    if not 0 <= trained.bos_id < len(pieces):
         raise HimapError("the checkpoint's tokenizer cannot be loaded", f"{path} holds no SentencePiece model with BOS")
+    if len({*pieces}) < len(pieces) or not all(0 < len(piece) <= MOST_LETTERS for piece in pieces):
+        details = f"{path} holds pieces twice, empty ones, or some of more than {MOST_LETTERS} letters"
+        raise HimapError("the checkpoint's tokenizer cannot be loaded", details)
     only("SentencePiece model type", trained.model_type, BPE)
     only("SentencePiece normalisation", bool(text.precompiled_charsmap or text.remove_extra_whitespaces), False)
     only("SentencePiece without a leading space", not text.add_dummy_prefix, False)
@@ -78,13 +89,11 @@ def _read(path: Path) -> Any:
 def _added(folder: Path, first: int) -> list[str]:
     """The tokens of added_tokens.json, whose ids follow the vocabulary's, from `first` on."""
     path = folder / "added_tokens.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return []
-    try:
-        ids = {token: int(index) for token, index in json.loads(path.read_text("utf-8")).items()}
-    except (OSError, ValueError, AttributeError, TypeError) as problem:
-        raise HimapError(f"{path.name} cannot be read", f"{path}: {problem}") from None
+    ids = read_json(path, dict[str, Id], "tokens", code=Exit.FAILURE)
     ordered = sorted(ids, key=ids.__getitem__)
     if [ids[token] for token in ordered] != list(range(first, first + len(ids))):
-        raise HimapError(f"unsupported {path.name}", f"its ids do not follow the vocabulary's {first}: {ids}")
+        details = f"its ids do not follow the vocabulary's {first}: {str(ids)[:300]}"
+        raise HimapError(f"unsupported {path.name}", details)
     return ordered

@@ -1,12 +1,16 @@
 """tokenizer.json out of `qwen.tiktoken`, the ranks of a byte-level BPE: one "base64 rank" a line."""
 
+import base64
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from himap_export.engines.isolation import environment
-from himap_export.graphs.errors import HimapError
+from himap_export.engines.documents import MEGABYTE, read_file
+from himap_export.graphs.errors import Exit, HimapError
 
+MOST_BYTES: Final = 64 * MEGABYTE  # of a file: the release's takes 2.5
+MOST_TOKEN: Final = 1000  # bytes: all halves of a token are looked up
 # From the release's tokenization_qwen.py.
 PATTERN: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,7 +29,7 @@ def tokenizer_json(file: Path, expected: Mapping[str, int]) -> bytes | None:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
     ranks = read_ranks(file)
     for token, wanted in expected.items():
@@ -52,16 +56,18 @@ def tokenizer_json(file: Path, expected: Mapping[str, int]) -> bytes | None:
 
 def read_ranks(file: Path) -> dict[bytes, int]:
     """Tokens' bytes to their ids 0, 1, .. in order; HimapError for anything else."""
-    from tiktoken.load import load_tiktoken_bpe
-
-    try:
-        with environment({"TIKTOKEN_CACHE_DIR": ""}):  # else it keeps copies by path, and misses that a file changed
-            ranks = dict(load_tiktoken_bpe(str(file)))
-    except (OSError, ValueError) as problem:
-        raise HimapError(f"{file} is damaged", str(problem)) from None
-    for expected, (token, rank) in enumerate(ranks.items()):
-        if rank != expected:
-            raise HimapError(f"{file} is damaged", f"{token!r} has rank {rank} where {expected} must stand")
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(read_file(file, "tokenizer", MOST_BYTES, Exit.FAILURE).splitlines(), 1):
+        try:
+            word, rank = line.split()
+            token = base64.b64decode(word, validate=True)
+            expected, found = len(ranks), int(rank)
+        except ValueError as problem:
+            raise HimapError(f"{file} is damaged", f"line {number} is no token and its rank: {problem}") from None
+        if found != expected or token in ranks or not 0 < len(token) <= MOST_TOKEN:
+            details = f"line {number}: {token[:80]!r} has rank {found}, expected a new token and {expected}"
+            raise HimapError(f"{file} is damaged", details)
+        ranks[token] = found
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise HimapError(f"{file} is damaged", f"{len(missing)} of the 256 bytes have no rank")

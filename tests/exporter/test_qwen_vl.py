@@ -147,7 +147,10 @@ def test_decoder() -> None:
         ({"hidden_size": 256}, "unsupported width of vision features 128"),
         ({"visual": {**CONFIG["visual"], "n_queries": 200}}, "200 queries are no square"),
         ({"visual": {**CONFIG["visual"], "image_size": 225}}, "pictures of 225 pixels are no whole patches of 14"),
-        ({"visual": {**CONFIG["visual"], "output_dim": 64}, "hidden_size": 64}, "64 channels are no whole heads of 128"),
+        (
+            {"visual": {**CONFIG["visual"], "output_dim": 64}, "hidden_size": 64},
+            "64 channels are no whole heads of 128",
+        ),
     ],
 )
 def test_other_configurations_are_refused(change: dict[str, Any], message: str) -> None:
