@@ -42,10 +42,8 @@ def tokenizer(folder: Path, rules: PromptRules) -> bytes | None:
             byte_fallback=proto.trainer_spec.byte_fallback,
         )
     except Exception as problem:  # tokenizers raises bare Exception
-        details = " ".join(str(problem).split())
-        raise HimapError(
-            "the checkpoint's tokenizer cannot be loaded", f"{folder / 'tokenizer.model'}: {details}"
-        ) from None
+        details = f"{folder / 'tokenizer.model'}: {' '.join(str(problem).split())}"
+        raise HimapError("the checkpoint's tokenizer cannot be loaded", details) from None
     made = Tokenizer(model)
     # On each stretch of text between special tokens, the image among them.
     made.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])

@@ -58,6 +58,8 @@ def read_ranks(file: Path) -> dict[bytes, int]:
     """Tokens' bytes to their ids 0, 1, .. in order; HimapError for anything else."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(read_file(file, "tokenizer", MOST_BYTES, Exit.FAILURE).splitlines(), 1):
+        if not line:
+            continue
         try:
             word, rank = line.split()
             token = base64.b64decode(word, validate=True)
