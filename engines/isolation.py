@@ -5,25 +5,24 @@ parent, however that ends, leaves Ctrl-C to it and standard output to the comman
 the parent; so is any other error, as what it is, its traceback on standard error.
 """
 
-import ctypes
 import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn, TypeVar, TypeVarTuple
 
+from himap_export.engines.supervisor import die_with_parent
 from himap_export.graphs.errors import HimapError
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
 Reply = Callable[[Any], object]  # what a child does with a request, both picklable
 MEMORY = "is there enough memory?"
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Child:
@@ -31,10 +30,6 @@ class Child:
 
     def __init__(self, what: str, door: Connection, process: BaseProcess, hint: str) -> None:
         self._what, self._door, self._process, self._hint = what, door, process, hint
-
-    def fileno(self) -> int:
-        """For `multiprocessing.connection.wait`: ready when there is something to receive."""
-        return self._door.fileno()
 
     def send(self, request: object) -> None:
         """Asks for something; HimapError as `receive`, if the child is no longer there."""
@@ -65,6 +60,12 @@ class Child:
         reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         hint = self._hint if code == -signal.SIGKILL else ""  # as the kernel kills when memory runs out
         raise HimapError(f"the process that was {self._what} died", reason, hint)
+
+
+def answered(children: Sequence[Child]) -> list[Child]:
+    """Those of which there is something to receive, as soon as there is of one."""
+    ready = wait([one._door for one in children])
+    return [one for one in children if one._door in ready]
 
 
 @contextmanager
@@ -110,10 +111,8 @@ def serve_parent() -> None:
         signal.signal(sent, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)  # libraries print
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = parent_process()
-    if parent is not None and os.getppid() != parent.pid:
-        os._exit(1)  # it died before it could be asked to take us along
+    if (parent := parent_process()) is not None and parent.pid is not None:
+        die_with_parent(parent.pid)
 
 
 def _serve(door: Connection, what: str, prepare: Callable[..., Reply], arguments: tuple[object, ...]) -> None:

@@ -5,10 +5,11 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from himap_export.engines.command import image_size, run_command
+from himap_export.engines.command import MOST_THREADS, Parser, image_size, number, run_command, whole
 from himap_export.graphs.errors import Exit
 from himap_export.validate.progress import RESUMED, say
 
@@ -16,14 +17,19 @@ if TYPE_CHECKING:
     from himap_export.engines.arrays import Inputs
     from himap_export.engines.bundle import Bundle
     from himap_export.engines.pipeline import Pipeline
+    from himap_export.validate.parity import Parity
+    from himap_export.validate.source import Source
     from himap_export.validate.speed import Speed
 
 
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="himap-validate", description=__doc__)
+def _parser() -> Parser:
+    p = Parser(prog="himap-validate", description=__doc__)
     p.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that himap-export wrote")
     p.add_argument(
         "--model", metavar="MODEL", help="the checkpoint to compare with (default: the one it was made from)"
+    )
+    p.add_argument(
+        "--vision-tower", type=Path, metavar="DIR", help="its vision tower, where the checkpoint names one elsewhere"
     )
     p.add_argument("--backend", help="default: the first one in the bundle that opens here")
     p.add_argument(
@@ -33,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
         "--plan", "--policy", action="append", default=[], metavar="NAME",
         help="one of the bundle's plans (default: its first); repeatable with --dataset (default there: all)",
     )  # fmt: skip
-    p.add_argument("--text-budget", type=int, metavar="N", help="default: the smallest of the bundle's that fits")
+    p.add_argument(
+        "--text-budget", type=whole(1, 2**20), metavar="N", help="default: the smallest of the bundle's that fits"
+    )
     p.add_argument(
         "--image-size", type=image_size, metavar="WxH", help="one of the bundle's (default: the nearest to the image)"
     )
@@ -46,31 +54,36 @@ def _parser() -> argparse.ArgumentParser:
         "a folder: what each graph wrote, as polygraphy's JSON",
     )  # fmt: skip
     p.add_argument("--save-inputs", type=Path, metavar="DIR", help="what each graph read, as polygraphy's JSON")
-    p.add_argument("--prompts", type=int, default=4, metavar="N", help="prompts to draw (default: 4)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--prompts", type=whole(1, 256), default=4, metavar="N", help="prompts to draw (default: 4)")
+    p.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of the drawn prompts (default: 0)")
     p.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
+        "--max-new-tokens", type=whole(1, 2**20), metavar="N",
         help="tokens to compare, or of an answer (default: 32; --dataset: 8, or as many as the longest right answer)",
-    )
-    p.add_argument("--atol", type=float, help="allowed difference of logits (default: by dtype)")
-    p.add_argument("--rtol", type=float, help="the same, as a share of the largest logit; added to --atol")
+    )  # fmt: skip
+    p.add_argument("--atol", type=number(0, 1e6), help="allowed difference of logits (default: by dtype)")
+    p.add_argument("--rtol", type=number(0, 1), help="the same, as a share of the largest logit; added to --atol")
     p.add_argument("--no-speed", action="store_true", help="parity only")
-    p.add_argument("--iterations", type=int, default=10, help="rounds of the speed comparison (default: 10)")
-    p.add_argument("--warm-up", type=int, default=2, help="rounds not counted (default: 2)")
-    p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (default: all)")
     p.add_argument(
-        "--report",
-        type=Path,
-        metavar="DIR",
-        help="write report.html, report.json and the plots there (default with --dataset: BUNDLE-DATASET)",
+        "--iterations", type=whole(1, 10_000), default=10, help="rounds of the speed comparison (default: 10)"
     )
+    p.add_argument("--warm-up", type=whole(0, 10_000), default=2, help="rounds not counted (default: 2)")
+    p.add_argument(
+        "--threads",
+        type=whole(1, MOST_THREADS),
+        default=len(os.sched_getaffinity(0)),
+        help="CPU threads (default: all)",
+    )
+    p.add_argument(
+        "--report", type=Path, metavar="DIR",
+        help="write report.html, report.json and the plots there (default with --dataset: BUNDLE-DATASET)",
+    )  # fmt: skip
     p.add_argument("--json", action="store_true", help="print one JSON object")
     scoring = p.add_argument_group("accuracy, beside the unpruned model and the controls at equal FLOPs")
     scoring.add_argument("--dataset", type=Path, metavar="F.jsonl", help="lines of image, question, answer; options")
-    scoring.add_argument("--seeds", type=int, default=5, metavar="N", help="of the random control (default: 5)")
-    scoring.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
+    scoring.add_argument(
+        "--seeds", type=whole(1, 1000), default=5, metavar="N", help="of the random control (default: 5)"
+    )
+    scoring.add_argument("--limit", type=whole(1, 10**9), metavar="N", help="the first N questions only")
     scoring.add_argument("--skip-bad", action="store_true", help="leave out lines that cannot be read, and say so")
     return p
 
@@ -88,46 +101,70 @@ def main(argv: list[str] | None = None) -> None:
 
 def _misuse(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with the flags together."""
+    outputs = _folder_of_outputs(args)
     rules = {
         "--image and --prompt go together": (args.image is None) != (args.prompt is None),
         "--load-inputs excludes --image and --prompt": args.load_inputs is not None and args.image is not None,
         "--dataset excludes --image, --prompt and --load-inputs": (
             args.dataset is not None and (args.image is not None or args.load_inputs is not None)
         ),
+        "--dataset excludes --save-inputs and --save-outputs: its answers go into the report": (
+            args.dataset is not None and (args.save_inputs is not None or args.save_outputs is not None)
+        ),
         "several --plan are for --dataset": args.dataset is None and len(args.plan) > 1,
+        "--save-inputs and --save-outputs need two folders: their files go by the same names": (
+            outputs is not None and args.save_inputs is not None and outputs.absolute() == args.save_inputs.absolute()
+        ),
     }
     yield from (problem for problem, found in rules.items() if found)
-    for name in ("prompts", "max_new_tokens", "iterations", "threads", "seeds", "limit"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            yield f"--{name.replace('_', '-')} must be at least 1"
-    for name in ("atol", "rtol", "warm_up"):
-        if (getattr(args, name) or 0) < 0:
-            yield f"--{name.replace('_', '-')} must not be negative"
 
 
-def _opened(args: argparse.Namespace) -> tuple["Bundle", Path]:
+def _folder_of_outputs(args: argparse.Namespace) -> Path | None:
+    """Where --save-outputs puts polygraphy's files, if it does not name an .npz."""
+    folder: Path | None = args.save_outputs
+    return None if folder is None or folder.suffix == ".npz" else folder
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """What can be known of outputs before a bundle is read."""
+    from himap_export.engines.files import check_output, check_report
+    from himap_export.validate.html.drawing import matplotlib
+
+    if args.report is not None:
+        check_report(args.report, ("report.html", "report.json", "speed.png"))
+        if not args.no_speed:
+            matplotlib()
+    if args.save_outputs is not None and _folder_of_outputs(args) is None:
+        check_output(args.save_outputs, args.load_inputs, args.image)
+    for folder in (args.save_inputs, _folder_of_outputs(args)):
+        if folder is not None:
+            check_report(folder, ())
+
+
+def _opened(args: argparse.Namespace) -> tuple["Bundle", "Source"]:
+    """The bundle, and the checkpoint it is judged by."""
     from himap_export.engines.bundle import completed, open_bundle
-    from himap_export.exporter.registry import resolve
-    from himap_export.validate.loading import checkpoint_of
+    from himap_export.validate.source import source_of
 
     bundle = open_bundle(args.bundle)
-    checkpoint = checkpoint_of(bundle, args.model)
+    source = source_of(bundle, args.model, args.vision_tower)
     if bundle.manifest.weight_form == "absent":
-        bundle = completed(bundle, [f for f in (checkpoint, resolve(str(checkpoint)).tower) if f is not None])
-    return bundle, checkpoint
+        bundle = completed(bundle, [folder for folder in (source.folder, source.tower) if folder is not None])
+    return bundle, source
 
 
 def _score(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.engines.backends import Opening
     from himap_export.validate.scoring import Scoring, score
 
-    bundle, checkpoint = _opened(args)
+    bundle, source = _opened(args)
     report = args.report or Path(f"{args.bundle.resolve().name}-{args.dataset.stem}")
     asked = Scoring(
-        args.dataset, report, tuple(args.plan), args.text_budget, args.backend, args.seeds, args.limit,
-        args.max_new_tokens, args.skip_bad, " ".join(["himap-validate", *argv]),
+        dataset=args.dataset, report=report, plans=tuple(args.plan), text_budget=args.text_budget, backend=args.backend,
+        seeds=args.seeds, limit=args.limit, new_tokens=args.max_new_tokens, skip_bad=args.skip_bad,
+        command=" ".join(["himap-validate", *argv]), vision_tower=source.tower,
     )  # fmt: skip
-    lines, facts = score(bundle, checkpoint, Opening(args.threads, args.device), asked)
+    lines, facts = score(bundle, source.folder, Opening(args.threads, args.device), asked)
     if args.json:
         print(json.dumps(facts, indent=1))
     _say(args, lines)
@@ -135,52 +172,71 @@ def _score(args: argparse.Namespace, argv: list[str]) -> None:
 
 def _validate(args: argparse.Namespace, argv: list[str]) -> Exit:
     from himap_export.engines.arrays import save_outputs
-    from himap_export.engines.backends import Opening
-    from himap_export.engines.cli import open_pipeline
     from himap_export.engines.layout import text_tokens
-    from himap_export.validate.loading import load_reference
-    from himap_export.validate.parity import Asked, compare
+    from himap_export.validate.html.page import finite, write_report
+    from himap_export.validate.parity_page import parity_page
     from himap_export.validate.questions import drawn_inputs, user_inputs
     from himap_export.validate.report import gates_json, parity_json, parity_lines, speed_json
 
-    bundle, checkpoint = _opened(args)
-    bundle, inputs = user_inputs(bundle, args.load_inputs, args.image, args.prompt, args.image_size, checkpoint)
-    image = bundle.manifest.model.image
-    needed = text_tokens(inputs.input_ids, inputs.attention_mask, image) if inputs else 0
+    _check_places(args)
+    bundle, source = _opened(args)
+    bundle, inputs = user_inputs(bundle, args.load_inputs, args.image, args.prompt, args.image_size, source.folder)
+    needed = text_tokens(inputs.input_ids, inputs.attention_mask, bundle.manifest.model.image) if inputs else 0
     bundle = bundle.at(next(iter(args.plan), None), args.text_budget, needed)
     inputs = inputs or drawn_inputs(bundle, args.prompts, args.seed)
-    pipeline = open_pipeline(bundle, args.backend, Opening(args.threads, args.device), "himap-validate")
-    _save_captured(args, pipeline, inputs)
-    new_tokens = min(args.max_new_tokens or 32, bundle.budget.new)
-    backend, asked = pipeline.backend, Asked(new_tokens, args.atol, args.rtol)
-    parity = compare(pipeline, lambda dtype: load_reference(checkpoint, dtype, args.threads), inputs, asked, say)
-    del pipeline
-    result: dict[str, Any] = {"bundle": str(args.bundle), "backend": backend, "dtype": bundle.manifest.dtype}
-    result |= {"plan": bundle.variant.plan_name, "text_budget": bundle.budget.text}
+    parity, backend, device = _compare(args, bundle, source, inputs)
+    result: dict[str, Any] = {"bundle": str(args.bundle), "backend": backend, "device": device}
+    result |= {"dtype": bundle.manifest.dtype, "plan": bundle.variant.plan_name, "text_budget": bundle.budget.text}
     result |= {"passed": parity.passed, "parity": parity_json(parity), "gates": gates_json(parity)}
     _say(args, parity_lines(parity, bundle, backend))
-    if args.save_outputs is not None and args.save_outputs.suffix == ".npz":
+    if args.save_outputs is not None and _folder_of_outputs(args) is None:
         save_outputs(args.save_outputs, parity.outputs)
-    speed = None if args.no_speed else _speed(args, bundle, checkpoint, backend)
+    speed = None if args.no_speed else _speed(args, bundle, source, backend, device)
     if speed is not None:
         result["speed"] = speed_json(speed)
     if args.report is not None:
-        from himap_export.validate.html.page import write_report
-        from himap_export.validate.parity_page import parity_page
-
         page = parity_page(parity, speed, bundle, backend, " ".join(["himap-validate", *argv]))
         _say(args, ["", f"report: {write_report(args.report, page, result)}"])
     if args.json:
-        print(json.dumps(result, indent=1))
+        print(json.dumps(finite(result), indent=1))
     failed = [gate.name for gate in parity.gates if not gate.passed]
     if failed:
         print(f"himap-validate: gates failed: {', '.join(failed)}", file=sys.stderr)
     return Exit.GATE if failed else Exit.OK
 
 
+def _compare(
+    args: argparse.Namespace, bundle: "Bundle", source: "Source", inputs: "Inputs"
+) -> tuple["Parity", str, str]:
+    """The parity, and the backend and device that it is of."""
+    from himap_export.engines.backends import Opening
+    from himap_export.engines.cli import open_pipeline
+    from himap_export.validate.loading import load_reference
+    from himap_export.validate.parity import Asked, compare
+    from himap_export.validate.pixels import compare_pixels, with_pixels
+
+    pixels = None if args.image is None else compare_pixels(inputs.pixel_values, args.image, bundle.picture, source)
+    _check_captured(args, bundle)
+    pipeline = open_pipeline(bundle, args.backend, Opening(args.threads, args.device), "himap-validate")
+    _save_captured(args, pipeline, inputs)
+    asked = Asked(min(args.max_new_tokens or 32, bundle.budget.new), args.atol, args.rtol)
+    tower = {} if source.tower is None else {"vision_tower": source.tower}
+    load = partial(load_reference, source.folder, threads=args.threads, **tower)
+    parity = compare(pipeline, load, inputs, asked, say)
+    return with_pixels(parity, pixels) if pixels else parity, pipeline.backend, pipeline.engines.device
+
+
+def _check_captured(args: argparse.Namespace, bundle: "Bundle") -> None:
+    folders = [folder for folder in (args.save_inputs, _folder_of_outputs(args)) if folder is not None]
+    if folders:
+        from himap_export.validate.polygraphy_json import check_folders
+
+        check_folders(bundle, *folders)
+
+
 def _save_captured(args: argparse.Namespace, pipeline: "Pipeline", inputs: "Inputs") -> None:
     """What each graph reads and writes, as polygraphy's JSON, where folders were asked for."""
-    folder = args.save_outputs if args.save_outputs is not None and args.save_outputs.suffix != ".npz" else None
+    folder = _folder_of_outputs(args)
     if args.save_inputs is None and folder is None:
         return
     from himap_export.validate import polygraphy_json
@@ -192,13 +248,14 @@ def _save_captured(args: argparse.Namespace, pipeline: "Pipeline", inputs: "Inpu
         polygraphy_json.save_outputs(folder, captured, "himap-validate")
 
 
-def _speed(args: argparse.Namespace, bundle: "Bundle", checkpoint: Path, backend: str) -> "Speed":
+def _speed(args: argparse.Namespace, bundle: "Bundle", source: "Source", backend: str, device: str) -> "Speed":
     from himap_export.validate.report import speed_lines
     from himap_export.validate.speed import ceiling, measure
 
     _say(args, [f"\nspeed: FLOPs allow {ceiling(bundle):.2f}x over the unpruned decoder prefill"])
-    say(f"exporting the unpruned twin, then {args.warm_up} + {args.iterations} rounds of three processes")
-    speed = measure(bundle, checkpoint, backend, args.iterations, args.warm_up, args.threads)
+    say(f"exporting the unpruned twin, then {args.warm_up} + {args.iterations} rounds of three processes on {device}")
+    times = args.iterations, args.warm_up, args.threads
+    speed = measure(bundle, source.folder, backend, device, *times, source.tower)
     _say(args, speed_lines(speed))
     return speed
 

@@ -4,7 +4,6 @@ The controls are bundles like any other: the same model, budgets, backend and cu
 or not cut at all (none). They are exported into a temporary folder for as long as the comparison lasts.
 """
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.backends import Opening
 from himap_export.engines.pipeline import Pipeline
+from himap_export.engines.scratch import scratch_folder
 from himap_export.graphs.flops import true_ratio
 from himap_export.graphs.plan import Criterion, PruningPlan
 from himap_export.validate.twin import Kept, export_twin
@@ -79,20 +79,26 @@ def controls_of(plans: Mapping[str, Kept]) -> dict[str, Kept]:
 
 @contextmanager
 def contenders(
-    first: Pipeline, checkpoint: Path, opening: Opening, names: Sequence[str], seeds: int, new_tokens: int
+    first: Pipeline,
+    checkpoint: Path,
+    opening: Opening,
+    names: Sequence[str],
+    seeds: int,
+    new_tokens: int,
+    vision_tower: Path | None = None,
 ) -> Iterator[list[PlanContender]]:
     """The plans `names` of a bundle and their controls, random ones `seeds` times; `first` is open at the first plan.
 
-    All are at the text budget and on the backend of `first`.
+    All are at the text budget and on the backend of `first`. `vision_tower` as for `export_twin`.
     """
     bundle, backend = first.bundle, first.backend
     here = [bundle.at(name, bundle.budget.text) for name in names]
     plans = {b.variant.plan_name: (b.plan, b.budget.visual) for b in here}
-    with tempfile.TemporaryDirectory(prefix="himap-controls-") as folder:
+    with scratch_folder("controls") as folder:
         pipelines = [first, *(Pipeline(b, backend, opening, first.engines) for b in here[1:])]
         if controls := controls_of(plans):
-            out, dtype = Path(folder) / "bundle", bundle.manifest.dtype
-            twin = export_twin(checkpoint, bundle.budget, dtype, backend, controls, out, bundle.picture)
+            out, dtype, picture = folder / "bundle", bundle.manifest.dtype, bundle.picture
+            twin = export_twin(checkpoint, bundle.budget, dtype, backend, controls, out, picture, vision_tower)
             beside: list[Pipeline] = []
             for name in controls:  # over one copy of the weights
                 beside.append(Pipeline(twin.at(name), backend, opening, beside[0].engines if beside else None))

@@ -9,7 +9,7 @@ Letters as in docs/architecture.md: B prompts, S tokens, V image tokens, D hidde
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite, sqrt
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.pipeline import Pipeline
+from himap_export.graphs.errors import HimapError
 from himap_export.graphs.plan import PruningPlan, Visual
 from himap_export.graphs.spec import IMAGE, Dtype
 from himap_export.validate.criteria import Cut
@@ -32,6 +33,7 @@ ROUNDOFF: dict[Dtype, float] = {"fp16": 2.0**-11, "bf16": 2.0**-8, "fp32": 2.0**
 FP32_LOGITS = 1e-3  # absolute: the project's definition of parity (docs: "this is HiMAP")
 FP32_SCORES = 1e-4  # of the largest score; measured 1e-6 to 7e-6
 YARDSTICK = 4.0  # 33 random tiny checkpoints in fp16, ours over PyTorch's error: median 0.8 to 1.0, largest 3.0
+UNDRAWN = -1  # the token that follows logits which are no numbers: no token's id
 WORST = 0.25  # of the largest value: however badly a model is conditioned, a wrong graph must fail
 
 
@@ -94,7 +96,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Parity:
-    """What was compared, what came out, and the gates it had to pass."""
+    """What was compared, what came out, the gates it had to pass, and what else is to be said."""
 
     prompts: int
     tensors: tuple[Closeness, ...]
@@ -102,6 +104,7 @@ class Parity:
     answers: Answers
     gates: tuple[Gate, ...]
     outputs: dict[str, npt.NDArray[Any]]
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -135,13 +138,14 @@ class Comparison:
         self.pipeline, self.rows, self.seeds = pipeline, len(batch.input_ids), seeds.tolist()
         self.arrays = (batch.input_ids, batch.pixel_values, batch.attention_mask)
         self.cuts = reference_cuts(pipeline.bundle.plan, pipeline.bundle.budget.visual)
+        self.layout = pipeline.load(*self.arrays, seeds)  # first: it refuses prompts that are none
         self.truth = reference.prefill(*self.arrays, cuts=self.cuts, seeds=self.seeds)
         self.kept = self.truth.kept
         self.said = reference.generate(*self.arrays, max_new_tokens=asked.new_tokens, cuts=self.cuts, forced=self.kept)
         self.exact = self._reference_tensors(reference, self.truth)
+        self.truth = replace(self.truth, caches=())  # of large models hundreds of megabytes a prompt
         self.found: Tensors = {}
         self.outputs: dict[str, npt.NDArray[Any]] = {}
-        self.layout = pipeline.load(*self.arrays, seeds)
         self.cut_parity = self._stages()
         self.told = self._answer(asked.new_tokens)
 
@@ -229,14 +233,20 @@ class Comparison:
 
         The second pass needs no new prefill: decode writes a token's slot before it reads it, and sees none beyond.
         """
-        p = self.pipeline
-        told = np.stack(list(p.generate(p.prefilled(self.rows), self.layout, new_tokens)), axis=1)
+        p, told = self.pipeline, list[Integers]()
+        try:
+            for tokens in p.generate(p.prefilled(self.rows), self.layout, new_tokens):
+                told.append(tokens)
+        except HimapError:
+            if np.isfinite(p.read("logits")[: self.rows]).all():
+                raise
+            told.append(np.full(self.rows, UNDRAWN))
         batch, steps = len(self.layout.lengths), list[Floats]()
         for n in range(self.said.shape[1] - 1):
             steps.append(p.step(np.resize(self.said[:, n], batch), self.layout.lengths + n)[: self.rows].copy())
         if steps:
             self._record("decode", list(np.stack(steps, axis=1)))
-        return told
+        return np.stack(told, axis=1)
 
     def _record(self, name: str, rows: list[Floats]) -> None:
         self.found[name] = [row.copy() for row in rows]
@@ -248,7 +258,8 @@ class Comparison:
         for row in np.flatnonzero((mine != his).any(axis=1)):
             first = int((mine[row] != his[row]).argmax())
             logits = [self.exact["logits"][row], *self.exact.get("decode", [[]] * self.rows)[row]]
-            best = np.sort(logits[first])[-2:] if first < len(logits) else np.array([0.0, inf])
+            drawn = first < len(logits) and mine[row, first] != UNDRAWN
+            best = np.sort(logits[first])[-2:] if drawn else np.array([0.0, inf])
             firsts.append(first)
             margins.append(float(best[1] - best[0]))
         return Answers(int((mine == his).sum()), mine.size, min(firsts, default=None), _worst(np.array(margins)))

@@ -6,13 +6,14 @@ from himap_export.engines.bundle import Bundle
 from himap_export.validate.html.page import Block, Command, Facts, Figure, Page, Section, Table, Text
 from himap_export.validate.html.plots import Series, bars
 from himap_export.validate.parity import Parity
-from himap_export.validate.speed import TORCH, UNPRUNED, Speed
+from himap_export.validate.speed import UNPRUNED, Speed
 from himap_export.validate.workers import ACTS, Times
 
 HOW = (
     "Everything is compared with Hugging Face's own modules in fp32, cut between their layers. A kept set may differ "
     "only where the reference's scores lie closer together than their measured error: that is a tie, and what lies "
-    "behind it is compared with the reference's choice forced."
+    "behind it is compared with the reference's choice forced. Both are fed the bundle's pixels; of a "
+    "picture that was given, Hugging Face's own image processor says what they should be."
 )
 
 
@@ -21,7 +22,7 @@ def parity_page(parity: Parity, speed: Speed | None, bundle: Bundle, backend: st
     m = bundle.manifest
     sections = [
         Section("Verdict", (_facts(parity, speed, bundle), Text(HOW))),
-        Section("Tensors", (_tensors(parity),)),
+        Section("Tensors", (_tensors(parity), *map(Text, parity.notes))),
         Section("Kept image tokens and answers", (_kept(parity),)),
     ]
     if speed is not None:
@@ -70,10 +71,11 @@ def _kept(parity: Parity) -> Table:
 
 def _speed(speed: Speed) -> tuple[Block, ...]:
     rows = [(t.name, *(_time(t, act) for act in ACTS), f"{t.peak_bytes / 2**20:.0f} MiB") for t in speed.times]
-    over = [(f"over {name}", *(_ratio(speed.over(name, act)) for act in ACTS), "") for name in (UNPRUNED, TORCH)]
+    over = [(f"over {name}", *(_ratio(speed.over(name, act)) for act in ACTS), "") for name in speed.others]
     head = ("", *ACTS, "peak memory")
     caption = "Medians with the lowest and highest round. Contenders take turns; ratios are taken within a round."
-    return _bars(speed), Table(head, (*rows, *over), caption)
+    note = (Text(speed.note),) if speed.note else ()
+    return _bars(speed), Table(head, (*rows, *over), caption), *note
 
 
 def _bars(speed: Speed) -> Figure:

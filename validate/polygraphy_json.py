@@ -7,11 +7,10 @@
 The files are written by polygraphy itself, so its own version reads them. docs/polygraphy.md has the commands.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
+from operator import methodcaller
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 import numpy.typing as npt
 
 from himap_export.engines.arrays import Inputs
+from himap_export.engines.bundle import Bundle
+from himap_export.engines.files import check_report, write_file
 from himap_export.engines.pipeline import Pipeline, tensor_name
 from himap_export.graphs.errors import Exit, HimapError
 
@@ -34,14 +35,24 @@ class Captured:
     outputs: Arrays
 
 
+def check_folders(bundle: Bundle, *folders: Path) -> None:
+    """Whether what the graphs of `bundle` read or write can be saved in `folders`; called before anything runs.
+
+    HimapError: usage for a bf16 bundle, or a folder in which their files cannot be; missing without polygraphy.
+    """
+    _polygraphy("json")
+    _refuse_bf16(bundle)
+    for folder in folders:
+        check_report(folder, tuple(f"{graph}.json" for graph in bundle.variant.graphs.values()))
+
+
 def capture(pipeline: Pipeline, arrays: Inputs) -> dict[str, Captured]:
     """Runs vision, every stage of prefill and one decode step on the first batch [b <= B], and keeps what each read and
     wrote, by graph name: the name of its ONNX file.
 
-    Decode takes the most likely token. HimapError (usage) for a bf16 bundle, (missing) if polygraphy is not installed.
+    Decode takes the most likely token. HimapError as `check_folders`.
     """
-    _polygraphy("json")  # before anything runs
-    _refuse_bf16(pipeline)
+    check_folders(pipeline.bundle)
     first = next(arrays.batches(pipeline.bundle.budget.batch))
     layout = pipeline.load(first.input_ids, first.pixel_values, first.attention_mask)
     captured = {}
@@ -58,28 +69,26 @@ def capture(pipeline: Pipeline, arrays: Inputs) -> dict[str, Captured]:
 def save_inputs(folder: Path, captured: Mapping[str, Captured]) -> None:
     """Writes FOLDER/<graph>.json for `polygraphy run --load-inputs`: a list of one feed dict, of exactly what the graph
     read. HimapError if polygraphy is not installed, or a file cannot be written."""
-    save_json = _polygraphy("json").save_json
-    for graph, run in captured.items():
-        _write(folder, graph, partial(save_json, [dict(run.inputs)]))
+    _write(folder, {graph: [dict(run.inputs)] for graph, run in captured.items()})
 
 
 def save_outputs(folder: Path, captured: Mapping[str, Captured], runner_name: str) -> None:
     """Writes FOLDER/<graph>.json for `polygraphy run --load-outputs`: RunResults of one iteration of the runner
     `runner_name`. HimapError as `save_inputs`."""
-    comparator = _polygraphy("comparator")
+    made = _polygraphy("comparator").RunResults
+    results = {graph: made() for graph in captured}
     for graph, run in captured.items():
-        results = comparator.RunResults()
-        results.add([dict(run.outputs)], runner_name=runner_name)
-        _write(folder, graph, results.save)
+        results[graph].add([dict(run.outputs)], runner_name=runner_name)
+    _write(folder, results)
 
 
 def _read(pipeline: Pipeline, stage: str, names: Mapping[str, object]) -> Arrays:
     return {name: pipeline.read(tensor_name(stage, name)) for name in names}
 
 
-def _refuse_bf16(pipeline: Pipeline) -> None:
-    for stage in pipeline.bundle.variant.graphs:
-        record = pipeline.bundle.graph(stage)
+def _refuse_bf16(bundle: Bundle) -> None:
+    for stage in bundle.variant.graphs:
+        record = bundle.graph(stage)
         for name, spec in {**record.inputs, **record.outputs}.items():
             if spec.dtype == "bf16":
                 details = f"NumPy, which it stores, has no such type, and {name} of {stage} is one"
@@ -95,17 +104,15 @@ def _polygraphy(module: str) -> ModuleType:
         raise HimapError("polygraphy is not installed", hint=hint, code=Exit.MISSING) from None
 
 
-def _write(folder: Path, graph: str, save: Callable[[str], object]) -> None:
-    """One file, whole or not at all; polygraphy's log, which would go to stdout, is silenced."""
-    logger = _polygraphy("logger").G_LOGGER
-    file = folder / f"{graph}.json"
-    part = file.with_name(f".{file.name}.partial")
+def _write(folder: Path, contents: Mapping[str, object]) -> None:
+    """Each file whole or not at all; polygraphy's log, which would go to stdout, is silenced."""
+    to_json, logger = _polygraphy("json").to_json, _polygraphy("logger").G_LOGGER
+    check_report(folder, tuple(f"{graph}.json" for graph in contents))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with logger.verbosity(logger.CRITICAL):
-            save(str(part))
-        part.replace(file)
     except OSError as problem:
-        with suppress(OSError):
-            part.unlink()
-        raise HimapError(f"cannot write {file}", problem.strerror or str(problem)) from None
+        raise HimapError(f"cannot write {folder}", problem.strerror or str(problem)) from None
+    for graph, content in contents.items():
+        with logger.verbosity(logger.CRITICAL):
+            text: str = to_json(content)
+        write_file(folder / f"{graph}.json", methodcaller("write", text.encode()))

@@ -1,5 +1,6 @@
 """What a bundle is judged on: the user's inputs, or prompts drawn from a seed."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,9 @@ import numpy as np
 from himap_export.engines.answer import load_arrays, load_question
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.bundle import Bundle
+from himap_export.graphs.errors import Exit, HimapError
+
+MOST_BYTES = 2**32  # of drawn prompts: a few hundred at the sizes of published models
 
 
 def user_inputs(
@@ -30,14 +34,21 @@ def user_inputs(
 def drawn_inputs(bundle: Bundle, prompts: int, seed: int, fill: bool = False) -> Inputs:
     """Random pixels and text around one run of V0 image tokens, right-padded.
 
-    Text lengths vary up to the budget, which `fill` exhausts; ids avoid the image, end and padding tokens.
+    Text lengths vary up to the budget, which `fill` exhausts; ids avoid the image, end and padding tokens. HimapError
+    (usage) for prompts that take more than MOST_BYTES, or a bundle that has no text to draw.
     """
     m, rng = bundle.manifest, np.random.default_rng(seed)
     image = m.model.image.write(bundle.budget.visual[0])
-    special = {*image.tolist(), m.model.pad_token, *m.model.eos_tokens}
-    words = np.array([i for i in range(m.decoder.vocab) if i not in special])
+    words = np.setdiff1d(np.arange(m.decoder.vocab), [*image.tolist(), m.model.pad_token, *m.model.eos_tokens])
     budget, slots = bundle.budget.text, bundle.budget.total[0]
     budget -= len(image) - bundle.budget.visual[0]  # what must stand around the image is text
+    if budget < 1 or not len(words):
+        summary = f"no prompt can be drawn for {bundle.folder}"
+        raise HimapError(summary, f"{budget} text tokens of {len(words)} words", "give --load-inputs", Exit.USAGE)
+    shape = prompts * bundle.picture.tiles, *bundle.graph("vision").inputs["pixel_values"].shape[1:]
+    if (size := 4 * math.prod(shape) + 16 * prompts * slots) > MOST_BYTES:
+        summary, details = f"{prompts} prompts are too many", f"they take {size} bytes, at most {MOST_BYTES} are drawn"
+        raise HimapError(summary, details, "give fewer --prompts", Exit.USAGE)
     ids, mask = np.full((prompts, slots), m.model.pad_token, np.int64), np.zeros((prompts, slots), np.int64)
     for row in range(prompts):
         text = budget if fill else int(rng.integers(min(4, budget), budget + 1))
@@ -45,6 +56,4 @@ def drawn_inputs(bundle: Bundle, prompts: int, seed: int, fill: bool = False) ->
         around = rng.choice(words, text)
         sample = np.concatenate([around[:system], image, around[system:]])
         ids[row, : len(sample)], mask[row, : len(sample)] = sample, 1
-    shape = bundle.graph("vision").inputs["pixel_values"].shape
-    pixels = rng.standard_normal((prompts * bundle.picture.tiles, *shape[1:]), dtype=np.float32)
-    return Inputs(ids, pixels, mask)
+    return Inputs(ids, rng.standard_normal(shape, dtype=np.float32), mask)

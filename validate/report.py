@@ -7,12 +7,12 @@ from typing import Any
 from himap_export.engines.bundle import Bundle
 from himap_export.validate.html.page import finite
 from himap_export.validate.parity import Closeness, CutParity, Parity
-from himap_export.validate.speed import TORCH, UNPRUNED, Speed
+from himap_export.validate.speed import UNPRUNED, Speed
 from himap_export.validate.workers import ACTS
 
 
 def parity_lines(parity: Parity, bundle: Bundle, backend: str) -> list[str]:
-    """One row per tensor, per cut, and for the answer; a mark for every gate."""
+    """One row per tensor, per cut, and for the answer; a mark for every gate; what else is to be said."""
     m, gates = bundle.manifest, {gate.name: gate for gate in parity.gates}
     marks = {name: "ok  " if gate.passed else "FAIL" for name, gate in gates.items()}
     lines = [
@@ -33,14 +33,16 @@ def parity_lines(parity: Parity, bundle: Bundle, backend: str) -> list[str]:
     if a.first is not None:
         facts += f"; first parts at token {a.first}, best two logits {a.margin:.1e} apart"
         facts += f" (a tie up to {gates['tokens'].limit:.1e})"
-    return [*lines, f"{marks['tokens']}  {'tokens':10}  {facts}"]
+    return [*lines, f"{marks['tokens']}  {'tokens':10}  {facts}", *(f"      {note}" for note in parity.notes)]
 
 
 def parity_json(parity: Parity) -> dict[str, Any]:
-    """By tensor: max_abs, scale (the reference's largest value), cosine; by cut: what happened there; the answers."""
+    """By tensor: max_abs, scale (the reference's largest value), cosine; by cut: what happened there; the answers, and
+    notes."""
     tensors = {t.name.replace(" ", "_"): _without_name(t) for t in parity.tensors}
     cuts = {f"kept_{c.name}": _without_name(c) | {"forced": c.swapped > 0} for c in parity.cuts}
     found = {"prompts": parity.prompts, **tensors, **cuts, "tokens": asdict(parity.answers)}
+    found["notes"] = list(parity.notes)
     return finite(found)  # type: ignore[no-any-return]
 
 
@@ -54,12 +56,13 @@ def _without_name(row: Closeness | CutParity) -> dict[str, Any]:
 
 def speed_lines(speed: Speed) -> list[str]:
     """Medians side by side, then the bundle's speed-up over the others with its spread and its share of the ceiling."""
-    lines = [f"      {'':14}{'prefill':>12}{'decode':>16}{'vision':>12}{'peak memory':>14}"]
+    width = max(14, *(len(t.name) + 1 for t in speed.times))
+    lines = [f"      {'':{width}}{'prefill':>12}{'decode':>16}{'vision':>12}{'peak memory':>14}"]
     for t in speed.times:
         ms = {act: t.median(act) * 1e3 for act in ACTS}
         cells = f"{ms['prefill']:>9.1f} ms{ms['decode']:>9.2f} ms/tok{ms['vision']:>9.1f} ms"
-        lines.append(f"      {t.name:14}{cells}{t.peak_bytes / 2**20:>10.0f} MiB")
-    for name in (UNPRUNED, TORCH):
+        lines.append(f"      {t.name:{width}}{cells}{t.peak_bytes / 2**20:>10.0f} MiB")
+    for name in speed.others:
         prefill, decode = speed.over(name, "prefill"), speed.over(name, "decode")
         lines.append(
             f"      over {name}: prefill {prefill[0]:.2f}x ({prefill[1]:.2f} to {prefill[2]:.2f}), "
@@ -67,16 +70,18 @@ def speed_lines(speed: Speed) -> list[str]:
         )
     share = speed.over(UNPRUNED, "prefill")[0] / speed.ceiling
     lines.append(f"      prefill reaches {share:.0%} of the {speed.ceiling:.2f}x that FLOPs allow")
-    return lines
+    return [*lines, f"      {speed.note}"] if speed.note else lines
 
 
 def speed_json(speed: Speed) -> dict[str, Any]:
-    """Medians in seconds, peak memory in bytes, speed-ups as [median, lowest, highest] over rounds."""
+    """Medians in seconds, peak memory in bytes, speed-ups as [median, lowest, highest] over rounds; PyTorch's name says
+    its dtype and device."""
     return {
         "ceiling": speed.ceiling,
         "of_ceiling": speed.over(UNPRUNED, "prefill")[0] / speed.ceiling,
         "contenders": {
             t.name: {**{act: t.median(act) for act in ACTS}, "peak_bytes": t.peak_bytes} for t in speed.times
         },
-        "over": {name: {act: speed.over(name, act) for act in ACTS} for name in (UNPRUNED, TORCH)},
+        "over": {name: {act: speed.over(name, act) for act in ACTS} for name in speed.others},
+        "note": speed.note,
     }

@@ -1,10 +1,10 @@
 """Is it as much faster as its FLOPs promise? The bundle, the same backend unpruned, and PyTorch, side by side."""
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from himap_export.engines.bundle import Bundle
+from himap_export.engines.scratch import scratch_folder
 from himap_export.graphs.flops import true_ratio
 from himap_export.graphs.plan import PruningPlan
 from himap_export.validate.twin import export_twin
@@ -15,10 +15,17 @@ PRUNED, UNPRUNED, TORCH = "pruned", "unpruned", "PyTorch SDPA"
 
 @dataclass(frozen=True)
 class Speed:
-    """Times of the three contenders; `ceiling` is the prefill speed-up over unpruned that FLOPs allow."""
+    """Times of the three contenders, the bundle's first; `ceiling` is the prefill speed-up over unpruned that FLOPs
+    allow, `note` what is to be said of the comparison, if anything is."""
 
     ceiling: float
     times: tuple[Times, ...]
+    note: str = ""
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Whom the bundle is compared with: itself unpruned, and PyTorch with its dtype and device."""
+        return tuple(t.name for t in self.times[1:])
 
     def over(self, name: str, act: str) -> tuple[float, float, float]:
         """Speed-up of the bundle over contender `name`: median, lowest, highest of all rounds."""
@@ -30,16 +37,41 @@ def ceiling(bundle: Bundle) -> float:
     return 1 / true_ratio(bundle.manifest.decoder, bundle.plan, bundle.budget.visual, bundle.budget.text)
 
 
-def measure(bundle: Bundle, checkpoint: Path, backend: str, iterations: int, warm_up: int, threads: int) -> Speed:
-    """Exports the unpruned twin, then lets all three take turns."""
-    with tempfile.TemporaryDirectory(prefix="himap-unpruned-") as folder:
+def measure(
+    bundle: Bundle,
+    checkpoint: Path,
+    backend: str,
+    device: str,
+    iterations: int,
+    warm_up: int,
+    threads: int,
+    vision_tower: Path | None = None,
+) -> Speed:
+    """Exports the unpruned twin, then lets all three take turns, in the bundle's dtype.
+
+    `device` is what the backend's engines say they run on: "cpu", "cuda", or a GPU's name. `vision_tower` as for
+    `export_twin`.
+    """
+    dtype = bundle.manifest.dtype
+    asked = device if device in ("cpu", "cuda") else None  # a GPU's name: the backend knows no other device
+    torchs = torch_device(device)
+    with scratch_folder("unpruned") as folder:
         unpruned = {"none": (PruningPlan(), bundle.budget.visual[:1])}
-        twin = export_twin(
-            checkpoint, bundle.budget, bundle.manifest.dtype, backend, unpruned, Path(folder) / "bundle", bundle.picture
-        )
+        out, picture, tower = folder / "bundle", bundle.picture, vision_tower
+        twin = export_twin(checkpoint, bundle.budget, dtype, backend, unpruned, out, picture, tower)
         contenders = (
-            Contender(PRUNED, "bundle", bundle, checkpoint, backend),
-            Contender(UNPRUNED, "bundle", twin, checkpoint, backend),
-            Contender(TORCH, "torch", bundle, checkpoint),
+            Contender(PRUNED, "bundle", bundle, checkpoint, backend, asked),
+            Contender(UNPRUNED, "bundle", twin, checkpoint, backend, asked),
+            Contender(f"{TORCH} {dtype}, {torchs}", "torch", bundle, checkpoint, "", torchs, tower),
         )
-        return Speed(ceiling(bundle), tuple(race(contenders, iterations, warm_up, threads)))
+        times = tuple(race(contenders, iterations, warm_up, threads))
+    apart = device != "cpu" and torchs == "cpu"
+    note = f"PyTorch has no CUDA here: it ran on the CPU, the engines on {device}" if apart else ""
+    return Speed(ceiling(bundle), times, note)
+
+
+def torch_device(device: str) -> str:
+    """Where PyTorch runs beside engines on `device`: there too, unless that is a GPU that it cannot use."""
+    import torch
+
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

@@ -19,20 +19,22 @@ def export_twin(
     plans: Mapping[str, Kept],
     out: Path,
     picture: PictureRecord | None = None,
+    vision_tower: Path | None = None,
 ) -> Bundle:
     """A bundle of `plans`, by name, at the text budget, new tokens and batch of `like`, for pictures as `picture` or,
-    if None, the model's own."""
+    if None, the model's own. Weights that overflow are saturated: the user has allowed it, or the bundle that is
+    compared would not be there. `vision_tower`: the folder of the tower, if the checkpoint lacks it."""
     from himap_export.exporter.export import export
     from himap_export.exporter.family import Picture
     from himap_export.exporter.planning import Planned, PlannedVariant, describe
     from himap_export.exporter.registry import resolve
 
-    model = resolve(str(checkpoint))
+    model = resolve(str(checkpoint), vision_tower=vision_tower)
     decoder, (vision,) = describe(model, Picture(picture.size, picture.tiles) if picture else Picture())
     variants = tuple(
         PlannedVariant(name, plan, TokenBudget(visual, like.text, like.new, like.batch), visual, vision)
         for name, (plan, visual) in plans.items()
     )
-    planned = Planned(model, decoder, variants, dtype, (backend,))
+    planned = Planned(model, decoder, variants, dtype, (backend,), allow_overflow=True)
     export(planned, out, ("himap-validate",), False, lambda line: None)
     return open_bundle(out, verify=False)

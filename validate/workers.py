@@ -1,37 +1,43 @@
 """Timing that can be compared: one process per contender, taking turns.
 
 A runtime's spinning threads slow its neighbours, so each contender lives alone in a process; the machine's speed
-drifts, so they take turns, round by round, and ratios are taken within a round.
+drifts, so they take turns, round by round, and ratios are taken within a round. All compute in one dtype, on one device
+where they can.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from himap_export.engines.bundle import Bundle
-from himap_export.engines.isolation import environment
+from himap_export.engines.isolation import Child, child
 from himap_export.graphs.errors import Exit, HimapError
 
 ACTS = ("vision", "prefill", "decode")
+MEMORY = "memory"
 DECODE_STEPS = 16
 TURN = 0.1  # seconds that a turn lasts at least
+Acts = Mapping[str, Callable[[], float]]  # by name, what does it and says how many seconds it took
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`kind` "bundle" (`backend` has its engines) or "torch" (the checkpoint, PyTorch SDPA, unpruned; prompts as the
-    bundle's)."""
+    """`kind` "bundle" (`backend` has its engines) or "torch" (the checkpoint, PyTorch SDPA, unpruned; prompts and dtype
+    as the bundle's). `device`: "cpu" or "cuda"; None: the backend's choice, PyTorch's is the CPU.
+
+    `vision_tower`: where the checkpoint's tower lies, if elsewhere.
+    """
 
     name: str
     kind: str
     bundle: Bundle
     checkpoint: Path
     backend: str = ""
+    device: str | None = None
+    vision_tower: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -55,68 +61,36 @@ def ratios(a: Times, b: Times, act: str) -> tuple[float, float, float]:
 def race(
     contenders: Sequence[Contender], iterations: int, warm_up: int, threads: int, acts: Sequence[str] = ACTS
 ) -> list[Times]:
-    """Every contender does every act `iterations` times, one after the other within a round."""
+    """Every contender does every act `iterations` times, one after the other within a round.
+
+    HimapError if one cannot be opened, or its process dies.
+    """
     with ExitStack() as stack:
-        doors = [stack.enter_context(_worker(c, threads)) for c in contenders]
+        children = [stack.enter_context(_child(c, threads)) for c in contenders]
+        for one in children:
+            one.ask(MEMORY)  # all are open before any is timed
         rounds: list[dict[str, list[float]]] = [{act: [] for act in acts} for _ in contenders]
         for act in acts:
             for n in range(warm_up + iterations):
-                for door, times in zip(doors, rounds, strict=True):
-                    seconds = _ask(door, act)
+                for one, times in zip(children, rounds, strict=True):
+                    seconds = one.ask(act)
                     if n >= warm_up:
                         times[act].append(seconds)
         return [
-            Times(c.name, {act: tuple(s) for act, s in times.items()}, int(_ask(door, "memory")))
-            for c, door, times in zip(contenders, doors, rounds, strict=True)
+            Times(c.name, {act: tuple(s) for act, s in times.items()}, int(one.ask(MEMORY)))
+            for c, one, times in zip(contenders, children, rounds, strict=True)
         ]
 
 
-def _ask(door: Connection, act: str) -> float:
-    door.send(act)
-    answer = door.recv()
-    if isinstance(answer, HimapError):
-        raise answer
-    return float(answer)
+def _child(contender: Contender, threads: int) -> AbstractContextManager[Child]:
+    limits = {"OMP_NUM_THREADS": str(threads), "KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}  # read at its start
+    return child(f"timing {contender.name}", limits, _doing, contender, threads)
 
 
-@contextmanager
-def _worker(contender: Contender, threads: int) -> Iterator[Connection]:
-    context = get_context("spawn")
-    mine, his = context.Pipe()
-    limits = {"OMP_NUM_THREADS": str(threads), "KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}
-    process = context.Process(target=_serve, args=(his, contender, threads), daemon=True)
-    with environment(limits):  # read when the child loads its runtime
-        process.start()
-    his.close()
-    try:
-        _ask(mine, "ready")
-        yield mine
-    except (EOFError, ConnectionError):
-        raise HimapError(f"the worker of {contender.name} died", hint="is there enough memory?") from None
-    finally:
-        with suppress(OSError):
-            mine.send("stop")
-        process.join(5)
-        process.terminate()  # one that is stuck, or still at work after a Ctrl-C
-        process.join()
-
-
-def _serve(door: Connection, contender: Contender, threads: int) -> None:
-    try:
-        acts = (_bundle if contender.kind == "bundle" else _torch)(contender, threads)
-    except HimapError as problem:
-        door.send(HimapError(problem.summary, problem.details, problem.hint, problem.code))
-        return
-    while True:
-        act = door.recv()
-        if act == "stop":
-            return
-        if act == "ready":
-            door.send(0.0)
-        elif act == "memory":
-            door.send(_peak_bytes())
-        else:
-            door.send(acts[act]())
+def _doing(contender: Contender, threads: int) -> Callable[[str], float]:
+    """Does an act and says how many seconds it took; asked for MEMORY, how many bytes everything took."""
+    acts = (_bundle if contender.kind == "bundle" else _torch)(contender, threads)
+    return lambda asked: _peak_bytes() if asked == MEMORY else acts[asked]()
 
 
 def _peak_bytes() -> float:
@@ -152,13 +126,13 @@ def _turn(work: Callable[[], object]) -> Callable[[], float]:
     return timed
 
 
-def _bundle(contender: Contender, threads: int) -> dict[str, Callable[[], float]]:
+def _bundle(contender: Contender, threads: int) -> Acts:
     from himap_export.engines.backends import Opening
     from himap_export.engines.pipeline import Pipeline
     from himap_export.validate.questions import drawn_inputs
 
     bundle = contender.bundle
-    pipeline = Pipeline(bundle, contender.backend, Opening(threads))
+    pipeline = Pipeline(bundle, contender.backend, Opening(threads, contender.device))
     inputs = drawn_inputs(bundle, bundle.budget.batch, 0, fill=True)
     prefilled, layout = pipeline.prefill(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
     tokens = prefilled.logits.argmax(axis=1)
@@ -179,7 +153,9 @@ def _bundle(contender: Contender, threads: int) -> dict[str, Callable[[], float]
     return {"vision": _turn(vision), "prefill": _turn(prefill), "decode": decode}
 
 
-def _torch(contender: Contender, threads: int) -> dict[str, Callable[[], float]]:
+def _torch(contender: Contender, threads: int) -> Acts:
+    """Every act ends with its result in the host's memory, as the bundle's do: so does nobody's clock stop while a GPU
+    is still at work."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -188,23 +164,25 @@ def _torch(contender: Contender, threads: int) -> dict[str, Callable[[], float]]
 
     torch.set_num_threads(threads)
     disable_progress_bar()
-    bundle = contender.bundle
+    bundle, device = contender.bundle, contender.device or "cpu"
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[bundle.manifest.dtype]
     inputs = drawn_inputs(bundle, bundle.budget.batch, 0, fill=True)
+    tower = {} if contender.vision_tower is None else {"vision_tower": contender.vision_tower}
     try:
-        model = Reference(contender.checkpoint, attn_implementation="sdpa")
+        model = Reference(contender.checkpoint, dtype, "sdpa", device, **tower)
     except (OSError, ValueError) as problem:
-        raise HimapError(
-            f"cannot load {contender.checkpoint}", str(problem).splitlines()[0], code=Exit.MISSING
-        ) from None
+        details = str(problem).splitlines()[0]
+        raise HimapError(f"cannot load {contender.checkpoint}", details, code=Exit.MISSING) from None
     with torch.inference_mode():
+        pixels = torch.as_tensor(inputs.pixel_values).to(device, dtype)
         prompts = model.embed(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
         steps, length = min(DECODE_STEPS, bundle.budget.new), prompts.hidden.shape[1]
 
         def decode() -> float:
             logits, cache = model.forward(prompts)
-            tokens = logits.argmax(-1)
+            tokens = logits.cpu().argmax(-1)
             with torch.inference_mode():
-                return _clock(lambda: [model.step(tokens, length + i, cache) for i in range(steps)]) / steps
+                return _clock(lambda: [model.step(tokens, length + i, cache).cpu() for i in range(steps)]) / steps
 
     def quiet(work: Callable[[], object]) -> Callable[[], float]:
         turn = _turn(work)
@@ -216,7 +194,7 @@ def _torch(contender: Contender, threads: int) -> dict[str, Callable[[], float]]
         return timed
 
     return {
-        "vision": quiet(lambda: model.image_features(inputs.pixel_values)),
-        "prefill": quiet(lambda: model.forward(prompts)),
+        "vision": quiet(lambda: model.judge.see(pixels).features.cpu()),
+        "prefill": quiet(lambda: model.forward(prompts)[0].cpu()),
         "decode": decode,
     }

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -104,7 +105,8 @@ def test_an_interrupt_does_not_wait_for_a_long_walk(tmp_path: Path, to_group: bo
             said = tune.communicate(timeout=60)[1]
         except subprocess.TimeoutExpired:
             for worker in workers:
-                os.kill(worker, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
             pytest.fail("it waits for its workers")
     assert tune.returncode == 130 and "interrupted" in said and "Traceback" not in said
     assert len(workers) == 2 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
@@ -112,6 +114,7 @@ def test_an_interrupt_does_not_wait_for_a_long_walk(tmp_path: Path, to_group: bo
 
 
 def _workers(parent: int) -> list[int]:
-    """Its spawned processes, without multiprocessing's own."""
-    children = map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
-    return [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    """The processes that were spawned below it, without multiprocessing's own."""
+    children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    found = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found + [worker for pid in children if pid not in found for worker in _workers(pid)]

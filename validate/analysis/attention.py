@@ -6,7 +6,7 @@ layer drops them, a hook on its `self_attn` keeps them. They are softmax in fp32
 Shape letters: S tokens, D hidden, H query heads, W vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from himap_export.graphs.errors import HimapError
-from himap_export.validate.analysis.sample import Sample, spans_of
+from himap_export.validate.analysis.sample import Sample, SampleSet, spans_of
 from himap_export.validate.progress import Count
 from himap_export.validate.reference import Reference
 
@@ -83,9 +83,9 @@ def _eager(decoder: Any) -> Iterator[None]:
 
 
 @contextmanager
-def prompts(reference: Reference, samples: Sequence[Sample], progress: Count) -> Iterator[Iterator[Prompt]]:
+def prompts(reference: Reference, samples: SampleSet, progress: Count) -> Iterator[Iterator[Prompt]]:
     """`with prompts(...) as each: for prompt in each: ...`, one after the other, as each has a length of its own."""
-    if not samples:
+    if not len(samples):
         raise HimapError("there is nothing to analyse", "no samples")
 
     def each() -> Iterator[Prompt]:

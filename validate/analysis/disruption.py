@@ -24,7 +24,7 @@ from torch import Tensor
 
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.analysis.attention import Prompt, prompts
-from himap_export.validate.analysis.sample import Sample, Spans
+from himap_export.validate.analysis.sample import SampleSet, Spans
 from himap_export.validate.progress import Count, silent
 from himap_export.validate.reference import Reference
 
@@ -46,7 +46,7 @@ class Disruption:
 
 def disruption(
     reference: Reference,
-    samples: Sequence[Sample],
+    samples: SampleSet,
     firsts: Sequence[int] | None = None,
     width: int = 1,
     kinds: Sequence[str] = KINDS,

@@ -1,6 +1,6 @@
 """Everything an analysis finds, in one pass over a data set."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,25 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Examples as samples, each made whenever it is looked at: the pixels of all would fill the memory."""
+
+    prompter: Prompter
+    examples: Sequence[Example]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self.of, self.examples)
+
+    def of(self, example: Example) -> Sample:
+        """The sample of one example. HimapError (usage) names its line."""
+        arrays = self.prompter.arrays(example)
+        return Sample(arrays.input_ids[0], arrays.pixel_values, self.prompter.label(example))
+
+
+@dataclass(frozen=True)
 class Seen:
     """One question's Grad-CAM over its image: contact sheets by name, of the decoder's layers and, where its patches
     lie as the image tokens do, of the tower's."""
@@ -55,20 +74,18 @@ class Flow:
 
 def analyze(reference: Reference, prompter: Prompter, examples: Sequence[Example], asked: Asked) -> Flow:
     """Saliency, attention shares, disruption and Grad-CAM of `examples`, and the cuts that follow from them."""
-    samples = [_sample(prompter, example) for example in examples]
-
+    samples = Samples(prompter, examples)
+    for _ in samples:  # one that cannot be read is refused now, not behind hours of work
+        pass
     with counted("disruption") as count:
         disrupted = disruption(reference, samples, width=asked.width, seed=asked.seed, progress=count)
     with counted("saliency") as count:
         flows = saliency(reference, samples, count)
     with counted("attention shares") as count:
         looks = shares(reference, samples, count)
-    seen = tuple(
-        _seen(reference, prompter, example, sample, asked)
-        for example, sample in list(zip(examples, samples, strict=True))[: asked.cams]
-    )
+    seen = tuple(_seen(reference, prompter, e, samples.of(e), asked) for e in examples[: asked.cams])
     advice = recommend(curves(flows, disrupted, reference.layers))
-    tokens = int(reference.judge.is_image(torch.as_tensor(samples[0].input_ids)).sum())
+    tokens = int(reference.judge.is_image(torch.as_tensor(samples.of(examples[0]).input_ids)).sum())
     return Flow(reference.layers, tokens, flows, looks, disrupted, seen, advice)
 
 
@@ -86,11 +103,6 @@ def curves(flows: Sequence[Sequence[LayerFlow]], disruptions: Sequence[Disruptio
         tuple(f.visual_to_visual for f in means),
         tuple(f.visual_to_text for f in means),
     )
-
-
-def _sample(prompter: Prompter, example: Example) -> Sample:
-    arrays = prompter.arrays(example)
-    return Sample(arrays.input_ids[0], arrays.pixel_values, prompter.label(example))
 
 
 def _seen(reference: Reference, prompter: Prompter, example: Example, sample: Sample, asked: Asked) -> Seen:

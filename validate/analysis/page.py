@@ -19,7 +19,16 @@ from himap_export.validate.html.plots import Series, lines
 
 LAYER = "decoder layer (from 0)"
 SPREAD = "Lines are means over questions, bands run from the 10th to the 90th percentile."
+PLOTS = (
+    "saliency-shares", "saliency-visual", "attention-shares", "label-consistency", "score-consistency", "bias-ratio",
+)  # fmt: skip
 Layer = TypeVar("Layer")
+
+
+def report_files(cams: int) -> tuple[str, ...]:
+    """The names of all files that the report of an analysis with up to `cams` Grad-CAMs may hold."""
+    seen = (f"cam-{n}-{part}" for n in range(1, cams + 1) for part in ("decoder", "tower"))
+    return "report.html", "report.json", *(f"{name}.png" for name in (*PLOTS, *seen))
 
 
 def flow_json(flow: Flow) -> dict[str, Any]:

@@ -12,7 +12,6 @@ the gradient of what entered it, and is freed. The numbers are those of plain au
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from himap_export.graphs.errors import HimapError
 from himap_export.validate.analysis.attention import Prompt, prompts
-from himap_export.validate.analysis.sample import Sample, Spans
+from himap_export.validate.analysis.sample import SampleSet, Spans
 from himap_export.validate.progress import Count, silent
 from himap_export.validate.reference import Reference
 
@@ -44,7 +43,7 @@ class LayerFlow:
     visual_to_text: float
 
 
-def saliency(reference: Reference, samples: Sequence[Sample], progress: Count = silent) -> list[tuple[LayerFlow, ...]]:
+def saliency(reference: Reference, samples: SampleSet, progress: Count = silent) -> list[tuple[LayerFlow, ...]]:
     """For each sample, the flow in each of the L layers. HimapError if a loss depends on no attention."""
     with prompts(reference, samples, progress) as each:
         return [_flows(prompt) for prompt in each]

@@ -1,8 +1,8 @@
 """What an analysis looks at: a prompt with the answer it should get, and which of its tokens are of which kind."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,13 @@ def spans_of(image: NDArray[np.bool_]) -> Spans:
         raise HimapError("a prompt has no image to follow", "no token is an image's", "expand the placeholder")
     instruction = np.arange(len(image)) > np.flatnonzero(image)[-1]
     return Spans(~image & ~instruction, image, instruction)
+
+
+class SampleSet(Protocol):
+    """Samples that are gone through, several times: a list, or what makes each when it is looked at."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Sample]: ...
 
 
 Layer = TypeVar("Layer")  # a dataclass of floats

@@ -5,13 +5,12 @@ produces the answer, averaged over the heads and summed over the system, image a
 is the prompt's last; it may see every token, so the three sum to 1.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from himap_export.validate.analysis.attention import Prompt, prompts
-from himap_export.validate.analysis.sample import Sample
+from himap_export.validate.analysis.sample import SampleSet
 from himap_export.validate.progress import Count, silent
 from himap_export.validate.reference import Reference
 
@@ -25,7 +24,7 @@ class LayerShares:
     user: float
 
 
-def shares(reference: Reference, samples: Sequence[Sample], progress: Count = silent) -> list[tuple[LayerShares, ...]]:
+def shares(reference: Reference, samples: SampleSet, progress: Count = silent) -> list[tuple[LayerShares, ...]]:
     """For each sample, the shares in each of the L layers."""
     with prompts(reference, samples, progress) as each:
         return [_shares(prompt) for prompt in each]

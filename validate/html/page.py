@@ -7,11 +7,13 @@ import re
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, assert_never
 
 import numpy as np
 
+from himap_export.engines.files import check_report, write_file
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.html.theme import CSS
 
@@ -128,19 +130,19 @@ def write_report(folder: Path, page: Page, data: Mapping[str, Any], name: str = 
     """Writes `name`.html, `name`.json and one PNG for each figure and picture into `folder`; returns the HTML's path.
 
     Each file appears whole or not at all; other files in the folder stay. NaN and infinity become null in the JSON.
-    HimapError (Exit.USAGE) if two figures share a name or one is no file stem; HimapError if a file cannot be written.
+    HimapError (usage) if two figures share a name or one is no file stem, or as `check_report`; HimapError if a file
+    cannot be written.
     """
     images = _images(page)
     text = json.dumps(finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     files = {f"{name}.json": text.encode(), **images, f"{name}.html": render(page).encode()}
+    check_report(folder, tuple(files))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for file, content in files.items():
-            hidden = folder / f".{file}.tmp"
-            hidden.write_bytes(content)
-            hidden.replace(folder / file)
     except OSError as problem:
-        raise HimapError(f"cannot write the report to {folder}", problem.strerror or str(problem)) from None
+        raise HimapError(f"cannot write a report to {folder}", problem.strerror or str(problem)) from None
+    for file, content in files.items():
+        write_file(folder / file, methodcaller("write", content))
     return folder / f"{name}.html"
 
 

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
-from multiprocessing.connection import wait
 from pathlib import Path
 
 from himap_export.engines.arrays import Inputs
-from himap_export.engines.isolation import MEMORY, child
+from himap_export.engines.isolation import MEMORY, answered, child
 from himap_export.graphs.spec import Dtype
 from himap_export.validate.contenders import UNPRUNED, request_seed
 from himap_export.validate.criteria import Cut, State
@@ -84,8 +83,7 @@ def sweep(job: Job, examples: Sequence[tuple[int, Example]], workers: int) -> It
         for one, task in zip(busy, todo, strict=False):
             one.send(task)
         while busy:
-            ready = wait(busy)
-            for one in [one for one in busy if one in ready]:
+            for one in answered(busy):
                 told: Told = one.receive()
                 if (following := next(todo, None)) is None:
                     busy.remove(one)

@@ -1,10 +1,10 @@
 """How long prefill takes: each plan as engines in a process of its own, taking turns with the unpruned model."""
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from himap_export.engines.scratch import scratch_folder
 from himap_export.graphs.plan import PruningPlan, TokenBudget
 from himap_export.graphs.spec import Dtype
 from himap_export.validate.contenders import UNPRUNED
@@ -29,8 +29,8 @@ def measure(
     """By name; the unpruned model is one of them. Every slot of the text budget is filled."""
     everyone = {UNPRUNED: PruningPlan(), **plans}
     kept = {name: (plan, plan.kept(image_tokens)) for name, plan in everyone.items()}
-    with tempfile.TemporaryDirectory(prefix="himap-tune-") as folder:
-        budget, out = TokenBudget((image_tokens,), text, 1), Path(folder) / "bundle"
+    with scratch_folder("tune") as folder:
+        budget, out = TokenBudget((image_tokens,), text, 1), folder / "bundle"
         bundle = export_twin(checkpoint, budget, dtype, BACKEND, kept, out)
         contenders = [Contender(name, "bundle", bundle.at(name), checkpoint, BACKEND) for name in everyone]
         times = race(contenders, rounds, WARM_UP, threads, ("prefill",))

@@ -1,0 +1,58 @@
+"""The checkpoint that a bundle is judged by: there, complete, and of the bundle's sizes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from himap_export.engines.bundle import Bundle
+from himap_export.exporter.checkpoint import open_checkpoint
+from himap_export.exporter.family import Picture
+from himap_export.exporter.planning import describe
+from himap_export.exporter.registry import Model, resolve
+from himap_export.graphs.errors import Exit, HimapError
+
+SIZES = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "deepstack")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's folder, and that of its vision tower if it lies apart. `own_image`: the release prepares pictures
+    by code of its own, whatever a processor's file in the folder says."""
+
+    folder: Path
+    tower: Path | None
+    own_image: bool
+
+
+def source_of(bundle: Bundle, named: str | None, vision_tower: Path | None = None) -> Source:
+    """The checkpoint `named`, else the one that the bundle says it was made from.
+
+    HimapError: missing if it is not there or lacks weights, usage as `resolve`, or if the bundle is not of its sizes.
+    """
+    try:
+        model = resolve(named or bundle.manifest.model.source, vision_tower=vision_tower)
+        assert model.folder is not None  # `resolve` fetches weights unless told not to
+        open_checkpoint(model.folder)
+    except HimapError as problem:
+        if named is not None or problem.code == Exit.MISSING:
+            raise
+        summary, hint = f"the model of {bundle.folder} is not at {bundle.manifest.model.source}", "give it with --model"
+        raise HimapError(summary, str(problem), hint, Exit.MISSING) from None
+    _check_sizes(bundle, model)
+    return Source(model.folder, model.tower, model.family.own_image)
+
+
+def _check_sizes(bundle: Bundle, model: Model) -> None:
+    try:
+        decoder, (vision,) = describe(model, Picture(bundle.picture.size, bundle.picture.tiles))
+    except HimapError as problem:
+        raise _misfit(bundle, model, str(problem)) from None
+    mine, his = ({name: getattr(spec, name) for name in SIZES} for spec in (bundle.manifest.decoder, decoder))
+    mine, his = mine | {"image tokens": bundle.budget.visual[0]}, his | {"image tokens": vision.tokens}
+    for name, size in mine.items():
+        if his[name] != size:
+            raise _misfit(bundle, model, f"{name}: {his[name]}, in the bundle {size}")
+
+
+def _misfit(bundle: Bundle, model: Model, details: str) -> HimapError:
+    hint = "--model takes the one that it was made from"
+    return HimapError(f"{model.name} is not the model of {bundle.folder}", details, hint, Exit.USAGE)
