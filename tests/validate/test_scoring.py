@@ -100,7 +100,7 @@ def test_what_a_limit_asked_the_whole_goes_on_with(
     for flags in (("--limit", 2), ()):
         assert score(bundle, tmp_path / "r", "--dataset", folder / "more.jsonl", *flags) == 1
         assert "far enough" in capsys.readouterr().err
-    assert tokens == [10, 10]
+    assert tokens[0] == tokens[1] > 8
 
 
 def test_a_prompt_behind_the_limit_may_be_too_long(
@@ -163,7 +163,7 @@ def test_what_is_refused(bundle: Path, report: Path, tmp_path: Path, capsys: pyt
         (("--dataset", folder / "questions.jsonl", *here, "--plan", "random"), "holds no plan random"),
         (("--dataset", folder / "questions.jsonl", "--report", folder), "is neither empty nor ours"),
         (("--dataset", folder / "questions.jsonl", *here, "--prompt", "?", "--image", "x.png"), "--dataset excludes"),
-        (("--dataset", folder / "questions.jsonl", *here, "--seeds", 0), "--seeds must be at least 1"),
+        (("--dataset", folder / "questions.jsonl", *here, "--seeds", 0), "argument --seeds: '0' is not a whole number"),
         (("--plan", "qa", "--plan", "fastv"), "several --plan are for --dataset"),
     ):
         assert call(main, bundle, *flags) == 2, flags

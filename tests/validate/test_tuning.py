@@ -243,11 +243,11 @@ def test_what_is_refused(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ((*data, "--out", tmp_path / "a", "--k2", "10"), "--k2 10 is past the last layer"),
         ((*data, "--out", tmp_path / "a", "--r1", "1"), "is outside [0, 1)"),
         (("--dataset", tmp_path / "none.jsonl", "--out", tmp_path / "a"), "cannot read data set"),
-        ((*data, "--out", tmp_path / "a" / ("x" * 300)), "File name too long"),
+        ((*data, "--out", tmp_path / ("x" * 300)), "File name too long"),
     ):
         assert call(main, "shapes", *flags) == 2, flags
         err = capsys.readouterr().err
-        assert words in err and len(err.splitlines()) == 1, flags
+        assert words in err.splitlines()[-1] and "Traceback" not in err, flags
     assert not (tmp_path / "a").exists()
     twin = shutil.copytree(checkpoint_folder("shapes"), tmp_path / "twin")
     assert call(main, twin, *data, "--out", tuned, *SMALL) == 2
