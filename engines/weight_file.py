@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -119,8 +119,10 @@ def find_tensor(stored: Mapping[str, StoredTensor], name: str) -> StoredTensor |
         return stored[name]
     found = _ROWS.fullmatch(name)
     whole = stored.get(found["name"]) if found else None
-    if found is None or whole is None or not whole.shape:
+    if found is None or whole is None:
         return None
+    if not whole.shape:  # it has no rows: a shape that does not fit
+        return replace(whole, name=name)
     start, stop = int(found["start"]), int(found["stop"])
     row = whole.nbytes // whole.shape[0] if whole.shape[0] else 0
     rows = max(0, min(stop, whole.shape[0]) - start)  # a tensor that is too short shows as a shape that does not fit

@@ -93,7 +93,7 @@ def test_a_wrong_folder_is_refused_before_anything_is_loaded(
     for folder, words in (
         (work.checkpoint("gqa2"), "the engines take"),
         (half, "the engines take"),
-        (tmp_path, "holds no safetensors file"),
+        (tmp_path, "holds no weights"),
         (None, "give the checkpoint's folder with --weights"),
     ):
         capsys.readouterr()

@@ -104,12 +104,14 @@ def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Op
     ort, options = _onnxruntime(), _onnxruntime().SessionOptions()
     options.intra_op_num_threads = opening.threads or len(os.sched_getaffinity(0))
     options.log_severity_level = 3
-    options.add_session_config_entry(_RECORD, "1")
     record = bundle.manifest.graphs[graph]
     if bundle.manifest.weight_form == "shared":
         for name in record.weights:
             options.add_initializer(name, weights[name])
-    providers = [_PROVIDERS["cpu"]] if device == "cpu" else [(_PROVIDERS["cuda"], {"device_id": 0}), _PROVIDERS["cpu"]]
+    providers: list[Any] = [_PROVIDERS["cpu"]]
+    if device == "cuda":
+        providers.insert(0, (_PROVIDERS["cuda"], {"device_id": 0}))
+        options.add_session_config_entry(_RECORD, "1")
     path = str(bundle.path(record.file))
     try:
         session = ort.InferenceSession(path, options, providers=providers)
@@ -120,7 +122,7 @@ def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Op
     if _PROVIDERS[device] not in session.get_providers():  # onnxruntime itself falls back with a warning
         hint = "check the GPU's driver, or give --device cpu"
         raise HimapError("onnxruntime cannot use the CUDA provider", hint=hint, code=Exit.MISSING)
-    if elsewhere := _elsewhere(session, _PROVIDERS[device]):
+    if device == "cuda" and (elsewhere := _elsewhere(session, _PROVIDERS["cuda"])):
         print(f"onnxruntime: {graph} runs partly on the CPU: {elsewhere}", file=sys.stderr)
     return session
 

@@ -1,5 +1,6 @@
 """The onnxruntime backend's devices. There is no GPU here: device memory is the CPU's, everything else is real."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,78 @@ def test_asked_for_a_gpu_that_is_not_there_it_leaves_with_4(
     file = save_inputs(tmp_path / "in.npz", make_inputs(work.tiny("gqa2"), [9], [5]))
     assert call(run_main, work.bundle("gqa2", cuts=CUTS), "--load-inputs", file, "--device", "cuda") == 4
     assert "no CUDA provider" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Node:
+    """As onnxruntime tells where a node runs."""
+
+    op_type: str
+    name: str
+    domain: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    ep_name: str
+    nodes: list[Node]
+
+    def get_nodes(self) -> list[Node]:
+        return self.nodes
+
+
+@dataclass(frozen=True)
+class Session:
+    parts: list[Part]
+
+    def get_provider_graph_assignment_info(self) -> list[Part]:
+        return self.parts
+
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_a_session_tells_where_its_nodes_run(work: Workshop, gpu: None) -> None:
+    """The real one: should a version of onnxruntime stop telling, this is where it shows."""
+    bundle = open_bundle(work.bundle("gqa2", cuts=CUTS))
+    weights = onnxruntime._values(bundle, bundle.weights(), "cuda")
+    session = onnxruntime._session(bundle, "k1", weights, Opening(1), "cuda")
+    parts = session.get_provider_graph_assignment_info()
+    nodes = [node for part in parts for node in part.get_nodes()]
+    assert {part.ep_name for part in parts} == {CPU} and {"Attention", "Gemm"} <= {node.op_type for node in nodes}
+    assert onnxruntime._elsewhere(session, CPU) == ""
+    told = onnxruntime._elsewhere(session, CUDA)
+    assert told.startswith(f"{len(nodes)} of {len(nodes)} nodes, {nodes[0].op_type} {nodes[0].name}")
+    assert len(told) < 600 and "\n" not in told
+
+
+def test_nodes_that_a_gpu_leaves_to_the_cpu_are_named() -> None:
+    parts = [
+        Part(CUDA, [Node("Gemm", "a"), Node("Gemm", "b")]),
+        Part(CPU, [Node("TopK", "rank"), Node("Gather", "")]),
+        Part(CUDA, [Node("Add", "c")]),
+    ]
+    assert onnxruntime._elsewhere(Session(parts), CUDA) == "2 of 5 nodes, TopK rank, Gather"
+    assert onnxruntime._elsewhere(Session(parts[::2]), CUDA) == ""
+    many = Session([Part(CPU, [Node("Gather", f"layer.{n}") for n in range(1000)])])
+    assert onnxruntime._elsewhere(many, CUDA).startswith("1000 of 1000 nodes, Gather layer.0, Gather layer.1")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_they_are_told_when_a_gpu_session_opens(
+    work: Workshop, gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(onnxruntime, "_elsewhere", lambda session, provider: "2 of 5 nodes, TopK rank, Gather")
+    Pipeline(open_bundle(work.bundle("gqa2", cuts=CUTS)), "onnxruntime", Opening(1, "cuda"))
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if line.startswith("onnxruntime: ")]
+    assert said.out == "" and len(lines) == 5  # one for each graph
+    assert "onnxruntime: k1 runs partly on the CPU: 2 of 5 nodes, TopK rank, Gather" in lines
+
+
+@pytest.mark.parametrize("threads", [0, -1, 100_000])
+def test_nobody_starts_threads_without_end(threads: int) -> None:
+    with pytest.raises(HimapError, match=f"cannot use {threads} threads: expected 1 to") as caught:
+        Opening(threads)
+    assert caught.value.code == Exit.USAGE

@@ -247,6 +247,9 @@ def test_rows_beyond_reason_are_no_tensor(tmp_path: Path) -> None:
     rows = find_tensor(stored, "t0[1:3]")
     assert rows is not None and map_tensors([rows])["t0[1:3]"].tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
     assert find_tensor(stored, f"t0[0:{'9' * 5000}]") is None
+    (scalar,) = saved(tmp_path / "w.safetensors", "fp16", 1.0)
+    rows = find_tensor({"t0": scalar}, "t0[0:1]")
+    assert rows is not None and rows.shape == ()  # there, and of a shape that no matrix has
 
 
 def test_a_tensor_that_starts_anywhere_is_mapped(tmp_path: Path) -> None:
