@@ -51,14 +51,25 @@ class Judge:
     places: Callable[[Tensor, tuple[int, int]], Tensor] | None = None
 
 
-def load_judge(folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str) -> Judge:
-    """The checkpoint in `folder`, in `dtype`. ValueError or OSError if a weight is missing or does not fit."""
+def load_judge(
+    folder: Path,
+    dtype: torch.dtype,
+    decoder_attention: str,
+    vision_attention: str,
+    vision_tower: Path | None = None,
+) -> Judge:
+    """The checkpoint in `folder`, in `dtype`; its tower, if the release has it apart, in `vision_tower` or where the
+    release says. ValueError or OSError if a weight is missing or does not fit."""
     named = json.loads((folder / "config.json").read_text()).get("architectures") or [""]
-    load = _ORIGINALS.get(named[0], _hugging_face)
+    if named[0] == "LlavaLlamaForCausalLM":
+        return _llava_original(folder, dtype, decoder_attention, vision_attention, vision_tower)
+    load = _qwen_vl if named[0] == "QWenLMHeadModel" else _hugging_face
     return load(folder, dtype, decoder_attention, vision_attention)
 
 
 def _hugging_face(folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str) -> Judge:
+    if (folder / "adapter_config.json").exists():  # it names another model, which transformers would load in its place
+        raise ValueError(f"{folder} holds an adapter: merge it into its model")
     loaded: tuple[Any, dict[str, Any]] = AutoModelForImageTextToText.from_pretrained(
         folder,
         dtype=dtype,
@@ -134,8 +145,10 @@ def _places(model: Any, ids: Tensor, size: tuple[int, int]) -> Tensor:
 _MERGED: Mapping[str, Callable[[Any, Tensor], Seen]] = {"qwen2_5_vl": _see_patches, "qwen3_vl": _see_patches}
 
 
-def _llava_original(folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str) -> Judge:
-    found = llava_original.load(folder, dtype, decoder_attention, vision_attention)
+def _llava_original(
+    folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str, vision_tower: Path | None
+) -> Judge:
+    found = llava_original.load(folder, dtype, decoder_attention, vision_attention, vision_tower)
     patch = found.tower.config.patch_size
     side = patch if isinstance(patch, int) else patch[0]
     clip = getattr(found.tower, "vision_model", found.tower)
@@ -163,9 +176,3 @@ def _original(
         grid=grid,
         vision_layers=layers,
     )
-
-
-_ORIGINALS: Mapping[str, Callable[[Path, torch.dtype, str, str], Judge]] = {
-    "LlavaLlamaForCausalLM": _llava_original,
-    "QWenLMHeadModel": _qwen_vl,
-}

@@ -11,21 +11,22 @@ if TYPE_CHECKING:
     from himap_export.validate.reference import Reference
 
 
-def checkpoint_folder(model: str) -> Path:
-    """The folder of an alias, a Hugging Face id or a folder, with weights. HimapError as `resolve`."""
+def checkpoint_folder(model: str, vision_tower: Path | None = None) -> Path:
+    """The folder of an alias, a Hugging Face id or a folder, with weights; `vision_tower` as for `resolve`. HimapError
+    as `resolve`."""
     from himap_export.exporter.checkpoint import open_checkpoint
     from himap_export.exporter.registry import resolve
 
-    folder = resolve(model).folder
-    assert folder is not None  # `resolve` fetches weights unless told not to
-    open_checkpoint(folder)
-    return folder
+    found = resolve(model, vision_tower=vision_tower)
+    assert found.folder is not None  # `resolve` fetches weights unless told not to
+    open_checkpoint(found.folder, tower=found.tower)
+    return found.folder
 
 
-def checkpoint_of(bundle: Bundle, model: str | None) -> Path:
+def checkpoint_of(bundle: Bundle, model: str | None, vision_tower: Path | None = None) -> Path:
     """The folder of `model`, else of the checkpoint that the bundle was made from; HimapError if it is not there."""
     try:
-        return checkpoint_folder(model or bundle.manifest.model.source)
+        return checkpoint_folder(model or bundle.manifest.model.source, vision_tower)
     except HimapError as problem:
         if model is not None or problem.code == Exit.MISSING:
             raise
@@ -33,8 +34,11 @@ def checkpoint_of(bundle: Bundle, model: str | None) -> Path:
         raise HimapError(summary, hint=hint, code=Exit.MISSING) from None
 
 
-def load_reference(checkpoint: Path, dtype: Dtype, threads: int, attention: str = "eager") -> "Reference":
-    """PyTorch's model, `threads` CPU threads; HimapError if transformers cannot load it."""
+def load_reference(
+    checkpoint: Path, dtype: Dtype, threads: int, attention: str = "eager", vision_tower: Path | None = None
+) -> "Reference":
+    """PyTorch's model, `threads` CPU threads; its vision tower in `vision_tower` or where it says. HimapError if
+    transformers cannot load it."""
     import torch
     from transformers.utils import logging
 
@@ -45,6 +49,9 @@ def load_reference(checkpoint: Path, dtype: Dtype, threads: int, attention: str 
     logging.disable_progress_bar()
     kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     try:
-        return Reference(checkpoint, kinds[dtype], attention)
-    except (OSError, ValueError) as problem:
-        raise HimapError(f"PyTorch cannot load {checkpoint}", str(problem).splitlines()[0]) from None
+        return Reference(checkpoint, kinds[dtype], attention, vision_tower=vision_tower)
+    except (MemoryError, ImportError):
+        raise
+    except Exception as problem:  # transformers checks configurations and weights with errors of many kinds
+        details = " ".join(str(problem).split())[:500] or type(problem).__name__
+        raise HimapError(f"PyTorch cannot load {checkpoint}", details) from None

@@ -88,9 +88,10 @@ def prompter_of_bundle(bundle: Bundle, checkpoint: Path | None) -> Prompter:
     return Prompter(*load_processor(bundle, () if checkpoint is None else (checkpoint,)))
 
 
-def prompter_of_checkpoint(folder: Path) -> Prompter:
-    """The processor in a checkpoint's folder, read as an export reads it. HimapError (usage) without a tokenizer."""
-    model = resolve(str(folder))
+def prompter_of_checkpoint(folder: Path, vision_tower: Path | None = None) -> Prompter:
+    """The processor in a checkpoint's folder, read as an export reads it; `vision_tower` as for `resolve`. HimapError
+    (usage) without a tokenizer."""
+    model = resolve(str(folder), vision_tower=vision_tower)
     _, (vision,) = describe(model)
     found = read_processor(folder, model.family, model.config, {"": vision})
     if found.prompt is None:

@@ -77,9 +77,13 @@ class Reference:
         dtype: torch.dtype = torch.float32,
         attn_implementation: str = "eager",
         device: str = "cpu",
+        vision_tower: Path | None = None,
     ) -> None:
-        """Load `folder` in `dtype`. `attn_implementation="sdpa"` is the fast one, a fair opponent in benchmarks."""
-        self.judge = load_judge(folder, dtype, register(attn_implementation), attn_implementation)
+        """Load `folder` in `dtype`. `attn_implementation="sdpa"` is the fast one, a fair opponent in benchmarks.
+
+        `vision_tower`: the folder of its tower, for a release that has it apart."""
+        decoder_attention = register(attn_implementation)
+        self.judge = load_judge(folder, dtype, decoder_attention, attn_implementation, vision_tower)
         self.judge.whole.to(device)
         self.decoder: Any = self.judge.decoder
         self.layers = len(self.decoder.layers)

@@ -7,6 +7,7 @@ how; OpenGVLab/InternVL's internvl_chat_llava, a copy of it, adds InternViT-6B.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from math import isqrt
@@ -61,9 +62,12 @@ class LlavaOriginal(nn.Module):
         return ids == IMAGE
 
 
-def load(folder: Path, dtype: torch.dtype, attn_implementation: str, vision_attention: str) -> LlavaOriginal:
+def load(
+    folder: Path, dtype: torch.dtype, attn_implementation: str, vision_attention: str, vision_tower: Path | None = None
+) -> LlavaOriginal:
     """The release in `folder`, in `dtype`; the attentions of decoder and tower by names that transformers knows.
 
+    `vision_tower`: the folder of the tower, if the release names one that is neither inside `folder` nor on the hub.
     ValueError if a tensor is missing or does not fit, or for a kind of tower or projector that is not LLaVA's; OSError
     if a folder or a file of weights is not there.
     """
@@ -71,7 +75,7 @@ def load(folder: Path, dtype: torch.dtype, attn_implementation: str, vision_atte
     text = LlamaConfig(**{name: value for name, value in config.items() if name != "model_type"})
     causal = _filled(LlamaForCausalLM, text, folder, None, dtype, attn_implementation)
     tensors = _names(folder)
-    home = _tower_folder(folder, config)
+    home = _tower_folder(folder, config) if vision_tower is None else vision_tower
     inside = {name.removeprefix(_INSIDE): file for name, file in tensors.items() if name.startswith(_INSIDE)}
     tower = _tower(config, home, inside or _names(home), _INSIDE if inside else "", dtype, vision_attention)
     projector = _projector(config, tower.config.hidden_size)
@@ -124,19 +128,23 @@ def _read(files: Mapping[str, Path], prefix: str) -> dict[str, Tensor]:
 
 
 def _tower_folder(folder: Path, config: Mapping[str, Any]) -> Path:
-    """Where the configuration of the tower lies: `mm_vision_tower` beside the checkpoint, anywhere, or on the hub."""
+    """Where the tower's configuration lies: in the folder inside the checkpoint's that `mm_vision_tower` names, or on
+    the hub. OSError if it is in neither: a checkpoint names no other folders of this machine."""
     named = config.get("mm_vision_tower", config.get("vision_tower"))
     if not isinstance(named, str):
         raise ValueError(f"{folder / 'config.json'} names no mm_vision_tower")
-    for path in (folder / named, Path(named)):
-        if path.is_dir():
-            return path
-    from huggingface_hub import snapshot_download
+    home, path = os.path.realpath(folder), os.path.realpath(folder / named)
+    if path != home and os.path.commonpath((home, path)) == home and Path(path).is_dir():
+        return Path(path)
+    reason = "give it with --vision-tower"
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", named, re.ASCII):
+        from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(named, local_files_only=True, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as problem:  # the hub's client raises its own errors for a bad id, an absent snapshot, ...
-        raise OSError(f"the vision tower {named} is neither a folder nor a fetched model: {problem}") from None
+        try:
+            return Path(snapshot_download(named, local_files_only=True, allow_patterns=["*.json", "*.safetensors"]))
+        except Exception as problem:  # the hub's client raises its own errors for a bad id, an absent snapshot, ...
+            reason = str(problem)
+    raise OSError(f"the vision tower {named} is neither a folder in {folder} nor a fetched model: {reason}")
 
 
 def _tower(
@@ -230,7 +238,7 @@ def _projector(config: Mapping[str, Any], width: int) -> nn.Module:
         return nn.Identity()
     if kind == "linear":
         return nn.Linear(width, hidden)
-    depth = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
+    depth = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
     if depth is None:
         raise ValueError(f"unknown mm_projector_type {kind!r}")
     deeper = (layer for _ in range(int(depth[1]) - 1) for layer in (nn.GELU(), nn.Linear(hidden, hidden)))
