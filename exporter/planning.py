@@ -105,12 +105,12 @@ class Planned:
 def plan_export(model: Model, asked: Request) -> Planned:
     """Fills in what was left open and checks the whole; HimapError (usage) for a plan that the model cannot follow."""
     dtype = asked.dtype or _own_dtype(model.config, asked.backends)
-    sizes = dict.fromkeys(asked.image_sizes or (None,))
-    decoder, visions = describe(model, *(Picture(size, asked.tiles) for size in sizes))
-    variants, plans, texts = [], _plans(asked), dict.fromkeys(asked.text_budgets)
-    if (count := len(visions) * len(plans) * len(texts)) > MOST_VARIANTS:
-        details = f"{len(visions)} pictures, {len(plans)} plans, {len(texts)} text budgets: at most {MOST_VARIANTS}"
+    sizes, plans = dict.fromkeys(asked.image_sizes or (None,)), _plans(asked)
+    texts, variants = dict.fromkeys(asked.text_budgets), list[PlannedVariant]()
+    if (count := len(sizes) * len(plans) * len(texts)) > MOST_VARIANTS:
+        details = f"{len(sizes)} pictures, {len(plans)} plans, {len(texts)} text budgets: at most {MOST_VARIANTS}"
         raise HimapError(f"{count} variants are too many for one bundle", details, code=Exit.USAGE)
+    decoder, visions = describe(model, *(Picture(size, asked.tiles) for size in sizes))
     for vision in visions:
         for name, plan in plans.items():
             kept = plan.check(decoder.layers).kept(vision.tokens)
@@ -118,6 +118,7 @@ def plan_export(model: Model, asked: Request) -> Planned:
                 visual = align(kept, text, asked.align) if asked.align is not None else kept
                 budget = TokenBudget(visual, text, asked.max_new_tokens, asked.batch)
                 _check_positions(model, budget)
+                typed(msgspec.to_builtins(budget), TokenBudget, "the budget")
                 variants.append(PlannedVariant(name, plan, budget, kept, vision))
     same = (asked.backends, asked.gather, asked.weights, asked.hard_link, asked.align, asked.allow_overflow)
     return Planned(model, decoder, tuple(variants), dtype, *same)
