@@ -103,7 +103,8 @@ class AnswerLog:
             return set()
         _compare(self.file, _header(self.file, content), header)
         done = {a.key for a in _answers(self.file, content[:whole])}
-        self._stream.truncate(whole)
+        if whole < len(content):
+            self._stream.truncate(whole)
         return done
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
