@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from commands import HIMAP_TINY, Workshop, call, golden_inputs, save_inputs
+from safetensors.torch import load_file, save_file
 from tiny import make_inputs
 
 from himap_export.engines.bundle import open_bundle
@@ -146,3 +148,71 @@ def test_a_full_bundle_says_how_to_answer(work: Workshop, tmp_path: Path, capsys
     assert call(export_main, HIMAP_TINY, *flags, "--out", out) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["bytes"] == sum(f.bytes for f in open_bundle(out).manifest.files.values())
+
+
+LAYER = "language_model.model.layers.3.mlp.up_proj.weight"
+TOWER = "vision_tower.pre_layrnorm.weight"
+UNUSED = "vision_tower.post_layernorm.weight"
+
+
+def spoiled(folder: Path, dtype: torch.dtype = torch.float32, **values: float) -> Path:
+    """himap-tiny, with a value of each of these tensors exchanged, which become of type `dtype`."""
+    shutil.copytree(HIMAP_TINY, folder, ignore=shutil.ignore_patterns("*.npz"))
+    tensors = load_file(folder / "model.safetensors")
+    for name, value in values.items():
+        tensors[name] = tensors[name].to(dtype)
+        tensors[name].view(-1)[7] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "code", "words"),
+    [
+        (TOWER, float("-inf"), torch.bfloat16, 1, f"tensor {TOWER} is not finite: 1 value is NaN or infinite"),
+        (LAYER, 7, torch.int64, 2, f"tensor {LAYER} is no weight that a graph can use: it is stored as int64"),
+        (LAYER, 1e5, torch.float32, 2, f"tensor {LAYER} does not fit fp16: it holds 100000, fp16 ends at 65504"),
+    ],
+    ids=["infinite", "integers", "too large"],
+)
+def test_weights_that_are_no_numbers_are_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: float,
+    kind: torch.dtype,
+    code: int,
+    words: str,
+) -> None:
+    source, out = spoiled(tmp_path / "model", kind, **{name: value}), tmp_path / "out"
+    assert call(export_main, source, "--k2", 5, "--text-budget", 24, "--dtype", "fp16", "--out", out) == code
+    said = capsys.readouterr().err
+    assert words in said and "Warning" not in said and not out.exists()
+    assert kind != torch.int64 or "vision" not in said  # what the decoder needs is looked at before anything is built
+
+
+def test_only_what_a_graph_reads_must_be_finite_and_on_request_it_is_cut_down(tmp_path: Path) -> None:
+    source, out = spoiled(tmp_path / "model", **{LAYER: -1e5, UNUSED: float("nan")}), tmp_path / "out"
+    flags = ("--k2", 5, "--text-budget", 24, "--dtype", "fp16", "--allow-overflow")
+    assert call(export_main, source, *flags, "--out", out) == 0
+    stored = load_file(out / "weights" / "model.safetensors")
+    assert stored[LAYER].view(-1)[7].item() == -65504 and UNUSED not in stored
+
+
+def test_a_folder_given_with_weights_is_read_as_the_export_reads_it(
+    work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files that are not the checkpoint's change nothing; the first folder that holds a tensor gives it."""
+    engines, whole = work.bundle("golden", "--k2", "5", "--engines-only"), work.bundle("golden", "--k2", "5")
+    stray = spoiled(tmp_path / "stray", **{LAYER: 9.0})
+    shutil.copy(stray / "model.safetensors", stray / "zz-adapter.safetensors")
+    shutil.copy(HIMAP_TINY / "model.safetensors", stray / "model.safetensors")
+    other = spoiled(tmp_path / "other", **{LAYER: 5.0})
+    expected = work.answer(whole, golden_inputs(), "--max-new-tokens", "4")
+    found = work.answer(
+        engines, golden_inputs(), "--max-new-tokens", "4", "--weights", str(stray), "--weights", str(other)
+    )
+    np.testing.assert_allclose(found["logits"], expected["logits"], atol=1e-5)
+    bad, inputs = spoiled(tmp_path / "bad", **{LAYER: float("nan")}), save_inputs(tmp_path / "in.npz", golden_inputs())
+    assert call(run_main, engines, "--load-inputs", inputs, "--weights", bad) == 1
+    assert f"tensor {LAYER} is not finite" in capsys.readouterr().err
