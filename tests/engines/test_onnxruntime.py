@@ -10,10 +10,11 @@ import pytest
 from commands import Workshop, call, save_inputs
 from tiny import make_inputs
 
-from himap_export.engines.backends import Opening, onnxruntime
+from himap_export.engines.backends import Opening, build_all, onnxruntime
 from himap_export.engines.bundle import open_bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline
+from himap_export.engines.scratch import scratch_place
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.criteria import himap
 
@@ -149,3 +150,12 @@ def test_nobody_starts_threads_without_end(threads: int) -> None:
     with pytest.raises(HimapError, match=f"cannot use {threads} threads: expected 1 to") as caught:
         Opening(threads)
     assert caught.value.code == Exit.USAGE
+
+
+def test_a_build_leaves_its_temporary_folder_where_leftovers_are_cleared(
+    work: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+    monkeypatch.setattr(onnxruntime, "environment", lambda gather, scratch: seen.append(scratch))
+    assert build_all("onnxruntime", open_bundle(work.bundle("gqa2", cuts=CUTS)), [], "auto") == {}
+    assert scratch_place() in seen[0].parents and not seen[0].exists()
