@@ -43,10 +43,11 @@ def answered(text: str) -> str:
 def reseal(text: bytes) -> bytes:
     """The manifest with a seal that fits, as an attacker would write it; as it is, if it is no manifest."""
     from himap_export.engines.manifest import Manifest, manifest_json, sealed
+    from himap_export.graphs.errors import HimapError
 
     try:
         return manifest_json(sealed(msgspec.json.decode(text, type=Manifest)))
-    except (msgspec.MsgspecError, RecursionError, ValueError):
+    except (msgspec.MsgspecError, RecursionError, ValueError, HimapError):
         return text
 
 
@@ -84,8 +85,9 @@ def _manifests(
                 room.write(bundle / MANIFEST, seal(fault.spoil(text)))
             return (bundle, "--load-inputs", room.copy("in.npz"), *RUN)
 
-        # Sealed again, a change that the answer does not show is one of the reports; unsealed, none is allowed.
-        same = fault is None or harmless is _of_an_own_bundle
+        # Sealed again, a change that the answer does not show is one of the reports. Unsealed, none is allowed but to
+        # leave out what has the default's value: the manifest is the same then, and so is its seal.
+        same = fault is None or harmless is _of_an_own_bundle or fault.value == "deleted"
         why = harmless(fault) if fault else ""
         return Case(name, fault.name if fault else "good", "himap-run", prepare, why, same, result=answered)
 
@@ -213,7 +215,8 @@ def _member(array: Any) -> bytes:
 # Other spellings of the same arrays, or what the prompt may leave open.
 _SAME = re.compile(
     r"(input_ids|attention_mask) of (>i8|int8|int16|bool|uint64)|pixel_values of (float16|float64|>f4|>f8)"
-    r"|attention_mask is missing|lzma|a mask of -?\d+|flipped at \d+|names .*|a bomb that nobody reads|a grid"
+    r"|attention_mask is missing|lzma|sizes that lie|a mask of -?\d+|flipped at \d+|names .*"
+    r"|a bomb that nobody reads|a grid"
 )
 
 

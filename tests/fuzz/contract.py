@@ -207,8 +207,8 @@ def _judge(outcome: Outcome, expected: str | None) -> None:
         outcome.broken.append(f"a line of more than {WIDEST} characters")
     elif not errors[0].replace("\t", " ").isprintable():
         outcome.broken.append("a line that is not printable")
-    if "Traceback" in outcome.said:
-        outcome.broken.append("the word Traceback")
+    if "\nTraceback" in f"\n{outcome.said}":
+        outcome.broken.append("a traceback on standard error")
     if "too little memory" in outcome.said:
         outcome.broken.append("it ran into the end of memory")
 

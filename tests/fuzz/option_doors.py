@@ -15,7 +15,7 @@ NUMBERS = (
 # Nobody means these, whatever the option.
 NEVER = {"nan", "inf", "-inf", "1e999", "", " ", "many", "½", "0x10", "--", "9" * 5000, "\udcff", str(10**30), "1\n2"}
 GOOD = {
-    "himap-export": ("model", "--dry-run"),
+    "himap-export": ("model", "--k1", "1", "--k2", "3", "--dry-run"),
     "himap-run": ("bundle", "--load-inputs", "in.npz", "--threads", "1"),
     "himap-validate": ("bundle", "--model", "model", "--load-inputs", "in.npz", "--no-speed"),
     "himap-analyze": ("model", "--dataset", "data.jsonl", "--out", "out"),

@@ -205,6 +205,9 @@ def _made(path: Path, make: Callable[[Path], None]) -> Path:
     return path
 
 
+HERE = ("validate", "nothing")
+
+
 def _outputs() -> Door:
     def case(command: str, name: str) -> Case:
         flag, suffix = WRITTEN[command]
@@ -214,7 +217,8 @@ def _outputs() -> Door:
             return (*_asked(room, command), flag, path)
 
         # Nothing is ever written: a command that would is stopped as it opens its engines.
-        return Case("outputs", f"{command} {flag}: {name}", COMMAND[command], prepare, patches=ENGINES)
+        why = "a folder takes polygraphy's files: the one that you are in" if (command, name) == HERE else ""
+        return Case("outputs", f"{command} {flag}: {name}", COMMAND[command], prepare, why, patches=ENGINES)
 
     def good(room: Room) -> Arguments:
         return (*_asked(room, "arrays"), "--save-outputs", room.folder / "out.npz")
@@ -251,7 +255,9 @@ def _reports() -> Door:
             at = [str(a) for a in asked].index("--report" if command == "score" else "--out") + 1
             return (*asked[:at], path, *asked[at + 1 :])
 
-        return Case("reports", f"{command}: {name}", COMMAND[command], prepare, patches=PATCHES[command])
+        # himap-validate adds a report to whatever folder the user names; nothing in it goes by a report's names.
+        why = "the user's own folder" if (command, name) == ("validate", "the checkpoint") else ""
+        return Case("reports", f"{command}: {name}", COMMAND[command], prepare, why, patches=PATCHES[command])
 
     good = Case("reports", "good", "himap-analyze", lambda room: _asked(room, "analyze"), patches=REFERENCE)
     commands = ("validate", "score", "analyze", "tune")
@@ -347,7 +353,8 @@ def _targets() -> Door:
             return (*asked, "--overwrite") if overwrite else asked
 
         words = f"{name}{' with --overwrite' if overwrite else ''}"
-        return Case("targets", words, "himap-export", prepare, patches=BEFORE)
+        why = "a new folder of the user's own choice" if name in ("250 letters", "a folder in the checkpoint") else ""
+        return Case("targets", words, "himap-export", prepare, why, patches=BEFORE)
 
     good = Case("targets", "good", "himap-export", lambda room: _asked(room, "export"), patches=BEFORE)
     return Door("targets", good, lambda: [case(name, overwrite) for name in TARGETS for overwrite in (False, True)])

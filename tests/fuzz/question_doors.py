@@ -60,7 +60,13 @@ def _line_faults() -> Iterator[tuple[str, bytes, bool, str]]:
             "question",
         )
         number = fault.place == "id" and fault.kind == "int" and fault.value in ("-1", "0", "1e9", "1e30")
-        other = fault.place.startswith("options[") and fault.value in ("word", "long", "climbing", "absolute")
+        other = fault.place.startswith("options[") and fault.value in (
+            "deleted",
+            "word",
+            "long",
+            "climbing",
+            "absolute",
+        )
         index = fault.place == "answer" and fault.value in ("0", "null")
         words = free or number or other or index or absent
         yield fault.name, _lines(fault.spoil(text).decode()), False, "words of a question" if words else ""
@@ -97,7 +103,7 @@ def _logs() -> Door:
 
     def case(name: str, lines: list[bytes], end: bytes = b"\n", same: bool = False, why: str = "") -> Case:
         content = b"\n".join(lines) + end
-        return Case("log", name, "log", lambda room: read(content, room), why, same, main=_resume)
+        return Case("log", name, "log", lambda room: read(content, room), why, same, ("answers.jsonl",), main=_resume)
 
     def bad() -> list[Case]:
         free = {"type", "said", "expected", "policy", "id"}
