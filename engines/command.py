@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from himap_export.engines.scratch import clear_leftovers
 from himap_export.engines.supervisor import supervise
@@ -26,6 +26,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with the command line in one line."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse, which takes `--limit=--` for an option without a value, and then goes on with a list."""
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"argument {word.removesuffix('=--')}: expected one argument")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(int(Exit.USAGE), f"{self.prog}: error: {' '.join(message.split())} (usage: {self.prog} --help)\n")

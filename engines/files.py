@@ -1,5 +1,6 @@
 """Files that a command writes where the user said: whole or not at all, and over nothing that is not the same kind."""
 
+import errno
 import os
 import stat
 import tempfile
@@ -69,6 +70,10 @@ def check_report(folder: Path, names: tuple[str, ...] = ("report.html", "report.
     if _exists(folder) and not _is(folder, stat.S_ISDIR):
         raise HimapError(f"cannot write a report to {folder}", "it is no folder", code=Exit.USAGE)
     home = next(p for p in (folder.absolute(), *folder.absolute().parents) if _exists(p))
+    if any(len(os.fsencode(part)) > os.pathconf(home, "PC_NAME_MAX") for part in folder.parts):
+        raise HimapError(
+            f"cannot write a report to {str(folder)[:80]}", os.strerror(errno.ENAMETOOLONG), code=Exit.USAGE
+        )
     try:
         tempfile.TemporaryFile(dir=home).close()
     except OSError as problem:

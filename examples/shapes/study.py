@@ -135,7 +135,7 @@ def tables(budgets: Sequence[Judged]) -> list[str]:
             cells = []
             for kind in ("all", *TYPES):
                 mean, low, high = budget.interval(contender, kind)
-                text = f"{mean:.1f} ±{(high - low) / 2:.1f}"
+                text = f"{mean:.1f} ({low:.1f} to {high:.1f})"
                 cells.append(f"**{text}**" if policy != "none" and mean == best[kind] else text)
             found.append(f"| {policy} | {' | '.join(cells)} |")
     return found

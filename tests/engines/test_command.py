@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from himap_export.engines import scratch
-from himap_export.engines.command import MOST_THREADS, Interrupted, held_signals, number, whole
+from himap_export.engines.command import MOST_THREADS, Interrupted, Parser, held_signals, number, whole
 from himap_export.engines.scratch import clear_leftovers, scratch_folder
 
 # A command as installed ones are: a script of its name. What it does stands in its first argument.
@@ -159,6 +159,19 @@ def test_numbers(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not a number from 0 to 1"):
         number(0, 1)(text)
     assert number(0, 1)("1e-3") == 1e-3
+
+
+def test_an_option_without_its_value_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """argparse reads `--limit=--` as an empty list."""
+    parser = Parser(prog="himap-test")
+    parser.add_argument("--limit", type=whole(1, 9))
+    for words in (["--limit=--"], ["--limit="], ["--limit"]):
+        with pytest.raises(SystemExit) as left:
+            parser.parse_args(words)
+        said = capsys.readouterr().err
+        assert (
+            left.value.code == 2 and said.startswith("himap-test: error: argument --limit: ") and said.count("\n") == 1
+        )
 
 
 # --- temporary folders ---
