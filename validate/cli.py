@@ -220,8 +220,7 @@ def _compare(
     pipeline = open_pipeline(bundle, args.backend, Opening(args.threads, args.device), "himap-validate")
     _save_captured(args, pipeline, inputs)
     asked = Asked(min(args.max_new_tokens or 32, bundle.budget.new), args.atol, args.rtol)
-    tower = {} if source.tower is None else {"vision_tower": source.tower}
-    load = partial(load_reference, source.folder, threads=args.threads, **tower)
+    load = partial(load_reference, source.folder, threads=args.threads, vision_tower=source.tower)
     parity = compare(pipeline, load, inputs, asked, say)
     return with_pixels(parity, pixels) if pixels else parity, pipeline.backend, pipeline.engines.device
 

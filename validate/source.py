@@ -31,7 +31,7 @@ def source_of(bundle: Bundle, named: str | None, vision_tower: Path | None = Non
     try:
         model = resolve(named or bundle.manifest.model.source, vision_tower=vision_tower)
         assert model.folder is not None  # `resolve` fetches weights unless told not to
-        open_checkpoint(model.folder)
+        open_checkpoint(model.folder, tower=model.tower)
     except HimapError as problem:
         if named is not None or problem.code == Exit.MISSING:
             raise

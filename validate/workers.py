@@ -14,7 +14,6 @@ from pathlib import Path
 
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.isolation import Child, child
-from himap_export.graphs.errors import Exit, HimapError
 
 ACTS = ("vision", "prefill", "decode")
 MEMORY = "memory"
@@ -167,12 +166,7 @@ def _torch(contender: Contender, threads: int) -> Acts:
     bundle, device = contender.bundle, contender.device or "cpu"
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[bundle.manifest.dtype]
     inputs = drawn_inputs(bundle, bundle.budget.batch, 0, fill=True)
-    tower = {} if contender.vision_tower is None else {"vision_tower": contender.vision_tower}
-    try:
-        model = Reference(contender.checkpoint, dtype, "sdpa", device, **tower)
-    except (OSError, ValueError) as problem:
-        details = str(problem).splitlines()[0]
-        raise HimapError(f"cannot load {contender.checkpoint}", details, code=Exit.MISSING) from None
+    model = Reference(contender.checkpoint, dtype, "sdpa", device, contender.vision_tower)
     with torch.inference_mode():
         pixels = torch.as_tensor(inputs.pixel_values).to(device, dtype)
         prompts = model.embed(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)

@@ -12,6 +12,7 @@ from PIL import Image
 from himap_export.engines.image import clip_preprocessing
 from himap_export.validate.analysis.cli import main
 from himap_export.validate.analysis.overlay import overlay, strip
+from himap_export.validate.analysis.page import report_files
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = ROOT / "examples" / "shapes" / "images" / "questions.jsonl"
@@ -57,11 +58,33 @@ def test_what_is_refused(report: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (("shapes", "--dataset", bad, "--out", tmp_path / "a"), "line 6"),
         (("no-such-model", "--dataset", QUESTIONS, "--out", tmp_path / "a"), "unknown model"),
         (("shapes", "--dataset", QUESTIONS, "--out", tmp_path / "a", "--width", 11), "windows must lie within"),
-        (("shapes", "--dataset", QUESTIONS, "--out", tmp_path / "a", "--limit", 0), "--limit must be at least 1"),
+        (
+            ("shapes", "--dataset", QUESTIONS, "--out", tmp_path / "a", "--limit", 0),
+            "--limit: '0' is not a",
+        ),
+        (("shapes", "--dataset", QUESTIONS, "--out", tmp_path / "a", "--cams", 10**9), "--cams: "),
+        (("shapes", "--dataset", QUESTIONS, "--out", tmp_path / "a", "--threads", 10**5), "--threads: "),
+        (("shapes", "--dataset", QUESTIONS, "--out", bad, "--overwrite"), "it is no folder"),
+        (("shapes", "--dataset", QUESTIONS, "--out", tmp_path / "images" / "bad.jsonl" / "a"), "cannot write"),
     ):
         assert call(main, *arguments) == 2, arguments
         assert words in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_places_are_checked_before_any_work(report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    mine.write_text("mine")
+    out.mkdir()
+    names = {path.name for path in report.iterdir()}
+    assert names <= set(report_files(1)) and len(names) > 8
+    for name in ("report.html", "bias-ratio.png", "cam-2-tower.png"):
+        (out / name).symlink_to(mine)
+        arguments = ("no-such-model", "--dataset", tmp_path / "none.jsonl", "--out", out, "--overwrite")
+        assert call(main, *arguments) == 2
+        assert f"{name} is there and is not a plain file" in capsys.readouterr().err
+        (out / name).unlink()
+    assert mine.read_text() == "mine"
 
 
 def test_heat_glows_where_it_is(tmp_path: Path) -> None:

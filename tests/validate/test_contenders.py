@@ -6,6 +6,7 @@ from tiny import make_inputs
 
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.backends import Opening
+from himap_export.engines.scratch import scratch_place
 from himap_export.graphs.errors import HimapError
 from himap_export.graphs.flops import equal_keep, true_ratio
 from himap_export.graphs.plan import Cut, PruningPlan, himap
@@ -63,6 +64,11 @@ def test_everyone_answers_as_the_reference_does(work: Workshop, crowd: list[Plan
             inputs.input_ids, inputs.pixel_values, inputs.attention_mask, max_new_tokens=5, cuts=cuts, seeds=seeds
         )
         assert contender.answer(batch, numbers) == said.tolist(), contender.name
+
+
+def test_controls_lie_where_leftovers_are_cleared_away(crowd: list[PlanContender]) -> None:
+    assert scratch_place() in crowd[1].pipeline.bundle.folder.parents
+    assert not crowd[1].pipeline.bundle.folder.exists()  # they last as long as the comparison
 
 
 def test_controls_cost_what_the_plan_costs(crowd: list[PlanContender]) -> None:

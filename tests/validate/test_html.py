@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import blocked_python
+from commands import Workshop, blocked_python
 from PIL import Image
 
 from himap_export.graphs.errors import Exit, HimapError
@@ -353,8 +353,23 @@ def test_names_that_are_no_files_of_their_own_are_refused(tmp_path: Path, names:
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(HimapError, match="cannot write the report to"):
+    with pytest.raises(HimapError, match="cannot write a report to") as refused:
         write_report(tmp_path / "taken", page(Text("x")), {})
+    assert refused.value.code is Exit.USAGE
+
+
+def test_a_report_goes_into_no_bundle_and_over_no_link(work: Workshop, tmp_path: Path) -> None:
+    bundle, mine = work.bundle("golden"), tmp_path / "mine"
+    before = sorted(bundle.rglob("*"))
+    for folder in (bundle, bundle / "weights", bundle / "new" / "report"):
+        with pytest.raises(HimapError, match="is a bundle"):
+            write_report(folder, page(Text("x")), {})
+    assert sorted(bundle.rglob("*")) == before
+    mine.write_text("mine")
+    (tmp_path / "flow.png").symlink_to(mine)
+    with pytest.raises(HimapError, match=r"flow\.png is there and is not a plain file"):
+        write_report(tmp_path, page(line_plot()), {})
+    assert mine.read_text() == "mine" and not (tmp_path / "report.html").exists()
 
 
 def test_without_matplotlib_the_hint_says_what_to_install() -> None:

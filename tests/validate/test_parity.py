@@ -123,6 +123,31 @@ def test_a_mistake_fails_its_gate(work: Workshop, mistake: str, dtype: str) -> N
     assert gate in failed(judged(work, "gqa2", Sabotaged(bundle, graph, tensor, edit)))
 
 
+def test_an_answer_that_cannot_be_drawn_fails_and_is_no_error(work: Workshop) -> None:
+    """Logits that are no numbers: at prefill, and only behind some tokens of the bundle's own answer."""
+    bundle = work.bundle("gqa2", cuts=CUTS)
+    found = judged(work, "gqa2", Sabotaged(bundle, "k2", "logits", lambda x, n: x * np.nan), prompts=1)
+    assert {"logits", "tokens"} <= failed(found)
+    np.testing.assert_array_equal(found.outputs["tokens"][:, :1], -1)
+    found = judged(work, "gqa2", Later(bundle), prompts=1)
+    assert failed(found) == {"tokens"} and found.answers.first == 3 and found.answers.margin == np.inf
+
+
+class Later(Sabotaged):
+    """The logits behind the third token of the first answer overflow."""
+
+    def __init__(self, bundle: Path) -> None:
+        super().__init__(bundle, "", "", lambda x, _: x)
+
+    def step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        logits = super().step(tokens, positions)
+        self._runs += 1
+        if self._runs == 3:
+            logits[0, 5] = np.inf
+            self.tensors["logits"].write(logits)
+        return logits
+
+
 def test_tokens_that_the_scores_do_not_explain_fail_the_kept_gate(work: Workshop) -> None:
     """Right scores, wrong gather: the best image token is said to be gone and the worst one there."""
     bundle = work.bundle("gqa2", cuts=CUTS)

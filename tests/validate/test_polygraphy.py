@@ -21,7 +21,7 @@ from himap_export.engines.bundle import open_bundle
 from himap_export.engines.manifest import TensorSpec
 from himap_export.engines.pipeline import Pipeline
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.polygraphy_json import Captured, capture, save_inputs, save_outputs
+from himap_export.validate.polygraphy_json import Captured, capture, check_folders, save_inputs, save_outputs
 
 PAGE = Path(__file__).parents[2] / "docs" / "polygraphy.md"
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.S) for line in block.splitlines()]
@@ -82,9 +82,11 @@ def test_himap_validate_writes_both(work: Workshop, tmp_path: Path) -> None:
     saved = Saved(work.bundle("golden", "--policy", "random"), {}, tmp_path)
     done = saved.run(of_the_page("himap-validate"), "k1")
     assert done.returncode == 0, done.stderr
-    for graph in open_bundle(saved.bundle).variant.graphs.values():
-        done = saved.run(of_the_page("--onnxrt"), graph)
-        assert done.returncode == 0, done.stdout + done.stderr
+    graphs = list(open_bundle(saved.bundle).variant.graphs.values())
+    for side in ("in", "out"):
+        assert {path.stem for path in (tmp_path / side).iterdir()} == set(graphs)
+    done = saved.run(of_the_page("--onnxrt"), graphs[-2])
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_it_lists_every_tensor(golden: Saved) -> None:
@@ -177,11 +179,28 @@ def test_nothing_but_files_is_written(golden: Saved, tmp_path: Path, capsys: pyt
         assert {path.name for path in (tmp_path / side).iterdir()} == {f"{graph}.json" for graph in golden.captured}
 
 
-def test_a_file_in_the_folders_place(golden: Saved, tmp_path: Path) -> None:
+def test_nothing_of_the_users_is_written_over(golden: Saved, tmp_path: Path) -> None:
     (tmp_path / "in").write_text("mine")
-    with pytest.raises(HimapError, match="cannot write") as refused:
-        save_inputs(tmp_path / "in", golden.captured)
-    assert refused.value.code == Exit.FAILURE and (tmp_path / "in").read_text() == "mine"
+    link = tmp_path / "out" / f"{next(iter(golden.captured))}.json"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "in")
+    bundle = open_bundle(golden.bundle, verify=False)
+    before = sorted(golden.bundle.rglob("*"))
+    for folder, words in (
+        (tmp_path / "in", "it is no folder"),
+        (tmp_path / "out", "is not a plain file"),
+        (golden.bundle, "is a bundle"),
+        (golden.bundle / "weights", "is a bundle"),
+    ):
+        for write in (
+            lambda: check_folders(bundle, folder),  # noqa: B023  # called at once
+            lambda: save_inputs(folder, golden.captured),  # noqa: B023
+            lambda: save_outputs(folder, golden.captured, "us"),  # noqa: B023
+        ):
+            with pytest.raises(HimapError, match=words) as refused:
+                write()
+            assert refused.value.code == Exit.USAGE
+    assert (tmp_path / "in").read_text() == "mine" and sorted(golden.bundle.rglob("*")) == before
 
 
 def test_bf16_is_refused(golden: Saved) -> None:

@@ -2,16 +2,24 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from commands import Workshop, call, save_inputs
+from commands import Workshop, blocked_python, call, plan_flags, save_inputs
+from msgspec import structs
+from originals import FIXTURES
 from tiny import make_inputs
 
+from himap_export.engines.bundle import open_bundle
+from himap_export.engines.manifest import manifest_json, read_manifest, sealed
+from himap_export.exporter.cli import main as export_main
+from himap_export.graphs.errors import HimapError
 from himap_export.validate.cli import main
 from himap_export.validate.criteria import himap
+from himap_export.validate.questions import drawn_inputs
 
 CUTS = himap(2, 4, 0.5, 0.5)
 QUICK = ("--prompts", 2, "--max-new-tokens", 4, "--threads", 1)
@@ -96,9 +104,10 @@ def test_the_same_seed_draws_the_same_prompts(work: Workshop, tmp_path: Path) ->
 def test_speed_in_the_same_run(work: Workshop, capsys: Capture) -> None:
     bundle = bundle_of(work)
     capsys.readouterr()
-    assert call(main, bundle, *QUICK, "--iterations", 1, "--warm-up", 0, "--json") == 0
-    speed = as_json(capsys)["speed"]
-    assert list(speed["contenders"]) == ["pruned", "unpruned", "PyTorch SDPA"]
+    assert call(main, bundle, *QUICK, "--device", "cpu", "--iterations", 1, "--warm-up", 0, "--json") == 0
+    found = as_json(capsys)
+    speed = found["speed"]
+    assert found["device"] == "cpu" and list(speed["contenders"]) == ["pruned", "unpruned", "PyTorch SDPA fp32, cpu"]
     assert speed["ceiling"] > 1
     for times in speed["contenders"].values():
         assert all(times[what] > 0 for what in ("vision", "prefill", "decode", "peak_bytes"))
@@ -107,13 +116,25 @@ def test_speed_in_the_same_run(work: Workshop, capsys: Capture) -> None:
             assert low <= middle <= high
 
 
+def test_a_vision_tower_that_lies_elsewhere(tmp_path: Path, capsys: Capture) -> None:
+    """It is needed three times: by the reference, by the unpruned twin, and by the PyTorch that is timed."""
+    model, tower = Path(shutil.copytree(FIXTURES / "internvl-v1-tiny", tmp_path / "model")), tmp_path / "tower"
+    (model / "vision_tower_intern_vit_6b").rename(tower)
+    bundle, flag = tmp_path / "bundle", ("--vision-tower", tower)
+    small = ("--text-budget", 40, "--max-new-tokens", 8, *plan_flags(himap(2, 5, 0.5, 0.75)))
+    assert call(export_main, model, *small, *flag, "--out", bundle) == 0
+    capsys.readouterr()
+    assert call(main, bundle, *QUICK, "--no-speed") == 4
+    assert "Traceback" not in capsys.readouterr().err
+    assert call(main, bundle, *QUICK, *flag, "--iterations", 1, "--warm-up", 0) == 0
+
+
 def moved(bundle: Path, tmp_path: Path) -> Path:
     """A copy of the bundle whose checkpoint has gone."""
-    copy = tmp_path / "bundle"
-    shutil.copytree(bundle, copy)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["model"]["source"] = str(tmp_path / "gone")
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    found = read_manifest(copy)
+    model = structs.replace(found.model, source=str(tmp_path / "gone"))
+    (copy / "manifest.json").write_bytes(manifest_json(sealed(structs.replace(found, model=model))))
     return copy
 
 
@@ -138,6 +159,28 @@ def test_another_models_weights_fail(work: Workshop, capsys: Capture) -> None:
     assert call(main, bundle, *QUICK, "--no-speed", "--model", other) == 3
 
 
+def test_a_model_of_other_sizes_is_not_compared(work: Workshop, capsys: Capture) -> None:
+    bundle = bundle_of(work)
+    for other, words in ((work.checkpoint("mha"), "layers: 10, in the bundle 6"), ("shapes", "is not the model of")):
+        capsys.readouterr()
+        assert call(main, bundle, *QUICK, "--no-speed", "--model", other) == 2
+        out, err = capsys.readouterr()
+        assert not out and words in err and "Traceback" not in err and len(err.splitlines()) == 1
+
+
+def test_prompts_that_are_none_are_refused_before_the_reference_sees_them(
+    work: Workshop, tmp_path: Path, capsys: Capture
+) -> None:
+    bundle, inputs = bundle_of(work), make_inputs(work.tiny("gqa2"), text_lengths=[9], system_lengths=[5])
+    for change, words in ((-7, "holds token -7"), (10**6, "holds token 1000000")):
+        ids = inputs.input_ids.copy()
+        ids[0, 0] = change
+        asked = save_inputs(tmp_path / "in.npz", replace(inputs, input_ids=ids))
+        capsys.readouterr()
+        assert call(main, bundle, "--load-inputs", asked, *QUICK, "--no-speed") == 2
+        assert words in capsys.readouterr().err
+
+
 def test_a_backend_that_the_bundle_does_not_hold(work: Workshop, capsys: Capture) -> None:
     bundle = bundle_of(work)
     capsys.readouterr()
@@ -145,20 +188,77 @@ def test_a_backend_that_the_bundle_does_not_hold(work: Workshop, capsys: Capture
     assert capsys.readouterr().err.startswith("himap-validate: error: ")
 
 
+NOWHERE = Path("/no/bundle/here")  # what is refused without reading it is refused before any work
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "words"),
     [
-        ("--image", "a.png"),
-        ("--prompt", "what?"),
-        ("--load-inputs", "a.npz", "--image", "a.png", "--prompt", "what?"),
-        ("--iterations", 0),
-        ("--prompts", 0),
-        ("--warm-up", -1),
-        ("--atol", -1),
+        (("--image", "a.png"), "--image and --prompt go together"),
+        (("--prompt", "what?"), "--image and --prompt go together"),
+        (("--load-inputs", "a.npz", "--image", "a.png", "--prompt", "what?"), "--load-inputs excludes"),
+        (("--dataset", "a.jsonl", "--save-outputs", "a.npz"), "--dataset excludes"),
+        (("--save-inputs", "here", "--save-outputs", "here"), "need two folders"),
+        (("--prompts", 10**9), "is not a whole number from 1 to 256"),
+        (("--prompts", 0), "--prompts"),
+        (("--prompts", "1e3"), "--prompts"),
+        (("--iterations", 0), "--iterations"),
+        (("--iterations", 10**30), "--iterations"),
+        (("--warm-up", -1), "--warm-up"),
+        (("--threads", 100_000), "--threads"),
+        (("--seeds", 10**9), "--seeds"),
+        (("--seed", -1), "--seed"),
+        (("--limit", 0), "--limit"),
+        (("--max-new-tokens", 10**12), "--max-new-tokens"),
+        (("--text-budget", 0), "--text-budget"),
+        (("--atol", -1), "--atol"),
+        (("--atol", "nan"), "--atol"),
+        (("--rtol", "inf"), "--rtol"),
+        (("--rtol", 2), "--rtol"),
     ],
 )
-def test_usage(work: Workshop, arguments: tuple[object, ...]) -> None:
-    assert call(main, work.folder / "nothing", *arguments) == 2
+def test_usage(arguments: tuple[object, ...], words: str, capsys: Capture) -> None:
+    assert call(main, NOWHERE, *arguments) == 2
+    err = capsys.readouterr().err
+    assert words in err and len(err.splitlines()) == 1
+
+
+def test_places_are_checked_before_any_work(work: Workshop, tmp_path: Path, capsys: Capture) -> None:
+    bundle, mine, link = bundle_of(work), tmp_path / "mine.txt", tmp_path / "taken"
+    before = {p: p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
+    mine.write_text("mine")
+    link.mkdir()
+    (link / "report.json").symlink_to(mine)
+    for arguments in (
+        ("--report", bundle),
+        ("--report", bundle / "weights" / "new"),
+        ("--report", mine),
+        ("--report", link),
+        ("--report", "/dev/null"),
+        ("--save-outputs", bundle / "out.npz"),
+        ("--save-outputs", tmp_path / "none" / "out.npz"),
+        ("--save-outputs", bundle / "manifest.json"),
+        ("--save-outputs", "/dev/null"),
+        ("--save-inputs", bundle),
+        ("--save-inputs", mine / "below"),
+    ):
+        capsys.readouterr()
+        assert call(main, NOWHERE, *arguments) == 2, arguments
+        out, err = capsys.readouterr()
+        assert not out and "cannot write" in err and len(err.splitlines()) == 1, err
+    assert {p: p.read_bytes() for p in bundle.rglob("*") if p.is_file()} == before and mine.read_text() == "mine"
+
+
+def test_a_report_without_matplotlib_is_refused_before_any_work(tmp_path: Path) -> None:
+    code = "from himap_export.validate.cli import main\nmain(sys.argv[1:])"
+    done = blocked_python(code, ["matplotlib"], NOWHERE, "--report", tmp_path / "report")
+    assert done.returncode == 4 and "need matplotlib" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_drawn_prompts_stay_within_memory(work: Workshop) -> None:
+    bundle = open_bundle(bundle_of(work), verify=False)
+    with pytest.raises(HimapError, match="1000000000 prompts are too many"):
+        drawn_inputs(bundle, 10**9, 0)
 
 
 def test_no_bundle(tmp_path: Path, capsys: Capture) -> None:

@@ -1,0 +1,105 @@
+"""The speed race: everyone on the device and in the dtype that was asked for, and what becomes of who cannot run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import Workshop
+
+from himap_export.engines.bundle import Bundle, open_bundle
+from himap_export.engines.scratch import scratch_place
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.validate import reference, speed
+from himap_export.validate.criteria import himap
+from himap_export.validate.parity_page import _speed as blocks_of
+from himap_export.validate.report import speed_json, speed_lines
+from himap_export.validate.speed import Speed, measure, torch_device
+from himap_export.validate.workers import ACTS, Contender, Times, _doing, race
+
+CUTS = himap(2, 4, 0.5, 0.5)
+
+
+def bundle_of(work: Workshop, dtype: str = "fp32") -> Bundle:
+    return open_bundle(work.bundle("gqa2", "--dtype", dtype, cuts=CUTS), verify=False)
+
+
+def test_the_bundle_is_opened_on_the_device_asked_for(work: Workshop) -> None:
+    """This machine's onnxruntime has no CUDA: who asks for it must be told, not timed on the CPU."""
+    contender = Contender("pruned", "bundle", bundle_of(work), work.checkpoint("gqa2"), "onnxruntime", "cuda")
+    with pytest.raises(HimapError, match="no CUDA provider") as refused:
+        race([contender], 1, 0, 1, ("prefill",))
+    assert refused.value.code == Exit.MISSING
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [("fp16", torch.float16), ("fp32", torch.float32)])
+def test_pytorch_computes_in_the_bundles_dtype_on_its_device(
+    work: Workshop, monkeypatch: pytest.MonkeyPatch, dtype: str, wanted: torch.dtype
+) -> None:
+    loaded: list[reference.Reference] = []
+
+    class Seen(reference.Reference):
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            super().__init__(*arguments, **more)
+            loaded.append(self)
+
+    monkeypatch.setattr(reference, "Reference", Seen)
+    contender = Contender("PyTorch", "torch", bundle_of(work, dtype), work.checkpoint("gqa2"), "", "cpu")
+    do = _doing(contender, 1)
+    assert all(do(act) > 0 for act in ACTS)
+    (model,) = loaded
+    assert {p.dtype for p in model.judge.whole.parameters()} == {wanted} and model.device == "cpu"
+
+
+def test_a_bug_in_a_contender_is_told_as_what_it_is(work: Workshop, capfd: pytest.CaptureFixture[str]) -> None:
+    contender = Contender("pruned", "bundle", bundle_of(work), work.checkpoint("gqa2"), "onnxruntime", "cpu")
+    with pytest.raises(HimapError, match=r"timing pruned failed: KeyError: 'dance'") as told:
+        race([contender], 1, 0, 1, ("dance",))
+    assert "memory" not in str(told.value) and "Traceback" in capfd.readouterr().err
+
+
+def test_pytorch_follows_the_engines_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [torch_device(d) for d in ("cpu", "cuda", "NVIDIA H200")] == ["cpu", "cuda", "cuda"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [torch_device(d) for d in ("cpu", "cuda", "NVIDIA H200")] == ["cpu", "cpu", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("device", "cuda", "asked", "name", "note"),
+    [
+        ("cpu", False, "cpu", "PyTorch SDPA fp16, cpu", ""),
+        ("cuda", True, "cuda", "PyTorch SDPA fp16, cuda", ""),
+        ("NVIDIA H200", True, None, "PyTorch SDPA fp16, cuda", ""),
+        ("cuda", False, "cuda", "PyTorch SDPA fp16, cpu", "PyTorch has no CUDA here: it ran on the CPU"),
+    ],
+)
+def test_who_races_where_and_what_is_said_of_it(
+    work: Workshop, monkeypatch: pytest.MonkeyPatch, device: str, cuda: bool, asked: str | None, name: str, note: str
+) -> None:
+    raced: list[Contender] = []
+
+    def no_race(contenders: Sequence[Contender], *rounds: int) -> list[Times]:
+        raced.extend(contenders)
+        return [Times(c.name, dict.fromkeys(ACTS, (1.0, 2.0)), 2**20) for c in contenders]
+
+    place: list[Path] = []
+    monkeypatch.setattr(speed, "export_twin", lambda *a: place.append(a[5]) or bundle_of(work, "fp16"))
+    monkeypatch.setattr(speed, "race", no_race)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    found = measure(bundle_of(work, "fp16"), work.checkpoint("gqa2"), "onnxruntime", device, 1, 0, 1)
+    assert [c.device for c in raced] == [asked, asked, name.split()[-1]]
+    assert found.others == ("unpruned", name) and found.note.startswith(note) and bool(found.note) == bool(note)
+    assert scratch_place() in place[0].parents  # where a killed command's leftovers are cleared away
+    assert list(speed_json(found)["contenders"]) == ["pruned", "unpruned", name]
+    assert set(speed_json(found)["over"]) == {"unpruned", name}
+    text = "\n".join(speed_lines(found))
+    assert f"{name} " in text and f"over {name}: " in text and note in text
+    assert f"over {name}" in repr(blocks_of(found)) and note in repr(blocks_of(found))
+
+
+def test_names_of_any_length_stand_in_columns() -> None:
+    times = tuple(Times(n, dict.fromkeys(ACTS, (1.0,)), 2**20) for n in ("pruned", "unpruned", "PyTorch " * 5))
+    lines = speed_lines(Speed(2.0, times))
+    assert len({line.rindex("MiB") for line in lines[1:4]}) == 1
