@@ -61,8 +61,13 @@ class Bundle:
         return self.manifest.pictures[self.variant.picture]
 
     def weights(self) -> dict[str, StoredTensor]:
-        """Those of `tensors` that a graph of the bundle reads."""
-        return find_tensors(self.tensors, (name for g in self.manifest.graphs.values() for name in g.weights))
+        """Those of `tensors` that a graph of the bundle reads; HimapError if one is not what the manifest says."""
+        wanted = self.manifest.wanted()
+        for name, spec in wanted.items() if self.manifest.weight_form == "shared" else ():
+            if problem := _misfit(name, find_tensor(self.tensors, name), spec):
+                hint = "copy or export the bundle again"
+                raise HimapError(f"the weights of {self.folder} are not its manifest's", problem, hint)
+        return find_tensors(self.tensors, wanted)
 
     def graph_name(self, stage: str) -> str:
         """The graph that plays `stage` (vision, prefix, k1, .. or decode) in this variant."""
@@ -142,7 +147,7 @@ def completed(bundle: Bundle, folders: Sequence[Path], verify: bool = True) -> B
     if bundle.manifest.weight_form != "absent":
         raise HimapError(f"{bundle.folder} has its own weights", hint="leave --weights out", code=Exit.USAGE)
     stored = stored_tensors(folders, Exit.USAGE)
-    wanted = {name: spec for graph in bundle.manifest.graphs.values() for name, spec in graph.weights.items()}
+    wanted = bundle.manifest.wanted()
     problems = [problem for name, spec in wanted.items() if (problem := _misfit(name, find_tensor(stored, name), spec))]
     if problems:
         more = f"; {len(problems) - 1} more of {len(wanted)} do not fit" if len(problems) > 1 else ""

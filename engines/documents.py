@@ -85,8 +85,11 @@ def read_json(path: Path, kind: type[T], what: str, most: int = 16 * MEGABYTE, c
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it holds {next(n for n in names if names.count(n) > 1)!r} twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"it holds {name[:100]!r} twice")
+            seen.add(name)
     return found
 
 

@@ -128,6 +128,10 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     files: Mapping[Name, FileRecord] = {}  # msgspec copies it
     seal: str = ""
 
+    def wanted(self) -> dict[str, TensorSpec]:
+        """Every weight that a graph reads, by its checkpoint name."""
+        return {name: spec for graph in self.graphs.values() for name, spec in graph.weights.items()}
+
     def paths(self) -> Iterator[str]:
         """Every file that opening the bundle may read."""
         yield from (graph.file for graph in self.graphs.values() if graph.file)

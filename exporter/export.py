@@ -30,7 +30,7 @@ from himap_export.engines.manifest import (
     sealed,
 )
 from himap_export.engines.prompt import TOKENIZER
-from himap_export.engines.weight_file import StoredTensor, check_finite, find_tensors, read_header
+from himap_export.engines.weight_file import StoredTensor, check_finite, read_header
 from himap_export.exporter.bind import WeightNames, bind, fitting
 from himap_export.exporter.checkpoint import Checkpoint, open_checkpoint
 from himap_export.exporter.family import tied
@@ -106,7 +106,8 @@ class Export:
             for name, graph in self.graphs.items():
                 self._write(name, graph.model)
             return "none: engines take them as inputs"
-        used = find_tensors(self.checkpoint.tensors, (weight for g in self.graphs.values() for weight in g.weights))
+        wanted = {name: shape for graph in self.graphs.values() for name, shape in graph.weights.items()}
+        used = {name: fitting(self.checkpoint.tensors, name, shape) for name, shape in wanted.items()}
         check_finite(used.values())
         folder = self.work / "weights"
         if p.weights == "shared":

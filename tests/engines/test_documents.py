@@ -57,6 +57,13 @@ def test_what_is_of_another_type(value: object, words: str) -> None:
     assert words in str(caught.value) and caught.value.code == Exit.FAILURE
 
 
+def test_many_keys_take_no_time(tmp_path: Path) -> None:
+    """Counting each of them again took hours."""
+    text = "{" + ",".join(f'"{n}": 0' for n in range(200_000)) + ', "7": 0}'
+    with pytest.raises(HimapError, match="holds '7' twice"):
+        parse_json(text.encode(), "the plan")
+
+
 def test_what_is_well(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"width": 3, "scale": 2, "names": ["\\u00e6"]}')
     assert read_json(tmp_path / "a.json", Layer, "plan") == Layer(3, 2.0, ("æ",))
