@@ -110,7 +110,11 @@ def tied(config: Config) -> bool:
 def built(kind: type[T], config: Config) -> T:
     """transformers' configuration class `kind` from a copy of `config`: it writes into the dictionaries it is given.
 
-    The copy says nothing of the weights' type, which is asked for where a module is made."""
+    The copy says nothing of the weights' type, which is asked for where a module is made. transformers says nothing of
+    ids that it would rather have otherwise."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
     copy = deepcopy({key: value for key, value in config.items() if key != "model_type"})
     for part in (copy, *(value for value in copy.values() if isinstance(value, dict))):
         part.pop("dtype", None), part.pop("torch_dtype", None)

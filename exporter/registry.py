@@ -98,8 +98,12 @@ def _model(
 
 def _inside(folder: Path, named: str) -> Path | None:
     """The folder that a checkpoint names, if it is one inside the checkpoint's own, wherever links lead."""
-    home, found = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / named))
-    return folder / named if found != home and found.is_relative_to(home) and _is_folder(found) else None
+    try:
+        home, found = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / named))
+    except ValueError:  # a null byte
+        return None
+    inside = found != home and found.is_relative_to(home) and _is_folder(found)
+    return folder / found.relative_to(home) if inside else None
 
 
 def _is_folder(path: Path) -> bool:
