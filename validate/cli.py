@@ -148,6 +148,7 @@ def _opened(args: argparse.Namespace) -> tuple["Bundle", "Source"]:
 
     bundle = open_bundle(args.bundle)
     source = source_of(bundle, args.model, args.vision_tower)
+    say(f"judged by the checkpoint in {source.folder}")
     if bundle.manifest.weight_form == "absent":
         bundle = completed(bundle, [folder for folder in (source.folder, source.tower) if folder is not None])
     return bundle, source

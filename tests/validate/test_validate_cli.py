@@ -159,9 +159,16 @@ def test_another_models_weights_fail(work: Workshop, capsys: Capture) -> None:
     assert call(main, bundle, *QUICK, "--no-speed", "--model", other) == 3
 
 
-def test_a_model_of_other_sizes_is_not_compared(work: Workshop, capsys: Capture) -> None:
-    bundle = bundle_of(work)
-    for other, words in ((work.checkpoint("mha"), "layers: 10, in the bundle 6"), ("shapes", "is not the model of")):
+def test_a_model_of_other_sizes_is_not_compared(work: Workshop, tmp_path: Path, capsys: Capture) -> None:
+    bundle, ids = bundle_of(work), tmp_path / "ids"
+    config = json.loads((work.checkpoint("gqa2") / "config.json").read_text())
+    shutil.copytree(work.checkpoint("gqa2"), ids)
+    (ids / "config.json").write_text(json.dumps(config | {"image_token_index": 7, "image_token_id": 7}))
+    for other, words in (
+        (ids, "an image token's id: 7"),
+        (work.checkpoint("mha"), "layers: 10, in the bundle 6"),
+        ("shapes", "is not the model of"),
+    ):
         capsys.readouterr()
         assert call(main, bundle, *QUICK, "--no-speed", "--model", other) == 2
         out, err = capsys.readouterr()
