@@ -41,7 +41,7 @@ def _of_config(fault: Fault) -> tuple[bool, str]:
     """Whether the same plan is all right, and why another one is."""
     if fault.value == "twice":
         return False, ""
-    if fault.value in DEFAULTS:
+    if fault.value in DEFAULTS or (fault.kind == "dict" and fault.value == "object"):
         return True, "a key that is left out has its default"
     if SIZES.fullmatch(fault.place):
         large = "a large model" if fault.value == "1e9" and re.search("vocab|positions", fault.place) else ""
@@ -50,7 +50,7 @@ def _of_config(fault: Fault) -> tuple[bool, str]:
         return False, "a number" if fault.value in ("1.5", "1e9", "1e30") and "eps" not in fault.place else ""
     if IDS.fullmatch(fault.place):
         return False, "a token's id" if fault.value == "0" else ""
-    return True, ""
+    return True, "one of the dtypes that it says it has" if fault.name == "fp16 = true" else ""
 
 
 def _config(name: str, folder: Path) -> Door:

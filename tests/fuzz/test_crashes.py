@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,8 @@ def crash(run: Run, place: Place, at: int, sent: signal.Signals, **more: Any) ->
         wrong += ["traceback"] if "Traceback" in ended.said else []
         wrong += [f"left behind: {left[0]}"] if left else []
         wrong += ["untrue words"] if claimed != (ended.code == 130 and found == place.before) else []
+    if sent != signal.SIGKILL:  # the rest is about what only a kill leaves
+        return _told(ended, at, sent, wrong)
     for path in place.home.iterdir():  # a minute later: what is younger may be another export's, just begun
         os.utime(path, (time.time() - 120,) * 2)
     again = run(place.job(exchange=more.get("exchange", True)))
@@ -96,6 +98,10 @@ def crash(run: Run, place: Place, at: int, sent: signal.Signals, **more: Any) ->
         wrong.append(f"the next export: {again.code} {again.said}")
     elif still := [p.name for p in place.home.iterdir() if p != place.out]:
         wrong.append(f"the next export leaves {still[0]}")
+    return _told(ended, at, sent, wrong)
+
+
+def _told(ended: Ended, at: int, sent: signal.Signals, wrong: Sequence[str]) -> str:
     step = ended.steps[at - 1] if at <= len(ended.steps) else "never"
     return f"{sent.name} at step {at}, {step}: {'; '.join(wrong)}; it said {ended.said!r}" if wrong else ""
 

@@ -9,8 +9,8 @@ from fuzz.contract import Outcome, check
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-# Enough to see every door; what they take together is what a quiet core does in 20 seconds.
-CASES = {"bundle": 120, "checkpoint": 220, "questions": 60, "places": 100, "options": 120}
+# Enough to see every door; together they take a quiet core about ten seconds.
+CASES = {"bundle": 90, "checkpoint": 120, "questions": 60, "places": 100, "options": 120}
 
 
 @pytest.mark.parametrize("group", GROUPS)
