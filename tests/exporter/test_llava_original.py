@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from tiny import TINY, make_inputs, make_llava
 from tokenizers import Tokenizer
+from transformers.convert_slow_tokenizer import import_protobuf
 
 from himap_export.engines.prompt import PromptFormat, encode
 from himap_export.exporter.families import llava
@@ -268,3 +270,18 @@ def test_no_or_a_damaged_tokenizer_model(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.model").write_bytes(broken)
         with pytest.raises(HimapError, match="tokenizer cannot be loaded"):
             FAMILY.tokenizer(tmp_path, rules)
+    (tmp_path / "tokenizer.model").unlink()
+    os.mkfifo(tmp_path / "tokenizer.model")  # as if there were none, it was once said
+    with pytest.raises(HimapError, match="it is not a plain file"):
+        FAMILY.tokenizer(tmp_path, rules)
+
+
+def test_pieces_that_cost_too_much_or_are_there_twice(sentences: tuple[Path, Any], tmp_path: Path) -> None:
+    """All halves of a piece are looked up: a megabyte has a million."""
+    model = import_protobuf().ModelProto()
+    for change in ("x" * 1_000_000, "<s>", ""):
+        model.ParseFromString((sentences[0] / "tokenizer.model").read_bytes())
+        model.pieces[-1].piece = change
+        (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+        with pytest.raises(HimapError, match="pieces twice, empty ones, or some of more than 1000 letters"):
+            FAMILY.tokenizer(tmp_path, FAMILY.prompt(intern()))

@@ -1,6 +1,7 @@
 """What the exporter reads of a checkpoint's processor answers like Hugging Face's processor on the same folder."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoProcessor, LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import AutoProcessor, AutoTokenizer, LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from himap_export.engines.image import CLIP_MEAN, ImagePreprocessing, clip_preprocessing, preprocess
 from himap_export.engines.prompt import encode, load_tokenizer
+from himap_export.exporter import template
 from himap_export.exporter.families import llava
 from himap_export.exporter.family import VisionSpec
 from himap_export.exporter.processor import ProcessorData, read_image_preprocessing, read_processor
@@ -200,17 +202,77 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "raises": (lambda f: save(f, "{{ raise_exception('no images here') }}"), "rendered: no images here"),
     "syntax": (lambda f: save(f, "{% for %}"), "chat template cannot be rendered"),
     "not text": (lambda f: change_json(f / "processor_config.json", chat_template={"x": "y"}), "is not text"),
+    "a template's type": (lambda f: change_json(f / "processor_config.json", chat_template=[1]), r"\$.chat_template"),
+    "a processor's type": (
+        lambda f: change_json(f / "processor_config.json", image_processor=7),
+        r"\$.image_processor",
+    ),
+    "a token's type": (lambda f: change_json(f / "processor_config.json", image_token=["x"]), r"\$.image_token"),
+    "deep nesting": (lambda f: (f / "processor_config.json").write_text("[" * 90000), "nested too deeply"),
+    "a deep tokenizer": (lambda f: (f / "tokenizer.json").write_text("[" * 90000), "tokenizer cannot be loaded"),
+    "twice": (lambda f: (f / "processor_config.json").write_text('{"a": 1, "a": 2}'), "holds 'a' twice"),
+    "not a number": (lambda f: (f / "processor_config.json").write_text('{"x": NaN}'), "NaN is no JSON number"),
+    "a large tokenizer": (lambda f: os.truncate(f / "tokenizer.json", 10**9), "too large: 1000000000 bytes"),
+    "a large template": (lambda f: os.truncate(f / "chat_template.jinja", 10**7), "too large"),
+    "a large configuration": (lambda f: os.truncate(f / "tokenizer_config.json", 10**9), "too large"),
+    "a list of tokens": (lambda f: (f / "added_tokens.json").write_text("[1]"), "added_tokens.json is not usable"),
+    "ids that are none": (lambda f: change_json(f / "tokenizer_config.json", added_tokens_decoder={"x": {}}), "loaded"),
+    "a class of no name": (lambda f: change_json(f / "tokenizer_config.json", tokenizer_class=[1]), "cannot be loaded"),
+    "endless": (lambda f: save(f, "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4), "it takes more than"),
+    "a terabyte": (lambda f: save(f, "{{ 'x' * 10**12 }}"), "it takes more than 256 MB"),
 }
+FILES = (
+    "processor_config.json", "preprocessor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_checkpoints_give_one_clear_line(case: str, tmp_path: Path) -> None:
+def test_broken_checkpoints_give_one_clear_line(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(tmp_path)
     damage, message = BROKEN[case]
     damage(folder)
+    monkeypatch.setattr(template, "MOST_SECONDS", 1)
     with pytest.raises(HimapError, match=message) as caught:
         read(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path.name)])
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_odd_kinds_are_refused_in_a_line(name: str, make: Callable[[Path], object], tmp_path: Path) -> None:
+    """A folder, a pipe that nobody writes to, a link to itself: under no name is it as if there were none."""
+    folder = save(tmp_path)
+    if name != "processor_config.json":
+        as_old_flat_files(folder)
+    if name == "chat_template.jinja":
+        (folder / "chat_template.json").unlink()
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(HimapError, match=name) as caught:
+        read(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_names_no_files_and_meets_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers is given a folder of copies, in which no other file is named."""
+    folder, seen = save(tmp_path / "model"), dict[str, str]()
+    (folder / "tokenization_x.py").write_text("raise SystemExit")
+    paths = {"vocab_file": "/etc/passwd", "gguf_file": "/x", "fast_tokenizer_files": ["../x"], "init_inputs": ["/x"]}
+    change_json(folder / "tokenizer_config.json", **paths)
+    change_json(folder / "config.json", num_labels=10**9, tokenizer_class="Evil", _name_or_path="/x")
+    expected, load = our_ids(read(folder), "a?", tmp_path), AutoTokenizer.from_pretrained
+
+    def looked(place: Path, **options: Any) -> Any:
+        assert options == {"trust_remote_code": False, "local_files_only": True}
+        seen.update({file.name: file.read_text() for file in Path(place).iterdir()})
+        return load(place, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", looked)
+    np.testing.assert_array_equal(our_ids(read(folder), "a?", tmp_path), expected)
+    assert set(seen) == {"tokenizer.json", "tokenizer_config.json", "config.json"}
+    assert json.loads(seen["config.json"]) == {"model_type": "llava"}
+    assert not set(paths) & set(json.loads(seen["tokenizer_config.json"]))
 
 
 def test_misfits_are_refused(tmp_path: Path) -> None:
@@ -253,6 +315,15 @@ def test_other_processors() -> None:
         ({"size": "224"}, r"got str - at \$.size"),
         ({"size": [0, 224]}, r"Expected int >= 1 - at \$.size\[0\]"),
         ({"do_center_crop": False}, "unusable image preprocessing"),
+        ({"do_center_crop": "no"}, r"got str - at \$.do_center_crop"),
+        ({"crop_size": {"height": -1, "width": 224}}, r"Expected int >= 1 - at \$.crop_size.height"),
+        ({"crop_size": 10**9}, r"Expected int <= 16384 - at \$.crop_size"),
+        ({"image_mean": [0.5, 0.5, float("nan")]}, r"image_mean\[2\]"),
+        ({"image_std": [0.5, 0.5, float("inf")]}, r"image_std\[2\]"),
+        ({"image_std": [0.5, 0.5, -0.5]}, "unusable image preprocessing"),
+        ({"image_std": 0}, "unusable image preprocessing"),
+        ({"rescale_factor": 0}, "unusable image preprocessing"),
+        ({"rescale_factor": True}, r"got bool - at \$.rescale_factor"),
         ({"image_mean": [0.5]}, "configuration is not usable"),
         ({"image_mean": "half"}, "configuration is not usable"),
         ({"image_std": [0, 0, 0]}, "unusable image preprocessing"),

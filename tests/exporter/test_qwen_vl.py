@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import random
 import unicodedata
 from collections import Counter
@@ -296,11 +297,16 @@ def test_damaged_ranks_are_refused(ranks: dict[bytes, int], tmp_path: Path) -> N
         (content.replace(b" 700\n", b" 7OO\n"), "7OO"), (content[:5000] + content[5100:], "damaged"),
         (content.replace(b" 700\n", b" 701\n"), "rank 701, expected a new token and 700"), (b"\xff\xfe 0\n", "damaged"),
         (content + b"AAE= 856 x\n", "line 857 is no token"), (content + b"A 856\n", "line 857 is no token"),
-        (content + b"AA== 856\n", "expected a new token"),
+        (content + b"AA== 856\n", "expected a new token"), (content + b"QUFB" * 900 + b" 856\n", "expected a new"),
     ]  # fmt: skip
     for damaged, message in cases:
         file.write_bytes(damaged)
         refused(tmp_path, rules, message)
+    os.truncate(file, 10**9)
+    refused(tmp_path, rules, "too large")
+    file.unlink()
+    os.mkfifo(file)
+    refused(tmp_path, rules, "it is not a plain file")
 
 
 def refused(folder: Path, rules: Any, message: str) -> None:
