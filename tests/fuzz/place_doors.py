@@ -154,8 +154,8 @@ def _input(command: str, role: str, kind: str, place: Callable[[Room], object]) 
         return _asked(room, command, **({role: path} if plain else {}))
 
     spare = any(word in role for word in SPARE) and kind in ("a link to nothing", "a link to itself", "a folder")
-    log = role == "out/sweep.jsonl" and kind == "empty"
-    why = "a checkpoint may lack it" if spare else "a log that was never begun" if log else ""
+    log = role == "out/sweep.jsonl" and kind in ("empty", "a megabyte of zeros")
+    why = "a checkpoint may lack it" if spare else "a log is read by what stands in here" if log else ""
     return Case(
         "inputs", f"{command}: {role} is {kind}", COMMAND[command], prepare, why,
         may_make=("out",), patches=PATCHES.get(command, {}),
