@@ -144,7 +144,7 @@ def test_a_prompt_or_picture_that_cannot_be_used_is_told_by_line(tmp_path: Path,
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     for one, summary in (
         (example("is this <image>?", image=tmp_path / "a.png"), "line 7 of the data set: the prompt contains"),
-        (example(image=tmp_path / "b.png"), "line 7 of the data set: image not found"),
+        (example(image=tmp_path / "b.png"), "line 7 of the data set: cannot read image"),
     ):
         with pytest.raises(HimapError, match=summary) as told:
             shapes.arrays(one)
