@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from himap_export.engines.bundle import Bundle
-from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.errors import HimapError
 from himap_export.graphs.spec import Dtype
 
 if TYPE_CHECKING:
@@ -21,17 +20,6 @@ def checkpoint_folder(model: str, vision_tower: Path | None = None) -> Path:
     assert found.folder is not None  # `resolve` fetches weights unless told not to
     open_checkpoint(found.folder, tower=found.tower)
     return found.folder
-
-
-def checkpoint_of(bundle: Bundle, model: str | None, vision_tower: Path | None = None) -> Path:
-    """The folder of `model`, else of the checkpoint that the bundle was made from; HimapError if it is not there."""
-    try:
-        return checkpoint_folder(model or bundle.manifest.model.source, vision_tower)
-    except HimapError as problem:
-        if model is not None or problem.code == Exit.MISSING:
-            raise
-        summary, hint = f"the model of {bundle.folder} is not at {bundle.manifest.model.source}", "give it with --model"
-        raise HimapError(summary, hint=hint, code=Exit.MISSING) from None
 
 
 def load_reference(
