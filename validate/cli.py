@@ -148,7 +148,6 @@ def _opened(args: argparse.Namespace) -> tuple["Bundle", "Source"]:
 
     bundle = open_bundle(args.bundle)
     source = source_of(bundle, args.model, args.vision_tower)
-    say(f"judged by the checkpoint in {source.folder}")
     if bundle.manifest.weight_form == "absent":
         bundle = completed(bundle, [folder for folder in (source.folder, source.tower) if folder is not None])
     return bundle, source
@@ -221,6 +220,7 @@ def _compare(
     pipeline = open_pipeline(bundle, args.backend, Opening(args.threads, args.device), "himap-validate")
     _save_captured(args, pipeline, inputs)
     asked = Asked(min(args.max_new_tokens or 32, bundle.budget.new), args.atol, args.rtol)
+    say(f"judged by the checkpoint in {source.folder}")
     load = partial(load_reference, source.folder, threads=args.threads, vision_tower=source.tower)
     parity = compare(pipeline, load, inputs, asked, say)
     return with_pixels(parity, pixels) if pixels else parity, pipeline.backend, pipeline.engines.device
