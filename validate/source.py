@@ -1,6 +1,7 @@
 """The checkpoint that a bundle is judged by: there, complete, and of the bundle's sizes."""
 
 from dataclasses import dataclass
+from os.path import isdir
 from pathlib import Path
 
 from himap_export.engines.bundle import Bundle
@@ -28,15 +29,16 @@ def source_of(bundle: Bundle, named: str | None, vision_tower: Path | None = Non
 
     HimapError: missing if it is not there or lacks weights, usage as `resolve`, or if the bundle is not of its sizes.
     """
+    source = bundle.manifest.model.source if named is None else named
     try:
-        model = resolve(named or bundle.manifest.model.source, vision_tower=vision_tower)
+        model = resolve(source, vision_tower=vision_tower)
         assert model.folder is not None  # `resolve` fetches weights unless told not to
         open_checkpoint(model.folder, tower=model.tower)
     except HimapError as problem:
-        if named is not None or problem.code == Exit.MISSING:
+        if named is not None or problem.code == Exit.MISSING or isdir(source):  # noqa: PTH112  # which raises for no name
             raise
-        summary, hint = f"the model of {bundle.folder} is not at {bundle.manifest.model.source}", "give it with --model"
-        raise HimapError(summary, str(problem), hint, Exit.MISSING) from None
+        hint = "give it with --model"
+        raise HimapError(f"the model of {bundle.folder} is not at {source}", hint=hint, code=Exit.MISSING) from None
     _check_sizes(bundle, model)
     return Source(model.folder, model.tower, model.family.own_image)
 
