@@ -89,9 +89,9 @@ def _run(args: argparse.Namespace) -> None:
     from himap_export.engines.layout import text_tokens
     from himap_export.engines.sampling import Sampling
 
-    for file in (args.save_outputs, args.show_kept):
+    for file, kind in ((args.save_outputs, ".npz"), (args.show_kept, ".png")):
         if file is not None:
-            check_output(file, args.image, args.load_inputs)
+            check_output(file, kind, args.image, args.load_inputs)
     if args.show_kept is not None and args.image is None:
         raise HimapError("--show-kept needs --image", "the picture is drawn over it", code=Exit.USAGE)
     sampling = Sampling(args.temperature, args.top_p, args.seed)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from himap_export.engines.scratch import clear_leftovers
-from himap_export.engines.supervisor import supervise
+from himap_export.engines.supervisor import leaves, left, supervise
 from himap_export.graphs.errors import Exit, HimapError
 
 # One module each in engines/backends; named here, where nothing is imported.
 BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 # More threads than this only wait for each other, and starting a hundred thousand takes the machine down.
 MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))
+LONGEST = 1000  # characters of a message
 NOTHING_LEFT = "nothing was left behind"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -36,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(int(Exit.USAGE), f"{self.prog}: error: {' '.join(message.split())} (usage: {self.prog} --help)\n")
+        self.exit(int(Exit.USAGE), f"{self.prog}: error: {shortened(message)} (usage: {self.prog} --help)\n")
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
@@ -73,18 +74,9 @@ def image_size(text: str) -> tuple[int, int]:
     return int(found[2]), int(found[1])
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal asked the command to stop; `state` says what it leaves, where that is not what the command says."""
-
-    def __init__(self, state: str = "") -> None:
-        super().__init__(state)
-        self.state = state
-
-
 @contextmanager
-def held_signals(state: str) -> Iterator[None]:
-    """Holds back signals while something must be done as a whole; one that came is Interrupted behind it, with
-    `state`."""
+def held_signals() -> Iterator[None]:
+    """Holds back signals while something must be done as a whole; one that came is raised behind it."""
     if threading.current_thread() is not threading.main_thread():  # where signals never arrive
         yield
         return
@@ -96,7 +88,7 @@ def held_signals(state: str) -> Iterator[None]:
         for sent, handler in before.items():
             signal.signal(sent, handler)
     if came:
-        raise Interrupted(state)
+        _interrupt()
 
 
 def run_command(name: str, body: Callable[[], Exit | None], interrupted: str = NOTHING_LEFT) -> NoReturn:
@@ -104,10 +96,13 @@ def run_command(name: str, body: Callable[[], Exit | None], interrupted: str = N
 
     `interrupted`: what an interrupted command leaves. A process that was started as this command works in a child.
     """
-    if Path(sys.argv[0]).name == name:
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there are handlers, in both processes
+    if alone := Path(sys.argv[0]).name == name:
         supervise(name, interrupted)
     before = {sent: signal.signal(sent, _interrupt) for sent in SIGNALS}
+    leaves("")
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
         _check_words(sys.argv)
         clear_leftovers()
         code = body() or Exit.OK
@@ -115,8 +110,8 @@ def run_command(name: str, body: Callable[[], Exit | None], interrupted: str = N
     except HimapError as problem:
         _say(f"{name}: error: {problem}")
         code = problem.code
-    except KeyboardInterrupt as problem:
-        _say(f"{name}: interrupted, {getattr(problem, 'state', '') or interrupted}")
+    except KeyboardInterrupt:
+        _say(f"{name}: interrupted, {left() or interrupted}")
         code = Exit.INTERRUPTED
     except BrokenPipeError:  # the reader of our output has left: so do we, quietly
         code = Exit.FAILURE
@@ -131,6 +126,8 @@ def run_command(name: str, body: Callable[[], Exit | None], interrupted: str = N
         for sent, handler in before.items():
             signal.signal(sent, handler)
     _abandon_output()
+    if alone and code == Exit.INTERRUPTED:
+        os._exit(int(code))  # an interpreter with torch in it takes its time to end
     sys.exit(int(code))
 
 
@@ -152,11 +149,16 @@ def _check_words(words: list[str]) -> None:
             raise HimapError(f"argument {n} is not valid UTF-8", shown, hint, Exit.USAGE) from None
 
 
+def shortened(text: str) -> str:
+    """`text` as one line that a person can read, whatever it quotes."""
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} .. {line[-LONGEST // 2 :]}"
+
+
 def _say(line: str) -> None:
-    """One line, whatever was quoted; a standard error that nobody can write to is no reason to fail."""
+    """A standard error that nobody can write to is no reason to fail."""
     try:
-        shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(line.split()))
-        print(shown, file=sys.stderr, flush=True)
+        print(shortened(line), file=sys.stderr, flush=True)
     except (OSError, ValueError):
         return
 

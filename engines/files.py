@@ -15,24 +15,24 @@ from himap_export.graphs.errors import Exit, HimapError
 KINDS = {".npz": (b"PK\x03\x04", b"PK\x05\x06"), ".png": (b"\x89PNG",)}
 
 
-def check_output(path: Path, *inputs: Path | None) -> None:
-    """HimapError (usage) unless `path` can become a file: in a folder that is there and is not a bundle's, over nothing
-    or over a plain file of its own kind that is none of `inputs`. Called before any work."""
+def check_output(path: Path, kind: str, *inputs: Path | None) -> None:
+    """HimapError (usage) unless `path` can become a file of `kind` (of KINDS): in a folder that can be written and is
+    not a bundle's, over nothing or over a plain file of that kind that is none of `inputs`. Called before any work."""
     if not _is(path.absolute().parent, stat.S_ISDIR):
         raise HimapError(f"cannot write {path}", f"{path.parent} is no folder", code=Exit.USAGE)
     check_outside(path)
     if not _exists(path):
+        _check_writable(path, path.absolute().parent)
         return
     if not _is(path, stat.S_ISREG, follow=False):
         raise HimapError(f"cannot write {path}", "it is there and is not a plain file", "give another name", Exit.USAGE)
     for file in inputs:
         if file is not None and file.exists() and path.samefile(file):
             raise HimapError(f"cannot write {path}", "it is an input of this command", "give another name", Exit.USAGE)
-    wanted = KINDS.get(path.suffix.lower(), ())
     with path.open("rb") as f:
         start = f.read(8)
-    if start and wanted and not start.startswith(wanted):
-        details = f"it is there and is not a {path.suffix} file"
+    if start and not start.startswith(KINDS[kind]):
+        details = f"it is there and is not a {kind} file"
         raise HimapError(f"cannot write {path}", details, "give another name; it is left alone", Exit.USAGE)
 
 
@@ -68,21 +68,23 @@ def check_report(folder: Path, names: tuple[str, ...] = ("report.html", "report.
     which nothing but plain files goes by the report's `names`. Called before any work."""
     check_outside(folder)
     if _exists(folder) and not _is(folder, stat.S_ISDIR):
-        raise HimapError(f"cannot write a report to {folder}", "it is no folder", code=Exit.USAGE)
+        raise HimapError(f"cannot write to {folder}", "it is no folder", code=Exit.USAGE)
     home = next(p for p in (folder.absolute(), *folder.absolute().parents) if _exists(p))
     if any(len(os.fsencode(part)) > os.pathconf(home, "PC_NAME_MAX") for part in folder.parts):
-        raise HimapError(
-            f"cannot write a report to {str(folder)[:80]}", os.strerror(errno.ENAMETOOLONG), code=Exit.USAGE
-        )
+        raise HimapError(f"cannot write to {str(folder)[:80]}", os.strerror(errno.ENAMETOOLONG), code=Exit.USAGE)
+    _check_writable(folder, home)
+    for name in names:
+        if _exists(folder / name) and not _is(folder / name, stat.S_ISREG, follow=False):
+            details = f"{name} is there and is not a plain file"
+            raise HimapError(f"cannot write to {folder}", details, code=Exit.USAGE)
+
+
+def _check_writable(path: Path, home: Path) -> None:
     try:
         tempfile.TemporaryFile(dir=home).close()
     except OSError as problem:
         details = f"{home} cannot be written: {problem.strerror}"
-        raise HimapError(f"cannot write a report to {folder}", details, code=Exit.USAGE) from None
-    for name in names:
-        if _exists(folder / name) and not _is(folder / name, stat.S_ISREG, follow=False):
-            details = f"{name} is there and is not a plain file"
-            raise HimapError(f"cannot write a report to {folder}", details, code=Exit.USAGE)
+        raise HimapError(f"cannot write {path}", details, code=Exit.USAGE) from None
 
 
 def _exists(path: Path) -> bool:

@@ -24,6 +24,7 @@ from himap_export.graphs.spec import DecoderSpec, Dtype
 
 SCHEMA = 5
 FILE_NAME = "manifest.json"
+DoorType = Literal["fp16", "bf16", "fp32", "int64"]  # of a tensor that enters or leaves a graph
 WeightForm = Literal["shared", "embedded", "absent"]
 MOST = 64 * MEGABYTE  # a hundred variants of the largest model take 20
 
@@ -35,7 +36,7 @@ Text = Annotated[str, Meta(max_length=100_000)]
 class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """A static tensor at a graph's door."""
 
-    dtype: Literal["fp16", "bf16", "fp32", "int64"]
+    dtype: DoorType
     shape: Annotated[tuple[Size, ...], Meta(max_length=8)]
 
 
@@ -111,7 +112,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     "absent", the bundle was made without them and `himap-run --weights` brings them. `seal`: see `sealed`.
     """
 
-    schema: Literal[5] = SCHEMA
+    schema: Literal[5] = 5
     model: ModelRecord
     decoder: DecoderSpec
     variants: Annotated[tuple[Variant, ...], Meta(min_length=1, max_length=1000)]
@@ -180,8 +181,8 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.seal != _digest(manifest):
         what = f"its seal is {manifest.seal[:12] or 'missing'}, its content has {_digest(manifest)[:12]}"
         raise HimapError(f"{path} has changed since export", what, "copy or export the bundle again")
-    if problem := next(_problems(manifest), ""):
-        raise HimapError(f"{path} is damaged", problem, "export the bundle again")
+    if wrong := next(_problems(manifest), ""):
+        raise HimapError(f"{path} is damaged", wrong, "export the bundle again")
     return manifest
 
 

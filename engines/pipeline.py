@@ -19,8 +19,8 @@ from himap_export.engines.bundle import Bundle
 from himap_export.engines.layout import Integers, PromptLayout, lay_out
 from himap_export.engines.manifest import TensorSpec
 from himap_export.engines.sampling import Sampler, Sampling
+from himap_export.engines.weight_file import NUMPY
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.flops import BYTES
 from himap_export.graphs.spec import PADDING
 
 FP16_MAX, FP32_MAX = float(np.finfo(np.float16).max), float(np.finfo(np.float32).max)
@@ -70,7 +70,7 @@ class Pipeline:
         for stage in self.bundle.variant.graphs:
             record = self.bundle.graph(stage)
             named |= {tensor_name(stage, name): spec for name, spec in {**record.inputs, **record.outputs}.items()}
-        needed = sum(prod(spec.shape) * BYTES.get(spec.dtype, 8) for spec in named.values())
+        needed = sum(prod(spec.shape) * np.dtype(NUMPY[spec.dtype]).itemsize for spec in named.values())
         if needed > memory_bytes():
             details = f"{needed / 1e9:.0f} GB for its caches and states, this machine has {memory_bytes() / 1e9:.0f}"
             raise HimapError(f"{self.bundle.folder} is too large for this machine", details, "export smaller budgets")

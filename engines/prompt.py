@@ -5,6 +5,7 @@ the bundle's manifest. The ids equal those of Hugging Face's LlavaProcessor (tra
 the placeholder repeated once per image token, then the tokenizer); tests/engines/test_prompt.py compares them.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.plan import Tokens
 
 MOST_TOKENIZER = 256 * MEGABYTE  # the largest published vocabularies take 40
+HUGE_ID = re.compile(rb'"\s*:\s*\d{9,}')  # tokenizers makes a table as long as the largest id, whatever it is
 TOKENIZER = "tokenizer.json"  # by this name in a checkpoint's folder and in a bundle
 QUESTION = "{prompt}"  # where the question goes in a template
 REPLACEMENT = "\ufffd"  # what decoders give for bytes that are not (yet) UTF-8
@@ -63,9 +65,17 @@ class PromptFormat(Struct, frozen=True, forbid_unknown_fields=True):
         return text
 
 
+def read_tokenizer(path: Path) -> bytes:
+    """The content of a `tokenizer.json` that may be given to the library. HimapError (failure) if it may not."""
+    content = read_file(path, "tokenizer", MOST_TOKENIZER, Exit.FAILURE)
+    if HUGE_ID.search(content):
+        raise HimapError("tokenizer cannot be read", str(path), "it has ids of nine digits and more")
+    return content
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a `tokenizer.json`, without stored padding or truncation. HimapError if it cannot be read."""
-    content = read_file(path, "tokenizer", MOST_TOKENIZER, Exit.FAILURE)
+    content = read_tokenizer(path)
     try:
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # tokenizers raises bare Exception

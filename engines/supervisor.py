@@ -23,7 +23,10 @@ from himap_export.graphs.errors import Exit
 GRACE = 0.7  # seconds
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _BOARD = 64 * 1024
-_board: mmap.mmap | None = None  # shared with the parent: folders that go if this process is killed
+_HALF = _BOARD // 2
+# Shared with the parent: what goes if this process is killed, then what an interrupted one leaves.
+_board: mmap.mmap | None = None
+_left = ""
 
 
 def supervise(name: str, interrupted: str) -> None:
@@ -57,12 +60,26 @@ def announced(folder: Path, *parents: Path) -> Iterator[None]:
         yield
         return
     content = b"\0".join(os.fsencode(p) for p in (folder, *parents))
-    if len(content) + 2 < _BOARD:
+    if len(content) + 2 < _HALF:
         _board[: len(content) + 2] = content + b"\0\0"
     try:
         yield
     finally:
         _board[:1] = b"\0"
+
+
+def leaves(state: str) -> None:
+    """Says what the command leaves from here on if it is interrupted; "" for what commands of its kind leave."""
+    global _left
+    _left = state
+    if _board is not None:
+        content = state.encode("utf-8", "replace")[: _HALF - 1]
+        _board[_HALF : _HALF + len(content) + 1] = content + b"\0"
+
+
+def left() -> str:
+    """What `leaves` said last, in this process or in the child."""
+    return _left if _board is None else _board[_HALF:].split(b"\0")[0].decode()
 
 
 def _wait(child: int, name: str, interrupted: str) -> NoReturn:
@@ -80,6 +97,7 @@ def _wait(child: int, name: str, interrupted: str) -> NoReturn:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sent, pass_on)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     killed = False
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -97,7 +115,7 @@ def _wait(child: int, name: str, interrupted: str) -> NoReturn:
     if code < 0:
         _clear()
     if killed:
-        _end(f"{name}: interrupted, {interrupted}", Exit.INTERRUPTED)
+        _end(f"{name}: interrupted, {left() or interrupted}", Exit.INTERRUPTED)
     if code < 0:
         reason = "the machine may have too little memory" if -code == signal.SIGKILL else "a library crashed"
         _end(f"{name}: error: killed by {signal.Signals(-code).name} ({reason})", Exit.FAILURE)

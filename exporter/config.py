@@ -260,9 +260,9 @@ class QwenVl(Common, frozen=True, kw_only=True):
     no_bias: Given[bool] = UNSET
     use_dynamic_ntk: Given[bool] = UNSET
     use_logn_attn: Given[bool] = UNSET
-    bf16: Given[bool | Name | None] = UNSET
-    fp16: Given[bool | Name | None] = UNSET
-    fp32: Given[bool | Name | None] = UNSET
+    bf16: Given[bool | None] = UNSET
+    fp16: Given[bool | None] = UNSET
+    fp32: Given[bool | None] = UNSET
     visual: Visual
 
 

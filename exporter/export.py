@@ -17,6 +17,7 @@ from himap_export.engines.bundle import Bundle, digests
 from himap_export.engines.layout import ImageTokens
 from himap_export.engines.manifest import (
     FILE_NAME,
+    DoorType,
     EngineRecord,
     FileRecord,
     GraphRecord,
@@ -43,7 +44,8 @@ from himap_export.graphs.errors import HimapError
 from himap_export.graphs.stages import StagedModel
 
 _TOOLS = ("himap-export", "numpy", "onnx", "onnx-ir", "onnxscript", "torch", "transformers", "tokenizers", "pillow")
-_DTYPE = {code: name for name, code in IR_DTYPE.items()} | {ir.DataType.INT64: "int64"}
+_DTYPE: dict[ir.DataType, DoorType] = {code: name for name, code in IR_DTYPE.items()}
+_DTYPE |= {ir.DataType.INT64: "int64"}
 Progress = Callable[[str], None]
 
 

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from himap_export.engines.documents import read_file, read_json, typed
 from himap_export.engines.image import CLIP_MEAN, CLIP_STD, RESAMPLING, ImagePreprocessing, mean_color
-from himap_export.engines.prompt import MOST_TOKENIZER, QUESTION, TOKENIZER, PromptFormat
+from himap_export.engines.prompt import QUESTION, TOKENIZER, PromptFormat, read_tokenizer
 from himap_export.engines.scratch import scratch_folder
 from himap_export.exporter.config import Name, Side
 from himap_export.exporter.family import Config, Family, PromptRules, VisionSpec
@@ -268,7 +268,7 @@ def _load_tokenizer(folder: Path, model_type: str) -> Any:
 
 def _copy_tokenizer(folder: Path, stage: Path) -> None:
     """The tokenizer's files into `stage`, without what in them names other files."""
-    (stage / TOKENIZER).write_bytes(read_file(folder / TOKENIZER, "tokenizer", MOST_TOKENIZER, Exit.FAILURE))
+    (stage / TOKENIZER).write_bytes(read_tokenizer(folder / TOKENIZER))
     for name in TOKENIZER_FILES:
         if os.path.lexists(folder / name):
             found = read_json(folder / name, dict[str, Any], "tokenizer's file", code=Exit.FAILURE)

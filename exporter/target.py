@@ -21,7 +21,7 @@ from pathlib import Path
 from himap_export.engines.command import held_signals
 from himap_export.engines.manifest import FILE_NAME, foreign_files, is_bundle
 from himap_export.engines.scratch import LOCK, abandoned, locked
-from himap_export.engines.supervisor import announced
+from himap_export.engines.supervisor import announced, leaves
 from himap_export.graphs.errors import Exit, HimapError
 
 BUNDLE, OLD = "bundle", "old"
@@ -43,6 +43,8 @@ def settle_target(out: Path, overwrite: bool) -> Path:
         if any(len(os.fsencode(part)) > longest for part in target.parts):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         kind = _obstacle(target, overwrite) if os.path.lexists(target) else ""
+        if inside := next((p for p in target.parents if is_bundle(p)), None):
+            kind = f"{inside} is a bundle, which holds what its manifest lists"
     except (OSError, ValueError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else str(problem)
         raise _refused(Path(str(out)[:300]), f"{reason}", "give another --out") from None
@@ -83,7 +85,8 @@ def _check_writable(target: Path) -> None:
     """That a folder can be made beside `target`, where the bundle will be built."""
     home = next(p for p in target.parents if p.exists())
     try:
-        Path(tempfile.mkdtemp(prefix=_prefix(target), dir=home)).rmdir()
+        with held_signals():
+            Path(tempfile.mkdtemp(prefix=_prefix(target), dir=home)).rmdir()
     except OSError as problem:
         reason = problem.strerror or str(problem)
         raise HimapError(f"cannot write {target}", reason, "check its permissions and the free space") from None
@@ -93,7 +96,7 @@ def _check_writable(target: Path) -> None:
 def work_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A fresh folder that becomes `out` (as `settle_target` gave it) on success, and vanishes on any failure.
 
-    Interrupted says so if the signal came too late: the bundle is in place then.
+    A signal that comes too late says so: the bundle is in place then.
     """
     parents = [p for p in out.parents if not p.exists()]
     wrapper: Path | None = None
@@ -105,8 +108,9 @@ def work_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             (wrapper / BUNDLE).mkdir()
             yield wrapper / BUNDLE
             settle_target(out, overwrite)  # hours later: it may be somebody else's by now
-            with held_signals(f"after the bundle was complete: it is in place at {out}"):
+            with held_signals():
                 _put(wrapper, out)
+                leaves(f"after the bundle was complete: it is in place at {out}")
                 shutil.rmtree(wrapper, ignore_errors=True)
     except OSError as problem:
         reason = problem.strerror or str(problem)

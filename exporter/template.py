@@ -68,11 +68,14 @@ def _bounded(work: Callable[[], bytes]) -> bytes:
     """What `work` returns in a process of its own. HimapError if that does not end in time, or not well."""
     reader, writer = os.pipe()
     parent, libc = os.getpid(), ctypes.CDLL(None)
+    # What a signal asks of the parent, the child must not do in its place.
+    before = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
     child = os.fork()
     if child == 0:
         _in_child(parent, libc, writer, work)
-    os.close(writer)
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.close(writer)
         found = _read(reader)
     finally:
         os.close(reader)
@@ -88,8 +91,10 @@ def _in_child(parent: int, libc: ctypes.CDLL, writer: int, work: Callable[[], by
     ended = 1
     try:
         gc.disable()
-        for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU):
-            signal.signal(caught, signal.SIG_DFL)
+        for caught in signal.valid_signals():
+            if callable(signal.getsignal(caught)):
+                signal.signal(caught, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
         libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
         nowhere = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
@@ -114,7 +119,8 @@ def _limit() -> None:
     }
     for what, most in limits.items():
         hard = resource.getrlimit(what)[1]
-        resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(what, (most, most))
 
 
 def _read(reader: int) -> bytes:

@@ -75,7 +75,7 @@ def test_unknown_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
             "unsupported rotary embedding linear",
         ),
         ({"vision_config__model_type": "siglip_vision_model"}, "unsupported vision tower"),
-        ({"text_config__num_hidden_layers": "many"}, "unusable config.json"),
+        ({"text_config__num_hidden_layers": "many"}, "$.text_config.num_hidden_layers"),
         ({"text_config__max_position_embeddings": 64}, "the model has 64"),
         ({"dtype": "float8"}, "unsupported dtype float8"),
     ],
@@ -314,7 +314,7 @@ def test_arrays(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         else:
             np.savez(file, **content)
         refused(capsys, 2, words, run_main, bundle, "--load-inputs", file)
-    refused(capsys, 2, "does not exist", run_main, bundle, "--load-inputs", tmp_path / "none.npz")
+    refused(capsys, 2, "cannot read inputs", run_main, bundle, "--load-inputs", tmp_path / "none.npz")
 
 
 def test_places_for_outputs(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,7 +113,7 @@ def test_patches_as_hugging_face_gives_them(work: Workshop, tmp_path: Path, name
         ("llava", ("--image-size", "84x84"), "56x56"),
         ("llava", ("--tiles", "4"), "--tiles 4"),
         ("internvl", ("--image-size", "84x84"), "56x56"),
-        ("internvl", ("--tiles", "0"), "--tiles 0"),
+        ("internvl", ("--tiles", "0"), "--tiles: '0' is not"),
         ("llava", ("--image-size", "84by84"), "WIDTHxHEIGHT"),
     ],
 )

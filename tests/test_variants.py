@@ -123,9 +123,9 @@ def test_dry_run_lists_every_variant(work: Workshop, plan_file: Path) -> None:
     [
         ("k1 = 1", "k1 is not a plan"),
         ("", "holds no plan"),
-        ("[a]\nk1 = 1", "lacks k2"),
-        ("[a]\nk1 = 1\nk2 = 2\nr1 = 0.5\nr2 = 0.5\nr3 = 1", "unknown key r3"),
-        ("[a]\nk1 = 1.5\nk2 = 2\nr1 = 0.5\nr2 = 0.5", "k1 is 1.5"),
+        ("[a]\nk1 = 1", "missing required field k2"),
+        ("[a]\nk1 = 1\nk2 = 2\nr1 = 0.5\nr2 = 0.5\nr3 = 1", "unknown field r3"),
+        ("[a]\nk1 = 1.5\nk2 = 2\nr1 = 0.5\nr2 = 0.5", "got float - at $.k1"),
         ("[a]\nk1 = 3\nk2 = 2\nr1 = 0.5\nr2 = 0.5", "--k2 2 is not above --k1 3"),
         ("['a/b']\nk1 = 1\nk2 = 2\nr1 = 0.5\nr2 = 0.5", "a/b is not a plan"),
         ("[qa]\nk1 = 1\nk2 = 2\nr1 = 0.5\nr2 = 0.5", "two plans are named qa"),

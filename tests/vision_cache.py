@@ -34,6 +34,8 @@ def remembering(make: Make, folder: Path) -> Make:
         dtype: str,
         names: WeightNames,
     ) -> StageGraph:
+        if not isinstance(names, WeightNames):
+            return make(name, family, config, spec, batch, hidden, dtype, names)
         given = (name, family.architecture, config, repr(spec), batch, hidden, dtype, sorted(names._names), names._tied)
         key = hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:20]
         file = folder / f"vision-{key}.onnx"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from himap_export.engines import scratch
-from himap_export.engines.command import MOST_THREADS, Interrupted, Parser, held_signals, number, whole
+from himap_export.engines.command import MOST_THREADS, SIGNALS, Parser, held_signals, number, whole
 from himap_export.engines.scratch import clear_leftovers, scratch_folder
 
 # A command as installed ones are: a script of its name. What it does stands in its first argument.
@@ -209,9 +209,16 @@ def test_a_place_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytes
 
 
 def test_signals_are_held_back() -> None:
-    with pytest.raises(Interrupted) as caught, held_signals("the state"):
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-    assert caught.value.state == "the state"
-    with held_signals(""):
+    before = {sent: signal.getsignal(sent) for sent in SIGNALS}
+    done = []
+    try:
+        with pytest.raises(KeyboardInterrupt), held_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("all of it")
+    finally:
+        for sent, handler in before.items():
+            signal.signal(sent, handler)
+    assert done == ["all of it"]
+    with held_signals():
         pass

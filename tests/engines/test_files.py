@@ -15,15 +15,15 @@ NPZ = b"PK\x03\x04"
 
 def refuses(path: Path, words: str, *inputs: Path) -> None:
     with pytest.raises(HimapError) as caught:
-        check_output(path, *inputs)
+        check_output(path, ".npz", *inputs)
     assert caught.value.code == Exit.USAGE and words in str(caught.value)
 
 
 def test_outputs_go_over_older_ones_only(tmp_path: Path) -> None:
     out = tmp_path / "out.npz"
-    check_output(out)
+    check_output(out, ".npz")
     out.write_bytes(NPZ)
-    check_output(out, None, tmp_path / "in.npz")
+    check_output(out, ".npz", None, tmp_path / "in.npz")
     refuses(out, "it is an input of this command", out)
     out.write_text("my thesis")
     refuses(out, "it is there and is not a .npz file")
@@ -35,6 +35,10 @@ def test_outputs_go_over_older_ones_only(tmp_path: Path) -> None:
         refuses(tmp_path / name, "is not a plain file")
     for device in ("/dev/null", "/dev/full"):
         refuses(Path(device), "is not a plain file")
+    for name in ("photo.jpg", "model.safetensors", "noname"):
+        (tmp_path / name).write_text("not ours")
+        refuses(tmp_path / name, "is not a .npz file")
+    refuses(Path("/proc/out.npz"), "/proc cannot be written")
     refuses(tmp_path / "no" / "out.npz", "is no folder")
     refuses(tmp_path / ("x" * 300), "File name too long")
     assert out.read_text() == "my thesis"

@@ -309,7 +309,7 @@ def bad_file(kind: str, path: Path) -> None:
     ("kind", "message"),
     [
         ("missing", "cannot read image .*No such file"),
-        ("a folder", "not a plain file"),
+        ("a folder", "Is a directory"),
         ("text", "not an image"),
         ("empty", "not an image"),
         ("bomb", "image has too many pixels"),

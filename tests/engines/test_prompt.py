@@ -149,6 +149,9 @@ def test_unreadable_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(HimapError, match="tokenizer cannot be read") as caught:
         load_tokenizer(tmp_path / "tokenizer.json")
     assert "\n" not in str(caught.value)
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"<s>": 1000000000}}}')
+    with pytest.raises(HimapError, match="ids of nine digits"):
+        load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_json_round_trip() -> None:

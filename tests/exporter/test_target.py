@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from himap_export.engines import supervisor
-from himap_export.engines.command import Interrupted
 from himap_export.engines.manifest import is_bundle
 from himap_export.engines.scratch import locked
 from himap_export.exporter import target
@@ -120,6 +119,7 @@ def test_places_where_no_bundle_can_go_are_refused_before_any_work(
         ("package", "it is a Python package"),
         ("file", "it is a file"),
         ("new/..", "does not end in a name"),
+        ("bundle/inside", "is a bundle, which holds what its manifest lists"),
         ("x" * 300, "File name too long"),
         ("new/" + "x" * 300, "File name too long"),
     ):
@@ -253,8 +253,9 @@ def test_a_signal_in_the_exchange_comes_behind_it(
         os.kill(os.getpid(), sent)
 
     monkeypatch.setattr(target, "_put", interrupted)
-    with pytest.raises(Interrupted, match="it is in place"), work_folder(out, True) as work:
+    with pytest.raises(KeyboardInterrupt), work_folder(out, True) as work:
         fill(work)
+    assert supervisor.left() == f"after the bundle was complete: it is in place at {out}"
     assert (out / "k1.onnx").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
