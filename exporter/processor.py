@@ -92,7 +92,6 @@ PROCESSORS: Final = {"CLIPImageProcessor": Clip, "LlavaImageProcessor": Clip, "S
 WHERE: Final = "the image processor's configuration"
 UNSUPPORTED: Final = ("image_grid_pinpoints", "use_square_size")
 DYNAMIC: Final = ("Qwen2VLImageProcessor", "Qwen3VLImageProcessor", "GotOcr2ImageProcessor", "InternVLImageProcessor")
-MOST_TOKENS: Final = 2**24  # of a tokenizer: 64 times the largest published
 # Of a tokenizer's files those that transformers may see, which are copies; tokenizer.json is one more.
 TOKENIZER_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -262,11 +261,6 @@ def _load_tokenizer(folder: Path, model_type: str) -> Any:
             raise HimapError("the checkpoint's tokenizer cannot be loaded", details, hint) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise HimapError("unsupported tokenizer", f"{type(tokenizer).__name__} does not use the tokenizers library")
-    largest = max(tokenizer.backend_tokenizer.get_vocab().values(), default=0)
-    if largest >= MOST_TOKENS:  # written, it is a table of all ids up to there
-        raise HimapError(
-            "the checkpoint's tokenizer cannot be loaded", f"it has a token {largest}: at most {MOST_TOKENS}"
-        )
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
