@@ -108,8 +108,8 @@ def _wait(child: int, name: str, interrupted: str) -> NoReturn:
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             break
-        left = asked[0] + GRACE - time.monotonic() if asked else None
-        if select.select([ready], [], [], None if left is None else max(0.0, left))[0]:
+        wait = max(0.0, asked[0] + GRACE - time.monotonic()) if asked else None
+        if select.select([ready], [], [], wait)[0]:
             os.read(ready, 4096)
     code = os.waitstatus_to_exitcode(status)
     if code < 0:

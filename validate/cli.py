@@ -135,7 +135,7 @@ def _check_places(args: argparse.Namespace) -> None:
         if not args.no_speed:
             matplotlib()
     if args.save_outputs is not None and _folder_of_outputs(args) is None:
-        check_output(args.save_outputs, args.load_inputs, args.image)
+        check_output(args.save_outputs, ".npz", args.load_inputs, args.image)
     for folder in (args.save_inputs, _folder_of_outputs(args)):
         if folder is not None:
             check_report(folder, ())

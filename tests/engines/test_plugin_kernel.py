@@ -153,14 +153,22 @@ def tied(batch: int, tokens: int, keep: int, always: int) -> Floats:
     return scores
 
 
-@pytest.mark.parametrize(("keep", "dtype"), [(1, "fp16"), (376, "bf16"), (750, "fp32"), (751, "fp16")])
+SLOW = pytest.mark.slow  # the interpreter takes half a minute for each
+
+
+@pytest.mark.parametrize(
+    ("keep", "dtype"),
+    [(751, "fp16"), *(pytest.param(*case, marks=SLOW) for case in ((1, "fp16"), (376, "bf16"), (750, "fp32")))],
+)
 def test_a_stage_of_real_size(interpreter: Interpreter, keep: int, dtype: Dtype) -> None:
     """751 tokens, an odd number, of which 175 must stay; once two sequences, and rows of 1.5 blocks of columns."""
     batch, hidden = (2, 3072) if keep == 376 else (1, 5)
     check(interpreter, tied(batch, 751, keep, 175), keep, hidden, dtype)
 
 
-@pytest.mark.parametrize(("tokens", "keep"), [(4096, 1000), (4097, 4000), (10000, 33)])
+@pytest.mark.parametrize(
+    ("tokens", "keep"), [(4097, 4000), *(pytest.param(*case, marks=SLOW) for case in ((4096, 1000), (10000, 33)))]
+)
 def test_long_prompts(interpreter: Interpreter, tokens: int, keep: int) -> None:
     check(interpreter, tied(1, tokens, keep, 7), keep)
 

@@ -44,9 +44,8 @@ def blocked(model: Any, layers: Rows, rows: Rows, columns: Rows) -> Iterator[Non
 
     def hook(module: Any, arguments: Any, options: dict[str, Any]) -> Any:
         mask = options["attention_mask"].clone()
+        mask[..., torch.tensor(rows, dtype=torch.int64)[:, None], torch.tensor(columns)] = torch.finfo(mask.dtype).min
         for row in rows:
-            for column in columns:
-                mask[..., row, column] = torch.finfo(mask.dtype).min
             if not len(set(range(row + 1)) - set(columns)):
                 mask[..., row, row] = 0
         return arguments, {**options, "attention_mask": mask}

@@ -37,9 +37,15 @@ def sample_of(work: Workshop, name: str) -> tuple[Any, Sample]:
 
 
 def logit(model: Any, sample: Sample) -> torch.Tensor:
-    pixels = torch.tensor(sample.pixel_values, dtype=torch.float64)
-    out: torch.Tensor = model(input_ids=torch.tensor(sample.input_ids[None]), pixel_values=pixels).logits
-    return out[0, -1, sample.label]
+    return logits(model, sample, 1)[0]
+
+
+def logits(model: Any, sample: Sample, copies: int) -> torch.Tensor:
+    """Of the label, by each of so many copies of the prompt in one batch."""
+    pixels = torch.tensor(sample.pixel_values, dtype=torch.float64).repeat(copies, 1, 1, 1)
+    ids = torch.tensor(sample.input_ids[None]).repeat(copies, 1)
+    out: torch.Tensor = model(input_ids=ids, pixel_values=pixels).logits
+    return out[:, -1, sample.label]
 
 
 def tower_layers(model: Any) -> list[torch.nn.Module]:
@@ -84,20 +90,18 @@ def test_the_gradient_is_what_finite_differences_say(work: Workshop) -> None:
         with kept([module]) as found:
             logit(model, sample)
         features, gradient = found[0][0, image].numpy(), np.zeros((len(image), tiny.hidden))
+        moves = step * torch.cat([torch.eye(tiny.hidden), -torch.eye(tiny.hidden)]).double()  # one a row of a batch
         for token, place in enumerate(image):
-            for channel in range(tiny.hidden):
-                values = []
-                for sign in (1, -1):
 
-                    def moved(m: Any, a: Any, output: Any, place=place, channel=channel, sign=sign) -> Any:
-                        output = output.clone()
-                        output[0, place, channel] += sign * step
-                        return output
+            def moved(m: Any, a: Any, output: Any, place: Any = place) -> Any:
+                output = output.clone()
+                output[:, place] += moves
+                return output
 
-                    hook = module.register_forward_hook(moved)
-                    values.append(float(logit(model, sample)))
-                    hook.remove()
-                gradient[token, channel] = (values[0] - values[1]) / (2 * step)
+            hook = module.register_forward_hook(moved)
+            values = logits(model, sample, len(moves))
+            hook.remove()
+            gradient[token] = (values[: tiny.hidden] - values[tiny.hidden :]) / (2 * step)
     cams = grad_cams(work.reference("gqa2"), sample)
     np.testing.assert_allclose(cams.decoder[layer], expected_heat(features, gradient, side), atol=1e-2)
 

@@ -353,7 +353,7 @@ def test_names_that_are_no_files_of_their_own_are_refused(tmp_path: Path, names:
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(HimapError, match="cannot write a report to") as refused:
+    with pytest.raises(HimapError, match="cannot write to") as refused:
         write_report(tmp_path / "taken", page(Text("x")), {})
     assert refused.value.code is Exit.USAGE
 
