@@ -31,6 +31,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(folder)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands called in this process take all cores unless told otherwise, and leave PyTorch with as many threads."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _vision_graphs(work: Workshop) -> Iterator[None]:
     """Commands called in this process make each vision graph once."""
