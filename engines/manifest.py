@@ -221,6 +221,10 @@ def _problems(m: Manifest) -> Iterator[str]:
         stages = ("vision", *v.plan.stages, "decode")
         if set(v.graphs) != set(stages) or not set(v.graphs.values()) <= set(m.graphs):
             yield f"{what} does not name a graph for each of {', '.join(stages)}"
+        elif not (
+            "pixel_values" in m.graphs[v.graphs["vision"]].inputs and "logits" in m.graphs[v.graphs["decode"]].outputs
+        ):
+            yield f"{what} has graphs without pixel_values or logits"
         if (picture := m.pictures.get(v.picture)) is None:
             yield f"{what} is for pictures {v.picture}, which are not there"
         elif prod(picture.grid) * picture.tiles > v.budget.visual[0]:

@@ -192,7 +192,15 @@ class OnnxRuntime:
         if self._bundle.manifest.weight_form == "absent":  # such a graph takes its weights as inputs
             for name in record.weights:
                 binding.bind_ortvalue_input(name, self._weights[name])
-        return lambda: session.run_with_iobinding(binding)
+
+        def run() -> None:
+            try:
+                session.run_with_iobinding(binding)
+            except Exception as problem:  # onnxruntime's own exceptions share no base class
+                hint = "the graph and the manifest do not fit: export the bundle again"
+                raise HimapError(f"onnxruntime cannot run {graph}", str(problem), hint) from None
+
+        return run
 
     def chain(self, runs: Sequence[Callable[[], None]]) -> Callable[[], None]:
         def run() -> None:
