@@ -4,6 +4,7 @@ The index says in which file each tensor lies; without one all lie in model.safe
 holds is read. Of several folders, the first that holds a tensor gives it.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from himap_export.engines.documents import read_json
 from himap_export.engines.weight_file import StoredTensor, read_header
 from himap_export.graphs.errors import Exit, HimapError
 
+# Looked for by lexists: what goes by one of these names and is no plain file is refused when read, not passed over.
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLES = ("pytorch_model*.bin*", "*.pt", "*.pth", "*.ckpt")
 # Reads no code from the pickles: weights_only. Writes shards and their index beside them.
@@ -53,22 +55,22 @@ def stored_tensors(folders: Iterable[Path], code: Exit = Exit.MISSING) -> dict[s
 
 def tensor_names(folder: Path) -> frozenset[str]:
     """What the tensors in `folder` are called, as far as it tells: an index does even where its shards are absent."""
-    if _there(folder / INDEX):
+    if os.path.lexists(folder / INDEX):
         return frozenset(_weight_map(folder))
-    return frozenset(read_header(folder / SINGLE) if _there(folder / SINGLE) else ())
+    return frozenset(read_header(folder / SINGLE) if os.path.lexists(folder / SINGLE) else ())
 
 
 def _weight_files(folder: Path, code: Exit) -> Mapping[Path, list[str] | None]:
     """Each file, with the names of those of its tensors that count; None: all."""
-    if _there(folder / INDEX):
+    if os.path.lexists(folder / INDEX):
         shards: dict[str, list[str]] = {}
         for name, shard in _weight_map(folder).items():
             shards.setdefault(shard, []).append(name)
         for shard in sorted(shards):
-            if not _is_plain(shard) or not _there(folder / shard):
+            if not _is_plain(shard) or not os.path.lexists(folder / shard):
                 raise HimapError(f"{folder} lacks {shard}", f"{INDEX} lists it", "fetch the shard", code)
         return {folder / shard: shards[shard] for shard in sorted(shards)}
-    if _there(folder / SINGLE):
+    if os.path.lexists(folder / SINGLE):
         return {folder / SINGLE: None}
     if any(True for pattern in _PICKLES for _ in folder.glob(pattern)):
         hint = f"pickles run code and are never loaded; convert them: {CONVERT} {folder}"
@@ -86,12 +88,3 @@ def _weight_map(folder: Path) -> Mapping[str, str]:
 def _is_plain(shard: str) -> bool:
     """Whether it names a file in the index's own folder."""
     return shard.isprintable() and "/" not in shard and shard not in (".", "..")
-
-
-def _there(path: Path) -> bool:
-    """Whether anything goes by this name: what is no plain file is refused when it is read, not passed over."""
-    try:
-        path.lstat()
-    except (OSError, ValueError):
-        return False
-    return True

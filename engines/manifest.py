@@ -164,7 +164,7 @@ def read_manifest(folder: Path) -> Manifest:
     HimapError: usage if there is none, failure if it is damaged, not sealed as it stands, or of another schema.
     """
     path = folder / FILE_NAME
-    if not _is_there(path):
+    if not os.path.lexists(path):
         hint = f"a bundle is the folder himap-export wrote, with its {FILE_NAME}"
         raise HimapError(f"{folder} is not a bundle", hint=hint, code=Exit.USAGE)
     try:
@@ -195,14 +195,6 @@ def _other_schema(folder: Path, schema: object) -> HimapError:
         return HimapError(f"{folder / FILE_NAME} names no schema", "it is no bundle's", "export the bundle again")
     hint = "update himap-export" if schema > SCHEMA else "export it again"
     return _OtherSchemaError(f"{folder} is a bundle of schema {schema}, this version reads {SCHEMA}", hint=hint)
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        path.lstat()
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def is_plain(name: str) -> bool:
@@ -253,7 +245,7 @@ def foreign_files(folder: Path) -> list[str]:
 
 def _own_files(folder: Path) -> frozenset[str] | None:
     """The files that a manifest of ours lists, whatever its schema; None if it is not ours."""
-    if not _is_there(folder / FILE_NAME):
+    if not os.path.lexists(folder / FILE_NAME):
         return None
     try:
         data = parse_json(read_file(folder / FILE_NAME, "manifest", MOST), "manifest")

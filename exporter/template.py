@@ -4,7 +4,6 @@ The sandbox of transformers keeps a template from running code, not from looping
 terabyte. The child is a fork of this process: it costs milliseconds, for everything is imported already.
 """
 
-import ctypes
 import gc
 import json
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from himap_export.engines.documents import MEGABYTE
+from himap_export.engines.supervisor import die_with_parent
 from himap_export.graphs.errors import HimapError
 
 # Published templates are up to 40 kB, take 10 ms and no memory to speak of, and a prompt has to fit a context.
@@ -24,7 +24,6 @@ MOST_TEXT = MEGABYTE  # bytes of a template, and of all that is made of it
 MOST_MEMORY = 256 * MEGABYTE  # beyond what this process has
 MOST_SECONDS = 3  # of a processor
 MOST_WAIT = 30.0  # seconds by the clock: the machine may have much else to do
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of sys/prctl.h
 
 
 def render(template: str, questions: Sequence[str], variables: Mapping[str, Any]) -> tuple[str, ...]:
@@ -67,12 +66,12 @@ def _said(texts: Callable[[], list[str]]) -> bytes:
 def _bounded(work: Callable[[], bytes]) -> bytes:
     """What `work` returns in a process of its own. HimapError if that does not end in time, or not well."""
     reader, writer = os.pipe()
-    parent, libc = os.getpid(), ctypes.CDLL(None)
+    parent = os.getpid()
     # What a signal asks of the parent, the child must not do in its place.
     before = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
     child = os.fork()
     if child == 0:
-        _in_child(parent, libc, writer, work)
+        _in_child(parent, writer, work)
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(writer)
@@ -86,7 +85,7 @@ def _bounded(work: Callable[[], bytes]) -> bytes:
     return found
 
 
-def _in_child(parent: int, libc: ctypes.CDLL, writer: int, work: Callable[[], bytes]) -> NoReturn:
+def _in_child(parent: int, writer: int, work: Callable[[], bytes]) -> NoReturn:
     """Nothing that the parent has open, has caught or wants done at its end concerns the child."""
     ended = 1
     try:
@@ -95,16 +94,15 @@ def _in_child(parent: int, libc: ctypes.CDLL, writer: int, work: Callable[[], by
             if callable(signal.getsignal(caught)):
                 signal.signal(caught, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
-        libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+        die_with_parent(parent)
         nowhere = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(nowhere, standard)
-        if os.getppid() == parent:
-            _limit()
-            found = memoryview(work())
-            while found:
-                found = found[os.write(writer, found) :]
-            ended = 0
+        _limit()
+        found = memoryview(work())
+        while found:
+            found = found[os.write(writer, found) :]
+        ended = 0
     finally:
         os._exit(ended)
 
