@@ -70,13 +70,19 @@ def check_report(folder: Path, names: tuple[str, ...] = ("report.html", "report.
     if _exists(folder) and not _is(folder, stat.S_ISDIR):
         raise HimapError(f"cannot write to {folder}", "it is no folder", code=Exit.USAGE)
     home = next(p for p in (folder.absolute(), *folder.absolute().parents) if _exists(p))
-    if any(len(os.fsencode(part)) > os.pathconf(home, "PC_NAME_MAX") for part in folder.parts):
+    if has_long_name(folder, home):
         raise HimapError(f"cannot write to {str(folder)[:80]}", os.strerror(errno.ENAMETOOLONG), code=Exit.USAGE)
     _check_writable(folder, home)
     for name in names:
         if _exists(folder / name) and not _is(folder / name, stat.S_ISREG, follow=False):
             details = f"{name} is there and is not a plain file"
             raise HimapError(f"cannot write to {folder}", details, code=Exit.USAGE)
+
+
+def has_long_name(path: Path, home: Path) -> bool:
+    """Whether a part of `path` is longer than names may be on the file system of the folder `home`."""
+    longest = os.pathconf(home, "PC_NAME_MAX")
+    return any(len(os.fsencode(part)) > longest for part in path.parts)
 
 
 def _check_writable(path: Path, home: Path) -> None:

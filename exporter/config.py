@@ -172,6 +172,9 @@ class Qwen3Tower(QwenTower, frozen=True, kw_only=True):
     deepstack_visual_indexes: Given[Indexes] = UNSET
 
 
+FeatureLayer = Index | Annotated[list[Index], Meta(min_length=1, max_length=64)]  # one, or several side by side
+
+
 class Llava(Common, frozen=True, kw_only=True):
     """`LlavaForConditionalGeneration`."""
 
@@ -181,7 +184,7 @@ class Llava(Common, frozen=True, kw_only=True):
     image_token_id: Given[Token] = UNSET
     projector_hidden_act: Given[Name] = UNSET
     multimodal_projector_bias: Given[bool] = UNSET
-    vision_feature_layer: Given[Index | Annotated[list[Index], Meta(min_length=1, max_length=64)]] = UNSET
+    vision_feature_layer: Given[FeatureLayer] = UNSET
     vision_feature_select_strategy: Given[Name] = UNSET
 
 
@@ -193,7 +196,7 @@ class InternVl(Common, frozen=True, kw_only=True):
     image_token_id: Given[Token] = UNSET
     downsample_ratio: Given[Factor] = UNSET
     projector_hidden_act: Given[Name] = UNSET
-    vision_feature_layer: Given[Index | Annotated[list[Index], Meta(min_length=1, max_length=64)]] = UNSET
+    vision_feature_layer: Given[FeatureLayer] = UNSET
     vision_feature_select_strategy: Given[Name] = UNSET
 
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from himap_export.engines.command import held_signals
+from himap_export.engines.files import has_long_name
 from himap_export.engines.manifest import FILE_NAME, foreign_files, is_bundle
 from himap_export.engines.scratch import LOCK, abandoned, locked
 from himap_export.engines.supervisor import announced, leaves
@@ -39,8 +40,7 @@ def settle_target(out: Path, overwrite: bool) -> Path:
     try:
         home = Path(os.path.realpath(out.parent))
         target = home / out.name
-        longest = os.pathconf(next(p for p in target.parents if p.exists()), "PC_NAME_MAX")
-        if any(len(os.fsencode(part)) > longest for part in target.parts):
+        if has_long_name(target, next(p for p in target.parents if p.exists())):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         kind = _obstacle(target, overwrite) if os.path.lexists(target) else ""
         if inside := next((p for p in target.parents if is_bundle(p)), None):
