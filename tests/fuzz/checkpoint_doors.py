@@ -289,17 +289,7 @@ def _plan_faults() -> Iterator[tuple[str, bytes]]:
             f"{key} twice",
             PLAN.replace(key, f"{key}{',' if key in PLAN.split('listed')[1] else chr(10)}{key}", 1).encode(),
         )
-    for what in (
-        "",
-        "\ufeff",
-        "=",
-        "[a]",
-        "a = 1",
-        "[a]\ncuts = 3",
-        "[[tight]]\nk1 = 1",
-        "[a.b]\nk1 = 1",
-        "x = " + "[" * 90_000,
-    ):
+    for what in TEXTS:
         yield f"the text {what[:20]!r}", what.encode()
     yield "not UTF-8", b"[a]\nk1 = \xff"
     yield "an unknown key", PLAN.replace("k1 = 1", "k1 = 1\nk9 = 1", 1).encode()
