@@ -18,7 +18,7 @@ from real_size import write_checkpoint
 
 if TYPE_CHECKING:
     from himap_export.validate.analysis.sample import Sample
-    from himap_export.validate.reference import Reference
+    from himap_export.validate.reference.reference import Reference
 
 SHARD = 1_000_000_000  # bytes
 SYSTEM, INSTRUCTION = 35, 20  # text tokens before and after the image, as in LLaVA's prompt for a short question
@@ -61,7 +61,7 @@ def prompts(reference: "Reference", count: int) -> list["Sample"]:
     """Random text around one random image, and a random answer."""
     from himap_export.validate.analysis.sample import Sample
 
-    config, random = reference.judge.whole.config, np.random.default_rng(0)
+    config, random = reference.adapter.whole.config, np.random.default_rng(0)
     side = config.vision_config.image_size
     image = np.full(config.image_seq_length, config.image_token_id)
     made = []
@@ -98,11 +98,11 @@ def measure(model: Path, dtype: str, count: int) -> dict[str, Any]:
     """Seconds of each analysis on `count` prompts, and the peak when the weights were loaded and at the end of each."""
     import torch
 
-    from himap_export.validate.reference import Reference
+    from himap_export.validate.reference.reference import Reference
 
     reference = Reference(model, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], attn_implementation="sdpa")
     samples = prompts(reference, count)
-    parameters = sum(p.numel() for p in reference.judge.whole.parameters())
+    parameters = sum(p.numel() for p in reference.adapter.whole.parameters())
     found: dict[str, Any] = {"parameters": parameters, "dtype": dtype, "prompts": count, "loaded_gib": peak_gib()}
     for name, work in analyses(reference, samples).items():
         start = time.perf_counter()

@@ -55,16 +55,16 @@ def verdicts(times: Mapping[str, gpu_parts.Times], torch: gpu_parts.Times) -> li
         ),
         Verdict("% of prefill is scoring, by difference", 100 * scores / pruned["prefill"], 3, False),
     ]
-    for act in ("vision", "prefill", "decode"):
-        found.append(Verdict(f"x PyTorch SDPA's time for unpruned {act}", unpruned[act] / torch[act], 1, False))
+    for phase in ("vision", "prefill", "decode"):
+        found.append(Verdict(f"x PyTorch SDPA's time for unpruned {phase}", unpruned[phase] / torch[phase], 1, False))
     return found
 
 
 def table(times: Mapping[str, gpu_parts.Times]) -> Iterator[str]:
-    acts = ("vision", "prefix", "k1", "k2", "prefill", "first token", "decode")
-    yield f"{'ms':44}" + "".join(f"{act:>12}" for act in acts)
+    phases = ("vision", "prefix", "k1", "k2", "prefill", "first token", "decode")
+    yield f"{'ms':44}" + "".join(f"{phase:>12}" for phase in phases)
     for name, row in times.items():
-        yield f"{name:44}" + "".join(f"{row[act] * 1e3:12.2f}" if act in row else f"{'-':>12}" for act in acts)
+        yield f"{name:44}" + "".join(f"{row[phase] * 1e3:12.2f}" if phase in row else f"{'-':>12}" for phase in phases)
 
 
 def part(results: Results, name: str, work: Callable[[], object]) -> object | None:

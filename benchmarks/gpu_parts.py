@@ -122,8 +122,8 @@ def torch_times(checkpoint: Path, bundle: Path, device: str, iterations: int) ->
 def _sdpa(checkpoint: Path, bundle: Bundle, device: str, iterations: int) -> Times:
     import torch
 
-    from himap_export.validate.questions import drawn_inputs
-    from himap_export.validate.reference import Reference
+    from himap_export.validate.parity.prompts import drawn_inputs
+    from himap_export.validate.reference.reference import Reference
 
     inputs, wait = drawn_inputs(bundle, bundle.budget.batch, 0, fill=True), waiter(device)
     arrays = (inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
@@ -143,9 +143,9 @@ def _sdpa(checkpoint: Path, bundle: Bundle, device: str, iterations: int) -> Tim
 
 
 def _eager(checkpoint: Path, bundle: Bundle, device: str, iterations: int) -> Times:
-    from himap_export.validate.parity import reference_cuts
-    from himap_export.validate.questions import drawn_inputs
-    from himap_export.validate.reference import Reference
+    from himap_export.validate.parity.compare import reference_cuts
+    from himap_export.validate.parity.prompts import drawn_inputs
+    from himap_export.validate.reference.reference import Reference
 
     inputs, cuts = (
         drawn_inputs(bundle, bundle.budget.batch, 0, fill=True),
@@ -175,21 +175,21 @@ def bundle_times(folder: Path, backend: str, device: str, iterations: int) -> di
         shared = next(iter(pipelines.values())).engines if pipelines else None
         pipelines[name] = Pipeline(bundle.at(name), backend, opening, shared)
     found: dict[str, Times] = {name: {} for name in names}
-    for act in ("vision", *pipelines[names[0]].stages, "prefill", "first token", "decode"):
+    for phase in ("vision", *pipelines[names[0]].stages, "prefill", "first token", "decode"):
         rounds: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(3):  # turns, each of a third of the iterations
             for name, pipeline in pipelines.items():
-                rounds[name].append(_timed(pipeline, act, max(1, iterations // 3)))
+                rounds[name].append(_timed(pipeline, phase, max(1, iterations // 3)))
         for name in names:
-            found[name][act] = statistics.median(rounds[name])
+            found[name][phase] = statistics.median(rounds[name])
     used = getattr(next(iter(pipelines.values())).engines, "memory_bytes", None)
     if used is not None:
         found[names[0]]["bytes for all plans"] = float(used())
     return found
 
 
-def _timed(pipeline: Pipeline, act: str, iterations: int) -> float:
-    from himap_export.validate.questions import drawn_inputs
+def _timed(pipeline: Pipeline, phase: str, iterations: int) -> float:
+    from himap_export.validate.parity.prompts import drawn_inputs
 
     bundle = pipeline.bundle
     inputs = drawn_inputs(bundle, bundle.budget.batch, 0, fill=True)
@@ -197,26 +197,26 @@ def _timed(pipeline: Pipeline, act: str, iterations: int) -> float:
     prefilled, layout = pipeline.prefill(*arrays)
 
     def wait() -> object:
-        return pipeline.read("token_kind")
+        return pipeline.read("token_type")
 
-    if act == "first token":
+    if phase == "first token":
         return clock(lambda: pipeline.prefill(*arrays), wait, iterations)
-    if act == "prefill":
+    if phase == "prefill":
         return clock(lambda: [pipeline.run(stage) for stage in pipeline.stages], wait, iterations)
-    if act == "decode":
+    if phase == "decode":
         tokens, steps = prefilled.logits.argmax(axis=1), min(DECODE_STEPS, bundle.budget.new)
         tokens = np.resize(tokens, len(layout.lengths))
         return clock(lambda: [pipeline.step(tokens, layout.lengths + i) for i in range(steps)], wait, 1) / steps
-    return clock(lambda: pipeline.run(act), wait, iterations)
+    return clock(lambda: pipeline.run(phase), wait, iterations)
 
 
 def parity(folder: Path, checkpoint: Path, backend: str, device: str) -> dict[str, object]:
     """himap-validate's comparison, PyTorch on the same device."""
     import torch
 
-    from himap_export.validate.parity import Asked, compare
-    from himap_export.validate.questions import drawn_inputs
-    from himap_export.validate.reference import Reference
+    from himap_export.validate.parity.compare import Asked, compare
+    from himap_export.validate.parity.prompts import drawn_inputs
+    from himap_export.validate.reference.reference import Reference
     from himap_export.validate.report import gates_json
 
     bundle = open_bundle(folder, verify=False)

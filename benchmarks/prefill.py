@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the model here for the next run")
     args = parser.parse_args()
-    from himap_export.validate.speed import UNPRUNED, ceiling, measure
+    from himap_export.validate.speed.measure import UNPRUNED, ceiling, measure
 
     with work_folder(args.work) as work:
         model, bundle = prepared(work)

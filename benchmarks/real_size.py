@@ -182,7 +182,7 @@ def report(phases: list[Phase], total: float, bound: float, bare: int, form: str
     for p in phases:
         print(f"{p.name:10}{p.seconds:9.1f}{p.anonymous / 2**30:9.2f} GiB{p.resident / 2**30:9.2f} GiB")
     peak = max(p.resident for p in phases) - bare
-    unhashed = total - next(p.seconds for p in phases if p.name == "seal")
+    unhashed = total - next(p.seconds for p in phases if p.name == "digest")
     print(f"{'command':10}{total:9.1f}   lower bound {bound:.1f} s: its bytes hashed, and copied or linked")
     names = ("peak resident memory above a bare interpreter, GiB", "seconds without hashing")
     for what, value, bar in zip(names, (peak / 2**30, unhashed), BARS[form], strict=True):

@@ -14,8 +14,8 @@ from himap_export.engines.manifest import (
     FILE_NAME,
     FileRecord,
     GraphRecord,
+    ImageSpec,
     Manifest,
-    PictureRecord,
     TensorSpec,
     Variant,
     entries,
@@ -56,7 +56,7 @@ class Bundle:
         return {name: t for file in self.manifest.weights for name, t in read_header(self.folder / file).items()}
 
     @property
-    def picture(self) -> PictureRecord:
+    def picture(self) -> ImageSpec:
         """What this variant's vision graph sees."""
         return self.manifest.pictures[self.variant.picture]
 
@@ -117,12 +117,12 @@ def open_bundle(folder: Path, verify: bool = True, expected: str | None = None) 
     """The bundle in `folder`, at its first variant.
 
     It holds plain files, those that its manifest lists and no others; with `verify`, the length and sha256 of each are
-    checked first. HimapError (failure) for one that is not as it was exported, or whose seal is not `expected`.
+    checked first. HimapError (failure) for one that is not as it was exported, or whose digest is not `expected`.
     """
     manifest = read_manifest(folder)
-    if expected is not None and manifest.seal != expected.lower():
-        hint = "it is another export, or was changed and sealed anew"
-        raise HimapError(f"{folder} is not the bundle expected", f"its sha256 is {manifest.seal}", hint)
+    if expected is not None and manifest.digest != expected.lower():
+        hint = "it is another export, or was changed and given a new digest"
+        raise HimapError(f"{folder} is not the bundle expected", f"its sha256 is {manifest.digest}", hint)
     _check_files(folder, manifest)
     if verify:
         _verify(folder, manifest)

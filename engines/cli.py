@@ -131,8 +131,8 @@ def _run(args: argparse.Namespace) -> None:
 def _draw(file: Path, bundle: "Bundle", question: "Question", answer: "Answer") -> None:
     import numpy as np
 
+    from himap_export.engines.drawing import draw_kept, kept_patches
     from himap_export.engines.image import tile_grid
-    from himap_export.engines.picture import draw_kept, kept_patches
 
     image = np.flatnonzero(bundle.manifest.model.image.find(question.arrays.input_ids[0]))
     tiles, plan = tile_grid(question.image, question.preprocessing), bundle.plan

@@ -1,4 +1,4 @@
-"""From the ids of a batch to what the prefix stage reads: right-padded, every token's kind named, budgets checked."""
+"""From the ids of a batch to what the prefix stage reads: right-padded, every token's type named, budgets checked."""
 
 from dataclasses import dataclass
 
@@ -39,7 +39,7 @@ class ImageTokens(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """`input_ids`, `position_ids`, `token_kind` [B,S0] int64; `lengths` [B]: real tokens of each sample.
+    """`input_ids`, `position_ids`, `token_type` [B,S0] int64; `lengths` [B]: real tokens of each sample.
 
     `rope_position_ids` [B,S0,3]: what M-RoPE turns by, time, row and column; the token generated at position p turns
     by p + `rope_shift` [B] in all three.
@@ -47,7 +47,7 @@ class PromptLayout:
 
     input_ids: Integers
     position_ids: Integers
-    token_kind: Integers
+    token_type: Integers
     lengths: Integers
     rope_position_ids: Integers
     rope_shift: Integers
@@ -68,7 +68,7 @@ def lay_out(
     tokens than the text budget.
     """
     batch, slots = budget.batch, budget.total[0]
-    ids, kinds = np.zeros((batch, slots), np.int64), np.full((batch, slots), PADDING, np.int64)
+    ids, token_types = np.zeros((batch, slots), np.int64), np.full((batch, slots), PADDING, np.int64)
     lengths, places = np.zeros(batch, np.int64), np.zeros((batch, slots, 3), np.int64)
     mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
     for row in range(batch):
@@ -82,12 +82,12 @@ def lay_out(
             raise HimapError(f"prompt {row} holds token {outside}", f"the vocabulary has {vocab}", code=Exit.USAGE)
         sample = np.where(is_image, 0, sample)  # its row of the embedding, if it has one, is never used
         lengths[row] = len(sample)
-        kinds[row, : len(sample)] = _kinds(is_image)
+        token_types[row, : len(sample)] = _token_types(is_image)
         ids[row, : len(sample)] = sample
         places[row, : len(sample)] = rope_places(is_image, grid)
     positions = np.tile(np.arange(slots), (batch, 1))
     shift = np.array([p[: max(n, 1)].max() + 1 - n for p, n in zip(places, lengths, strict=True)], np.int64)
-    return PromptLayout(ids, positions, kinds, lengths, places, shift)
+    return PromptLayout(ids, positions, token_types, lengths, places, shift)
 
 
 def rope_places(is_image: npt.NDArray[np.bool_], grid: Grid | None) -> Integers:
@@ -112,11 +112,11 @@ def text_tokens(input_ids: Integers, attention_mask: Integers | None, image: Ima
     return int((words if attention_mask is None else words & (attention_mask != 0)).sum(axis=1).max())
 
 
-def _kinds(is_image: npt.NDArray[np.bool_]) -> Integers:
-    kinds = np.full(len(is_image), SYSTEM, np.int64)
-    kinds[np.flatnonzero(is_image)[-1] + 1 :] = INSTRUCTION
-    kinds[is_image] = IMAGE
-    return kinds
+def _token_types(is_image: npt.NDArray[np.bool_]) -> Integers:
+    token_types = np.full(len(is_image), SYSTEM, np.int64)
+    token_types[np.flatnonzero(is_image)[-1] + 1 :] = INSTRUCTION
+    token_types[is_image] = IMAGE
+    return token_types
 
 
 def _check(is_image: npt.NDArray[np.bool_], row: int, image: ImageTokens, budget: TokenBudget) -> None:

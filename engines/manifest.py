@@ -1,7 +1,7 @@
 """The manifest: what a bundle holds, as frozen data and as JSON. A folder without one is not a bundle.
 
-It is sealed by a digest over its own canonical form, and every file of the bundle is listed with its sha256: who knows
-the seal knows every byte. docs/bundle.md says what a schema's number promises.
+It holds a digest of its own canonical form, and every file of the bundle is listed with its sha256: who knows
+the digest knows every byte. docs/bundle.md says what a schema's number promises.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ class GraphRecord(Struct, frozen=True, forbid_unknown_fields=True):
     weights: Mapping[Name, TensorSpec]
 
 
-class PictureRecord(Struct, frozen=True, forbid_unknown_fields=True):
+class ImageSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """What a vision graph sees: `tiles` pictures of `size` (height, width) a prompt, made as `preprocessing` says.
 
     `grid`: rows and columns of the tokens of one tile.
@@ -109,7 +109,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything about a bundle but its tensors; paths are relative to its folder, `files` lists them all.
 
     `weight_form`: "shared", the files in `weights` are read by all engines; "embedded", each engine holds its own;
-    "absent", the bundle was made without them and `himap-run --weights` brings them. `seal`: see `sealed`.
+    "absent", the bundle was made without them and `himap-run --weights` brings them. `digest`: see `finalised`.
     """
 
     schema: Literal[5] = 5
@@ -121,13 +121,13 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     engines: Mapping[Name, Mapping[Name, EngineRecord]]
     weight_form: WeightForm
     weights: tuple[Name, ...]
-    pictures: Mapping[Name, PictureRecord]
+    pictures: Mapping[Name, ImageSpec]
     prompt: PromptFormat | None
     tokenizer: Name | None
     toolchain: Mapping[Name, Text]
     command: tuple[Text, ...]
     files: Mapping[Name, FileRecord] = {}  # msgspec copies it
-    seal: str = ""
+    digest: str = ""
 
     def wanted(self) -> dict[str, TensorSpec]:
         """Every weight that a graph reads, by its checkpoint name."""
@@ -142,14 +142,14 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             yield self.tokenizer
 
 
-def sealed(manifest: Manifest) -> Manifest:
-    """The manifest with its `seal`: sha256, in hex, of its canonical form, which is its JSON without the seal, without
-    white space, keys of every object in order, UTF-8."""
-    return msgspec.structs.replace(manifest, seal=_digest(manifest))
+def finalised(manifest: Manifest) -> Manifest:
+    """Returns the manifest with its `digest`: the sha256, in hex, of its canonical form, which is its JSON without the
+    digest, without white space, keys of every object in order, UTF-8."""
+    return msgspec.structs.replace(manifest, digest=_digest(manifest))
 
 
 def _digest(manifest: Manifest) -> str:
-    bare = msgspec.structs.replace(manifest, seal="")
+    bare = msgspec.structs.replace(manifest, digest="")
     return hashlib.sha256(msgspec.json.encode(bare, order="deterministic")).hexdigest()
 
 
@@ -159,9 +159,9 @@ def manifest_json(manifest: Manifest) -> bytes:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the bundle in `folder`, its seal and all references inside it checked.
+    """The manifest of the bundle in `folder`, its digest and all references inside it checked.
 
-    HimapError: usage if there is none, failure if it is damaged, not sealed as it stands, or of another schema.
+    HimapError: usage if there is none, failure if it is damaged, not what its digest says, or of another schema.
     """
     path = folder / FILE_NAME
     if not os.path.lexists(path):
@@ -178,8 +178,8 @@ def read_manifest(folder: Path) -> Manifest:
     except HimapError as problem:
         details = ": ".join(part for part in (problem.summary, problem.details) if part)
         raise HimapError(f"{path} is damaged", details, "copy or export the bundle again") from None
-    if manifest.seal != _digest(manifest):
-        what = f"its seal is {manifest.seal[:12] or 'missing'}, its content has {_digest(manifest)[:12]}"
+    if manifest.digest != _digest(manifest):
+        what = f"its digest is {manifest.digest[:12] or 'missing'}, its content has {_digest(manifest)[:12]}"
         raise HimapError(f"{path} has changed since export", what, "copy or export the bundle again")
     if wrong := next(_problems(manifest), ""):
         raise HimapError(f"{path} is damaged", wrong, "export the bundle again")

@@ -119,7 +119,7 @@ class Pipeline:
             raise HimapError("pixel_values are out of range", details, code=Exit.USAGE)
         missing = budget.batch - len(input_ids)
         self.tensors["pixel_values"].write(np.concatenate([pixel_values, *[pixel_values[-tiles:]] * missing]))
-        for name in ("input_ids", "position_ids", "token_kind", "rope_position_ids"):
+        for name in ("input_ids", "position_ids", "token_type", "rope_position_ids"):
             if name in self.tensors:
                 self.tensors[name].write(getattr(layout, name))
         self._rope_shift = layout.rope_shift
@@ -147,7 +147,7 @@ class Pipeline:
 
     def kept(self, cut: str) -> Integers:
         """Original positions [B,S_i] that `cut` (k1, ..) kept, -1 for padding."""
-        return np.where(self.read(f"kind_{cut}") == PADDING, -1, self.read(f"kept_{cut}"))
+        return np.where(self.read(f"type_{cut}") == PADDING, -1, self.read(f"kept_{cut}"))
 
     def step(self, tokens: Integers, positions: Integers) -> npt.NDArray[np.float32]:
         """Appends one token [B] per sample at its original position [B]; logits [B,W]."""

@@ -140,7 +140,7 @@ def _build(planned: "Planned", out: Path, args: argparse.Namespace, argv: list[s
     manifest = export(planned, out, ("himap-export", *argv), args.overwrite, progress)
     if not args.json:
         weights = " --weights CHECKPOINT" if manifest.weight_form == "absent" else ""
-        print(f"\nsha256: {manifest.seal}   pin it with: himap-run --expect-sha256")
+        print(f"\nsha256: {manifest.digest}   pin it with: himap-run --expect-sha256")
         print(f"bundle: {args.out}   answer with: himap-run {args.out}{weights} --image FILE --prompt TEXT")
     size = sum(f.bytes for f in manifest.files.values())
-    return {"bundle": str(args.out), "sha256": manifest.seal, "backends": list(manifest.engines), "bytes": size}
+    return {"bundle": str(args.out), "sha256": manifest.digest, "backends": list(manifest.engines), "bytes": size}

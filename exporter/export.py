@@ -1,4 +1,4 @@
-"""An export, phase by phase: resolve, plan, vision, stages, compile, seal."""
+"""An export, phase by phase: resolve, plan, vision, stages, compile, finalise."""
 
 import platform
 import time
@@ -21,14 +21,14 @@ from himap_export.engines.manifest import (
     EngineRecord,
     FileRecord,
     GraphRecord,
+    ImageSpec,
     Manifest,
     ModelRecord,
-    PictureRecord,
     TensorSpec,
     Variant,
+    finalised,
     manifest_json,
     read_manifest,
-    sealed,
 )
 from himap_export.engines.prompt import TOKENIZER
 from himap_export.engines.weight_file import StoredTensor, check_finite, read_header
@@ -65,7 +65,7 @@ class Export:
     records: dict[str, GraphRecord] = field(default_factory=dict)
     engines: dict[str, dict[str, EngineRecord]] = field(default_factory=dict)
     hashes: dict[str, FileRecord] = field(default_factory=dict)
-    sealed: Manifest = field(init=False)
+    finalised: Manifest = field(init=False)
 
     def vision(self) -> str:
         from himap_export.exporter.vision import vision_graph  # torch: seconds to import
@@ -151,13 +151,13 @@ class Export:
         self.files.remove(f"{name}.safetensors")
         self.records[name] = replace(self.records[name], file="")
 
-    def seal(self) -> str:
+    def finalise(self) -> str:
         """Writes the processor's files, hashes everything, and writes the manifest last."""
         for name, content in self.processor.files.items():
             (self.work / name).write_bytes(content)
         self.hashes = digests(self.work)
-        self.sealed = sealed(self.manifest())
-        (self.work / FILE_NAME).write_bytes(manifest_json(self.sealed))
+        self.finalised = finalised(self.manifest())
+        (self.work / FILE_NAME).write_bytes(manifest_json(self.finalised))
         read_manifest(self.work)  # what cannot be read back was never exported
         return f"{len(self.hashes)} files, {sum(f.bytes for f in self.hashes.values()) / 1e6:.1f} MB"
 
@@ -173,7 +173,7 @@ class Export:
             weight_form=p.weights,
             weights=tuple(f"weights/{file}" for file in self.files),
             pictures={
-                name: PictureRecord(spec.size, spec.tiles, spec.grid, processor.images[name])
+                name: ImageSpec(spec.size, spec.tiles, spec.grid, processor.images[name])
                 for name, spec in p.pictures.items()
             },
             prompt=processor.prompt,
@@ -196,11 +196,11 @@ def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: boo
     processor = _processor(planned, checkpoint)
     with work_folder(out, overwrite) as work:
         state = Export(planned, checkpoint, processor, names, work, command)
-        for phase in (state.vision, state.stages, state.weights, state.compile, state.seal):
+        for phase in (state.vision, state.stages, state.weights, state.compile, state.finalise):
             start = time.perf_counter()
             result = phase()
             progress(f"{phase.__name__:8} {time.perf_counter() - start:6.1f} s   {result}")
-    return state.sealed
+    return state.finalised
 
 
 def _checkpoint(p: Planned) -> Checkpoint:

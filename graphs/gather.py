@@ -16,7 +16,7 @@ from himap_export.graphs.build import DOMAIN, dim
 # then fill up from its equals by lowest index. Only then sort what is kept by place. NaN ranks last.
 _BODY = """
 <domain: "himap", opset_import: ["" : 24]>
-TopKGather <keep> (x, score, position, kind) => (y, kept_position, kept_kind)
+TopKGather <keep> (x, score, position, token_type) => (y, kept_position, kept_type)
 {
   keep = Constant <value_int: int = @keep> ()
   axis = Constant <value_ints = [1]> ()
@@ -50,7 +50,7 @@ TopKGather <keep> (x, score, position, kind) => (y, kept_position, kept_kind)
   row = Unsqueeze (index, last)
   y = GatherND <batch_dims = 1> (x, row)
   kept_position = GatherElements <axis = 1> (position, index)
-  kept_kind = GatherElements <axis = 1> (kind, index)
+  kept_type = GatherElements <axis = 1> (token_type, index)
 }
 """
 
@@ -61,25 +61,25 @@ def _function_proto() -> onnx.FunctionProto:
 
 
 def top_k_gather(
-    op: OpBuilder, x: ir.Value, score: ir.Value, position: ir.Value, kind: ir.Value, keep: int
+    op: OpBuilder, x: ir.Value, score: ir.Value, position: ir.Value, token_type: ir.Value, keep: int
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """The `keep` = S' tokens of highest score, in their order; equal scores go to the lowest index, NaN ranks last.
 
-    x [B,S,D] fp16, bf16 or fp32; score [B,S] fp32, +inf for tokens that must stay; position, kind [B,S] int64.
-    Returns x' [B,S',D], position' and kind' [B,S'].
+    x [B,S,D] fp16, bf16 or fp32; score [B,S] fp32, +inf for tokens that must stay; position, token_type [B,S] int64.
+    Returns x' [B,S',D], position' and token_type' [B,S'].
     """
     batch, hidden = dim(x, 0), dim(x, 2)
-    y, kept_position, kept_kind = op.call(
+    y, kept_position, kept_type = op.call(
         ir.from_proto(_function_proto()),
         x,
         score,
         position,
-        kind,
+        token_type,
         keep=keep,
         plugin_namespace=DOMAIN,
         plugin_version="1",
     )
     y.shape, y.type = ir.Shape([batch, keep, hidden]), x.type
-    for value in (kept_position, kept_kind):
+    for value in (kept_position, kept_type):
         value.shape, value.type = ir.Shape([batch, keep]), ir.TensorType(ir.DataType.INT64)
-    return y, kept_position, kept_kind
+    return y, kept_position, kept_type

@@ -3,7 +3,7 @@
 HiMAP's two (arXiv 2503.13108, section 4; authors' `himap.py`), FastV's and truncation's are softmax attention of the
 layer before the cut, averaged over heads and summed over some rows; they differ only in the rows. They are computed in
 fp32 beside the fused attention, and only for those rows: probabilities accumulated in fp16 flip kept tokens. The
-controls, random and uniform, look at no attention at all.
+baselines, random and uniform, look at no attention at all.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,18 +22,18 @@ PRIME = 2**31 - 1  # products of two residues fit into int64, and x^5 permutes t
 
 
 @dataclass(frozen=True)
-class Sight:
+class ScoringContext:
     """What a criterion may look at, at the end of layer `layer` - 1.
 
-    query [B,H,S,E], key [B,G,S,E]: rotated; kind, position [B,S] int64; `seed` [B,1] int64, for random alone; of S
-    tokens `visual` = V are image tokens, of which `keep` = V' will stay, and `text` = T are not.
+    query [B,H,S,E], key [B,G,S,E]: rotated; token_type, position [B,S] int64; `seed` [B,1] int64, for random alone; of
+    S tokens `visual` = V are image tokens, of which `keep` = V' will stay, and `text` = T are not.
     """
 
     op: OpBuilder
     spec: DecoderSpec
     query: ir.Value
     key: ir.Value
-    kind: ir.Value
+    token_type: ir.Value
     position: ir.Value
     seed: ir.Value | None
     layer: int
@@ -42,38 +42,38 @@ class Sight:
     text: int
 
 
-def instruction_score(s: Sight) -> ir.Value:
+def instruction_score(s: ScoringContext) -> ir.Value:
     """HiMAP's first: what image tokens receive from the text behind the image.
 
     All T rows that are not image are computed; those before the image and padding weigh nothing.
     """
-    rows = positions_of(s.op, s.op.Not(s.op.Equal(s.kind, IMAGE)), dim(s.kind, 1), s.text)
+    rows = positions_of(s.op, s.op.Not(s.op.Equal(s.token_type, IMAGE)), dim(s.token_type, 1), s.text)
     return _attention(s, rows, _is(s, rows, INSTRUCTION))
 
 
-def image_score(s: Sight) -> ir.Value:
+def image_score(s: ScoringContext) -> ir.Value:
     """HiMAP's second: what the V image tokens receive from one another."""
-    rows = positions_of(s.op, s.op.Equal(s.kind, IMAGE), dim(s.kind, 1), s.visual)
+    rows = positions_of(s.op, s.op.Equal(s.token_type, IMAGE), dim(s.token_type, 1), s.visual)
     return _attention(s, rows, s.op.Constant(value=ir.tensor(np.ones((1, 1, 1, s.visual), np.float32))))
 
 
-def last_score(s: Sight) -> ir.Value:
+def last_score(s: ScoringContext) -> ir.Value:
     """FastV (arXiv 2403.06764): what they receive from the last token of the prompt."""
-    real = s.op.Cast(s.op.Not(s.op.Equal(s.kind, PADDING)), to=INT64)
+    real = s.op.Cast(s.op.Not(s.op.Equal(s.token_type, PADDING)), to=INT64)
     rows = s.op.Sub(s.op.ReduceSum(real, [1], keepdims=1), 1)
     return _attention(s, rows, s.op.Constant(value=ir.tensor(np.ones((1, 1, 1, 1), np.float32))))
 
 
-def boundary_score(s: Sight) -> ir.Value:
+def boundary_score(s: ScoringContext) -> ir.Value:
     """Truncation (arXiv 2406.06579, eqs. 7-11): what they receive from position Nsys + Nimg, the first text behind the
     image; 0 if there is none."""
-    tokens = dim(s.kind, 1)
-    first = positions_of(s.op, s.op.Equal(s.kind, INSTRUCTION), tokens, 1)
+    tokens = dim(s.token_type, 1)
+    first = positions_of(s.op, s.op.Equal(s.token_type, INSTRUCTION), tokens, 1)
     rows = s.op.Min(first, tokens - 1)
     return _attention(s, rows, _is(s, rows, INSTRUCTION))
 
 
-def random_score(s: Sight) -> ir.Value:
+def random_score(s: ScoringContext) -> ir.Value:
     """A pseudo-random number in [0, 2^24), exact in fp32, of the request's seed, the cut's layer and the position.
 
     Three rounds of x -> x^5 + c modulo PRIME: integers only, so that every runtime draws the same numbers.
@@ -87,17 +87,17 @@ def random_score(s: Sight) -> ir.Value:
     return _of_images(s, op.Cast(op.Mod(x, 2**24), to=FLOAT))
 
 
-def uniform_score(s: Sight) -> ir.Value:
+def uniform_score(s: ScoringContext) -> ir.Value:
     """1 for V' of the V tokens in even steps: the n-th one if floor((n+1) V' / V) > floor(n V' / V), else 0."""
     op = s.op
-    nth = op.CumSum(op.Cast(op.Equal(s.kind, IMAGE), to=INT64), 1)
+    nth = op.CumSum(op.Cast(op.Equal(s.token_type, IMAGE), to=INT64), 1)
     after = op.Div(op.Mul(nth, s.keep), s.visual)
     before = op.Div(op.Mul(op.Max(op.Sub(nth, 1), 0), s.keep), s.visual)
     return _of_images(s, op.Cast(op.Greater(after, before), to=FLOAT))
 
 
 # Each gives [B,S] fp32: the score of image tokens, +inf for all others, which always stay.
-SCORES: Mapping[Criterion, Callable[[Sight], ir.Value]] = {
+SCORES: Mapping[Criterion, Callable[[ScoringContext], ir.Value]] = {
     "instruction": instruction_score,
     "image": image_score,
     "last": last_score,
@@ -114,17 +114,17 @@ def positions_of(op: OpBuilder, flags: ir.Value, tokens: int, count: int) -> ir.
     return index
 
 
-def _is(s: Sight, rows: ir.Value, kind: int) -> ir.Value:
-    """1 for the `rows` [B,R] of that kind, else 0: [B,1,1,R] fp32."""
-    same = s.op.Equal(s.op.GatherElements(s.kind, rows, axis=1), kind)
+def _is(s: ScoringContext, rows: ir.Value, token_type: int) -> ir.Value:
+    """1 for the `rows` [B,R] of that type, else 0: [B,1,1,R] fp32."""
+    same = s.op.Equal(s.op.GatherElements(s.token_type, rows, axis=1), token_type)
     return s.op.Unsqueeze(s.op.Cast(same, to=FLOAT), [1, 2])
 
 
-def _of_images(s: Sight, score: ir.Value) -> ir.Value:
-    return s.op.Where(s.op.Equal(s.kind, IMAGE), score, float("inf"))
+def _of_images(s: ScoringContext, score: ir.Value) -> ir.Value:
+    return s.op.Where(s.op.Equal(s.token_type, IMAGE), score, float("inf"))
 
 
-def _attention(s: Sight, rows: ir.Value, weight: ir.Value) -> ir.Value:
+def _attention(s: ScoringContext, rows: ir.Value, weight: ir.Value) -> ir.Value:
     """mean over heads of sum over `rows` [B,R] of weight [B,1,1,R] * softmax(q k^T / sqrt(E)) [B,H,R,S]."""
     op, batch, count = s.op, dim(rows, 0), dim(rows, 1)
     tokens, groups, e = dim(s.query, 2), s.spec.kv_heads, s.spec.head_dim

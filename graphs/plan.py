@@ -1,7 +1,7 @@
 """Where tokens are cut, by what they are ranked, and how many survive.
 
 A plan is a list of cuts. HiMAP's two (arXiv 2503.13108, section 4; authors' `himap.py`) are the default; the other
-policies are the methods it is compared with, and the controls without which no comparison counts.
+policies are the methods it is compared with, and the baselines without which no comparison counts.
 """
 
 import math
@@ -69,7 +69,7 @@ class PruningPlan(Struct, frozen=True, forbid_unknown_fields=True):
         return next((name for name, criteria in POLICIES.items() if criteria == found), "custom")
 
     def ranked_by(self, criterion: Criterion) -> Self:
-        """The same cuts at equal FLOPs, all by another criterion: the controls."""
+        """The same cuts at equal FLOPs, all by another criterion: the baselines."""
         return replace(self, cuts=tuple(replace(cut, criterion=criterion) for cut in self.cuts))
 
     def check(self, layers: int) -> Self:
@@ -114,7 +114,7 @@ def _bad(summary: str, hint: str) -> HimapError:
 
 
 # himap: arXiv 2503.13108. fastv: arXiv 2403.06764. truncation: arXiv 2406.06579, eqs. 7-11. intra-visual: HiMAP's
-# ablation, its second criterion also at the shallow cut. random and uniform: the controls, at any plan's cuts.
+# ablation, its second criterion also at the shallow cut. random and uniform: the baselines, at any plan's cuts.
 POLICIES: Mapping[str, tuple[Criterion, ...]] = {
     "himap": ("instruction", "image"),
     "fastv": ("last",),

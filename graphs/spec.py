@@ -9,7 +9,7 @@ from himap_export.graphs.plan import PruningPlan
 
 Dtype = Literal["fp16", "bf16", "fp32"]
 
-# `token_kind` of a prompt's tokens: padding, text before the (last) image token, image, text after it.
+# `token_type` of a prompt's tokens: padding, text before the (last) image token, image, text after it.
 PADDING, SYSTEM, IMAGE, INSTRUCTION = 0, 1, 2, 3
 
 

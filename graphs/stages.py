@@ -15,7 +15,7 @@ import onnx_ir as ir
 from himap_export.graphs.build import Frame, StageGraph, dim
 from himap_export.graphs.decoder import Attended, Decoder, Names, Rotary, rotary
 from himap_export.graphs.gather import top_k_gather
-from himap_export.graphs.importance import SCORES, Sight
+from himap_export.graphs.importance import SCORES, ScoringContext
 from himap_export.graphs.plan import PruningPlan, TokenBudget
 from himap_export.graphs.spec import IMAGE, PADDING, DecoderSpec, Dtype, stage_layers
 
@@ -42,49 +42,53 @@ class StagedModel:
     def stage(self, i: int) -> StageGraph:
         """Stage i of prefill: opened by the prompt or by a gather, closed by the next cut's score or by the logits."""
         f = Frame(self.plan.stages[i], self.dtype)
-        x, position, kind = self._prompt(f) if i == 0 else self._cut(f, i)
-        x, a = self._prefill(f, i, x, position, kind)
+        x, position, token_type = self._prompt(f) if i == 0 else self._cut(f, i)
+        x, a = self._prefill(f, i, x, position, token_type)
         by_token = (self.budget.batch, self.budget.total[i], self.spec.hidden)
         hidden = f.op.Reshape(x, list(by_token))
         if i == len(self.plan.cuts):
-            self._last_logits(f, hidden, kind)
+            self._last_logits(f, hidden, token_type)
             f.output("hidden", hidden, by_token)
             return f.finish()
         f.output(f"hidden_k{i + 1}", hidden, by_token)
         if self.removes(i + 1):
-            self._score(f, i + 1, a, kind, position)
+            self._score(f, i + 1, a, token_type, position)
         return f.finish()
 
     def _prompt(self, f: Frame) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Embedded ids [B*S0,D] with the image features in their places, position and kind [B,S0]."""
+        """Embedded ids [B*S0,D] with the image features in their places, position and token_type [B,S0]."""
         b, s0, hidden = self.budget.batch, self.budget.total[0], self.spec.hidden
-        ids, position, kind = (f.integers(n, b, s0) for n in ("input_ids", "position_ids", "token_kind"))
+        ids, position, token_type = (f.integers(n, b, s0) for n in ("input_ids", "position_ids", "token_type"))
         features = f.input("image_features", (b, self.budget.visual[0], hidden))
-        return f.op.Reshape(self._merge(f, self._embed(f, ids), features, kind), [b * s0, hidden]), position, kind
+        x = f.op.Reshape(self._merge(f, self._embed(f, ids), features, token_type), [b * s0, hidden])
+        return x, position, token_type
 
     def _cut(self, f: Frame, i: int) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """The gather of cut i, from S_{i-1} to S_i tokens; outputs `kept_k*` and `kind_k*`."""
+        """The gather of cut i, from S_{i-1} to S_i tokens; outputs `kept_k*` and `type_k*`."""
         b, hidden, before, after = self.budget.batch, self.spec.hidden, *self.budget.total[i - 1 : i + 1]
         x = f.input(f"hidden_k{i}", (b, before, hidden))
-        names = ("position_ids", "token_kind") if i == 1 else (f"kept_k{i - 1}", f"kind_k{i - 1}")
-        position, kind = (f.integers(name, b, before) for name in names)
+        names = ("position_ids", "token_type") if i == 1 else (f"kept_k{i - 1}", f"type_k{i - 1}")
+        position, token_type = (f.integers(name, b, before) for name in names)
         if self.removes(i):
             score = f.input(f"score_k{i}", (b, before), FLOAT)
-            x, position, kind = top_k_gather(f.op, x, score, position, kind, after)
+            x, position, token_type = top_k_gather(f.op, x, score, position, token_type, after)
         f.output(f"kept_k{i}", position, (b, after), INT64)
-        f.output(f"kind_k{i}", kind, (b, after), INT64)
-        return f.op.Reshape(x, [b * after, hidden]), position, kind
+        f.output(f"type_k{i}", token_type, (b, after), INT64)
+        return f.op.Reshape(x, [b * after, hidden]), position, token_type
 
-    def _score(self, f: Frame, i: int, a: Attended, kind: ir.Value, position: ir.Value) -> None:
+    def _score(self, f: Frame, i: int, a: Attended, token_type: ir.Value, position: ir.Value) -> None:
         """Outputs `score_k*`, by which cut i ranks; a random one reads the requests' seeds."""
         cut, (before, after) = self.plan.cuts[i - 1], self.budget.visual[i - 1 : i + 1]
         seed = f.integers("seed", self.budget.batch, 1) if cut.criterion == "random" else None
-        sight = Sight(f.op, self.spec, a.query, a.key, kind, position, seed, cut.layer, before, after, self.budget.text)
-        f.output(f"score_k{i}", SCORES[cut.criterion](sight), (self.budget.batch, self.budget.total[i - 1]), FLOAT)
+        context = ScoringContext(
+            f.op, self.spec, query=a.query, key=a.key, token_type=token_type, position=position, seed=seed,
+            layer=cut.layer, visual=before, keep=after, text=self.budget.text,
+        )  # fmt: skip
+        f.output(f"score_k{i}", SCORES[cut.criterion](context), (self.budget.batch, self.budget.total[i - 1]), FLOAT)
 
-    def _last_logits(self, f: Frame, hidden: ir.Value, kind: ir.Value) -> None:
+    def _last_logits(self, f: Frame, hidden: ir.Value, token_type: ir.Value) -> None:
         """Of each sample's last prompt token; padding lies behind it."""
-        real = f.op.Cast(f.op.Not(f.op.Equal(kind, PADDING)), to=INT64)
+        real = f.op.Cast(f.op.Not(f.op.Equal(token_type, PADDING)), to=INT64)
         last = f.op.Sub(f.op.ReduceSum(real, [1], keepdims=1), 1)
         self._logits(f, f.op.GatherND(hidden, last, batch_dims=1))
 
@@ -140,7 +144,7 @@ class StagedModel:
         f.output(past.name.replace("past_", "present_"), present, tuple(dim(past, axis) for axis in range(4)))
 
     def _prefill(
-        self, f: Frame, stage: int, x: ir.Value, position: ir.Value, kind: ir.Value
+        self, f: Frame, stage: int, x: ir.Value, position: ir.Value, token_type: ir.Value
     ) -> tuple[ir.Value, Attended]:
         """The stage's layers; each attends over its own keys and values and leaves them at the head of its caches."""
         b, tokens, capacity = self.budget.batch, self.budget.total[stage], self.budget.capacity[stage]
@@ -151,7 +155,7 @@ class StagedModel:
             for past, new in zip(self._caches(f, i, capacity), (a.key, a.value), strict=True):
                 self._present(f, past, f.op.TensorScatter(past, new, first, axis=2))
             if i < self.spec.deepstack:
-                x = self._add_deepstack(f, i, x, position, kind)
+                x = self._add_deepstack(f, i, x, position, token_type)
         return x, a
 
     def _rotary(self, f: Frame, position: ir.Value) -> Rotary:
@@ -164,30 +168,30 @@ class StagedModel:
         whole = f.integers("rope_position_ids", self.budget.batch, self.budget.total[0], 3)
         return rotary(f, self.spec, f.op.GatherND(whole, f.op.Unsqueeze(position, [2]), batch_dims=1))
 
-    def _add_deepstack(self, f: Frame, i: int, x: ir.Value, position: ir.Value, kind: ir.Value) -> ir.Value:
+    def _add_deepstack(self, f: Frame, i: int, x: ir.Value, position: ir.Value, token_type: ir.Value) -> ir.Value:
         """x + the vision features that belong behind layer i, at the image tokens still alive: [B*S,D].
 
-        Features are of all V0 tokens: which one is a token's own is counted in the whole prompt's kinds.
+        Features are of all V0 tokens: which one is a token's own is counted in the whole prompt's types.
         """
         b, visual, hidden = self.budget.batch, self.budget.visual[0], self.spec.hidden
         features = f.input(f"deepstack_{i}", (b, visual, hidden))
-        whole = f.integers("token_kind", b, self.budget.total[0])
+        whole = f.integers("token_type", b, self.budget.total[0])
         nth = f.op.GatherElements(self._nth_image(f, whole), position, axis=1)
         added = f.op.GatherND(features, f.op.Unsqueeze(nth, [2]), batch_dims=1)
-        here = f.op.Where(f.op.Unsqueeze(f.op.Equal(kind, IMAGE), [2]), added, f.op.CastLike(0.0, added))
+        here = f.op.Where(f.op.Unsqueeze(f.op.Equal(token_type, IMAGE), [2]), added, f.op.CastLike(0.0, added))
         return f.op.Add(x, f.op.Reshape(here, [-1, hidden]))
 
     def _embed(self, f: Frame, ids: ir.Value) -> ir.Value:
         return f.op.Gather(f.weight(self.names("embed_tokens.weight"), self.spec.vocab, self.spec.hidden), ids)
 
-    def _merge(self, f: Frame, text: ir.Value, features: ir.Value, kind: ir.Value) -> ir.Value:
+    def _merge(self, f: Frame, text: ir.Value, features: ir.Value, token_type: ir.Value) -> ir.Value:
         """The n-th image token of a sample takes the n-th image feature: [B,S,D]."""
-        image = f.op.GatherND(features, f.op.Unsqueeze(self._nth_image(f, kind), [2]), batch_dims=1)
-        return f.op.Where(f.op.Unsqueeze(f.op.Equal(kind, IMAGE), [2]), image, text)
+        image = f.op.GatherND(features, f.op.Unsqueeze(self._nth_image(f, token_type), [2]), batch_dims=1)
+        return f.op.Where(f.op.Unsqueeze(f.op.Equal(token_type, IMAGE), [2]), image, text)
 
-    def _nth_image(self, f: Frame, kind: ir.Value) -> ir.Value:
+    def _nth_image(self, f: Frame, token_type: ir.Value) -> ir.Value:
         """How many image tokens stand before each image token: [B,S]; anything from 0 on at other tokens."""
-        return f.op.Max(f.op.Sub(f.op.CumSum(f.op.Cast(f.op.Equal(kind, IMAGE), to=INT64), 1), 1), 0)
+        return f.op.Max(f.op.Sub(f.op.CumSum(f.op.Cast(f.op.Equal(token_type, IMAGE), to=INT64), 1), 1), 0)
 
     def _logits(self, f: Frame, x: ir.Value) -> None:
         """Final norm and head over [B,D]; logits leave as [B,W] fp32."""

@@ -29,8 +29,8 @@ from himap_export.engines.bundle import open_bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline
 from himap_export.exporter.cli import main as export_main
-from himap_export.validate.criteria import Cuts
-from himap_export.validate.reference import Reference
+from himap_export.validate.reference.criteria import Cuts
+from himap_export.validate.reference.reference import Reference
 
 HIMAP_TINY = Path(__file__).parent / "fixtures" / "himap-tiny"
 Arrays = Mapping[str, npt.NDArray[Any]]

@@ -15,7 +15,7 @@ from himap_export.engines.backends import Tensor
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import EngineRecord, GraphRecord
 from himap_export.engines.nvinfer import run
-from himap_export.engines.nvinfer.flavour import RTX, Flavour, log_of
+from himap_export.engines.nvinfer.edition import RTX, Edition, log_of
 from himap_export.engines.nvinfer.run import open_engines
 
 
@@ -173,7 +173,7 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
         EngineValidity=api.EngineValidity, EngineInvalidityDiagnostics=api.EngineInvalidityDiagnostics,
     )  # fmt: skip
     log_of(RTX)
-    monkeypatch.setattr(Flavour, "api", lambda self: fake)
+    monkeypatch.setattr(Edition, "api", lambda self: fake)
     monkeypatch.setattr(run, "cuda_runtime", lambda: cuda)
     return bundle, cuda, runs
 

@@ -15,9 +15,9 @@ from himap_export.validate.analysis.attention import prompts
 from himap_export.validate.analysis.gradcam import grad_cams
 from himap_export.validate.analysis.sample import Sample
 from himap_export.validate.cli import main as validate_main
-from himap_export.validate.criteria import Cut, himap
 from himap_export.validate.progress import silent
-from himap_export.validate.reference import Reference
+from himap_export.validate.reference.criteria import Cut, himap
+from himap_export.validate.reference.reference import Reference
 
 CUTS = himap(2, 4, 0.5, 0.5)
 EARLY = (Cut(1, "image", keep=3), Cut(2, "instruction", keep=2))  # in front of the last deepstack layer

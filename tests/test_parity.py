@@ -19,8 +19,8 @@ from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline, Prefilled
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs import plan
-from himap_export.validate.criteria import Cuts, himap
-from himap_export.validate.reference import Prefill
+from himap_export.validate.reference.criteria import Cuts, himap
+from himap_export.validate.reference.reference import Prefill
 
 TEXT, NEW = 24, 12
 FP32 = 1e-3  # the bar; measured: 2e-5, with tied weights and their larger logits 2e-4
@@ -200,7 +200,7 @@ def test_cutting_nothing_is_hugging_face_generate(work: Workshop, name: str) -> 
 # L layers: sqrt(20 L / 3) U. Attention then multiplies errors of its logits, of spread 2.4**2 in these checkpoints
 # (tiny.py), which enter probabilities as relative errors: 1 + 2.4**2. L = 6: 43 U = 2.1 %; L = 10: 55 U = 2.7 %.
 # Measured on 100 samples (these checkpoints, seeds 0 to 4): 2.5 U to 33 U, but one of 71 U (mha, seed 0), which Hugging
-# Face's own fp16 misses by 95 U: some random prompts are that badly conditioned, so it is also the yardstick.
+# Face's own fp16 misses by 95 U: some random prompts are that badly conditioned, so it is also the measure.
 U = 2.0**-11
 SPREAD = 2.4**2
 

@@ -12,7 +12,7 @@ from himap_export.engines.bundle import open_bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.exporter.cli import main as export_main
 from himap_export.validate.cli import main as validate_main
-from himap_export.validate.criteria import Cut, Cuts, himap
+from himap_export.validate.reference.criteria import Cut, Cuts, himap
 
 PLANS: dict[str, tuple[tuple[object, ...], Cuts]] = {
     "himap": (("--k1", 1, "--k2", 3), himap(1, 3, 0.5, 0.75)),

@@ -50,7 +50,7 @@ def test_memory_counts_children() -> None:
 
 
 def test_bars_are_judged(capsys: pytest.CaptureFixture[str]) -> None:
-    phases = [real_size.Phase("vision", 3.0, 1 << 30, 3 << 30), real_size.Phase("seal", 50.0, 1 << 20, 1 << 30)]
+    phases = [real_size.Phase("vision", 3.0, 1 << 30, 3 << 30), real_size.Phase("digest", 50.0, 1 << 20, 1 << 30)]
     found = real_size.report(phases, 55.0, 9.0, 1 << 20)
     said = capsys.readouterr().out
     assert found["unhashed_s"] == 5.0 and "NOT MET  3.00 peak resident" in said and "met      5.00 seconds" in said

@@ -16,7 +16,7 @@ from tiny import make_inputs
 
 from himap_export.engines.bundle import open_bundle
 from himap_export.engines.pipeline import tensor_name
-from himap_export.validate.criteria import himap
+from himap_export.validate.reference.criteria import himap
 
 GRAPHS = ("vision", "prefix", "k1", "k2", "decode")
 CUTS = himap(2, 4, 0.5, 0.75)

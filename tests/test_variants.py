@@ -17,7 +17,7 @@ from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import HimapError
 from himap_export.graphs.plan import align
 from himap_export.validate.cli import main as validate_main
-from himap_export.validate.criteria import Cut, himap
+from himap_export.validate.reference.criteria import Cut, himap
 
 BUDGETS = (12, 24, 48)
 PLANS = {"wide": (1, 3, 0.25, 0.5), "tight": (1, 4, 0.5, 0.75)}

@@ -5,18 +5,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from himap_export.engines.bundle import Bundle
+from himap_export.engines.drawing import kept_patches
 from himap_export.engines.image import crop_view, load_image, tile_grid
-from himap_export.engines.picture import kept_patches
 from himap_export.graphs.plan import POLICIES
-from himap_export.validate.accuracy import ALL, Cell, Summary, percent, points
-from himap_export.validate.answers import Answered
-from himap_export.validate.contenders import PlanContender, request_seed
-from himap_export.validate.dataset import Dataset, Example
+from himap_export.validate.accuracy.answers import Answered
+from himap_export.validate.accuracy.dataset import Dataset, Example
+from himap_export.validate.accuracy.evaluate import ALL, Cell, Summary, percent, points
+from himap_export.validate.accuracy.prompter import Prompter
+from himap_export.validate.accuracy.systems import PlanSystem, request_seed
 from himap_export.validate.html.images import kept_patches as drawn_patches
 from himap_export.validate.html.images import png
 from himap_export.validate.html.page import Block, Command, Facts, Figure, Gallery, Page, Picture, Section, Table, Text
 from himap_export.validate.html.plots import Series, bars
-from himap_export.validate.prompter import Prompter
 
 SHOWN = 6  # example images
 HOW = (
@@ -30,26 +30,26 @@ HOW = (
 def accuracy_page(
     summary: Summary,
     answered: Sequence[Answered],
-    crowd: Sequence[PlanContender],
+    systems: Sequence[PlanSystem],
     data: Dataset,
     prompter: Prompter,
     bundle: Bundle,
     command: str,
 ) -> Page:
     """Headline, plot and tables, and example images with the patches that the first pruned plan kept."""
-    m, first = bundle.manifest, next((c for c in crowd if c.pipeline.bundle.plan.cuts), crowd[0])
+    m, first = bundle.manifest, next((c for c in systems if c.pipeline.bundle.plan.cuts), systems[0])
     sections = (
-        Section("Accuracy", (_facts(summary, first), _plot(summary), _table(summary, crowd))),
+        Section("Accuracy", (_facts(summary, first), _plot(summary), _table(summary, systems))),
         Section("Against the unpruned model and against chance", (_differences(summary), Text(HOW))),
         *([Section("What was kept", _examples(first, answered, data, prompter))] if first.baselines else []),
-        Section("How this was made", (Text(_plans(crowd)), Command(command))),
+        Section("How this was made", (Text(_plans(systems)), Command(command))),
     )
     budget = f"{m.dtype}, {first.pipeline.backend}, text budget {bundle.budget.text}, batch {bundle.budget.batch}"
     skipped = f"; {len(data.skipped)} lines left out" if data.skipped else ""
     return Page(f"Accuracy of {m.model.name}, pruned", f"{len(data.examples)} questions{skipped}; {budget}", sections)
 
 
-def _facts(summary: Summary, first: PlanContender) -> Facts:
+def _facts(summary: Summary, first: PlanSystem) -> Facts:
     items = [
         (
             "questions",
@@ -78,8 +78,8 @@ def _plot(summary: Summary) -> Figure:
     return bars("accuracy", title, summary.types, series, "right answers (%)")
 
 
-def _table(summary: Summary, crowd: Sequence[PlanContender]) -> Table:
-    flops = {c.name: c.flops for c in crowd}
+def _table(summary: Summary, systems: Sequence[PlanSystem]) -> Table:
+    flops = {c.name: c.flops for c in systems}
     rows = []
     for name, cells in summary.cells.items():
         found = [cells[kind].accuracy for kind in summary.types]
@@ -100,13 +100,13 @@ def _differences(summary: Summary) -> Table:
         for name, cells in summary.cells.items()
         if (seeds := [s for kind in summary.types if (s := cells[kind].seeds) is not None])
     ]
-    caption = "Percentage points; below them, the worst and the best seed of each random control."
+    caption = "Percentage points; below them, the worst and the best seed of each random baseline."
     return Table(("", *summary.types), (*rows, *spread), caption)
 
 
-def _plans(crowd: Sequence[PlanContender]) -> str:
+def _plans(systems: Sequence[PlanSystem]) -> str:
     told = {}
-    for c in crowd:
+    for c in systems:
         budget, plan = c.pipeline.bundle.budget, c.pipeline.bundle.plan
         cuts = ", ".join(f"{cut.criterion} at layer {cut.layer}" for cut in plan.cuts) or "no cut"
         policy = f" ({plan.policy})" if plan.policy != c.name and plan.policy in POLICIES else ""
@@ -114,9 +114,7 @@ def _plans(crowd: Sequence[PlanContender]) -> str:
     return "\n\n".join(told.values())
 
 
-def _examples(
-    first: PlanContender, answered: Sequence[Answered], data: Dataset, prompter: Prompter
-) -> tuple[Block, ...]:
+def _examples(first: PlanSystem, answered: Sequence[Answered], data: Dataset, prompter: Prompter) -> tuple[Block, ...]:
     """Half of them answered rightly, half wrongly though the unpruned model is right, as far as there are any."""
     right = {(a.policy, a.line): a for a in answered if a.seed == 0}
     numbered = list(enumerate(data.examples))
@@ -132,7 +130,7 @@ def _examples(
     return (Gallery(tuple(pictures), f"The patches that {first.name} keeps behind its last cut, {cut}."),)
 
 
-def _drawn(first: PlanContender, number: int, e: Example, prompter: Prompter) -> bytes:
+def _drawn(first: PlanSystem, number: int, e: Example, prompter: Prompter) -> bytes:
     inputs, bundle = prompter.arrays(e), first.pipeline.bundle
     seeds = np.array([request_seed(first.seed, number)])
     prefilled, _ = first.pipeline.prefill(inputs.input_ids, inputs.pixel_values, seeds=seeds)

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from himap_export.engines.arrays import Inputs
     from himap_export.engines.bundle import Bundle
     from himap_export.engines.pipeline import Pipeline
-    from himap_export.validate.parity import Parity
+    from himap_export.validate.parity.compare import Parity
     from himap_export.validate.source import Source
-    from himap_export.validate.speed import Speed
+    from himap_export.validate.speed.measure import Speed
 
 
 def _parser() -> Parser:
@@ -78,10 +78,10 @@ def _parser() -> Parser:
         help="write report.html, report.json and the plots there (default with --dataset: BUNDLE-DATASET)",
     )  # fmt: skip
     p.add_argument("--json", action="store_true", help="print one JSON object")
-    scoring = p.add_argument_group("accuracy, beside the unpruned model and the controls at equal FLOPs")
+    scoring = p.add_argument_group("accuracy, beside the unpruned model and the baselines at equal FLOPs")
     scoring.add_argument("--dataset", type=Path, metavar="F.jsonl", help="lines of image, question, answer; options")
     scoring.add_argument(
-        "--seeds", type=whole(1, 1000), default=5, metavar="N", help="of the random control (default: 5)"
+        "--seeds", type=whole(1, 1000), default=5, metavar="N", help="of the random baseline (default: 5)"
     )
     scoring.add_argument("--limit", type=whole(1, 10**9), metavar="N", help="the first N questions only")
     scoring.add_argument("--skip-bad", action="store_true", help="leave out lines that cannot be read, and say so")
@@ -155,7 +155,7 @@ def _opened(args: argparse.Namespace) -> tuple["Bundle", "Source"]:
 
 def _score(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.engines.backends import Opening
-    from himap_export.validate.scoring import Scoring, score
+    from himap_export.validate.accuracy.scoring import Scoring, score
 
     bundle, source = _opened(args)
     report = args.report or Path(f"{args.bundle.resolve().name}-{args.dataset.stem}")
@@ -174,8 +174,8 @@ def _validate(args: argparse.Namespace, argv: list[str]) -> Exit:
     from himap_export.engines.arrays import save_outputs
     from himap_export.engines.layout import text_tokens
     from himap_export.validate.html.page import finite, write_report
+    from himap_export.validate.parity.prompts import drawn_inputs, user_inputs
     from himap_export.validate.parity_page import parity_page
-    from himap_export.validate.questions import drawn_inputs, user_inputs
     from himap_export.validate.report import gates_json, parity_json, parity_lines, speed_json
 
     _check_places(args)
@@ -211,9 +211,9 @@ def _compare(
     """The parity, and the backend and device that it is of."""
     from himap_export.engines.backends import Opening
     from himap_export.engines.cli import open_pipeline
-    from himap_export.validate.loading import load_reference
-    from himap_export.validate.parity import Asked, compare
-    from himap_export.validate.pixels import compare_pixels, with_pixels
+    from himap_export.validate.checkpoint import load_reference
+    from himap_export.validate.parity.compare import Asked, compare
+    from himap_export.validate.parity.pixels import compare_pixels, with_pixels
 
     pixels = None if args.image is None else compare_pixels(inputs.pixel_values, args.image, bundle.picture, source)
     _check_captured(args, bundle)
@@ -229,7 +229,7 @@ def _compare(
 def _check_captured(args: argparse.Namespace, bundle: "Bundle") -> None:
     folders = [folder for folder in (args.save_inputs, _folder_of_outputs(args)) if folder is not None]
     if folders:
-        from himap_export.validate.polygraphy_json import check_folders
+        from himap_export.validate.parity.polygraphy_json import check_folders
 
         check_folders(bundle, *folders)
 
@@ -239,7 +239,7 @@ def _save_captured(args: argparse.Namespace, pipeline: "Pipeline", inputs: "Inpu
     folder = _folder_of_outputs(args)
     if args.save_inputs is None and folder is None:
         return
-    from himap_export.validate import polygraphy_json
+    from himap_export.validate.parity import polygraphy_json
 
     captured = polygraphy_json.capture(pipeline, inputs)
     if args.save_inputs is not None:
@@ -250,10 +250,10 @@ def _save_captured(args: argparse.Namespace, pipeline: "Pipeline", inputs: "Inpu
 
 def _speed(args: argparse.Namespace, bundle: "Bundle", source: "Source", backend: str, device: str) -> "Speed":
     from himap_export.validate.report import speed_lines
-    from himap_export.validate.speed import ceiling, measure
+    from himap_export.validate.speed.measure import ceiling, measure
 
     _say(args, [f"\nspeed: FLOPs allow {ceiling(bundle):.2f}x over the unpruned decoder prefill"])
-    say(f"exporting the unpruned twin, then {args.warm_up} + {args.iterations} rounds of three processes on {device}")
+    say(f"exporting the unpruned baseline; then {args.warm_up} + {args.iterations} rounds of three processes, {device}")
     times = args.iterations, args.warm_up, args.threads
     speed = measure(bundle, source.folder, backend, device, *times, source.tower)
     _say(args, speed_lines(speed))

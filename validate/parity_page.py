@@ -5,9 +5,9 @@ import math
 from himap_export.engines.bundle import Bundle
 from himap_export.validate.html.page import Block, Command, Facts, Figure, Page, Section, Table, Text
 from himap_export.validate.html.plots import Series, bars
-from himap_export.validate.parity import Parity
-from himap_export.validate.speed import UNPRUNED, Speed
-from himap_export.validate.workers import ACTS, Times
+from himap_export.validate.parity.compare import Parity
+from himap_export.validate.speed.benchmark import PHASES, Times
+from himap_export.validate.speed.measure import UNPRUNED, Speed
 
 HOW = (
     "Everything is compared with Hugging Face's own modules in fp32, cut between their layers. A kept set may differ "
@@ -70,9 +70,9 @@ def _kept(parity: Parity) -> Table:
 
 
 def _speed(speed: Speed) -> tuple[Block, ...]:
-    rows = [(t.name, *(_time(t, act) for act in ACTS), f"{t.peak_bytes / 2**20:.0f} MiB") for t in speed.times]
-    over = [(f"over {name}", *(_ratio(speed.over(name, act)) for act in ACTS), "") for name in speed.others]
-    head = ("", *ACTS, "peak memory")
+    rows = [(t.name, *(_time(t, phase) for phase in PHASES), f"{t.peak_bytes / 2**20:.0f} MiB") for t in speed.times]
+    over = [(f"over {name}", *(_ratio(speed.over(name, phase)) for phase in PHASES), "") for name in speed.others]
+    head = ("", *PHASES, "peak memory")
     caption = "Medians with the lowest and highest round. Contenders take turns; ratios are taken within a round."
     note = (Text(speed.note),) if speed.note else ()
     return _bars(speed), Table(head, (*rows, *over), caption), *note
@@ -81,16 +81,16 @@ def _speed(speed: Speed) -> tuple[Block, ...]:
 def _bars(speed: Speed) -> Figure:
     series = []
     for t in speed.times:
-        found = [sorted(t.seconds[act]) for act in ACTS]
-        median = tuple(1e3 * t.median(act) for act in ACTS)
+        found = [sorted(t.seconds[phase]) for phase in PHASES]
+        median = tuple(1e3 * t.median(phase) for phase in PHASES)
         series.append(Series(t.name, median, tuple(1e3 * s[0] for s in found), tuple(1e3 * s[-1] for s in found)))
-    title = "Time by act, median with the lowest and highest round"
+    title = "Time by phase, median with the lowest and highest round"
     return bars("speed", title, ("vision", "prefill", "decode, a token"), series, "ms")
 
 
-def _time(t: Times, act: str) -> str:
-    seconds = t.seconds[act]
-    return f"{1e3 * t.median(act):.1f} ms ({1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f})"
+def _time(t: Times, phase: str) -> str:
+    seconds = t.seconds[phase]
+    return f"{1e3 * t.median(phase):.1f} ms ({1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f})"
 
 
 def _ratio(found: tuple[float, float, float]) -> str:

@@ -6,9 +6,9 @@ from typing import Any
 
 from himap_export.engines.bundle import Bundle
 from himap_export.validate.html.page import finite
-from himap_export.validate.parity import Closeness, CutParity, Parity
-from himap_export.validate.speed import UNPRUNED, Speed
-from himap_export.validate.workers import ACTS
+from himap_export.validate.parity.compare import CutParity, Parity, TensorDiff
+from himap_export.validate.speed.benchmark import PHASES
+from himap_export.validate.speed.measure import UNPRUNED, Speed
 
 
 def parity_lines(parity: Parity, bundle: Bundle, backend: str) -> list[str]:
@@ -50,7 +50,7 @@ def gates_json(parity: Parity) -> list[dict[str, Any]]:
     return [finite(asdict(gate) | {"passed": gate.passed}) for gate in parity.gates]
 
 
-def _without_name(row: Closeness | CutParity) -> dict[str, Any]:
+def _without_name(row: TensorDiff | CutParity) -> dict[str, Any]:
     return {key: value for key, value in asdict(row).items() if key != "name"}
 
 
@@ -59,7 +59,7 @@ def speed_lines(speed: Speed) -> list[str]:
     width = max(14, *(len(t.name) + 1 for t in speed.times))
     lines = [f"      {'':{width}}{'prefill':>12}{'decode':>16}{'vision':>12}{'peak memory':>14}"]
     for t in speed.times:
-        ms = {act: t.median(act) * 1e3 for act in ACTS}
+        ms = {phase: t.median(phase) * 1e3 for phase in PHASES}
         cells = f"{ms['prefill']:>9.1f} ms{ms['decode']:>9.2f} ms/tok{ms['vision']:>9.1f} ms"
         lines.append(f"      {t.name:{width}}{cells}{t.peak_bytes / 2**20:>10.0f} MiB")
     for name in speed.others:
@@ -79,9 +79,9 @@ def speed_json(speed: Speed) -> dict[str, Any]:
     return {
         "ceiling": speed.ceiling,
         "of_ceiling": speed.over(UNPRUNED, "prefill")[0] / speed.ceiling,
-        "contenders": {
-            t.name: {**{act: t.median(act) for act in ACTS}, "peak_bytes": t.peak_bytes} for t in speed.times
+        "systems": {
+            t.name: {**{phase: t.median(phase) for phase in PHASES}, "peak_bytes": t.peak_bytes} for t in speed.times
         },
-        "over": {name: {act: speed.over(name, act) for act in ACTS} for name in speed.others},
+        "over": {name: {phase: speed.over(name, phase) for phase in PHASES} for name in speed.others},
         "note": speed.note,
     }

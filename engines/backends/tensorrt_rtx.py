@@ -9,7 +9,7 @@ from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import EngineRecord
 from himap_export.engines.nvinfer import build as builder
 from himap_export.engines.nvinfer import run
-from himap_export.engines.nvinfer.flavour import RTX as FLAVOUR
+from himap_export.engines.nvinfer.edition import RTX as FLAVOUR
 from himap_export.engines.plugin import tensorrt_rtx as plugin
 
 

@@ -9,55 +9,55 @@ from typing import IO, Any, Literal
 from himap_export.engines.backends import Gather
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import EngineRecord
-from himap_export.engines.nvinfer.flavour import Flavour, log_of, one_line
+from himap_export.engines.nvinfer.edition import Edition, log_of, one_line
 from himap_export.engines.nvinfer.kernels import kernels, layers
 from himap_export.graphs.errors import Exit, HimapError
 
 
-def check(flavour: Flavour, dtype: str) -> None:
+def check(edition: Edition, dtype: str) -> None:
     """HimapError if the product is not installed, or has no fused attention in `dtype`."""
-    flavour.api()
+    edition.api()
     if dtype == "fp32":
         hint = "use --dtype fp16 or bf16"
-        raise HimapError(f"{flavour.title} has no fused attention kernel in fp32", hint=hint, code=Exit.USAGE)
+        raise HimapError(f"{edition.title} has no fused attention kernel in fp32", hint=hint, code=Exit.USAGE)
 
 
-def build(flavour: Flavour, bundle: Bundle, graph: str, gather: Gather) -> EngineRecord:
-    """Compiles one graph into `<flavour>/<graph>.engine`; `gather` "plugin" or "ops" says which form it must hold.
+def build(edition: Edition, bundle: Bundle, graph: str, gather: Gather) -> EngineRecord:
+    """Compiles one graph into `<edition>/<graph>.engine`; `gather` "plugin" or "ops" says which form it must hold.
 
     Weights are the engine's inputs, so that it is small and all engines share one copy; unless the bundle embeds them:
     then they are constants inside it.
     """
-    trt, log, start = flavour.api(), log_of(flavour), time.perf_counter()
+    trt, log, start = edition.api(), log_of(edition), time.perf_counter()
     log.clear()
-    record, file = bundle.manifest.graphs[graph], f"{flavour.name}/{graph}.engine"
+    record, file = bundle.manifest.graphs[graph], f"{edition.name}/{graph}.engine"
     source, path = bundle.path(record.file), bundle.path(file)
     builder = trt.Builder(log)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
-    operators = _parse(flavour, parser, source, bundle.manifest.weight_form == "embedded", frozenset(record.weights))
+    operators = _parse(edition, parser, source, bundle.manifest.weight_form == "embedded", frozenset(record.weights))
     path.parent.mkdir(exist_ok=True)
     with path.open("wb") as out:
-        built = builder.build_serialized_network_to_stream(network, _config(flavour, builder), _writer(trt, out))
+        built = builder.build_serialized_network_to_stream(network, _config(edition, builder), _writer(trt, out))
     if not built:
         path.unlink()
-        raise _refused(flavour, source, next(iter(log.errors), "the builder says no more"))
+        raise _refused(edition, source, next(iter(log.errors), "the builder says no more"))
     form = _gather_form(trt, network, operators)
     if form not in ("none", gather):
         details = f"the engine of {graph} holds its {'standard operators' if form == 'ops' else form}"
-        raise HimapError(f"{flavour.title} did not take the gather as {gather}", details)
+        raise HimapError(f"{edition.title} did not take the gather as {gather}", details)
     seconds = round(time.perf_counter() - start, 3)
     return EngineRecord(file, seconds, form, layers(network), kernels(log.layers, operators))
 
 
-def _parse(flavour: Flavour, parser: Any, source: Path, inside: bool, weights: frozenset[str]) -> dict[str, str]:
+def _parse(edition: Edition, parser: Any, source: Path, inside: bool, weights: frozenset[str]) -> dict[str, str]:
     """Reads `source` into the parser's network; returns each node's operator by name."""
     import onnx_ir as ir
 
     try:
         model = ir.load(source)  # external initializers stay on disk
     except Exception as problem:  # protobuf's and onnx_ir's errors share no base class
-        raise _refused(flavour, source, f"not a readable ONNX file, {problem}") from None
+        raise _refused(edition, source, f"not a readable ONNX file, {problem}") from None
     if inside:
         parsed = parser.parse_from_file(str(source))
     else:
@@ -65,16 +65,16 @@ def _parse(flavour: Flavour, parser: Any, source: Path, inside: bool, weights: f
             model.graph.initializers.pop(weight, None)
         parsed = parser.parse(ir.to_proto(model).SerializeToString())
     if not parsed:
-        raise _refused(flavour, source, _first_error(parser))
+        raise _refused(edition, source, _first_error(parser))
     return {node.name or "": node.op_type for node in model.graph}
 
 
-def _config(flavour: Flavour, builder: Any) -> Any:
-    trt, config = flavour.api(), builder.create_builder_config()
+def _config(edition: Edition, builder: Any) -> Any:
+    trt, config = edition.api(), builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it the log names no layers
-    if flavour.capabilities:
-        config.num_compute_capabilities = len(flavour.capabilities)
-    for i, capability in enumerate(flavour.capabilities):
+    if edition.capabilities:
+        config.num_compute_capabilities = len(edition.capabilities)
+    for i, capability in enumerate(edition.capabilities):
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), i)
     return config
 
@@ -99,12 +99,12 @@ def _first_error(parser: Any) -> str:
     return f"{error.node_operator()} {error.node_name()}: {error.desc()}"
 
 
-def _refused(flavour: Flavour, source: Path, problem: str) -> HimapError:
+def _refused(edition: Edition, source: Path, problem: str) -> HimapError:
     if "not supported by a dedicated kernel" in problem:
         details, hint = "it has no fused kernel for one of its Attention nodes", "heads as narrow as 8 have none"
     else:
-        details, hint = one_line(problem), f"check {flavour.name}'s version"
-    return HimapError(f"{flavour.title} refuses {source}", details, hint)
+        details, hint = one_line(problem), f"check {edition.name}'s version"
+    return HimapError(f"{edition.title} refuses {source}", details, hint)
 
 
 def _gather_form(trt: ModuleType, network: Any, operators: Mapping[str, str]) -> Literal["ops", "plugin", "none"]:

@@ -17,27 +17,27 @@ from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import TensorSpec
 from himap_export.engines.nvinfer.cuda_graph import Chain
 from himap_export.engines.nvinfer.cuda_memory import DeviceTensor, DeviceWeights, Gpu, NoGpu, cuda_runtime, first_gpu
-from himap_export.engines.nvinfer.flavour import RTX, Flavour, log_of, one_line
+from himap_export.engines.nvinfer.edition import RTX, Edition, log_of, one_line
 from himap_export.graphs.errors import Exit, HimapError
 
 
-def open_engines(flavour: Flavour, bundle: Bundle) -> "NvInferEngines":
+def open_engines(edition: Edition, bundle: Bundle) -> "NvInferEngines":
     """Needs a GPU that the product runs on."""
-    flavour.api()
+    edition.api()
     try:
         cuda = cuda_runtime()
         name, capability = first_gpu(cuda)
     except NoGpu as reason:
         details = f"{reason}; building the engines needed none"
         raise HimapError(
-            f"running {flavour.name} engines needs a GPU", details, _elsewhere(bundle), Exit.MISSING
+            f"running {edition.name} engines needs a GPU", details, _elsewhere(bundle), Exit.MISSING
         ) from None
-    if flavour.capabilities and capability not in flavour.capabilities:
-        details = f"cuda:0 is {name}, SM{capability}; it runs on SM{', '.join(map(str, flavour.capabilities))}"
-        raise HimapError(f"{flavour.title} does not support this GPU", details, _elsewhere(bundle), Exit.MISSING)
-    runtime = flavour.api().Runtime(log_of(flavour))
-    check_engines(flavour, bundle, runtime, capability)
-    return NvInferEngines(flavour, bundle, runtime, Gpu(cuda), f"cuda:0 {name}")
+    if edition.capabilities and capability not in edition.capabilities:
+        details = f"cuda:0 is {name}, SM{capability}; it runs on SM{', '.join(map(str, edition.capabilities))}"
+        raise HimapError(f"{edition.title} does not support this GPU", details, _elsewhere(bundle), Exit.MISSING)
+    runtime = edition.api().Runtime(log_of(edition))
+    check_engines(edition, bundle, runtime, capability)
+    return NvInferEngines(edition, bundle, runtime, Gpu(cuda), f"cuda:0 {name}")
 
 
 def _elsewhere(bundle: Bundle) -> str:
@@ -48,8 +48,8 @@ def _elsewhere(bundle: Bundle) -> str:
 class NvInferEngines:
     """The engines of a bundle on one GPU, over one copy of the weights, all on one stream."""
 
-    def __init__(self, flavour: Flavour, bundle: Bundle, runtime: Any, gpu: Gpu, device: str) -> None:
-        self.flavour, self.device, self._bundle, self._runtime, self._gpu = flavour, device, bundle, runtime, gpu
+    def __init__(self, edition: Edition, bundle: Bundle, runtime: Any, gpu: Gpu, device: str) -> None:
+        self.edition, self.device, self._bundle, self._runtime, self._gpu = edition, device, bundle, runtime, gpu
         inside = bundle.manifest.weight_form == "embedded"
         self._weights = DeviceWeights(gpu, () if inside else bundle.weights().values())
         self._engines: dict[str, Any] = {}
@@ -68,7 +68,7 @@ class NvInferEngines:
         for name, tensor in tensors.items():
             assert isinstance(tensor, DeviceTensor)  # tensors come from this object's own `tensor`
             addresses[name] = tensor.address
-        _check_aliases(self.flavour.api(), engine, graph, addresses)
+        _check_aliases(self.edition.api(), engine, graph, addresses)
         for name in _doors(engine):
             if not context.set_tensor_address(name, addresses[name]):
                 raise self.failed(f"cannot bind {name} of {graph}")
@@ -82,7 +82,7 @@ class NvInferEngines:
 
         def obstacle() -> str:
             refused = [run.graph for run in own if not run.capturable()]
-            return f"{self.flavour.title} cannot be captured in {', '.join(refused)}" if refused else ""
+            return f"{self.edition.title} cannot be captured in {', '.join(refused)}" if refused else ""
 
         return Chain(self._gpu, own, obstacle)
 
@@ -93,45 +93,45 @@ class NvInferEngines:
     def _engine(self, graph: str) -> Any:
         """Loaded once, however often it is bound."""
         if graph not in self._engines:
-            record = self._bundle.manifest.engines[self.flavour.name][graph]
-            if record.gather == "plugin" and self.flavour is RTX:  # TensorRT's engines carry their plugin's kernel
+            record = self._bundle.manifest.engines[self.edition.name][graph]
+            if record.gather == "plugin" and self.edition is RTX:  # TensorRT's engines carry their plugin's kernel
                 from himap_export.engines.plugin import tensorrt_rtx as plugin
 
                 plugin.register()
             self._engines[graph] = engine = self._load(self._bundle.path(record.file))
             # What of the weights is inside: all of them in an embedded bundle.
-            self._gpu.count(int(engine.get_engine_stat(self.flavour.api().EngineStat.TOTAL_WEIGHTS_SIZE)), self)
+            self._gpu.count(int(engine.get_engine_stat(self.edition.api().EngineStat.TOTAL_WEIGHTS_SIZE)), self)
         return self._engines[graph]
 
     def _load(self, path: Path) -> Any:
-        log_of(self.flavour).clear()
+        log_of(self.edition).clear()
         engine = self._runtime.deserialize_cuda_engine(np.memmap(path, np.uint8, "r"))
         if engine is None:
             raise self.failed(f"cannot open {path}")
         return engine
 
     def failed(self, what: str) -> HimapError:
-        details = one_line(next(iter(log_of(self.flavour).errors), "it says no more"))
-        hint = f"check {self.flavour.name} {self.flavour.version()} against the manifest's toolchain"
-        return HimapError(f"{self.flavour.title} {what}", details, hint)
+        details = one_line(next(iter(log_of(self.edition).errors), "it says no more"))
+        hint = f"check {self.edition.name} {self.edition.version()} against the manifest's toolchain"
+        return HimapError(f"{self.edition.title} {what}", details, hint)
 
 
-def check_engines(flavour: Flavour, bundle: Bundle, runtime: Any, capability: int) -> None:
+def check_engines(edition: Edition, bundle: Bundle, runtime: Any, capability: int) -> None:
     """HimapError that says why an engine of this bundle cannot run here, before anything is loaded.
 
     TensorRT-RTX tells, from a few bytes. TensorRT does not: its engines run only in the version, and on the kind of
     GPU, that built them, which the manifest names.
     """
     tells = hasattr(runtime, "get_engine_validity")
-    for record in bundle.manifest.engines[flavour.name].values():
+    for record in bundle.manifest.engines[edition.name].values():
         path = bundle.path(record.file)
         header = _header(path, int(runtime.engine_header_size) if tells else 1)
-        problem = _mismatch(flavour, bundle.manifest.toolchain, capability, version=not tells)
+        problem = _mismatch(edition, bundle.manifest.toolchain, capability, version=not tells)
         if tells and not problem:
-            problem = _told(flavour, bundle.manifest.toolchain, runtime, capability, header)
+            problem = _told(edition, bundle.manifest.toolchain, runtime, capability, header)
         if problem:
             details, hint = problem
-            raise HimapError(f"{flavour.title} cannot run {path} here", one_line(details), hint, Exit.MISSING)
+            raise HimapError(f"{edition.title} cannot run {path} here", one_line(details), hint, Exit.MISSING)
 
 
 def _header(path: Path, size: int) -> bytes:
@@ -145,25 +145,25 @@ def _header(path: Path, size: int) -> bytes:
     return header
 
 
-def _mismatch(flavour: Flavour, made: Mapping[str, str], capability: int, version: bool) -> tuple[str, str] | None:
+def _mismatch(edition: Edition, made: Mapping[str, str], capability: int, version: bool) -> tuple[str, str] | None:
     """What the toolchain of a bundle and this machine disagree about, and a hint; what is not recorded may fit."""
     system, here = made.get("platform", "").partition("-")[0], platform.platform().partition("-")[0]
     if system and system != here:
         return f"it was built on {system}, this is {here}", f"export again on {here}"
-    built = made.get(flavour.name)
-    if version and built and built != flavour.version():
-        return _INVALID["VERSION_MISMATCH"][0].format(built=built, here=flavour.version()), _versions(flavour, made)
-    gpu = made.get(f"{flavour.name} gpu", "").upper().removeprefix("SM").replace(".", "")
+    built = made.get(edition.name)
+    if version and built and built != edition.version():
+        return _INVALID["VERSION_MISMATCH"][0].format(built=built, here=edition.version()), _versions(edition, made)
+    gpu = made.get(f"{edition.name} gpu", "").upper().removeprefix("SM").replace(".", "")
     if version and gpu and gpu != str(capability):
         return f"it was built for SM{gpu}, this GPU is SM{capability}", "export again on this machine"
     return None
 
 
 def _told(
-    flavour: Flavour, made: Mapping[str, str], runtime: Any, capability: int, header: bytes
+    edition: Edition, made: Mapping[str, str], runtime: Any, capability: int, header: bytes
 ) -> tuple[str, str] | None:
     """What TensorRT-RTX finds wrong with an engine, and a hint. Its diagnostics are a sum of the enum's values."""
-    trt, log = flavour.api(), log_of(flavour)
+    trt, log = edition.api(), log_of(edition)
     log.clear()
     validity, diagnostics = runtime.get_engine_validity(header)
     if validity != trt.EngineValidity.INVALID:  # one that is only SUBOPTIMAL runs
@@ -172,14 +172,14 @@ def _told(
     told = [both for name, both in _INVALID.items() if int(getattr(kinds, name)) & int(diagnostics)]
     if not told:  # a CUDA that does not work has left no more than this
         return next(iter(log.errors), "it does not say why"), "export again on this machine"
-    built = made.get(flavour.name, "an unknown version")
-    details = "; ".join(what for what, _ in told).format(built=built, here=flavour.version(), gpu=f"SM{capability}")
-    return details, told[0][1] or _versions(flavour, made)
+    built = made.get(edition.name, "an unknown version")
+    details = "; ".join(what for what, _ in told).format(built=built, here=edition.version(), gpu=f"SM{capability}")
+    return details, told[0][1] or _versions(edition, made)
 
 
-def _versions(flavour: Flavour, made: Mapping[str, str]) -> str:
-    built = f", or install {flavour.name} {made[flavour.name]}" if flavour.name in made else ""
-    return f"export again with {flavour.name} {flavour.version()}{built}"
+def _versions(edition: Edition, made: Mapping[str, str]) -> str:
+    built = f", or install {edition.name} {made[edition.name]}" if edition.name in made else ""
+    return f"export again with {edition.name} {edition.version()}{built}"
 
 
 _INVALID = {  # TensorRT-RTX's diagnostics by name: what each means, and what helps
@@ -204,7 +204,7 @@ class _Run:
     tensors: Mapping[str, Tensor]
 
     def __call__(self) -> None:
-        log_of(self.engines.flavour).clear()  # of what a capture was refused for
+        log_of(self.engines.edition).clear()  # of what a capture was refused for
         if not self.context.execute_async_v3(self.engines.stream):
             raise self.engines.failed(f"cannot run {self.graph}")
 

@@ -28,10 +28,10 @@ def top_k_gather(
     x,
     score,
     position,
-    kind,
+    token_type,
     y,
     kept_position,
-    kept_kind,
+    kept_type,
     tokens: tl.constexpr,
     keep: tl.constexpr,
     hidden: tl.constexpr,
@@ -41,8 +41,8 @@ def top_k_gather(
 ):
     """The `keep` = K of `tokens` = S with the highest score, in their order; of equals the earlier, NaN ranks last.
 
-    x [B,S,D] fp16, bf16 or fp32; score [B,S] fp32; position, kind [B,S] int64 -> y [B,K,D]; kept_position, kept_kind
-    [B,K] int64. `width` >= S, `rows`, `columns` are powers of two.
+    x [B,S,D] fp16, bf16 or fp32; score [B,S] fp32; position, token_type [B,S] int64 -> y [B,K,D];
+    kept_position, kept_type [B,K] int64. `width` >= S, `rows`, `columns` are powers of two.
 
     Program (i, b) moves what is kept of sequence b's tokens i * rows .. i * rows + rows - 1. Each program selects
     anew: the scores are a few KB that stay in the cache, and a second launch would cost more.
@@ -73,7 +73,7 @@ def top_k_gather(
     target = sequence * keep + before + tl.cumsum(kept.to(tl.int32), 0) - 1
 
     tl.store(kept_position + target, tl.load(position + source, kept), kept)
-    tl.store(kept_kind + target, tl.load(kind + source, kept), kept)
+    tl.store(kept_type + target, tl.load(token_type + source, kept), kept)
     for start in range(0, hidden, columns):
         column = start + tl.arange(0, columns)
         inside = kept[:, None] & (column < hidden)[None, :]

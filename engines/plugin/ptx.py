@@ -10,10 +10,10 @@ POINTERS = {  # the kernel's parameters, in TensorRT's order: inputs, then outpu
     "x": "",
     "score": "fp32",
     "position": "i64",
-    "kind": "i64",
+    "token_type": "i64",
     "y": "",
     "kept_position": "i64",
-    "kept_kind": "i64",
+    "kept_type": "i64",
 }
 ALIGNMENT = 16  # bytes, of every pointer: TensorRT's buffers have 256; it is what loads of four words need
 TARGET = 80  # compute capability: every GPU since runs its PTX; from 90 on Triton writes for one generation only

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-from himap_export.engines.nvinfer.flavour import DATACENTER
+from himap_export.engines.nvinfer.edition import DATACENTER
 from himap_export.engines.plugin.ptx import GatherShape, compile_gather
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import Dtype
@@ -35,25 +35,25 @@ def register() -> None:
     import tensorrt.plugin as trtp
 
     def describe(
-        x: trtp.TensorDesc, score: trtp.TensorDesc, position: trtp.TensorDesc, kind: trtp.TensorDesc, keep: int
+        x: trtp.TensorDesc, score: trtp.TensorDesc, position: trtp.TensorDesc, token_type: trtp.TensorDesc, keep: int
     ) -> tuple[trtp.TensorDesc, trtp.TensorDesc, trtp.TensorDesc]:
-        """The descriptors of y [B,K,D], kept_position and kept_kind [B,K], before any size is known."""
-        _dtype_of(x, score, position, kind)
+        """The descriptors of y [B,K,D], kept_position and kept_type [B,K], before any size is known."""
+        _dtype_of(x, score, position, token_type)
         batch, _, hidden = x.shape_expr
         y = trtp.from_shape_expr((batch, keep, hidden), x.dtype)
-        return y, *(trtp.from_shape_expr((batch, keep), index.dtype) for index in (position, kind))
+        return y, *(trtp.from_shape_expr((batch, keep), index.dtype) for index in (position, token_type))
 
     def implement(
         x: trtp.TensorDesc,
         score: trtp.TensorDesc,
         position: trtp.TensorDesc,
-        kind: trtp.TensorDesc,
+        token_type: trtp.TensorDesc,
         keep: int,
         outputs: tuple[trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
         """The kernel's name, PTX and launch; no scalars between its inputs and outputs: all sizes are compiled in."""
-        kernel = compile_gather(_shape(x, score, position, kind, keep))
+        kernel = compile_gather(_shape(x, score, position, token_type, keep))
         launch = trtp.KernelLaunchParams(*kernel.grid, *kernel.block, kernel.shared_bytes)
         return kernel.name, kernel.ptx, launch, trtp.SymIntExprs(0)
 
@@ -65,17 +65,17 @@ def _dtype_of(x: Any, *others: Any) -> Dtype:
     """x's dtype as ours; HimapError unless all four inputs are of types that the kernel reads."""
     found = [tensor.dtype.name for tensor in (x, *others)]
     if found[0] not in _DTYPES or found[1:] != ["FLOAT", "INT64", "INT64"]:
-        details = f"x, score, position and kind are {', '.join(found)}"
+        details = f"x, score, position and token_type are {', '.join(found)}"
         raise HimapError("TensorRT's top-k gather has no kernel for its inputs' types", details)
     return _DTYPES[found[0]]
 
 
-def _shape(x: Any, score: Any, position: Any, kind: Any, keep: int) -> GatherShape:
+def _shape(x: Any, score: Any, position: Any, token_type: Any, keep: int) -> GatherShape:
     """HimapError unless x is [B,S,D], the others [B,S], all sizes are fixed, and `keep` is in 1..S."""
-    dtype = _dtype_of(x, score, position, kind)
-    wide, *flat = (tuple(tensor.shape) for tensor in (x, score, position, kind))
+    dtype = _dtype_of(x, score, position, token_type)
+    wide, *flat = (tuple(tensor.shape) for tensor in (x, score, position, token_type))
     if len(wide) != 3 or min(wide) < 1 or any(shape != wide[:2] for shape in flat) or not 0 < keep <= wide[1]:
-        details = f"x is {list(wide)}, score, position and kind are {', '.join(str(list(s)) for s in flat)}"
+        details = f"x is {list(wide)}, score, position and token_type are {', '.join(str(list(s)) for s in flat)}"
         raise HimapError(f"TensorRT's top-k gather cannot keep {keep} tokens of these inputs", details)
     batch, tokens, hidden = wide
     return GatherShape(batch, tokens, keep, hidden, dtype)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.engines.nvinfer.flavour import RTX
+from himap_export.engines.nvinfer.edition import RTX
 from himap_export.engines.plugin.launch import Launcher
 from himap_export.engines.plugin.ptx import GatherKernel, GatherShape, compile_gather
 from himap_export.graphs.errors import Exit, HimapError
@@ -116,7 +116,7 @@ def _fields(trt: ModuleType, stored: dict[str, npt.NDArray[Any]]) -> Any:
 
 
 class _Gather:
-    """x [B,S,D], score [B,S] fp32, position and kind [B,S] int64 -> y [B,K,D], kept position and kind [B,K]."""
+    """x [B,S,D], score [B,S] fp32, position, token_type [B,S] int64 -> y [B,K,D], those kept of both [B,K]."""
 
     def __init__(self, keep: int, kernel: GatherKernel | None = None) -> None:
         for base in _bases(RTX.api()):
@@ -137,11 +137,11 @@ class _Gather:
         return [inputs[0], kinds.INT64, kinds.INT64]
 
     def get_output_shapes(self, inputs: Any, shape_inputs: Any, exprs: Any) -> list[Any]:
-        y, position, kind = (RTX.api().DimsExprs(rank) for rank in (3, 2, 2))
-        for out in (y, position, kind):
+        y, position, token_type = (RTX.api().DimsExprs(rank) for rank in (3, 2, 2))
+        for out in (y, position, token_type):
             out[0], out[1] = inputs[0][0], exprs.constant(self.keep)
         y[2] = inputs[0][2]
-        return [y, position, kind]
+        return [y, position, token_type]
 
     def supports_format_combination(self, at: int, tensors: Any, inputs: int) -> bool:
         trt, found = RTX.api(), tensors[at].desc

@@ -1,4 +1,4 @@
-"""Which selector keeps the right tokens? Every policy at four budgets of FLOPs on `shapes`, beside its controls.
+"""Which selector keeps the right tokens? Every policy at four budgets of FLOPs on `shapes`, beside its baselines.
 
     python examples/shapes/study.py --out study --docs docs/study
 
@@ -94,15 +94,15 @@ def command(name: str, *arguments: object) -> None:
 
 @dataclass(frozen=True)
 class Judged:
-    """One budget's report: {contender: {type: {mean, low, high}}}, and what each contender keeps of the FLOPs."""
+    """One budget's report: {system: {type: {mean, low, high}}}, and what each system keeps of the FLOPs."""
 
     name: str
     flops: dict[str, float]
     accuracy: dict[str, dict[str, dict[str, object]]]
 
-    def interval(self, contender: str, kind: str) -> tuple[float, float, float]:
+    def interval(self, system: str, kind: str) -> tuple[float, float, float]:
         """Mean, low and high, in percent."""
-        found = self.accuracy[contender][kind]["accuracy"]
+        found = self.accuracy[system][kind]["accuracy"]
         assert isinstance(found, dict)
         return 100 * found["mean"], 100 * found["low"], 100 * found["high"]
 
@@ -112,7 +112,7 @@ def read(name: str, report: Path) -> Judged:
     return Judged(name, found["flops_kept"], found["accuracy"])
 
 
-# As the study names them -> as a report does: the controls at HiMAP's cuts.
+# As the study names them -> as a report does: the baselines at HiMAP's cuts.
 SHOWN = {
     "himap": "himap", "intra-visual": "intra-visual", "fastv": "fastv", "truncation": "truncation",
     "random": "random-himap", "uniform": "uniform-himap", "none": "none",
@@ -131,10 +131,10 @@ def tables(budgets: Sequence[Judged]) -> list[str]:
         ]
         found += [f"| policy | all | {' | '.join(TYPES)} |", "|---" * (2 + len(TYPES)) + "|"]
         best = {kind: max(budget.interval(SHOWN[p], kind)[0] for p in SHOWN if p != "none") for kind in ("all", *TYPES)}
-        for policy, contender in SHOWN.items():
+        for policy, system in SHOWN.items():
             cells = []
             for kind in ("all", *TYPES):
-                mean, low, high = budget.interval(contender, kind)
+                mean, low, high = budget.interval(system, kind)
                 text = f"{mean:.1f} ({low:.1f} to {high:.1f})"
                 cells.append(f"**{text}**" if policy != "none" and mean == best[kind] else text)
             found.append(f"| {policy} | {' | '.join(cells)} |")
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("study"), help="bundles, answers and reports (default: study)")
     parser.add_argument("--docs", type=Path, help="also write the tables and figures there")
     parser.add_argument("--per-type", type=int, default=1000, help="questions of each type (default: 1000)")
-    parser.add_argument("--seeds", type=int, default=5, help="of the random control (default: 5)")
+    parser.add_argument("--seeds", type=int, default=5, help="of the random baseline (default: 5)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     study = Study(args.out, write(args.out, args.per_type), args.seeds)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from nvinfer_stand_ins import Opened, bound, stand_ins
 
-from himap_export.engines.nvinfer.flavour import RTX, log_of
+from himap_export.engines.nvinfer.edition import RTX, log_of
 from himap_export.graphs.errors import HimapError
 
 

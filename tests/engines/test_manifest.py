@@ -1,4 +1,4 @@
-"""The manifest seals itself, and nothing in it leads out of the bundle, asks for what is not there, or goes unread."""
+"""The manifest carries its digest; nothing in it leads out of the bundle, asks for what is not there, or is unread."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from msgspec import json as msgspec_json
 
 from himap_export.engines.bundle import open_bundle
 from himap_export.engines.cli import main as run_main
-from himap_export.engines.manifest import Manifest, manifest_json, read_manifest, sealed
+from himap_export.engines.manifest import Manifest, finalised, manifest_json, read_manifest
 from himap_export.graphs.errors import Exit, HimapError
 
 Json = dict[str, Any]
@@ -25,13 +25,13 @@ def bundle(work: Workshop, tmp_path: Path) -> Path:
     return Path(shutil.copytree(work.bundle("golden", "--k2", 5), tmp_path / "bundle"))
 
 
-def rewrite(bundle: Path, change: Callable[[Json], object], seal: bool) -> None:
-    """Edits the manifest as JSON; `seal` as an attacker would, who knows how."""
+def rewrite(bundle: Path, change: Callable[[Json], object], finalise: bool) -> None:
+    """Edits the manifest as JSON; `finalise` as an attacker would, who knows how."""
     file = bundle / "manifest.json"
     data = json.loads(file.read_text())
     change(data)
-    if seal:
-        file.write_bytes(manifest_json(sealed(msgspec_json.decode(json.dumps(data), type=Manifest))))
+    if finalise:
+        file.write_bytes(manifest_json(finalised(msgspec_json.decode(json.dumps(data), type=Manifest))))
     else:
         file.write_text(json.dumps(data))
 
@@ -58,9 +58,9 @@ def put(*path: Any) -> Callable[[Json], object]:
 PREPROCESSING = ("pictures", "56x56", "preprocessing")
 
 
-def test_the_seal_is_of_the_content_not_of_the_spelling(bundle: Path) -> None:
+def test_the_digest_is_of_the_content_not_of_the_spelling(bundle: Path) -> None:
     manifest = read_manifest(bundle)
-    assert sealed(manifest) == manifest and len(manifest.seal) == 64
+    assert finalised(manifest) == manifest and len(manifest.digest) == 64
     data = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(dict(reversed(data.items()))))
     assert open_bundle(bundle).manifest == manifest
@@ -79,13 +79,13 @@ def test_the_seal_is_of_the_content_not_of_the_spelling(bundle: Path) -> None:
         put("weight_form", "embedded"),
         put("dtype", "fp16"),
         put("files", "k1.onnx", "bytes", 1),
-        put("seal", "0" * 64),
-        put("seal", ""),
-        lambda data: data.pop("seal"),
+        put("digest", "0" * 64),
+        put("digest", ""),
+        lambda data: data.pop("digest"),
     ],
 )
 def test_a_changed_manifest_is_refused(bundle: Path, change: Callable[[Json], object]) -> None:
-    rewrite(bundle, change, seal=False)
+    rewrite(bundle, change, finalise=False)
     refused(bundle, "has changed since export")
 
 
@@ -105,7 +105,7 @@ def test_a_changed_manifest_is_refused(bundle: Path, change: Callable[[Json], ob
     ],
 )
 def test_fields_are_typed_bounded_and_known(bundle: Path, change: Callable[[Json], object], words: str) -> None:
-    rewrite(bundle, change, seal=False)
+    rewrite(bundle, change, finalise=False)
     refused(bundle, "is damaged")
     refused(bundle, words)
 
@@ -143,7 +143,7 @@ def test_paths_lead_nowhere_else(bundle: Path, name: str) -> None:
         data["graphs"]["k1"]["file"] = name
         data["files"][name] = data["files"]["k1.onnx"]
 
-    rewrite(bundle, listed, seal=True)
+    rewrite(bundle, listed, finalise=True)
     refused(bundle, "leads out of the bundle")
 
 
@@ -161,8 +161,8 @@ def test_paths_lead_nowhere_else(bundle: Path, name: str) -> None:
     ],
 )
 def test_what_it_refers_to_is_there(bundle: Path, change: Callable[[Json], object], words: str) -> None:
-    """Even sealed again."""
-    rewrite(bundle, change, seal=True)
+    """Even with a new digest."""
+    rewrite(bundle, change, finalise=True)
     refused(bundle, words)
 
 
@@ -183,17 +183,17 @@ def test_files_are_plain_and_no_others_lie_there(bundle: Path, tmp_path: Path) -
 
 
 def test_a_deployment_can_pin_the_digest(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    seal, inputs = read_manifest(bundle).seal, save_inputs(tmp_path / "in.npz", golden_inputs())
+    digest, inputs = read_manifest(bundle).digest, save_inputs(tmp_path / "in.npz", golden_inputs())
     asked = (bundle, "--load-inputs", inputs, "--max-new-tokens", 1, "--threads", 1)
-    assert call(run_main, *asked, "--expect-sha256", seal.upper()) == 0
-    rewrite(bundle, put("model", "pad_token", 7), seal=True)
-    assert call(run_main, *asked) == 0  # sealed anew, nothing tells
+    assert call(run_main, *asked, "--expect-sha256", digest.upper()) == 0
+    rewrite(bundle, put("model", "pad_token", 7), finalise=True)
+    assert call(run_main, *asked) == 0  # given a new digest, nothing tells
     capsys.readouterr()
-    assert call(run_main, *asked, "--expect-sha256", seal) == 1
+    assert call(run_main, *asked, "--expect-sha256", digest) == 1
     assert "is not the bundle expected" in capsys.readouterr().err
     for flags, words in (
         (("--expect-sha256", "xyz"), "64 hexadecimal digits"),
-        (("--expect-sha256", seal, "--no-verify"), "excludes --no-verify"),
+        (("--expect-sha256", digest, "--no-verify"), "excludes --no-verify"),
     ):
         assert call(run_main, *asked, *flags) == 2
         assert words in capsys.readouterr().err
@@ -205,5 +205,5 @@ def test_no_verify_names_what_it_skips(bundle: Path, tmp_path: Path, capsys: pyt
     assert call(run_main, bundle, *flags) == 0
     files = len(read_manifest(bundle).files)
     assert f"not verified: the content of {files} files" in capsys.readouterr().err
-    rewrite(bundle, put("model", "pad_token", 7), seal=False)
-    assert call(run_main, bundle, *flags) == 1  # the seal is always checked
+    rewrite(bundle, put("model", "pad_token", 7), finalise=False)
+    assert call(run_main, bundle, *flags) == 1  # the digest is always checked

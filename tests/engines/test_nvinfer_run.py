@@ -11,7 +11,7 @@ from nvinfer_stand_ins import FakeCuda, Opened, bound, stand_ins
 
 from himap_export.engines.manifest import EngineRecord, TensorSpec
 from himap_export.engines.nvinfer import cuda_memory, run
-from himap_export.engines.nvinfer.flavour import DATACENTER, RTX, log_of
+from himap_export.engines.nvinfer.edition import DATACENTER, RTX, log_of
 from himap_export.engines.nvinfer.run import open_engines
 from himap_export.engines.plugin import tensorrt_rtx as plugin
 from himap_export.graphs.errors import Exit, HimapError

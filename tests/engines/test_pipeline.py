@@ -21,7 +21,7 @@ from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline, Prefilled, tensor_name
 from himap_export.engines.sampling import Sampler, Sampling
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.criteria import himap
+from himap_export.validate.reference.criteria import himap
 
 Ints = NDArray[np.int64]
 CUTS, NEW = himap(2, 4, 0.5, 0.75), 12

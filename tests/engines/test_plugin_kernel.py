@@ -89,20 +89,25 @@ def guarded(array: NDArray[Any], around: Any) -> NDArray[Any]:
 def launch(
     interpreter: Interpreter, scores: Floats, keep: int, hidden: int, dtype: Dtype
 ) -> tuple[tuple[NDArray[Any], ...], tuple[NDArray[Any], ...]]:
-    """(x, position, kind), of random bits, and (y, kept_position, kept_kind); writes elsewhere are refused here."""
+    """(x, position, token_type) of random bits, and (y, kept_position, kept_type); writes elsewhere are refused."""
     batch, tokens = scores.shape
     random = np.random.default_rng(tokens + keep)
     bits = BITS[dtype]
     x = random.integers(0, np.iinfo(bits).max, (batch, tokens, hidden), bits, endpoint=True)
-    position, kind = random.integers(-(1 << 62), 1 << 62, (2, batch, tokens))
-    inputs = guarded(x, 0), guarded(scores, INF), guarded(position, 0), guarded(kind, 0)  # reads outside would win
+    position, token_type = random.integers(-(1 << 62), 1 << 62, (2, batch, tokens))
+    inputs = (
+        guarded(x, 0),
+        guarded(scores, INF),
+        guarded(position, 0),
+        guarded(token_type, 0),
+    )  # reads outside would win
     shapes = ((batch, keep, hidden), bits), ((batch, keep), np.int64), ((batch, keep), np.int64)
-    blank = (guarded(np.full(shape, UNTOUCHED, kind), UNTOUCHED) for shape, kind in shapes)
+    blank = (guarded(np.full(shape, UNTOUCHED, dtype), UNTOUCHED) for shape, dtype in shapes)
     outputs = interpreter(GatherShape(batch, tokens, keep, hidden, dtype), *inputs, *blank)
     for output in outputs:
         assert (output[:GUARD] == UNTOUCHED).all() and (output[-GUARD:] == UNTOUCHED).all()
     results = tuple(o[GUARD:-GUARD].reshape(shape) for o, (shape, _) in zip(outputs, shapes, strict=True))
-    return (x, position, kind), results
+    return (x, position, token_type), results
 
 
 def check(interpreter: Interpreter, scores: Floats, keep: int, hidden: int = 3, dtype: Dtype = "fp16") -> None:
@@ -136,7 +141,7 @@ def cuts(draw: st.DrawFn) -> tuple[Floats, int]:
 @example(cut=(np.array([[-0.0, 0.0, -0.0, 0.0]], np.float32), 2), hidden=3, dtype="fp32")  # equal, whatever their sign
 @example(cut=(np.array([[0.0, -1e-45, -0.0, 1e-45]], np.float32), 2), hidden=3, dtype="fp32")  # subnormal, not zero
 @settings(max_examples=40, deadline=None)
-def test_keeps_what_the_numpy_statement_keeps(
+def test_keeps_what_the_numpy_oracle_keeps(
     interpreter: Interpreter, cut: tuple[Floats, int], hidden: int, dtype: Dtype
 ) -> None:
     check(interpreter, *cut, hidden, dtype)
@@ -184,18 +189,18 @@ def test_agrees_with_the_standard_operators(interpreter: Interpreter) -> None:
     batch, tokens, keep, hidden = 2, 61, 30, 7
     f = Frame("gather", "fp32")
     x, score = f.input("x", (batch, tokens, hidden)), f.input("score", (batch, tokens), ir.DataType.FLOAT)
-    position, kind = (f.integers(name, batch, tokens) for name in ("position", "kind"))
-    outputs = top_k_gather(f.op, x, score, position, kind, keep)
+    position, token_type = (f.integers(name, batch, tokens) for name in ("position", "token_type"))
+    outputs = top_k_gather(f.op, x, score, position, token_type, keep)
     f.output("y", outputs[0], (batch, keep, hidden))
-    for name, value in (("kept", outputs[1]), ("kept_kind", outputs[2])):
+    for name, value in (("kept", outputs[1]), ("kept_type", outputs[2])):
         f.output(name, value, (batch, keep), ir.DataType.INT64)
     session = onnxruntime.InferenceSession(ir.to_proto(f.finish().model).SerializeToString())
 
     scores = np.random.default_rng(0).choice(np.array(VALUES, np.float32), (batch, tokens))
     inputs, results = launch(interpreter, scores, keep, hidden, "fp32")
-    feeds = {"x": inputs[0].view(np.float32), "score": scores, "position": inputs[1], "kind": inputs[2]}
-    y, kept, kept_kind = session.run(None, feeds)
-    for ours, theirs in zip(results, (y.view(np.uint32), kept, kept_kind), strict=True):
+    feeds = {"x": inputs[0].view(np.float32), "score": scores, "position": inputs[1], "token_type": inputs[2]}
+    y, kept, kept_type = session.run(None, feeds)
+    for ours, theirs in zip(results, (y.view(np.uint32), kept, kept_type), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 

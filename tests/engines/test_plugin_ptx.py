@@ -106,7 +106,7 @@ def test_rows_move_in_pieces_of_16_bytes(dtype: Dtype) -> None:
     assert constants["columns"] == 1024 and pieces in (4, 8)
     assert moves.pop("ld.global.v4.b32") == pieces + 3  # and scores: 8 of 1024 for each thread, then all of 4
     assert moves.pop("st.global.v4.b32") == pieces
-    assert moves == {"ld.global.b32": 1, "ld.global.b64": 2, "st.global.b64": 2}  # a score; position and kind
+    assert moves == {"ld.global.b32": 1, "ld.global.b64": 2, "st.global.b64": 2}  # a score; position and token_type
 
 
 def test_hidden_parameters_are_cut_off_unless_read() -> None:

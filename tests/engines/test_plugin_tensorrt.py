@@ -117,14 +117,14 @@ class Child:
         creator = self.registry.get_creator("TopKGather", "1", "himap")
         return creator.create_plugin("TopKGather", "himap", fields, trt.TensorRTPhase.BUILD, wish)
 
-    def tensor(self, kind: Any, shape: list[int]) -> Any:
+    def tensor(self, dtype: Any, shape: list[int]) -> Any:
         made = self.trt.DynamicPluginTensorDesc()
-        made.desc.dims, made.desc.type, made.desc.format = shape, kind, self.trt.TensorFormat.LINEAR
+        made.desc.dims, made.desc.type, made.desc.format = shape, dtype, self.trt.TensorFormat.LINEAR
         return made
 
-    def build(self, keep: int, kinds: list[str], shapes: list[list[int]]) -> dict[str, Any]:
+    def build(self, keep: int, dtypes: list[str], shapes: list[list[int]]) -> dict[str, Any]:
         """All that TensorRT learns of one plugin while it builds an engine; a shape's -1 is unknown."""
-        plugin, inputs = self.create(keep), [self.trt.DataType.__members__[kind] for kind in kinds]
+        plugin, inputs = self.create(keep), [self.trt.DataType.__members__[dtype] for dtype in dtypes]
         types = plugin.get_output_data_types(inputs, [len(shape) for shape in shapes])
         exprs = plugin.get_output_shapes([[self.sizes.constant(n) for n in s] for s in shapes], [], self.sizes)
         sizes = [[size.get_constant_value() for size in expr] for expr in exprs]
@@ -140,7 +140,7 @@ class Child:
         name, ptx = plugin.get_kernel(descs[: len(inputs)], descs[len(inputs) :])
         return {
             "class": type(plugin).__name__,
-            "outputs": [[kind.name, size] for kind, size in zip(types, sizes, strict=True)],
+            "outputs": [[dtype.name, size] for dtype, size in zip(types, sizes, strict=True)],
             "aliased": [plugin.get_aliased_input(i) for i in range(plugin.get_num_outputs())],
             "taken": [[desc.type.name, desc.format.name] for desc in taken],
             "tactics": tactics,
@@ -195,10 +195,10 @@ class Bindings:
             raise ChildError(error)
         return result
 
-    def build(self, shape: GatherShape, kinds: list[str] | None = None, wide: list[int] | None = None) -> Any:
+    def build(self, shape: GatherShape, dtypes: list[str] | None = None, wide: list[int] | None = None) -> Any:
         flat = [shape.batch, shape.tokens]
         shapes = [wide or [*flat, shape.hidden], flat, flat, flat]
-        return self.ask("build", shape.keep, kinds or [NAMES[shape.dtype], "FLOAT", "INT64", "INT64"], shapes)
+        return self.ask("build", shape.keep, dtypes or [NAMES[shape.dtype], "FLOAT", "INT64", "INT64"], shapes)
 
 
 @pytest.fixture(scope="module")
@@ -245,8 +245,8 @@ def test_what_an_engine_is_built_from(bindings: Bindings, shape: GatherShape, tm
     assert built["class"] == "_TemplateAOTPlugin"
     assert built["outputs"] == [[x, [*kept, shape.hidden]], ["INT64", kept], ["INT64", kept]]
     assert built["aliased"] == [-1, -1, -1]
-    kinds = [x, "FLOAT", "INT64", "INT64", x, "INT64", "INT64"]
-    assert built["taken"] == [[kind, "LINEAR"] for kind in kinds] and built["tactics"] == []
+    dtypes = [x, "FLOAT", "INT64", "INT64", x, "INT64", "INT64"]
+    assert built["taken"] == [[dtype, "LINEAR"] for dtype in dtypes] and built["tactics"] == []
     assert built["launch"] == dict(zip(LAUNCH, (*kernel.grid, *kernel.block, kernel.shared_bytes), strict=True))
     assert built["scalars"] == 0
     assert (built["name"], built["ptx"]) == (kernel.name, kernel.ptx)
@@ -266,23 +266,23 @@ def test_its_ptx_is_a_kernel_of_seven_pointers(bindings: Bindings, shape: Gather
 
 
 @pytest.mark.parametrize(
-    ("kinds", "wide", "keep", "said"),
+    ("dtypes", "wide", "keep", "said"),
     [
-        (["INT8", "FLOAT", "INT64", "INT64"], None, 4, "types: x, score, position and kind are INT8, FLOAT"),
+        (["INT8", "FLOAT", "INT64", "INT64"], None, 4, "types: x, score, position and token_type are INT8, FLOAT"),
         (["HALF", "HALF", "INT64", "INT64"], None, 4, "no kernel for its inputs' types"),
         (["HALF", "FLOAT", "INT32", "INT64"], None, 4, "no kernel for its inputs' types"),
         (None, [1, -1, 16], 4, r"cannot keep 4 tokens of these inputs: x is \[1, -1, 16\]"),
-        (None, [1, 8, -1], 4, r"x is \[1, 8, -1\], score, position and kind are \[1, 8\], \[1, 8\], \[1, 8\]"),
+        (None, [1, 8, -1], 4, r"x is \[1, 8, -1\], score, position and token_type are \[1, 8\], \[1, 8\], \[1, 8\]"),
         (None, [1, 9, 16], 4, r"x is \[1, 9, 16\]"),
         (None, None, 9, "cannot keep 9 tokens"),
         (None, None, 0, "cannot keep 0 tokens"),
     ],
 )
 def test_what_it_cannot_do_is_refused(
-    bindings: Bindings, kinds: list[str] | None, wide: list[int] | None, keep: int, said: str
+    bindings: Bindings, dtypes: list[str] | None, wide: list[int] | None, keep: int, said: str
 ) -> None:
     with pytest.raises(ChildError, match=said) as caught:
-        bindings.build(GatherShape(1, 8, keep, 16, "fp16"), kinds, wide)
+        bindings.build(GatherShape(1, 8, keep, 16, "fp16"), dtypes, wide)
     assert str(caught.value).startswith("HimapError: TensorRT's top-k gather ") and "\n" not in str(caught.value)
 
 

@@ -149,10 +149,16 @@ def test_a_kernel_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, fail
 def test_only_the_kernels_types_are_taken() -> None:
     made = plugin._plugin_class(trt)(4)
 
-    def taken(at: int, *kinds: Any) -> bool:
+    def taken(at: int, *dtypes: Any) -> bool:
         tensors = [
-            SimpleNamespace(desc=SimpleNamespace(type=kind, format=trt.TensorFormat.LINEAR))
-            for kind in (*kinds, trt.DataType.INT64, trt.DataType.INT64, kinds[0], *[trt.DataType.INT64] * 2)
+            SimpleNamespace(desc=SimpleNamespace(type=dtype, format=trt.TensorFormat.LINEAR))
+            for dtype in (
+                *dtypes,
+                trt.DataType.INT64,
+                trt.DataType.INT64,
+                dtypes[0],
+                *[trt.DataType.INT64] * 2,
+            )
         ]
         return bool(made.supports_format_combination(at, tensors, 4))
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import InternVLForConditionalGeneration
 
-from himap_export.engines.nvinfer.flavour import RTX, log_of
+from himap_export.engines.nvinfer.edition import RTX, log_of
 from himap_export.exporter import family
 from himap_export.exporter.bind import WeightNames
 from himap_export.exporter.families.internvl import FAMILY, _full

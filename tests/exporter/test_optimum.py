@@ -17,7 +17,7 @@ from himap_export.exporter.cli import main as himap_export
 def substance(bundle: Path) -> dict[str, Any]:
     """The manifest, without what differs from one export to the next: its command line and how long builds took."""
     manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_text())
-    del manifest["command"], manifest["seal"]
+    del manifest["command"], manifest["digest"]
     for engines in manifest["engines"].values():
         for record in engines.values():
             del record["seconds"]

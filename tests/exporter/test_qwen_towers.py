@@ -18,7 +18,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryE
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
-from himap_export.engines.nvinfer.flavour import RTX, log_of
+from himap_export.engines.nvinfer.edition import RTX, log_of
 from himap_export.exporter.families import qwen2_5_vl, qwen3_vl
 from himap_export.exporter.family import Family, Picture
 from himap_export.exporter.vision import vision_graph

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from torch.nn import functional
 
-from himap_export.engines.nvinfer.flavour import RTX, log_of
+from himap_export.engines.nvinfer.edition import RTX, log_of
 from himap_export.engines.weight_file import base_name
 from himap_export.exporter.families import tiktoken as ranks_file
 from himap_export.exporter.families.qwen_vl import FAMILY

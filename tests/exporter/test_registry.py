@@ -12,9 +12,9 @@ from himap_export.exporter import registry
 from himap_export.exporter.aliases import ALIASES
 from himap_export.exporter.registry import resolve
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.loading import checkpoint_folder, load_reference
-from himap_export.validate.originals.llava_original import load
-from himap_export.validate.prompter import prompter_of_checkpoint
+from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
+from himap_export.validate.checkpoint import checkpoint_folder, load_reference
+from himap_export.validate.reference.legacy.llava_original import load
 
 RELEASE = Path(__file__).parents[1] / "fixtures/internvl-v1-tiny"
 TOWER = "vision_tower_intern_vit_6b"

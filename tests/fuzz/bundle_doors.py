@@ -23,10 +23,10 @@ Originals = Mapping[str, Path]
 
 
 def doors(originals: Originals) -> list[Door]:
-    """Manifests as they are and sealed again by the attacker, arrays, pictures."""
+    """Manifests as they are and given a new digest by the attacker, arrays, pictures."""
     return [
         _manifests("manifest", originals, lambda text: text, lambda fault: ""),
-        _manifests("sealed manifest", originals, reseal, _of_an_own_bundle),
+        _manifests("manifest with a new digest", originals, with_new_digest, _of_an_own_bundle),
         _arrays(originals),
         _pictures(originals),
     ]
@@ -40,18 +40,18 @@ def answered(text: str) -> str:
 # --- manifests ---
 
 
-def reseal(text: bytes) -> bytes:
-    """The manifest with a seal that fits, as an attacker would write it; as it is, if it is no manifest."""
-    from himap_export.engines.manifest import Manifest, manifest_json, sealed
+def with_new_digest(text: bytes) -> bytes:
+    """The manifest with a digest that fits, as an attacker would write it; as it is, if it is no manifest."""
+    from himap_export.engines.manifest import Manifest, finalised, manifest_json
     from himap_export.graphs.errors import HimapError
 
     try:
-        return manifest_json(sealed(msgspec.json.decode(text, type=Manifest)))
+        return manifest_json(finalised(msgspec.json.decode(text, type=Manifest)))
     except (msgspec.MsgspecError, RecursionError, ValueError, HimapError):
         return text
 
 
-# Whoever seals a manifest again made a bundle of their own. What is harmless in it, and why.
+# Whoever gives a manifest a new digest made a bundle of their own. What is harmless in it, and why.
 OWN = (
     (r"toolchain\..*|command.*|model\.(name|source|architecture)", ".*", "words about the bundle's making"),
     (r"engines\..*\.(seconds|gather|layers|kernels).*", ".*", "a report, not an instruction"),
@@ -74,7 +74,7 @@ def _fits(fault: Fault, place: str, value: str) -> bool:
 
 
 def _manifests(
-    name: str, originals: Originals, seal: Callable[[bytes], bytes], harmless: Callable[[Fault], str]
+    name: str, originals: Originals, finalise: Callable[[bytes], bytes], harmless: Callable[[Fault], str]
 ) -> Door:
     text = (originals["bundle"] / MANIFEST).read_bytes()
 
@@ -82,11 +82,11 @@ def _manifests(
         def prepare(room: Room) -> Arguments:
             bundle = room.copy("bundle")
             if fault is not None:
-                room.write(bundle / MANIFEST, seal(fault.spoil(text)))
+                room.write(bundle / MANIFEST, finalise(fault.spoil(text)))
             return (bundle, "--load-inputs", room.copy("in.npz"), *RUN)
 
         # Sealed again, a change that the answer does not show is one of the reports. Unsealed, none is allowed but to
-        # leave out what has the default's value: the manifest is the same then, and so is its seal.
+        # leave out what has the default's value: the manifest is the same then, and so is its digest.
         same = fault is None or harmless is _of_an_own_bundle or fault.value == "deleted"
         why = harmless(fault) if fault else ""
         return Case(name, fault.name if fault else "good", "himap-run", prepare, why, same, result=answered)

@@ -83,7 +83,7 @@ def _phase(new: Path, part: int, export: Any) -> str:
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
     if part == 4:
-        export.sealed = read_manifest(export.work)
+        export.finalised = read_manifest(export.work)
     return ""
 
 
@@ -101,7 +101,7 @@ def _export(job: Job, new: Path) -> None:
 
     patches: dict[tuple[object, str], Callable[..., Any]] = {
         (export.Export, name): partial(_phase, new, n)
-        for n, name in enumerate(("vision", "stages", "weights", "compile", "seal"))
+        for n, name in enumerate(("vision", "stages", "weights", "compile", "digest"))
     }
     # partial objects are no methods: bound by hand
     patches = {place: (lambda self, phase=phase: phase(self)) for place, phase in patches.items()}

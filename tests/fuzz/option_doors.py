@@ -24,7 +24,7 @@ GOOD = {
 PATCHES = {
     "himap-run": {"himap_export.engines.pipeline:Pipeline": stop},
     "himap-validate": {"himap_export.engines.pipeline:Pipeline": stop},
-    "himap-analyze": {"himap_export.validate.loading:load_reference": stop},
+    "himap-analyze": {"himap_export.validate.checkpoint:load_reference": stop},
     "himap-tune": {"himap_export.validate.tuning.tune:tune": stop},
 }
 

@@ -11,7 +11,7 @@ from fuzz.contract import Arguments, Case, Door, Room, stop
 
 Originals = Mapping[str, Path]
 BEFORE = {"himap_export.exporter.export:Export.vision": stop}
-REFERENCE = {"himap_export.validate.loading:load_reference": stop}
+REFERENCE = {"himap_export.validate.checkpoint:load_reference": stop}
 TUNE = {"himap_export.validate.tuning.tune:tune": stop}
 ENGINES = {"himap_export.engines.pipeline:Pipeline": stop}
 

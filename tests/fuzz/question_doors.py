@@ -24,7 +24,7 @@ ANSWER = {"policy": "qa", "seed": 0, "line": 1, "id": "7", "type": "", "said": "
 
 def doors(originals: Originals) -> list[Door]:
     """Data sets of himap-analyze and himap-tune, and the log of both others."""
-    analyze = ("himap_export.validate.loading:load_reference", "himap-analyze", ())
+    analyze = ("himap_export.validate.checkpoint:load_reference", "himap-analyze", ())
     tune = ("himap_export.validate.tuning.tune:tune", "himap-tune", ("--no-time", "--r1", "0.5", "--r2", "0.5"))
     return [*(_data_sets(originals, *how) for how in (analyze, tune)), _logs()]
 
@@ -123,7 +123,7 @@ def _resume() -> None:
     """Reads a log and goes on with it, as himap-validate and himap-tune do."""
     import sys
 
-    from himap_export.validate.answers import AnswerLog, read_log
+    from himap_export.validate.accuracy.answers import AnswerLog, read_log
 
     def body() -> None:
         log = Path(sys.argv[1])

@@ -18,7 +18,7 @@ import pytest
 from fuzz.crash import Ended, Job
 
 from himap_export.engines.bundle import open_bundle
-from himap_export.engines.manifest import FILE_NAME, manifest_json, read_manifest, sealed
+from himap_export.engines.manifest import FILE_NAME, finalised, manifest_json, read_manifest
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NEW = ("himap-export", "the new one")
@@ -31,7 +31,7 @@ def new_bundle(originals: Mapping[str, Path], tmp_path_factory: pytest.TempPathF
     """The old bundle in all but its manifest's words."""
     folder = Path(shutil.copytree(originals["bundle"], tmp_path_factory.mktemp("new") / "new"))
     changed = msgspec.structs.replace(read_manifest(folder), command=NEW)
-    (folder / FILE_NAME).write_bytes(manifest_json(sealed(changed)))
+    (folder / FILE_NAME).write_bytes(manifest_json(finalised(changed)))
     return folder
 
 

@@ -25,10 +25,10 @@ def session(batch: int, tokens: int, keep: int, dtype: Dtype) -> onnxruntime.Inf
     f = Frame("gather", dtype)
     x = f.input("x", (batch, tokens, HIDDEN))
     score = f.input("score", (batch, tokens), ir.DataType.FLOAT)
-    position, kind = (f.integers(name, batch, tokens) for name in ("position", "kind"))
-    outputs = top_k_gather(f.op, x, score, position, kind, keep)
+    position, token_type = (f.integers(name, batch, tokens) for name in ("position", "token_type"))
+    outputs = top_k_gather(f.op, x, score, position, token_type, keep)
     f.output("y", outputs[0], (batch, keep, HIDDEN))
-    for name, value in (("kept", outputs[1]), ("kept_kind", outputs[2])):
+    for name, value in (("kept", outputs[1]), ("kept_type", outputs[2])):
         f.output(name, value, (batch, keep), ir.DataType.INT64)
     graph = f.finish()
     assert [(node.domain, node.op_type) for node in graph.model.graph] == [("himap", "TopKGather")]
@@ -47,16 +47,16 @@ def top_k(scores: Floats, keep: int) -> list[int]:
 
 
 def check(scores: Floats, keep: int, dtype: Dtype = "fp32") -> None:
-    """x, position and kind are all different, so that any row taken from elsewhere shows."""
+    """x, position and token_type are all different, so that any row taken from elsewhere shows."""
     batch, tokens = scores.shape
     x = np.arange(batch * tokens * HIDDEN).reshape(batch, tokens, HIDDEN).astype(IR_DTYPE[dtype].numpy())
     position = 7 + 2 * np.arange(batch * tokens).reshape(batch, tokens)
-    kind = -position
-    feeds = {"x": x, "score": scores, "position": position, "kind": kind}
-    y, kept, kept_kind = session(batch, tokens, keep, dtype).run(None, feeds)
+    token_type = -position
+    feeds = {"x": x, "score": scores, "position": position, "token_type": token_type}
+    y, kept, kept_type = session(batch, tokens, keep, dtype).run(None, feeds)
     chosen = np.array([top_k(row, keep) for row in scores])
     np.testing.assert_array_equal(kept, np.take_along_axis(position, chosen, 1))
-    np.testing.assert_array_equal(kept_kind, np.take_along_axis(kind, chosen, 1))
+    np.testing.assert_array_equal(kept_type, np.take_along_axis(token_type, chosen, 1))
     np.testing.assert_array_equal(y, np.take_along_axis(x, chosen[:, :, None], 1))
     assert y.dtype == x.dtype and (np.diff(kept, axis=1) > 0).all()
 
@@ -81,7 +81,7 @@ def cuts(draw: st.DrawFn) -> tuple[Floats, int]:
 @example((np.array([[NAN, -INF, NAN, -INF, 1]], np.float32), 3), "fp32")
 @example((np.array([[-0.0, 0.0, -0.0, 0.0]], np.float32), 2), "fp32")  # equal, whatever their sign
 @settings(max_examples=300)
-def test_keeps_what_the_numpy_statement_keeps(cut: tuple[Floats, int], dtype: Dtype) -> None:
+def test_keeps_what_the_numpy_oracle_keeps(cut: tuple[Floats, int], dtype: Dtype) -> None:
     check(*cut, dtype)
 
 
@@ -98,7 +98,7 @@ def test_a_stage_of_real_size(keep: int, dtype: Dtype) -> None:
     check(scores, keep, dtype)
 
 
-def test_the_statement_itself() -> None:
+def test_the_oracle_itself() -> None:
     """The rules, spelled out: what the other tests compare with."""
     assert top_k(np.array([1, 3, 2, 3], np.float32), 2) == [1, 3]
     assert top_k(np.array([1, 1, 1], np.float32), 2) == [0, 1]
@@ -111,7 +111,7 @@ def test_the_node_says_what_a_plugin_needs() -> None:
     """TensorRT finds the plugin by these; without `plugin_namespace` it would always inline the function."""
     f = Frame("gather", "fp16")
     x, score = f.input("x", (1, 8, HIDDEN)), f.input("score", (1, 8), ir.DataType.FLOAT)
-    top_k_gather(f.op, x, score, f.integers("position", 1, 8), f.integers("kind", 1, 8), 4)
+    top_k_gather(f.op, x, score, f.integers("position", 1, 8), f.integers("token_type", 1, 8), 4)
     (node,) = f.graph
     assert {name: attribute.value for name, attribute in node.attributes.items()} == {
         "keep": 4,

@@ -81,8 +81,10 @@ def both(spec: DecoderSpec, position: NDArray[np.int64], dtype: Dtype) -> tuple[
     weights = {f"layers.{LAYER}.{name}": weight.numpy() for name, weight in layer.state_dict().items()}
     assert graph.weights == {name: weight.shape for name, weight in weights.items()}
     x = np.random.default_rng(1).standard_normal((batch, tokens, spec.hidden)).astype(np.float32)
-    kind = np.float16 if dtype == "fp16" else np.float32
-    outputs = run(graph, {"x": x.astype(kind), "position": position} | {k: w.astype(kind) for k, w in weights.items()})
+    numpy_type = np.float16 if dtype == "fp16" else np.float32
+    outputs = run(
+        graph, {"x": x.astype(numpy_type), "position": position} | {k: w.astype(numpy_type) for k, w in weights.items()}
+    )
     hidden, place = torch.from_numpy(x), torch.from_numpy(position)
     mask = torch.full((tokens, tokens), -torch.inf).triu(1)[None, None]
     with torch.no_grad():

@@ -160,7 +160,7 @@ def test_a_plan_knows_its_policy_and_its_stages(policy: str) -> None:
     assert set(POLICIES[policy]) <= set(CRITERIA)
 
 
-def test_controls_are_cut_where_the_plan_is() -> None:
+def test_baselines_are_cut_where_the_plan_is() -> None:
     plan = TASKS["qa"].ranked_by("random")
     assert plan == PruningPlan((Cut(2, "random", 0.5), Cut(8, "random", 0.75))) and plan.policy == "random"
     assert TASKS["qa"].ranked_by("last").policy == "custom"

@@ -12,11 +12,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 from numpy.typing import NDArray
-from statement import IMAGE_TOKEN, Decoded, Floats, Ints, decode
+from oracle import IMAGE_TOKEN, Decoded, Floats, Ints, decode
 
 from himap_export.engines.layout import ImageTokens, PromptLayout, lay_out
 from himap_export.graphs.build import Frame, StageGraph
-from himap_export.graphs.importance import SCORES, Sight
+from himap_export.graphs.importance import SCORES, ScoringContext
 from himap_export.graphs.plan import CRITERIA, Cut, PruningPlan, TokenBudget
 from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, SYSTEM, DecoderSpec, Dtype, stage_layers
 from himap_export.graphs.stages import StagedModel
@@ -47,7 +47,7 @@ class Chain:
         have |= dict(zip((o.name for o in session.get_outputs()), session.run(None, feeds), strict=True))
 
     def prefill(self, layout: PromptLayout, features: Floats, deep: Floats, seeds: Ints) -> Arrays:
-        names = ("input_ids", "position_ids", "token_kind", "rope_position_ids")
+        names = ("input_ids", "position_ids", "token_type", "rope_position_ids")
         have: Arrays = {name: getattr(layout, name) for name in names}
         have |= {"image_features": features, "seed": seeds[:, None], "rope_shift": layout.rope_shift}
         have |= {f"deepstack_{i}": deep[:, i] for i in range(deep.shape[1])}
@@ -94,7 +94,7 @@ class Example:
         return lay_out(ids, mask, ImageTokens(IMAGE_TOKEN), self.model.spec.vocab, self.model.budget, self.grid)
 
     def decoded(self) -> list[Decoded]:
-        """What the statement says; examples whose ranking hangs on fp32's last bits are given up."""
+        """What the oracle says; examples whose ranking hangs on fp32's last bits are given up."""
         spec, plan = self.model.spec, self.model.plan
         samples = zip(self.prompts, self.features, self.deep, self.answers, self.seeds.tolist(), strict=True)
         found = [decode(spec, plan, self.weights, self.grid, *sample) for sample in samples]
@@ -167,22 +167,22 @@ def examples(draw: st.DrawFn, unpruned: bool = False) -> Example:
     return Example(model, random_weights(model, random), grid, prompts, features, deep, answers, seeds)
 
 
-def real(kept: NDArray[np.generic], kind: NDArray[np.generic]) -> Ints:
+def real(kept: NDArray[np.generic], token_type: NDArray[np.generic]) -> Ints:
     """A sample's kept positions without padding, which must all lie behind them."""
-    is_real: NDArray[np.bool_] = kind != PADDING
+    is_real: NDArray[np.bool_] = token_type != PADDING
     assert not (np.diff(is_real.astype(int)) > 0).any(), "padding stands before a real token"
     return kept[is_real].astype(np.int64)
 
 
 @given(examples())
 @settings(max_examples=25)
-def test_staged_prefill_and_decode_equal_the_statement(example: Example) -> None:
+def test_staged_prefill_and_decode_equal_the_oracle(example: Example) -> None:
     expected = example.decoded()
     layout, chain = example.layout(), Chain(example.model, example.weights)
     have = chain.prefill(layout, example.features, example.deep, example.seeds)
     for sample, wanted in enumerate(expected):
         for cut, name in enumerate(example.model.plan.stages[1:]):
-            kept = real(have[f"kept_{name}"][sample], have[f"kind_{name}"][sample])
+            kept = real(have[f"kept_{name}"][sample], have[f"type_{name}"][sample])
             np.testing.assert_array_equal(kept, wanted.kept[cut])
         np.testing.assert_allclose(have["logits"][sample], wanted.logits[0], atol=1e-3)
     for step in range(NEW):
@@ -203,7 +203,7 @@ def test_text_is_never_dropped_and_budgets_are_met(example: Example) -> None:
     for name, visual, total in zip(example.model.plan.stages[1:], budget.visual[1:], budget.total[1:], strict=True):
         assert have[f"kept_{name}"].shape == (len(prompts), total)
         for sample, prompt in enumerate(prompts):
-            kept = real(have[f"kept_{name}"][sample], have[f"kind_{name}"][sample])
+            kept = real(have[f"kept_{name}"][sample], have[f"type_{name}"][sample])
             text = np.flatnonzero(prompt != IMAGE_TOKEN)
             assert set(text) <= set(kept) <= set(before[sample]) and (np.diff(kept) > 0).all()
             assert len(kept) == visual + len(text)
@@ -213,7 +213,7 @@ def test_text_is_never_dropped_and_budgets_are_met(example: Example) -> None:
 @given(examples(unpruned=True))
 @settings(max_examples=10)
 def test_unpruned_decode_equals_prefill_of_the_longer_prompt(example: Example) -> None:
-    """The same graphs both times, with room for the answer in the text budget: no statement in between."""
+    """The same graphs both times, with room for the answer in the text budget: no oracle in between."""
     budget = example.model.budget
     wide = TokenBudget(budget.visual, budget.text + NEW, NEW, budget.batch)
     model = StagedModel(example.model.spec, example.model.plan, wide, "fp32", example.model.names)
@@ -262,24 +262,31 @@ def test_graphs_pass_on_what_the_next_one_reads(example: Example) -> None:
 def test_scores_are_fp32_whatever_the_model_is(dtype: Dtype) -> None:
     """From the same queries and keys, fp64 differs by fp32's roundings only: fp16 anywhere inside would err by 1e-4."""
     spec = DecoderSpec(layers=3, hidden=8, ffn=8, heads=6, kv_heads=2, head_dim=16, vocab=8)
-    kind = np.array([SYSTEM] * 3 + [IMAGE] * 20 + [SYSTEM] + [IMAGE] * 12 + [INSTRUCTION] * 9 + [PADDING] * 4)
-    is_image, position = kind == IMAGE, np.arange(len(kind)) + (np.arange(len(kind)) > 10) * 7  # as after a cut
+    token_type = np.array([SYSTEM] * 3 + [IMAGE] * 20 + [SYSTEM] + [IMAGE] * 12 + [INSTRUCTION] * 9 + [PADDING] * 4)
+    is_image, position = (
+        token_type == IMAGE,
+        np.arange(len(token_type)) + (np.arange(len(token_type)) > 10) * 7,
+    )  # as after a cut
     random, f = np.random.default_rng(0), Frame("scores", dtype)
-    q, k = (2.4 * random.standard_normal((1, heads, len(kind), 16)) for heads in (6, 2))
+    q, k = (2.4 * random.standard_normal((1, heads, len(token_type), 16)) for heads in (6, 2))
     q, k = (a.astype(np.float16).astype(f.dtype.numpy()) for a in (q, k))
-    inputs = f.input("q", q.shape), f.input("k", k.shape), *(f.integers(n, 1, len(kind)) for n in ("kind", "position"))
-    sight = Sight(f.op, spec, *inputs, seed=None, layer=2, visual=32, keep=8, text=17)
+    inputs = (
+        f.input("q", q.shape),
+        f.input("k", k.shape),
+        *(f.integers(n, 1, len(token_type)) for n in ("token_type", "position")),
+    )
+    context = ScoringContext(f.op, spec, *inputs, seed=None, layer=2, visual=32, keep=8, text=17)
     rows = {
-        "instruction": kind == INSTRUCTION, "image": is_image,
-        "last": np.arange(len(kind)) == 44, "boundary": np.arange(len(kind)) == 36,
+        "instruction": token_type == INSTRUCTION, "image": is_image,
+        "last": np.arange(len(token_type)) == 44, "boundary": np.arange(len(token_type)) == 36,
     }  # fmt: skip
     for name in rows:
-        f.output(name, SCORES[name](sight), (1, len(kind)), ir.DataType.FLOAT)
+        f.output(name, SCORES[name](context), (1, len(token_type)), ir.DataType.FLOAT)
     session = onnxruntime.InferenceSession(ir.to_proto(f.finish().model).SerializeToString())
-    found = session.run(None, {"q": q, "k": k, "kind": kind[None], "position": position[None]})
+    found = session.run(None, {"q": q, "k": k, "token_type": token_type[None], "position": position[None]})
 
     logits = q[0].astype(np.float64) @ np.repeat(k[0], 3, 0).astype(np.float64).swapaxes(1, 2) / 4
-    probability = np.exp(np.where(np.tri(len(kind), dtype=bool), logits, -np.inf))
+    probability = np.exp(np.where(np.tri(len(token_type), dtype=bool), logits, -np.inf))
     attention = (probability / probability.sum(-1, keepdims=True)).mean(0)
     for score, of in zip(found, rows.values(), strict=True):
         assert score.dtype == np.float32 and np.isposinf(score[0, ~is_image]).all()

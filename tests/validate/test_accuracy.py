@@ -1,4 +1,4 @@
-"""The run over a data set with contenders whose accuracy is known, and what it sums up to."""
+"""The run over a data set with systems whose accuracy is known, and what it sums up to."""
 
 import json
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from himap_export.engines.arrays import Inputs
-from himap_export.validate import prompter as prompter_module
-from himap_export.validate.accuracy import percent, points, run, summarise, summary_json, summary_lines
-from himap_export.validate.answers import Answered, AnswerLog, read_log
-from himap_export.validate.dataset import Dataset, Example, read_dataset
-from himap_export.validate.prompter import Prompter, prompter_of_checkpoint
-from himap_export.validate.statistics import Interval, accuracy_interval
+from himap_export.validate.accuracy import prompter as prompter_module
+from himap_export.validate.accuracy.answers import Answered, AnswerLog, read_log
+from himap_export.validate.accuracy.dataset import Dataset, Example, read_dataset
+from himap_export.validate.accuracy.evaluate import percent, points, run, summarise, summary_json, summary_lines
+from himap_export.validate.accuracy.prompter import Prompter, prompter_of_checkpoint
+from himap_export.validate.accuracy.statistics import Interval, accuracy_interval
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "exporter" / "shapes"
@@ -56,7 +56,7 @@ def stop_of(prompter: Prompter) -> int:
     return int(found if isinstance(found, int) else found[0])
 
 
-def crowd(prompter: Prompter, data: Dataset, fails_at: int | None = None) -> list[Knows]:
+def made_systems(prompter: Prompter, data: Dataset, fails_at: int | None = None) -> list[Knows]:
     labels, stop = [prompter.label(e) for e in data.examples], stop_of(prompter)
     everything = frozenset(range(len(labels)))
     return [
@@ -67,29 +67,29 @@ def crowd(prompter: Prompter, data: Dataset, fails_at: int | None = None) -> lis
     ]
 
 
-def asked(prompter: Prompter, data: Dataset, file: Path, contenders: list[Knows]) -> list[Answered]:
+def asked(prompter: Prompter, data: Dataset, file: Path, systems: list[Knows]) -> list[Answered]:
     with AnswerLog(file, {"what": "test"}) as log:
-        run(contenders, data, prompter, log, [stop_of(prompter)], lambda done, total: None)
+        run(systems, data, prompter, log, [stop_of(prompter)], lambda done, total: None)
     return read_log(file)
 
 
 def test_everyone_is_asked_everything_once(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:
-    contenders = crowd(prompter, data)
-    answered = asked(prompter, data, tmp_path / "a.jsonl", contenders)
-    assert len(answered) == len(contenders) * len(data.examples) == len({a.key for a in answered})
-    for contender in contenders:
-        assert contender.asked == list(range(len(data.examples)))
-        right = {a.line for a in answered if a.policy == contender.name and a.seed == contender.seed and a.right}
-        assert right == {e.line for n, e in enumerate(data.examples) if n in contender.known}
+    systems = made_systems(prompter, data)
+    answered = asked(prompter, data, tmp_path / "a.jsonl", systems)
+    assert len(answered) == len(systems) * len(data.examples) == len({a.key for a in answered})
+    for system in systems:
+        assert system.asked == list(range(len(data.examples)))
+        right = {a.line for a in answered if a.policy == system.name and a.seed == system.seed and a.right}
+        assert right == {e.line for n, e in enumerate(data.examples) if n in system.known}
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:
-    whole = asked(prompter, data, tmp_path / "whole.jsonl", crowd(prompter, data))
+    whole = asked(prompter, data, tmp_path / "whole.jsonl", made_systems(prompter, data))
     with pytest.raises(KeyboardInterrupt):
-        asked(prompter, data, tmp_path / "cut.jsonl", crowd(prompter, data, fails_at=2))
+        asked(prompter, data, tmp_path / "cut.jsonl", made_systems(prompter, data, fails_at=2))
     before = read_log(tmp_path / "cut.jsonl")
     assert 0 < len(before) < len(whole)
-    rest = crowd(prompter, data)
+    rest = made_systems(prompter, data)
     resumed = asked(prompter, data, tmp_path / "cut.jsonl", rest)
     assert sum(len(c.asked) for c in rest) == len(whole) - len(before)
     assert sorted(resumed, key=lambda a: a.key) == sorted(whole, key=lambda a: a.key)
@@ -98,13 +98,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(prompter: Prompter, data: D
 def test_progress_counts_up_to_all(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     with AnswerLog(tmp_path / "a.jsonl", {}) as log:
-        run(crowd(prompter, data), data, prompter, log, [stop_of(prompter)], lambda *counts: told.append(counts))
+        run(made_systems(prompter, data), data, prompter, log, [stop_of(prompter)], lambda *counts: told.append(counts))
     total = 4 * len(data.examples)
     assert told[0] == (0, total) and told[-1] == (total, total) and told == sorted(told)
 
 
 def test_the_summary_by_hand(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:
-    answered, n = asked(prompter, data, tmp_path / "a.jsonl", crowd(prompter, data)), len(data.examples)
+    answered, n = asked(prompter, data, tmp_path / "a.jsonl", made_systems(prompter, data)), len(data.examples)
     summary = summarise(answered, data, {"none": (), "himap": ("none", "random"), "random": ("none",)})
     assert summary.types == ("all", *dict.fromkeys(e.type for e in data.examples))
     himap, random = summary.cells["himap"]["all"], summary.cells["random"]["all"]
@@ -123,7 +123,7 @@ def test_the_summary_by_hand(prompter: Prompter, data: Dataset, tmp_path: Path) 
 
 
 def test_missing_answers_are_no_wrong_answers(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:
-    answered = asked(prompter, data, tmp_path / "a.jsonl", crowd(prompter, data))
+    answered = asked(prompter, data, tmp_path / "a.jsonl", made_systems(prompter, data))
     with pytest.raises(KeyError):
         summarise(answered[1:], data, {"none": ()})
 
@@ -138,8 +138,8 @@ def test_everyone_sees_its_example_and_speaks_until_the_end(prompter: Prompter, 
             return [[self.labels[n], self.stop, *self.labels] for n in numbers]
 
     labels = [prompter.label(e) for e in data.examples]
-    contenders = [Talks(f"{batch}", frozenset(), labels, stop_of(prompter), batch=batch) for batch in (3, 2)]
-    for a in asked(prompter, data, tmp_path / "a.jsonl", [*contenders]):
+    systems = [Talks(f"{batch}", frozenset(), labels, stop_of(prompter), batch=batch) for batch in (3, 2)]
+    for a in asked(prompter, data, tmp_path / "a.jsonl", [*systems]):
         assert a.said == a.expected == data.examples[a.line - 1].answer and a.right
 
 
@@ -149,11 +149,11 @@ def test_a_picture_is_read_once_whoever_asks(
     read: list[Path] = []
     load = prompter_module.load_image
     monkeypatch.setattr(prompter_module, "load_image", lambda file: (read.append(file), load(file))[1])
-    asked(prompter, data, tmp_path / "a.jsonl", crowd(prompter, data))
+    asked(prompter, data, tmp_path / "a.jsonl", made_systems(prompter, data))
     assert read == [e.image for e in data.examples]
 
 
-RIGHT = {  # by contender and seed, on lines 1 to 6; the first four are of type "a", the others of type "b"
+RIGHT = {  # by system and seed, on lines 1 to 6; the first four are of type "a", the others of type "b"
     ("none", 0): "111101",
     ("himap", 0): "101100",
     ("random", 0): "100010",

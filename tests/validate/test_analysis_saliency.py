@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from himap_export.graphs.errors import HimapError
 from himap_export.validate.analysis.saliency import LayerFlow, flow_of, saliency
 from himap_export.validate.analysis.sample import Sample, Spans, average, spans_of
-from himap_export.validate.reference import Reference
+from himap_export.validate.reference.reference import Reference
 
 PROMPTS = {  # text and system tokens, runs of image tokens
     "plain": ((9,), (5,), 1),
@@ -126,7 +126,7 @@ def test_half_precision_does_not_lose_small_gradients(work: Workshop) -> None:
     with torch.no_grad():
         logits = loss_of(exact, inputs, 0)[1].logits[0, -1]
         label = int(logits.argmax())
-        for model in (exact, reference.judge.whole):
+        for model in (exact, reference.adapter.whole):
             model.lm_head.weight[label] *= float(18 / logits[label])
         assert 1e-8 < loss_of(exact, inputs, label)[0] < 1e-4
     (got,) = saliency(reference, [Sample(sample.input_ids, sample.pixel_values, label)])
@@ -144,7 +144,7 @@ def test_leaves_the_reference_as_it_was(work: Workshop) -> None:
     (got,), (wanted,) = saliency(reference, [sample]), saliency(work.reference("mha"), [sample])
     assert_flows(got, list(wanted), rtol=1e-3, atol=1e-7)  # the tower's attention is not the same
     assert reference.decoder.config._attn_implementation == before
-    assert all(p.grad is None for p in reference.judge.whole.parameters())
+    assert all(p.grad is None for p in reference.adapter.whole.parameters())
     assert not any(layer.self_attn._forward_hooks for layer in reference.decoder.layers)
 
 

@@ -11,7 +11,7 @@ from transformers import LlavaForConditionalGeneration
 
 from himap_export.validate.analysis.sample import Sample, average
 from himap_export.validate.analysis.shares import LayerShares, shares
-from himap_export.validate.reference import Reference
+from himap_export.validate.reference.reference import Reference
 
 PROMPTS = {"plain": ((9,), (5,), 1), "split": ((7,), (3,), 3), "image first": ((6,), (0,), 1)}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.answers import Answered, AnswerLog, check_count, check_log, claim, read_log
+from himap_export.validate.accuracy.answers import Answered, AnswerLog, check_count, check_log, claim, read_log
 
 HEADER = {"bundle": "12ab", "new_tokens": 8, "cuts": (2, 8)}
 

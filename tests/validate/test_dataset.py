@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.dataset import Example, expected, is_right, prompt_of, read_dataset
+from himap_export.validate.accuracy.dataset import Example, expected, is_right, prompt_of, read_dataset
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes" / "images" / "questions.jsonl"
 GOOD = {"image": "a.png", "question": "what?", "answer": "red"}
@@ -202,7 +202,7 @@ def test_a_file_that_is_too_large_is_not_read(write: Write, monkeypatch: pytest.
     with pytest.raises(HimapError, match="too large") as told:
         read_dataset(tmp_path / "huge.jsonl")
     assert told.value.code == Exit.USAGE
-    monkeypatch.setattr("himap_export.validate.dataset.MOST_LINES", 3)
+    monkeypatch.setattr("himap_export.validate.accuracy.dataset.MOST_LINES", 3)
     assert len(read_dataset(write(GOOD, GOOD, GOOD)).examples) == 3
     with pytest.raises(HimapError, match="too large"):
         read_dataset(write(GOOD, "", "", ""))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY, Inputs, make_inputs, make_llava
 from transformers import LlavaForConditionalGeneration
 
-from himap_export.validate.originals.llava_original import LlavaOriginal, load
+from himap_export.validate.reference.legacy.llava_original import LlavaOriginal, load
 
 INTERN = Path(__file__).parents[1] / "fixtures/internvl-v1-tiny"
 

@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import open_bundle
 from himap_export.engines.pipeline import Pipeline
-from himap_export.validate.criteria import himap
-from himap_export.validate.parity import (
+from himap_export.validate.parity.compare import (
     WORST,
     Asked,
-    Closeness,
     Load,
     Parity,
+    TensorDiff,
     closeness,
     compare,
     limit_of,
 )
-from himap_export.validate.questions import drawn_inputs
+from himap_export.validate.parity.prompts import drawn_inputs
+from himap_export.validate.reference.criteria import himap
 
 Floats = NDArray[np.float32]
 Edit = Callable[[Floats, int], Floats]  # a tensor, and how often its graph has run
@@ -206,7 +206,7 @@ def test_one_value_that_is_no_number_is_infinitely_far() -> None:
 
 
 def test_limits() -> None:
-    logits, score = Closeness("logits", 0, 40.0, 1), Closeness("score k1", 0, 2.0, 1)
+    logits, score = TensorDiff("logits", 0, 40.0, 1), TensorDiff("score k1", 0, 2.0, 1)
     assert limit_of(logits, "fp32", 32, None, ASKED) == 1e-3
     assert limit_of(score, "fp32", 32, None, ASKED) == pytest.approx(2e-4)
     assert limit_of(logits, "fp16", 32, 0.1, ASKED) == pytest.approx(0.4)

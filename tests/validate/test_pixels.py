@@ -15,16 +15,16 @@ from sklearn.datasets import load_sample_images
 
 from himap_export.engines.bundle import open_bundle
 from himap_export.engines.image import ImagePreprocessing, load_image, preprocess
-from himap_export.engines.manifest import PictureRecord
+from himap_export.engines.manifest import ImageSpec
 from himap_export.validate.cli import main
-from himap_export.validate.parity import Answers, Parity
-from himap_export.validate.pixels import PixelParity, compare_pixels, with_pixels
+from himap_export.validate.parity.compare import Answers, Parity
+from himap_export.validate.parity.pixels import PixelParity, compare_pixels, with_pixels
 from himap_export.validate.source import Source
 
 SHAPES = Path(__file__).parents[2] / "exporter" / "shapes"
 SOURCE = Source(SHAPES, None, False)
 RIGHT = ImagePreprocessing(112, (112, 112))
-PICTURE = PictureRecord((112, 112), 1, (8, 8), RIGHT)
+PICTURE = ImageSpec((112, 112), 1, (8, 8), RIGHT)
 EMPTY = Parity(1, (), (), Answers(1, 1, None, 0.0), (), {})
 
 
@@ -38,7 +38,7 @@ def photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compared(photograph: Path, how: ImagePreprocessing, source: Source = SOURCE) -> PixelParity:
-    picture = PictureRecord(how.output_size, how.tiles, (1, 1), how)
+    picture = ImageSpec(how.output_size, how.tiles, (1, 1), how)
     ours = preprocess(load_image(photograph), how)
     return compare_pixels(ours, photograph, picture, source)
 

@@ -21,7 +21,7 @@ from himap_export.engines.bundle import open_bundle
 from himap_export.engines.manifest import TensorSpec
 from himap_export.engines.pipeline import Pipeline
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.polygraphy_json import Captured, capture, check_folders, save_inputs, save_outputs
+from himap_export.validate.parity.polygraphy_json import Captured, capture, check_folders, save_inputs, save_outputs
 
 PAGE = Path(__file__).parents[2] / "docs" / "polygraphy.md"
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.S) for line in block.splitlines()]
@@ -222,7 +222,7 @@ def test_without_polygraphy(tmp_path: Path) -> None:
     code = """
 from pathlib import Path
 from himap_export.graphs.errors import HimapError
-from himap_export.validate.polygraphy_json import save_inputs, save_outputs
+from himap_export.validate.parity.polygraphy_json import save_inputs, save_outputs
 for save in (lambda: save_inputs(Path(sys.argv[1]), {}), lambda: save_outputs(Path(sys.argv[1]), {}, "us")):
     try:
         save()

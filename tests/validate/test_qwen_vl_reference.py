@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from himap_export.validate.originals.qwen_vl import QwenVL, load
+from himap_export.validate.reference.legacy.qwen_vl import QwenVL, load
 
 TINY = Path(__file__).parents[1] / "fixtures/qwen-vl-tiny"
 GOLDEN = np.load(TINY / "golden_k2_5_n128_32.npz")

@@ -19,7 +19,7 @@ def test_the_textbook_pattern() -> None:
     assert "image to image than to the instruction in layers 2-3" in said and "K1 = 2 and K2 = 6" in said
 
 
-def test_what_the_control_changes_too_does_not_count() -> None:
+def test_what_the_baseline_changes_too_does_not_count() -> None:
     text = (0.4, 0.3, *[0.2] * 8)
     found = recommend(curves(text, (0.2, 0.2, 0.4, *[0.2] * 7), random=(0.2,) * 10))
     assert (found.k1, found.k2, found.confident) == (2, 3, True)

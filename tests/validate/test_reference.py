@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from tiny import TINY, Inputs, Tiny, make_inputs, make_llava
 from transformers import LlavaForConditionalGeneration
 
-from himap_export.validate.criteria import Cuts, himap
-from himap_export.validate.reference import Prefill, Reference
+from himap_export.validate.reference.criteria import Cuts, himap
+from himap_export.validate.reference.reference import Prefill, Reference
 
 HIMAP_TINY = Path(__file__).parents[1] / "fixtures" / "himap-tiny"
 GOLDEN = {
@@ -80,7 +80,7 @@ def test_himap_tiny_equals_the_authors_results(name: str, attention: str) -> Non
     np.testing.assert_allclose(got.scores[1][0], golden["score2"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got.logits, golden["logits_last"], atol=1e-4)
     with torch.no_grad():
-        rows = reference.judge.head(reference.decoder.norm(torch.from_numpy(got.hidden[-1][0])))
+        rows = reference.adapter.head(reference.decoder.norm(torch.from_numpy(got.hidden[-1][0])))
     np.testing.assert_allclose(rows.numpy(), golden["logits"][0], atol=1e-4)
     assert generate(reference, inputs, 1, GOLDEN[name]).tolist() == [[int(golden["logits_last"].argmax())]]
     np.testing.assert_allclose(prefill(reference, inputs).logits, golden["unpruned_last"], atol=1e-4)

@@ -11,11 +11,11 @@ from commands import Workshop, call
 
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import HimapError
+from himap_export.validate.accuracy.dataset import read_dataset
+from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
+from himap_export.validate.checkpoint import load_reference
 from himap_export.validate.cli import main
-from himap_export.validate.criteria import himap
-from himap_export.validate.dataset import read_dataset
-from himap_export.validate.loading import load_reference
-from himap_export.validate.prompter import prompter_of_checkpoint
+from himap_export.validate.reference.criteria import himap
 
 ROOT = Path(__file__).parents[2]
 SHAPES, IMAGES = ROOT / "exporter" / "shapes", ROOT / "examples" / "shapes" / "images"
@@ -92,11 +92,11 @@ def test_what_a_limit_asked_the_whole_goes_on_with(
     last = {"image": "letter.png", "question": "what?", "answer": "red " * 9}
     (folder / "more.jsonl").write_text(f"{(folder / 'questions.jsonl').read_text().strip()}\n{json.dumps(last)}\n")
 
-    def contenders(*asked: Any) -> NoReturn:
+    def systems(*asked: Any) -> NoReturn:
         tokens.append(asked[5])
         raise HimapError("far enough")
 
-    monkeypatch.setattr("himap_export.validate.scoring.contenders", contenders)
+    monkeypatch.setattr("himap_export.validate.accuracy.scoring.open_systems", systems)
     for flags in (("--limit", 2), ()):
         assert score(bundle, tmp_path / "r", "--dataset", folder / "more.jsonl", *flags) == 1
         assert "far enough" in capsys.readouterr().err
@@ -109,7 +109,9 @@ def test_a_prompt_behind_the_limit_may_be_too_long(
     folder = Path(shutil.copytree(IMAGES, tmp_path / "images"))
     last = {"image": "letter.png", "question": "red " * 30, "answer": "red"}
     (folder / "more.jsonl").write_text(f"{(folder / 'questions.jsonl').read_text().strip()}\n{json.dumps(last)}\n")
-    monkeypatch.setattr("himap_export.validate.scoring.contenders", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "himap_export.validate.accuracy.scoring.open_systems", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     flags = ("--dataset", folder / "more.jsonl")
     assert score(bundle, tmp_path / "r", *flags, "--limit", 2) == 130
     assert score(bundle, tmp_path / "r", *flags) == 2
@@ -122,7 +124,7 @@ def test_what_can_be_known_before_is_checked_before_engines_are_opened(
     def opened(*_: object) -> NoReturn:
         raise AssertionError("engines were opened first")
 
-    monkeypatch.setattr("himap_export.validate.scoring.open_pipeline", opened)
+    monkeypatch.setattr("himap_export.validate.accuracy.scoring.open_pipeline", opened)
     damaged, blocked = (Path(shutil.copytree(report, tmp_path / name)) for name in ("damaged", "blocked"))
     with (damaged / "answers.jsonl").open("a") as log:
         log.write("{}\n")

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from himap_export.graphs import plan
 from himap_export.graphs.build import Frame
 from himap_export.graphs.gather import top_k_gather
-from himap_export.graphs.importance import SCORES, Sight
+from himap_export.graphs.importance import SCORES, ScoringContext
 from himap_export.graphs.plan import CRITERIA, Criterion
 from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, SYSTEM, DecoderSpec
-from himap_export.validate import criteria
-from himap_export.validate.criteria import State
+from himap_export.validate.reference import criteria
+from himap_export.validate.reference.criteria import State
 
 CASES, LAYER, B = 200, 3, 2
 Floats, Ints = NDArray[np.floating], NDArray[np.int64]
@@ -47,7 +47,7 @@ def session(criterion: Criterion, shape: tuple[int, ...]) -> onnxruntime.Inferen
     spec, tokens, f = DecoderSpec(4, 8, 8, heads, groups, 8, 16), v + t, Frame("selector", "fp32")
     q, k = f.input("q", (B, heads, tokens, 8)), f.input("k", (B, groups, tokens, 8))
     position, kind, seed = f.integers("position", B, tokens), f.integers("kind", B, tokens), f.integers("seed", B, 1)
-    score = SCORES[criterion](Sight(f.op, spec, q, k, kind, position, seed, LAYER, v, keep, t))
+    score = SCORES[criterion](ScoringContext(f.op, spec, q, k, kind, position, seed, LAYER, v, keep, t))
     x = f.op.Cast(f.op.Unsqueeze(position, [2]), to=ir.DataType.FLOAT)
     _, kept, kept_kind = top_k_gather(f.op, x, score, position, kind, keep + t)
     f.output("kept", kept, (B, keep + t), ir.DataType.INT64)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from himap_export.validate.statistics import (
+from himap_export.validate.accuracy.statistics import (
     accuracy_interval,
     least_questions,
     over_seeds,

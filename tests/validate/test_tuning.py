@@ -15,15 +15,15 @@ from tiny import make_inputs
 from himap_export.engines.arrays import Inputs
 from himap_export.exporter.plans import named_plans
 from himap_export.graphs.errors import HimapError
-from himap_export.validate.criteria import Cut, State, himap
-from himap_export.validate.dataset import Example
+from himap_export.validate.accuracy.dataset import Example
+from himap_export.validate.accuracy.statistics import Interval
+from himap_export.validate.checkpoint import checkpoint_folder
 from himap_export.validate.html.page import Figure
 from himap_export.validate.html.plots import Point
-from himap_export.validate.loading import checkpoint_folder
-from himap_export.validate.reference import Reference
-from himap_export.validate.statistics import Interval
+from himap_export.validate.reference.criteria import Cut, State, himap
+from himap_export.validate.reference.reference import Reference
 from himap_export.validate.tuning.cli import main
-from himap_export.validate.tuning.front import Judged, choose, judge
+from himap_export.validate.tuning.front import RankedPlan, choose, rank
 from himap_export.validate.tuning.grid import Candidate, defaults, grid
 from himap_export.validate.tuning.sweep import Job, Told, first_tokens
 
@@ -91,37 +91,37 @@ def test_the_front_by_hand() -> None:
     flops = {cheap.name: 0.3, dear.name: 0.8, bad.name: 0.5, tied.name: 0.8}
     shares = {cheap.name: 6, dear.name: 9, bad.name: 5, tied.name: 9}
     right = {name: np.arange(10) < count for name, count in shares.items()}
-    judged = judge((cheap, dear, bad, tied), flops, right, np.ones(10, bool))
-    assert [j.candidate for j in judged if j.on_front] == [cheap, dear, tied]
-    assert {j.candidate: round(j.loss.mean, 6) for j in judged} == {cheap: 0.4, dear: 0.1, bad: 0.5, tied: 0.1}
+    ranked = rank((cheap, dear, bad, tied), flops, right, np.ones(10, bool))
+    assert [j.candidate for j in ranked if j.on_front] == [cheap, dear, tied]
+    assert {j.candidate: round(j.loss.mean, 6) for j in ranked} == {cheap: 0.4, dear: 0.1, bad: 0.5, tied: 0.1}
 
 
 def test_the_choice_by_hand() -> None:
-    def row(r2: float, flops: float, high: float) -> Judged:
-        return Judged(Candidate(1, 0.5, 2, r2), flops, Interval(0.9, 0.8, 1.0), Interval(high / 2, 0.0, high), True)
+    def row(r2: float, flops: float, high: float) -> RankedPlan:
+        return RankedPlan(Candidate(1, 0.5, 2, r2), flops, Interval(0.9, 0.8, 1.0), Interval(high / 2, 0.0, high), True)
 
-    judged = [row(0.9, 0.3, 0.05), row(0.75, 0.5, 0.019), row(0.5, 0.7, 0.0)]
-    chosen = choose(judged, 1.0, 0.98)
-    assert chosen.candidate == judged[1].candidate and "50% of the FLOPs" in chosen.reason
-    assert choose(judged, 1.0, 0.99).candidate == judged[2].candidate
+    ranked = [row(0.9, 0.3, 0.05), row(0.75, 0.5, 0.019), row(0.5, 0.7, 0.0)]
+    chosen = choose(ranked, 1.0, 0.98)
+    assert chosen.candidate == ranked[1].candidate and "50% of the FLOPs" in chosen.reason
+    assert choose(ranked, 1.0, 0.99).candidate == ranked[2].candidate
     assert "validate it on others" in chosen.reason and "(0.0 to 1.9) points" in chosen.reason
-    nothing = choose(judged[:2], 1.0, 0.99)
+    nothing = choose(ranked[:2], 1.0, 0.99)
     assert nothing.candidate is None and "may lose 1.9 points" in nothing.reason
-    assert "lower --min-accuracy" in choose(judged[:2], 1.0, 1.0).reason
+    assert "lower --min-accuracy" in choose(ranked[:2], 1.0, 1.0).reason
 
 
 @pytest.mark.parametrize(("questions", "sure"), [(5, False), (380, False), (381, True)])
 def test_a_loss_that_no_question_shows_is_not_excluded(questions: int, sure: bool) -> None:
     plan, right = Candidate(1, 0.75, 2, 0.9), np.ones(questions, bool)
-    judged = judge((plan,), {plan.name: 0.2}, {plan.name: right}, right)
-    chosen = choose(judged, 1.0, 0.99)
+    ranked = rank((plan,), {plan.name: 0.2}, {plan.name: right}, right)
+    chosen = choose(ranked, 1.0, 0.99)
     assert chosen.candidate == (plan if sure else None)
     assert sure or "even without a loss it takes 381" in chosen.reason
 
 
-@pytest.mark.parametrize("control", ["random", "none"])
+@pytest.mark.parametrize("baseline", ["random", "none"])
 def test_a_chosen_plan_is_told_of_though_another_dominates_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], control: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], baseline: str
 ) -> None:
     """The cheap one is right as often as unpruned, but on other questions: its interval is wide, the dear one's not."""
     right = {"none": "11100", "k1-r0_5-k4-r0_9": "01110", "k1-r0_5-k4-r0_5": "11100"}
@@ -138,7 +138,7 @@ def test_a_chosen_plan_is_told_of_though_another_dominates_it(
 
     monkeypatch.setattr("himap_export.validate.tuning.tune.sweep", sweep)
     monkeypatch.setattr("himap_export.validate.tuning.page.pareto", pareto)
-    flags = ("--k1", 1, "--k2", 4, "--r1", 0.5, "--r2", "0.5,0.9", "--no-time", "--control", control)
+    flags = ("--k1", 1, "--k2", 4, "--r1", 0.5, "--r2", "0.5,0.9", "--no-time", "--control", baseline)
     flags += ("--min-accuracy", 0.2)  # 3 of 5 are right: the dear plan may lose 43 points, the cheap one 55
     data = IMAGES / "questions.jsonl"
     assert call(main, "shapes", "--dataset", data, "--out", tmp_path / "out", *flags, "--json") == 0
@@ -146,7 +146,7 @@ def test_a_chosen_plan_is_told_of_though_another_dominates_it(
     dear, cheap = "k1-r0_5-k4-r0_5", "k1-r0_5-k4-r0_9"
     assert found["choice"]["name"] == dear and found["dtype"] == "fp32"
     assert {p["name"]: p["on_front"] for p in found["plans"]} == {cheap: True, dear: False}
-    assert set(found["over_random"]) == ({cheap, dear} if control == "random" else set())
+    assert set(found["over_random"]) == ({cheap, dear} if baseline == "random" else set())
     plans = named_plans([str(tmp_path / "out" / "plans.toml")])
     assert set(plans) == {"tuned", cheap, dear} and plans["tuned"] == plans[dear]
     assert [p.label for p in points if p.on_front] == [cheap]  # unpruned is dominated too, by the cheap one
@@ -219,7 +219,7 @@ def test_where_the_results_go_is_checked_before_any_work(
     def fetch(model: str) -> Path:
         raise AssertionError("the model was fetched first")
 
-    monkeypatch.setattr("himap_export.validate.loading.checkpoint_folder", fetch)
+    monkeypatch.setattr("himap_export.validate.checkpoint.checkpoint_folder", fetch)
     for name in ("plans.toml", "report.html", "report.json"):
         out = tmp_path / f"beside-{name}"
         (out / name).mkdir(parents=True)
@@ -249,6 +249,6 @@ def test_what_is_refused(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         err = capsys.readouterr().err
         assert words in err.splitlines()[-1] and "Traceback" not in err, flags
     assert not (tmp_path / "a").exists()
-    twin = shutil.copytree(checkpoint_folder("shapes"), tmp_path / "twin")
-    assert call(main, twin, *data, "--out", tuned, *SMALL) == 2
+    baseline = shutil.copytree(checkpoint_folder("shapes"), tmp_path / "baseline")
+    assert call(main, baseline, *data, "--out", tuned, *SMALL) == 2
     assert "logs another measurement: model is" in capsys.readouterr().err

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from himap_export.graphs.errors import HimapError
-from himap_export.validate.answers import read_log
-from himap_export.validate.contenders import request_seed
-from himap_export.validate.criteria import Cut, himap
-from himap_export.validate.dataset import Example, read_dataset
-from himap_export.validate.loading import checkpoint_folder
-from himap_export.validate.prompter import prompter_of_checkpoint
-from himap_export.validate.reference import Reference
+from himap_export.validate.accuracy.answers import read_log
+from himap_export.validate.accuracy.dataset import Example, read_dataset
+from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
+from himap_export.validate.accuracy.systems import request_seed
+from himap_export.validate.checkpoint import checkpoint_folder
+from himap_export.validate.reference.criteria import Cut, himap
+from himap_export.validate.reference.reference import Reference
 from himap_export.validate.tuning.grid import grid
 from himap_export.validate.tuning.sweep import Job, sweep
 

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import Workshop, blocked_python, call, plan_flags, save_inputs
+from legacy import FIXTURES
 from msgspec import structs
-from originals import FIXTURES
 from tiny import make_inputs
 
 from himap_export.engines.bundle import open_bundle
-from himap_export.engines.manifest import manifest_json, read_manifest, sealed
+from himap_export.engines.manifest import finalised, manifest_json, read_manifest
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import HimapError
 from himap_export.validate.cli import main
-from himap_export.validate.criteria import himap
-from himap_export.validate.questions import drawn_inputs
+from himap_export.validate.parity.prompts import drawn_inputs
+from himap_export.validate.reference.criteria import himap
 
 CUTS = himap(2, 4, 0.5, 0.5)
 QUICK = ("--prompts", 2, "--max-new-tokens", 4, "--threads", 1)
@@ -107,9 +107,9 @@ def test_speed_in_the_same_run(work: Workshop, capsys: Capture) -> None:
     assert call(main, bundle, *QUICK, "--device", "cpu", "--iterations", 1, "--warm-up", 0, "--json") == 0
     found = as_json(capsys)
     speed = found["speed"]
-    assert found["device"] == "cpu" and list(speed["contenders"]) == ["pruned", "unpruned", "PyTorch SDPA fp32, cpu"]
+    assert found["device"] == "cpu" and list(speed["systems"]) == ["pruned", "unpruned", "PyTorch SDPA fp32, cpu"]
     assert speed["ceiling"] > 1
-    for times in speed["contenders"].values():
+    for times in speed["systems"].values():
         assert all(times[what] > 0 for what in ("vision", "prefill", "decode", "peak_bytes"))
     for over in speed["over"].values():
         for middle, low, high in over.values():
@@ -117,7 +117,7 @@ def test_speed_in_the_same_run(work: Workshop, capsys: Capture) -> None:
 
 
 def test_a_vision_tower_that_lies_elsewhere(tmp_path: Path, capsys: Capture) -> None:
-    """It is needed three times: by the reference, by the unpruned twin, and by the PyTorch that is timed."""
+    """It is needed three times: by the reference, by the unpruned baseline, and by the PyTorch that is timed."""
     model, tower = Path(shutil.copytree(FIXTURES / "internvl-v1-tiny", tmp_path / "model")), tmp_path / "tower"
     (model / "vision_tower_intern_vit_6b").rename(tower)
     bundle, flag = tmp_path / "bundle", ("--vision-tower", tower)
@@ -134,7 +134,7 @@ def moved(bundle: Path, tmp_path: Path) -> Path:
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     found = read_manifest(copy)
     model = structs.replace(found.model, source=str(tmp_path / "gone"))
-    (copy / "manifest.json").write_bytes(manifest_json(sealed(structs.replace(found, model=model))))
+    (copy / "manifest.json").write_bytes(manifest_json(finalised(structs.replace(found, model=model))))
     return copy
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from himap_export.graphs.errors import HimapError
 from himap_export.validate.analysis.sample import Sample, SampleSet, spans_of
 from himap_export.validate.progress import Count
-from himap_export.validate.reference import Reference
+from himap_export.validate.reference.reference import Reference
 
 
 class Prompt:
@@ -26,7 +26,7 @@ class Prompt:
         self._state = reference.start(sample.input_ids, sample.pixel_values)
         self.sample, self.spans = sample, spans_of(self._state.is_image.cpu().numpy())
         self.layers = reference.layers
-        self._decoder, self._head = reference.decoder, reference.judge.head
+        self._decoder, self._head = reference.decoder, reference.adapter.head
         self.embeds = self._state.hidden  # [1,S,D]
         size, device = self.embeds.shape[1], self.embeds.device
         self._positions = torch.arange(size, device=device)[None]

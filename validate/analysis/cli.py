@@ -22,7 +22,7 @@ def _parser() -> Parser:
         ("--width", whole(1, 1024), 1, "W", "layers disrupted together (default: 1)"),
         ("--cams", whole(0, 100), 2, "N", "questions to draw Grad-CAM of (default: 2)"),
         ("--smooth", whole(0, 100), 0, "N", "noisy copies averaged per Grad-CAM (default: 0)"),
-        ("--seed", whole(0, 2**32 - 1), 0, None, "of the random control and of the noise (default: 0)"),
+        ("--seed", whole(0, 2**32 - 1), 0, None, "of the random baseline and of the noise (default: 0)"),
         ("--threads", whole(1, MOST_THREADS), threads, None, "CPU threads (default: all)"),
     ):
         p.add_argument(flag, type=kind, default=default, metavar=letter, help=what)
@@ -40,13 +40,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def _analyze(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.engines.files import check_report
+    from himap_export.validate.accuracy.dataset import read_dataset
+    from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
     from himap_export.validate.analysis.flow import Asked, analyze
     from himap_export.validate.analysis.page import flow_json, flow_lines, flow_page, report_files
-    from himap_export.validate.dataset import read_dataset
+    from himap_export.validate.checkpoint import checkpoint_folder, load_reference
     from himap_export.validate.html.drawing import matplotlib
     from himap_export.validate.html.page import finite, write_report
-    from himap_export.validate.loading import checkpoint_folder, load_reference
-    from himap_export.validate.prompter import prompter_of_checkpoint
 
     check_report(args.out, report_files(args.cams))
     if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:

@@ -2,7 +2,7 @@
 
     image-to-text    instruction rows may not see image columns
     image-to-image   image rows may not see image columns
-    random           the control: as many rows as there are instruction rows, drawn among image and instruction
+    random           the baseline: as many rows as there are instruction rows, drawn among image and instruction
                      rows, may not see image columns
 
 A row that would see nothing keeps itself; without a system token before the image, the authors' code makes it NaN.
@@ -26,7 +26,7 @@ from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.analysis.attention import Prompt, prompts
 from himap_export.validate.analysis.sample import SampleSet, Spans
 from himap_export.validate.progress import Count, silent
-from himap_export.validate.reference import Reference
+from himap_export.validate.reference.reference import Reference
 
 KINDS = ("image-to-text", "image-to-image", "random")
 TOP = 5  # tokens whose sets are compared

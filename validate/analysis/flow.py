@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 
 from himap_export.engines.image import load_image
+from himap_export.validate.accuracy.dataset import Example, expected
+from himap_export.validate.accuracy.prompter import Prompter
 from himap_export.validate.analysis.disruption import KINDS, Disruption, disruption
 from himap_export.validate.analysis.gradcam import grad_cams
 from himap_export.validate.analysis.overlay import overlay, strip
@@ -14,10 +16,8 @@ from himap_export.validate.analysis.recommend import Curves, Recommendation, rec
 from himap_export.validate.analysis.saliency import LayerFlow, saliency
 from himap_export.validate.analysis.sample import Sample, average
 from himap_export.validate.analysis.shares import LayerShares, shares
-from himap_export.validate.dataset import Example, expected
 from himap_export.validate.progress import counted
-from himap_export.validate.prompter import Prompter
-from himap_export.validate.reference import Reference
+from himap_export.validate.reference.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def analyze(reference: Reference, prompter: Prompter, examples: Sequence[Example
         looks = shares(reference, samples, count)
     seen = tuple(_seen(reference, prompter, e, samples.of(e), asked) for e in examples[: asked.cams])
     advice = recommend(curves(flows, disrupted, reference.layers))
-    tokens = int(reference.judge.is_image(torch.as_tensor(samples.of(examples[0]).input_ids)).sum())
+    tokens = int(reference.adapter.is_image(torch.as_tensor(samples.of(examples[0]).input_ids)).sum())
     return Flow(reference.layers, tokens, flows, looks, disrupted, seen, advice)
 
 

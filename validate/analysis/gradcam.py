@@ -21,7 +21,7 @@ from torch import Tensor
 from himap_export.validate.analysis.attention import Prompt, prompts
 from himap_export.validate.analysis.sample import Sample
 from himap_export.validate.progress import Count, silent
-from himap_export.validate.reference import Reference
+from himap_export.validate.reference.reference import Reference
 
 Heat = NDArray[np.float32]
 
@@ -77,7 +77,7 @@ def _unit(heat: Heat) -> Heat:
 
 
 def _cams(reference: Reference, prompt: Prompt) -> tuple[Heat, Heat]:
-    side = reference.judge.grid((prompt.sample.pixel_values.shape[2], prompt.sample.pixel_values.shape[3]))
+    side = reference.adapter.grid((prompt.sample.pixel_values.shape[2], prompt.sample.pixel_values.shape[3]))
     image = torch.from_numpy(np.flatnonzero(prompt.spans.image)).to(prompt.embeds.device)
     states = prompt.states()
     with torch.enable_grad():
@@ -95,17 +95,17 @@ def _cams(reference: Reference, prompt: Prompt) -> tuple[Heat, Heat]:
 
 def _tower(reference: Reference, sample: Sample, gradient: Tensor, side: tuple[int, int]) -> Heat:
     """Heat [Lv,h,w] of the tower's layers, from the gradient [V,D] of the image's features."""
-    if not reference.judge.vision_layers:
+    if not reference.adapter.vision_layers:
         return np.zeros((0, *side), np.float32)
     outputs: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda module, arguments, output: outputs.append(_first(output)))
-        for layer in reference.judge.vision_layers
+        for layer in reference.adapter.vision_layers
     ]
     try:
         with torch.enable_grad():
             pixels = torch.as_tensor(sample.pixel_values).to(reference.device, reference.dtype).requires_grad_()
-            features = reference.judge.see(pixels).features
+            features = reference.adapter.see(pixels).features
             gradients = torch.autograd.grad(features, outputs, gradient, allow_unused=True)
     finally:
         for hook in hooks:

@@ -3,13 +3,13 @@
 HiMAP's reading of them: in shallow layers the image speaks to the instruction, and blocking that changes answers; then
 image tokens gather what they know among themselves; in deep layers neither matters any more. So the first cut may come
 where blocking image-to-text attention stops mattering, the second where blocking image-to-image attention stops, too.
-"Stops mattering" is told by the control: blocking as many random rows changes that many answers anyway.
+"Stops mattering" is told by the baseline: blocking as many random rows changes that many answers anyway.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SLACK = 0.02  # of answers, above what the random control changes: less than that is noise at a few hundred questions
+SLACK = 0.02  # of answers, above what the random baseline changes: less than that is noise at a few hundred questions
 MATTERS = 0.05  # a phase in which blocking changes fewer answers than this never existed
 
 
@@ -20,7 +20,7 @@ class Curves:
 
     text_changes: tuple[float, ...]  # image-to-text
     image_changes: tuple[float, ...]  # image-to-image
-    random_changes: tuple[float, ...]  # the control
+    random_changes: tuple[float, ...]  # the baseline
     visual_to_visual: tuple[float, ...]
     visual_to_text: tuple[float, ...]
 
@@ -62,9 +62,9 @@ def recommend(curves: Curves) -> Recommendation:
     return Recommendation(k1, k2, tuple(reasons), pattern)
 
 
-def _last(changes: Sequence[float], control: Sequence[float]) -> int:
-    """The last layer in which blocking changes more answers than the control does; -1 if there is none."""
-    return max((layer for layer, (c, r) in enumerate(zip(changes, control, strict=True)) if c > r + SLACK), default=-1)
+def _last(changes: Sequence[float], baseline: Sequence[float]) -> int:
+    """The last layer in which blocking changes more answers than the baseline does; -1 if there is none."""
+    return max((layer for layer, (c, r) in enumerate(zip(changes, baseline, strict=True)) if c > r + SLACK), default=-1)
 
 
 def _told(kind: str, changes: Sequence[float], last: int) -> str:

@@ -24,7 +24,7 @@ from himap_export.graphs.errors import HimapError
 from himap_export.validate.analysis.attention import Prompt, prompts
 from himap_export.validate.analysis.sample import SampleSet, Spans
 from himap_export.validate.progress import Count, silent
-from himap_export.validate.reference import Reference
+from himap_export.validate.reference.reference import Reference
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from himap_export.validate.analysis.attention import Prompt, prompts
 from himap_export.validate.analysis.sample import SampleSet
 from himap_export.validate.progress import Count, silent
-from himap_export.validate.reference import Reference
+from himap_export.validate.reference.reference import Reference
 
 
 @dataclass(frozen=True)

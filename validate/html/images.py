@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from himap_export.engines.picture import fade_dropped
+from himap_export.engines.drawing import fade_dropped
 
 SMALLEST = 336  # pixels of the shorter side on which the line around a patch is still a thin one
 

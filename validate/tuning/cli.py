@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         help="whom the front's rankings have to beat at their own cuts (default: random)",
     )  # fmt: skip
     p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of PyTorch (default: fp32)")
-    p.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of the random control (default: 0)")
+    p.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of the random baseline (default: 0)")
     p.add_argument("--skip-bad", action="store_true", help="leave out lines that cannot be read, and say so")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     return p
@@ -79,11 +79,11 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.engines.files import write_file
     from himap_export.exporter.planning import describe
     from himap_export.exporter.registry import resolve
-    from himap_export.validate.answers import check_count, claim
-    from himap_export.validate.dataset import Dataset, read_dataset
+    from himap_export.validate.accuracy.answers import check_count, claim
+    from himap_export.validate.accuracy.dataset import Dataset, read_dataset
+    from himap_export.validate.checkpoint import checkpoint_folder
     from himap_export.validate.html.drawing import matplotlib
     from himap_export.validate.html.page import finite, write_report
-    from himap_export.validate.loading import checkpoint_folder
     from himap_export.validate.tuning.grid import defaults, grid
     from himap_export.validate.tuning.page import toml, tuned_json, tuned_lines, tuned_page
     from himap_export.validate.tuning.timing import BACKEND
@@ -106,7 +106,14 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     rounds = 0 if args.no_time else args.rounds
     asked = Asked(
-        candidates, args.workers, args.dtype, args.seed, args.min_accuracy, rounds, args.threads, args.control != "none"
+        candidates,
+        args.workers,
+        args.dtype,
+        args.seed,
+        args.min_accuracy,
+        rounds,
+        args.threads,
+        args.baseline != "none",
     )
     tuned = tune(folder, args.dataset, data, args.out / LOG, asked)
     about = {"model": args.model, "dataset": str(args.dataset), "dtype": args.dtype, "seed": args.seed}

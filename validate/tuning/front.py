@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.validate.accuracy import percent
-from himap_export.validate.statistics import Interval, accuracy_interval, least_questions, paired_difference
+from himap_export.validate.accuracy.evaluate import percent
+from himap_export.validate.accuracy.statistics import Interval, accuracy_interval, least_questions, paired_difference
 from himap_export.validate.tuning.grid import Candidate
 
 Right = npt.NDArray[np.bool_]  # [n] of one plan
 
 
 @dataclass(frozen=True)
-class Judged:
+class RankedPlan:
     """A plan's accuracy, its difference to the unpruned model on the same questions, and its share of the FLOPs."""
 
     candidate: Candidate
@@ -32,9 +32,9 @@ class Choice:
     reason: str
 
 
-def judge(
+def rank(
     candidates: Sequence[Candidate], flops: Mapping[str, float], right: Mapping[str, Right], unpruned: Right
-) -> tuple[Judged, ...]:
+) -> tuple[RankedPlan, ...]:
     """All plans, cheapest first. One is on the front if no other is at least as right for at most its FLOPs."""
     means = {c.name: float(right[c.name].mean()) for c in candidates}
     found = []
@@ -45,15 +45,15 @@ def judge(
             for o in candidates
         )  # fmt: skip
         accuracy, loss = accuracy_interval(right[c.name]), paired_difference(unpruned, right[c.name])
-        found.append(Judged(c, flops[c.name], accuracy, loss, not beaten))
+        found.append(RankedPlan(c, flops[c.name], accuracy, loss, not beaten))
     return tuple(found)
 
 
-def choose(judged: Sequence[Judged], unpruned: float, keep: float) -> Choice:
+def choose(ranked: Sequence[RankedPlan], unpruned: float, keep: float) -> Choice:
     """The cheapest plan that keeps the fraction `keep` of the `unpruned` accuracy as far as the questions can tell: the
     upper end of the 95 % interval of its paired loss is within the rest."""
     allowed = (1 - keep) * unpruned
-    for j in judged:
+    for j in ranked:
         if j.loss.high <= allowed:
             told = (
                 f"{j.candidate.name} is the cheapest plan whose loss, by its 95 % interval, leaves at least {keep:.0%} "
@@ -61,7 +61,7 @@ def choose(judged: Sequence[Judged], unpruned: float, keep: float) -> Choice:
                 f"{percent(j.loss)} points, and takes {j.flops:.0%} of the FLOPs. {CAUTION}"
             )
             return Choice(j.candidate, told)
-    least = min(judged, key=lambda j: j.loss.high)
+    least = min(ranked, key=lambda j: j.loss.high)
     told = (
         f"No plan's 95 % interval leaves at least {keep:.0%} of the unpruned accuracy of {unpruned:.1%}: "
         f"{least.candidate.name} comes nearest, and may lose {100 * least.loss.high:.1f} points. {_advice(allowed)}"

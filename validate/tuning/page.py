@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from himap_export.validate.accuracy import points as in_points
+from himap_export.validate.accuracy.evaluate import points as in_points
+from himap_export.validate.accuracy.systems import UNPRUNED
 from himap_export.validate.columns import aligned
-from himap_export.validate.contenders import UNPRUNED
 from himap_export.validate.html.page import Block, Command, Facts, Page, Section, Table, Text
 from himap_export.validate.html.plots import Point, pareto
-from himap_export.validate.tuning.front import Judged
+from himap_export.validate.tuning.front import RankedPlan
 from himap_export.validate.tuning.tune import Tuned
 
 HOW = (
@@ -31,7 +31,7 @@ def tuned_json(t: Tuned) -> dict[str, Any]:
     return {
         "questions": t.questions,
         "unpruned": asdict(t.unpruned),
-        "plans": [asdict(j) | {"name": j.candidate.name} for j in t.judged],
+        "plans": [asdict(j) | {"name": j.candidate.name} for j in t.ranked],
         "over_random": {name: asdict(i) for name, i in t.over_random.items()},
         "times": {name: asdict(time) for name, time in t.times.items()},
         "choice": {"name": t.choice.candidate and t.choice.candidate.name, "reason": t.choice.reason},
@@ -80,7 +80,7 @@ def tuned_page(t: Tuned, model: str, command: str, plans: str) -> Page:
     """The choice, two Pareto plots, the front as a table."""
     candidate = t.choice.candidate
     facts = Facts((
-        ("plan", candidate.name if candidate else "none", f"of {len(t.judged)} tried on {t.questions} questions"),
+        ("plan", candidate.name if candidate else "none", f"of {len(t.ranked)} tried on {t.questions} questions"),
         ("unpruned", f"{t.unpruned.mean:.1%}", f"{t.unpruned.low:.1%} to {t.unpruned.high:.1%}"),
         *_chosen(t),
     ))  # fmt: skip
@@ -97,12 +97,12 @@ def tuned_page(t: Tuned, model: str, command: str, plans: str) -> Page:
         Section("The front", (Table(_HEAD, tuple(_rows(t)), caption),)),
         Section("How this was made", (Text(HOW), Command(command))),
     )
-    subtitle = f"{len(t.judged)} plans, {t.questions} questions of up to {t.text} text tokens"
+    subtitle = f"{len(t.ranked)} plans, {t.questions} questions of up to {t.text} text tokens"
     return Page(f"Tuning the cuts of {model}", subtitle, sections)
 
 
 def _chosen(t: Tuned) -> list[tuple[str, str, str]]:
-    found = [j for j in t.judged if j.candidate == t.choice.candidate]
+    found = [j for j in t.ranked if j.candidate == t.choice.candidate]
     items = [
         ("its accuracy", f"{j.accuracy.mean:.1%}", f"{j.accuracy.low:.1%} to {j.accuracy.high:.1%}") for j in found
     ]
@@ -112,7 +112,7 @@ def _chosen(t: Tuned) -> list[tuple[str, str, str]]:
 def _plots(t: Tuned) -> tuple[Block, ...]:
     y, u = "right answers (%)", t.unpruned
     whole = Point(UNPRUNED, 100, 100 * u.mean, 100 * u.low, 100 * u.high, UNPRUNED, False)
-    by_flops = [whole, *(_point(j, j.flops) for j in t.judged)]
+    by_flops = [whole, *(_point(j, j.flops) for j in t.ranked)]
     title = "Accuracy against FLOPs, with 95 % intervals"
     blocks: list[Block] = [pareto("flops", title, _fronted(by_flops), "share of the decoder's prefill FLOPs (%)", y)]
     if t.times:
@@ -123,7 +123,7 @@ def _plots(t: Tuned) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-def _point(j: Judged, share: float) -> Point:
+def _point(j: RankedPlan, share: float) -> Point:
     a = j.accuracy
     return Point(j.candidate.name, 100 * share, 100 * a.mean, 100 * a.low, 100 * a.high, "himap", False)
 

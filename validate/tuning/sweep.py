@@ -13,12 +13,12 @@ from pathlib import Path
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.isolation import MEMORY, answered, child
 from himap_export.graphs.spec import Dtype
-from himap_export.validate.contenders import UNPRUNED, request_seed
-from himap_export.validate.criteria import Cut, State
-from himap_export.validate.dataset import Example
-from himap_export.validate.loading import load_reference
-from himap_export.validate.prompter import prompter_of_checkpoint
-from himap_export.validate.reference import Reference
+from himap_export.validate.accuracy.dataset import Example
+from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
+from himap_export.validate.accuracy.systems import UNPRUNED, request_seed
+from himap_export.validate.checkpoint import load_reference
+from himap_export.validate.reference.criteria import Cut, State
+from himap_export.validate.reference.reference import Reference
 from himap_export.validate.tuning.grid import Candidate
 
 Told = tuple[Example, Mapping[str, int], int]  # an example, the first token by plan, and the right one

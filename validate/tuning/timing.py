@@ -7,9 +7,9 @@ from pathlib import Path
 from himap_export.engines.scratch import scratch_folder
 from himap_export.graphs.plan import PruningPlan, TokenBudget
 from himap_export.graphs.spec import Dtype
-from himap_export.validate.contenders import UNPRUNED
-from himap_export.validate.twin import export_twin
-from himap_export.validate.workers import Contender, race, ratios
+from himap_export.validate.accuracy.systems import UNPRUNED
+from himap_export.validate.baseline import export_baseline
+from himap_export.validate.speed.benchmark import System, race, ratios
 
 BACKEND, WARM_UP = "onnxruntime", 2
 
@@ -31,7 +31,7 @@ def measure(
     kept = {name: (plan, plan.kept(image_tokens)) for name, plan in everyone.items()}
     with scratch_folder("tune") as folder:
         budget, out = TokenBudget((image_tokens,), text, 1), folder / "bundle"
-        bundle = export_twin(checkpoint, budget, dtype, BACKEND, kept, out)
-        contenders = [Contender(name, "bundle", bundle.at(name), checkpoint, BACKEND) for name in everyone]
-        times = race(contenders, rounds, WARM_UP, threads, ("prefill",))
+        bundle = export_baseline(checkpoint, budget, dtype, BACKEND, kept, out)
+        systems = [System(name, "bundle", bundle.at(name), checkpoint, BACKEND) for name in everyone]
+        times = race(systems, rounds, WARM_UP, threads, ("prefill",))
     return {t.name: Timed(t.median("prefill"), ratios(t, times[0], "prefill")) for t in times}

@@ -1,4 +1,4 @@
-"""A tuning: the sweep over a data set, the front, its control and its times, and the plan to take."""
+"""A tuning: the sweep over a data set, the front, its baseline and its times, and the plan to take."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +13,13 @@ from himap_export.exporter.registry import resolve
 from himap_export.graphs.flops import true_ratio
 from himap_export.graphs.plan import Visual
 from himap_export.graphs.spec import DecoderSpec, Dtype
-from himap_export.validate.answers import Answered, AnswerLog, read_log
-from himap_export.validate.contenders import UNPRUNED
-from himap_export.validate.dataset import Dataset, Example, expected
+from himap_export.validate.accuracy.answers import Answered, AnswerLog, read_log
+from himap_export.validate.accuracy.dataset import Dataset, Example, expected
+from himap_export.validate.accuracy.prompter import Prompter, prompter_of_checkpoint
+from himap_export.validate.accuracy.statistics import Interval, accuracy_interval, paired_difference
+from himap_export.validate.accuracy.systems import UNPRUNED
 from himap_export.validate.progress import counted
-from himap_export.validate.prompter import Prompter, prompter_of_checkpoint
-from himap_export.validate.statistics import Interval, accuracy_interval, paired_difference
-from himap_export.validate.tuning.front import Choice, Judged, Right, choose, judge
+from himap_export.validate.tuning.front import Choice, RankedPlan, Right, choose, rank
 from himap_export.validate.tuning.grid import Candidate
 from himap_export.validate.tuning.sweep import Job, sweep
 from himap_export.validate.tuning.timing import Timed, measure
@@ -31,7 +31,7 @@ CONTROL = "random-"  # before a plan's name in the log: its cuts, ranked by chan
 class Asked:
     """How to sweep. `keep`: the fraction of the unpruned accuracy that a plan must keep; 0 `rounds`: no times.
 
-    `threads`: of the engines that are timed; `control`: whether chance answers too, at the cuts of the front.
+    `threads`: of the engines that are timed; `baseline`: whether chance answers too, at the cuts of the front.
     """
 
     candidates: tuple[Candidate, ...]
@@ -41,7 +41,7 @@ class Asked:
     keep: float
     rounds: int
     threads: int
-    control: bool
+    baseline: bool
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Tuned:
     image_tokens: int
     text: int
     unpruned: Interval
-    judged: tuple[Judged, ...]
-    front: tuple[Judged, ...]
+    ranked: tuple[RankedPlan, ...]
+    front: tuple[RankedPlan, ...]
     over_random: Mapping[str, Interval]
     times: Mapping[str, Timed]
     choice: Choice
@@ -73,12 +73,12 @@ def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, as
         _answer(job, data, log, prompter, asked.workers)
         right = _right(log.file, data)
         unpruned = accuracy_interval(right[UNPRUNED])
-        judged = judge(asked.candidates, flops, right, right[UNPRUNED])
-        choice = choose(judged, unpruned.mean, asked.keep)
-        front = tuple(j for j in judged if j.on_front or j.candidate == choice.candidate)
+        ranked = rank(asked.candidates, flops, right, right[UNPRUNED])
+        choice = choose(ranked, unpruned.mean, asked.keep)
+        front = tuple(j for j in ranked if j.on_front or j.candidate == choice.candidate)
         plans = tuple(sorted(j.candidate for j in front))
         over: dict[str, Interval] = {}
-        if asked.control:
+        if asked.baseline:
             _answer(replace(job, candidates=plans, policy="random"), data, log, prompter, asked.workers)
             right = _right(log.file, data)
             over = {c.name: paired_difference(right[c.name], right[CONTROL + c.name]) for c in plans}
@@ -86,7 +86,7 @@ def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, as
     if asked.rounds:
         named = {c.name: c.plan for c in plans}
         times = measure(checkpoint, named, tokens, text, asked.dtype, asked.threads, asked.rounds)
-    return Tuned(len(data.examples), tokens, text, unpruned, judged, front, over, times, choice)
+    return Tuned(len(data.examples), tokens, text, unpruned, ranked, front, over, times, choice)
 
 
 def _header(checkpoint: Path, dataset_file: Path, asked: Asked) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from himap_export.exporter.planning import describe
 from himap_export.exporter.processor import read_processor
 from himap_export.exporter.registry import resolve
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.dataset import Example, expected, prompt_of
+from himap_export.validate.accuracy.dataset import Example, expected, prompt_of
 
 
 @dataclass(frozen=True)

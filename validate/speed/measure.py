@@ -7,15 +7,15 @@ from himap_export.engines.bundle import Bundle
 from himap_export.engines.scratch import scratch_folder
 from himap_export.graphs.flops import true_ratio
 from himap_export.graphs.plan import PruningPlan
-from himap_export.validate.twin import export_twin
-from himap_export.validate.workers import Contender, Times, race, ratios
+from himap_export.validate.baseline import export_baseline
+from himap_export.validate.speed.benchmark import System, Times, race, ratios
 
 PRUNED, UNPRUNED, TORCH = "pruned", "unpruned", "PyTorch SDPA"
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Times of the three contenders, the bundle's first; `ceiling` is the prefill speed-up over unpruned that FLOPs
+    """Times of the three systems, the bundle's first; `ceiling` is the prefill speed-up over unpruned that FLOPs
     allow, `note` what is to be said of the comparison, if anything is."""
 
     ceiling: float
@@ -27,9 +27,9 @@ class Speed:
         """Whom the bundle is compared with: itself unpruned, and PyTorch with its dtype and device."""
         return tuple(t.name for t in self.times[1:])
 
-    def over(self, name: str, act: str) -> tuple[float, float, float]:
-        """Speed-up of the bundle over contender `name`: median, lowest, highest of all rounds."""
-        return ratios(self.times[0], next(t for t in self.times if t.name == name), act)
+    def over(self, name: str, phase: str) -> tuple[float, float, float]:
+        """Speed-up of the bundle over system `name`: median, lowest, highest of all rounds."""
+        return ratios(self.times[0], next(t for t in self.times if t.name == name), phase)
 
 
 def ceiling(bundle: Bundle) -> float:
@@ -47,10 +47,10 @@ def measure(
     threads: int,
     vision_tower: Path | None = None,
 ) -> Speed:
-    """Exports the unpruned twin, then lets all three take turns, in the bundle's dtype.
+    """Exports the unpruned baseline, then lets all three take turns, in the bundle's dtype.
 
     `device` is what the backend's engines say they run on: "cpu", "cuda", or a GPU's name. `vision_tower` as for
-    `export_twin`.
+    `export_baseline`.
     """
     dtype = bundle.manifest.dtype
     asked = device if device in ("cpu", "cuda") else None  # a GPU's name: the backend knows no other device
@@ -58,13 +58,13 @@ def measure(
     with scratch_folder("unpruned") as folder:
         unpruned = {"none": (PruningPlan(), bundle.budget.visual[:1])}
         out, picture, tower = folder / "bundle", bundle.picture, vision_tower
-        twin = export_twin(checkpoint, bundle.budget, dtype, backend, unpruned, out, picture, tower)
-        contenders = (
-            Contender(PRUNED, "bundle", bundle, checkpoint, backend, asked),
-            Contender(UNPRUNED, "bundle", twin, checkpoint, backend, asked),
-            Contender(f"{TORCH} {dtype}, {torchs}", "torch", bundle, checkpoint, "", torchs, tower),
+        baseline = export_baseline(checkpoint, bundle.budget, dtype, backend, unpruned, out, picture, tower)
+        systems = (
+            System(PRUNED, "bundle", bundle, checkpoint, backend, asked),
+            System(UNPRUNED, "bundle", baseline, checkpoint, backend, asked),
+            System(f"{TORCH} {dtype}, {torchs}", "torch", bundle, checkpoint, "", torchs, tower),
         )
-        times = tuple(race(contenders, iterations, warm_up, threads))
+        times = tuple(race(systems, iterations, warm_up, threads))
     apart = device != "cpu" and torchs == "cpu"
     note = f"PyTorch has no CUDA here: it ran on the CPU, the engines on {device}" if apart else ""
     return Speed(ceiling(bundle), times, note)

@@ -1,4 +1,4 @@
-"""How often each contender is right, and how sure that is: the run over a data set, and what it sums up to."""
+"""How often each system is right, and how sure that is: the run over a data set, and what it sums up to."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,17 +8,23 @@ import numpy as np
 import numpy.typing as npt
 
 from himap_export.engines.arrays import Inputs
-from himap_export.validate.answers import Answered, AnswerLog
+from himap_export.validate.accuracy.answers import Answered, AnswerLog
+from himap_export.validate.accuracy.dataset import Dataset, Example, expected, is_right
+from himap_export.validate.accuracy.prompter import Prompter
+from himap_export.validate.accuracy.statistics import (
+    Interval,
+    SeedSpread,
+    accuracy_interval,
+    over_seeds,
+    paired_difference,
+)
 from himap_export.validate.columns import aligned
-from himap_export.validate.dataset import Dataset, Example, expected, is_right
 from himap_export.validate.progress import Count
-from himap_export.validate.prompter import Prompter
-from himap_export.validate.statistics import Interval, SeedSpread, accuracy_interval, over_seeds, paired_difference
 
 ALL = "all"
 
 
-class Contender(Protocol):
+class System(Protocol):
     """Who answers, greedily, up to `batch` prompts at a time; `numbers`: the examples' places in the data set."""
 
     @property
@@ -32,7 +38,7 @@ class Contender(Protocol):
 
 @dataclass(frozen=True)
 class Cell:
-    """One contender on the questions of one type. `over`: paired differences to its baselines, by name; `seeds`: the
+    """One system on the questions of one type. `over`: paired differences to its baselines, by name; `seeds`: the
     spread over the repetitions of a random one."""
 
     questions: int
@@ -43,14 +49,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Summary:
-    """`cells[name][type]`, "all" first; contenders and types in the order in which they were given and found."""
+    """`cells[name][type]`, "all" first; systems and types in the order in which they were given and found."""
 
     types: tuple[str, ...]
     cells: Mapping[str, Mapping[str, Cell]]
 
 
 def run(
-    contenders: Sequence[Contender],
+    systems: Sequence[System],
     dataset: Dataset,
     prompter: Prompter,
     log: AnswerLog,
@@ -58,31 +64,31 @@ def run(
     progress: Count,
 ) -> None:
     """Asks everyone whatever `log` does not hold yet."""
-    size, total = max(c.batch for c in contenders), len(contenders) * len(dataset.examples)
+    size, total = max(c.batch for c in systems), len(systems) * len(dataset.examples)
     numbered = list(enumerate(dataset.examples))
-    progress(done := sum((c.name, c.seed, e.line) in log.done for c in contenders for e in dataset.examples), total)
-    # Examples outside, contenders inside: every image is read and preprocessed once, and none is kept.
+    progress(done := sum((c.name, c.seed, e.line) in log.done for c in systems for e in dataset.examples), total)
+    # Examples outside, systems inside: every image is read and preprocessed once, and none is kept.
     for at in range(0, len(numbered), size):
         chunk, prepared = numbered[at : at + size], dict[int, Inputs]()
-        for contender in contenders:
-            asked = [(n, e) for n, e in chunk if (contender.name, contender.seed, e.line) not in log.done]
+        for system in systems:
+            asked = [(n, e) for n, e in chunk if (system.name, system.seed, e.line) not in log.done]
             prepared |= {n: prompter.arrays(e) for n, e in asked if n not in prepared}
-            for start in range(0, len(asked), contender.batch):
-                batch = asked[start : start + contender.batch]
+            for start in range(0, len(asked), system.batch):
+                batch = asked[start : start + system.batch]
                 numbers = [n for n, _ in batch]
-                tokens = contender.answer([prepared[n] for n in numbers], numbers)
+                tokens = system.answer([prepared[n] for n in numbers], numbers)
                 said = [prompter.text(row, stop_tokens) for row in tokens]
-                log.append([_answered(contender, e, text) for (_, e), text in zip(batch, said, strict=True)])
+                log.append([_answered(system, e, text) for (_, e), text in zip(batch, said, strict=True)])
                 progress(done := done + len(batch), total)
 
 
-def _answered(contender: Contender, e: Example, said: str) -> Answered:
+def _answered(system: System, e: Example, said: str) -> Answered:
     right = is_right(e, said)
-    return Answered(contender.name, contender.seed, e.line, e.id, e.type, said, expected(e), right)
+    return Answered(system.name, system.seed, e.line, e.id, e.type, said, expected(e), right)
 
 
 def summarise(answered: Sequence[Answered], dataset: Dataset, baselines: Mapping[str, Sequence[str]]) -> Summary:
-    """`baselines` lists all contenders and whom each is compared with. KeyError if one lacks answers."""
+    """`baselines` lists all systems and whom each is compared with. KeyError if one lacks answers."""
     lines = [e.line for e in dataset.examples]
     kinds = np.array([e.type for e in dataset.examples])
     types = (ALL, *dict.fromkeys(kind for kind in kinds.tolist() if kind not in ("", ALL)))
@@ -107,7 +113,7 @@ def _right(answered: Sequence[Answered], name: str, lines: Sequence[int]) -> npt
 
 
 def summary_lines(summary: Summary) -> list[str]:
-    """Accuracy by contender and type, then each contender against its baselines."""
+    """Accuracy by system and type, then each system against its baselines."""
     first = next(iter(summary.cells.values()))
     rows = [("", *summary.types), ("questions", *(f"{first[kind].questions}" for kind in summary.types))]
     for name, cells in summary.cells.items():
@@ -138,6 +144,6 @@ def _rounded(i: Interval) -> tuple[float, float, float]:
 
 
 def summary_json(summary: Summary) -> dict[str, Any]:
-    """{"types": [..], "accuracy": {contender: {type: {questions, accuracy, over, seeds}}}}"""
+    """{"types": [..], "accuracy": {system: {type: {questions, accuracy, over, seeds}}}}"""
     cells = {name: {kind: asdict(cell) for kind, cell in found.items()} for name, found in summary.cells.items()}
     return {"types": list(summary.types), "accuracy": cells}

@@ -4,21 +4,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from himap_export.engines.bundle import Bundle, open_bundle
-from himap_export.engines.manifest import PictureRecord
+from himap_export.engines.manifest import ImageSpec
 from himap_export.graphs.plan import PruningPlan, TokenBudget, Visual
 from himap_export.graphs.spec import Dtype
 
 Kept = tuple[PruningPlan, Visual]  # a plan, and how many image tokens its bundle keeps: --align may have raised them
 
 
-def export_twin(
+def export_baseline(
     checkpoint: Path,
     like: TokenBudget,
     dtype: Dtype,
     backend: str,
     plans: Mapping[str, Kept],
     out: Path,
-    picture: PictureRecord | None = None,
+    picture: ImageSpec | None = None,
     vision_tower: Path | None = None,
 ) -> Bundle:
     """A bundle of `plans`, by name, at the text budget, new tokens and batch of `like`, for pictures as `picture` or,

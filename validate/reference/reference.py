@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from himap_export.validate.criteria import CRITERIA, Cut, Cuts, State
-from himap_export.validate.judge import Seen, load_judge
-from himap_export.validate.probabilities import register
+from himap_export.validate.reference.adapter import Seen, load_adapter
+from himap_export.validate.reference.attention import register
+from himap_export.validate.reference.criteria import CRITERIA, Cut, Cuts, State
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -83,12 +83,12 @@ class Reference:
 
         `vision_tower`: the folder of its tower, for a release that has it apart."""
         decoder_attention = register(attn_implementation)
-        self.judge = load_judge(folder, dtype, decoder_attention, attn_implementation, vision_tower)
-        self.judge.whole.to(device)
-        self.decoder: Any = self.judge.decoder
+        self.adapter = load_adapter(folder, dtype, decoder_attention, attn_implementation, vision_tower)
+        self.adapter.whole.to(device)
+        self.decoder: Any = self.adapter.decoder
         self.layers = len(self.decoder.layers)
         self.dtype, self.device, self._eager = dtype, device, attn_implementation == "eager"
-        self.stop_tokens, self.pad_token = self.judge.stop_tokens, self.judge.pad_token
+        self.stop_tokens, self.pad_token = self.adapter.stop_tokens, self.adapter.pad_token
 
     @torch.no_grad()
     def prefill(
@@ -196,7 +196,7 @@ class Reference:
         hidden = self.decoder.embed_tokens(tokens.to(self.device)[:, None])
         turn = torch.tensor([position + shift], device=self.device)
         # No mask: a single row may see all that is cached, and each layer has cached only what was alive in its stage.
-        hidden, _ = self._run(range(self.layers), hidden, turn.expand(3, 1) if self.judge.places else turn, cache)
+        hidden, _ = self._run(range(self.layers), hidden, turn.expand(3, 1) if self.adapter.places else turn, cache)
         return self._logits(hidden)
 
     @torch.no_grad()
@@ -218,7 +218,7 @@ class Reference:
 
     def see(self, pixel_values: Floats) -> Seen:
         """What the tower makes of `pixel_values` [images,3,H,W]."""
-        return self.judge.see(torch.as_tensor(pixel_values).to(self.device, self.dtype))
+        return self.adapter.see(torch.as_tensor(pixel_values).to(self.device, self.dtype))
 
     @torch.no_grad()
     def image_features(self, pixel_values: Floats, prompts: int | None = None) -> tuple[Tensor, ...]:
@@ -239,7 +239,7 @@ class Reference:
         samples = [torch.as_tensor(ids[keep != 0]).to(self.device) for ids, keep in zip(input_ids, real, strict=True)]
         if any(not len(ids) for ids in samples):
             raise ValueError("a prompt has no tokens")
-        images = [torch.nonzero(self.judge.is_image(ids)).flatten() for ids in samples]
+        images = [torch.nonzero(self.adapter.is_image(ids)).flatten() for ids in samples]
         seen = self.see(pixel_values) if pixel_values is not None and len(pixel_values) else None
         available, wanted = 0 if seen is None else len(seen.features), sum(map(len, images))
         if available != wanted:
@@ -252,9 +252,9 @@ class Reference:
             if seen is not None and pixel_values is not None:
                 embeds = embeds.index_copy(0, image, seen.features[own].to(embeds.dtype))
                 deepstack = tuple(features[own] for features in seen.deepstack)
-            if self.judge.places is not None:
+            if self.adapter.places is not None:
                 size = (0, 0) if pixel_values is None else (pixel_values.shape[2], pixel_values.shape[3])
-                places = self.judge.places(ids, size)
+                places = self.adapter.places(ids, size)
             alive = torch.arange(len(ids), device=self.device)
             yield State(0, embeds[None], alive, image, places=places, deepstack=deepstack)
 
@@ -318,7 +318,7 @@ class Reference:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits [B,W] fp32 of the last row of `hidden` [B,S,D]."""
-        return self.judge.head(self.decoder.norm(hidden[:, -1])).float()
+        return self.adapter.head(self.decoder.norm(hidden[:, -1])).float()
 
     def rotary(self, hidden: Tensor, turns: Tensor) -> Any:
         """Hugging Face's cos and sin for `turns` [S] or [3,S], as its layers take them."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from commands import Workshop, call, golden_inputs, padded, plan_flags, save_inputs
-from originals import FIXTURES, make_both_layouts, make_internvl_v1, make_qwen_vl
+from legacy import FIXTURES, make_both_layouts, make_internvl_v1, make_qwen_vl
 from PIL import Image
 from tiny import TINY, make_inputs
 
@@ -20,8 +20,8 @@ from himap_export.engines.cli import main as run_main
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import Exit
 from himap_export.validate.cli import main as validate_main
-from himap_export.validate.criteria import Cuts, himap
-from himap_export.validate.reference import Reference
+from himap_export.validate.reference.criteria import Cuts, himap
+from himap_export.validate.reference.reference import Reference
 
 GOLDEN = {
     ("qwen-vl-tiny", "golden_k2_5_n128_32.npz"): himap(2, 5, 0.5, 0.75),

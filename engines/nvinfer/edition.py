@@ -11,7 +11,7 @@ from himap_export.graphs.errors import Exit, HimapError
 
 
 @dataclass(frozen=True)
-class Flavour:
+class Edition:
     """`name` as users write it, `title` as NVIDIA does, `module` as Python imports it.
 
     `capabilities`: compute capabilities that an engine is built for ahead of time; empty: for the GPU at hand only.
@@ -39,7 +39,7 @@ def _reason(problem: Exception) -> str:
     return "" if isinstance(problem, ModuleNotFoundError) else one_line(str(problem))
 
 
-RTX = Flavour(
+RTX = Edition(
     name="tensorrt-rtx",
     title="TensorRT-RTX",
     module="tensorrt_rtx",
@@ -47,7 +47,7 @@ RTX = Flavour(
     capabilities=(80, 86, 89, 120, 121),
     install="pip install 'himap-export[tensorrt-rtx]'; building engines needs no GPU",
 )
-DATACENTER = Flavour(
+DATACENTER = Edition(
     name="tensorrt",
     title="TensorRT",
     module="tensorrt",
@@ -57,9 +57,9 @@ DATACENTER = Flavour(
 
 
 @cache
-def log_of(flavour: Flavour) -> Any:
+def log_of(edition: Edition) -> Any:
     """The process's one logger. TensorRT keeps the first it is given, so a second would never hear a word."""
-    trt = flavour.api()
+    trt = edition.api()
 
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
         """Prints nothing; keeps the errors and the list of layers of what was built last."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from himap_export.validate.originals import llava_original, qwen_vl
+from himap_export.validate.reference.legacy import llava_original, qwen_vl
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Judge:
+class ModelAdapter:
     """`whole` holds all parameters; `decoder` has embed_tokens, layers, norm, rotary_emb.
 
     `see`: pixels [n,3,H,W] to what the tower makes of them. `is_image`: which of ids [S] are image tokens. `places`: of
@@ -51,13 +51,13 @@ class Judge:
     places: Callable[[Tensor, tuple[int, int]], Tensor] | None = None
 
 
-def load_judge(
+def load_adapter(
     folder: Path,
     dtype: torch.dtype,
     decoder_attention: str,
     vision_attention: str,
     vision_tower: Path | None = None,
-) -> Judge:
+) -> ModelAdapter:
     """The checkpoint in `folder`, in `dtype`; its tower, if the release has it apart, in `vision_tower` or where the
     release says. ValueError or OSError if a weight is missing or does not fit."""
     named = json.loads((folder / "config.json").read_text()).get("architectures") or [""]
@@ -67,7 +67,7 @@ def load_judge(
     return load(folder, dtype, decoder_attention, vision_attention)
 
 
-def _hugging_face(folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str) -> Judge:
+def _hugging_face(folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str) -> ModelAdapter:
     if (folder / "adapter_config.json").exists():  # it names another model, which transformers would load in its place
         raise ValueError(f"{folder} holds an adapter: merge it into its model")
     loaded: tuple[Any, dict[str, Any]] = AutoModelForImageTextToText.from_pretrained(
@@ -96,7 +96,7 @@ def _hugging_face(folder: Path, dtype: torch.dtype, decoder_attention: str, visi
     side = patch * round(getattr(vision, "spatial_merge_size", 1) / getattr(model.config, "downsample_ratio", 1))
     tower = getattr(model.model, "vision_tower", None)
     clip = getattr(tower, "vision_model", tower) if model.config.model_type == "llava" else None
-    return Judge(
+    return ModelAdapter(
         whole=model,
         decoder=model.model.language_model,
         head=model.lm_head,
@@ -147,7 +147,7 @@ _MERGED: Mapping[str, Callable[[Any, Tensor], Seen]] = {"qwen2_5_vl": _see_patch
 
 def _llava_original(
     folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str, vision_tower: Path | None
-) -> Judge:
+) -> ModelAdapter:
     found = llava_original.load(folder, dtype, decoder_attention, vision_attention, vision_tower)
     patch = found.tower.config.patch_size
     side = patch if isinstance(patch, int) else patch[0]
@@ -156,7 +156,7 @@ def _llava_original(
     return _original(found, lambda size: (size[0] // side, size[1] // side), tuple(layers))
 
 
-def _qwen_vl(folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str) -> Judge:
+def _qwen_vl(folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str) -> ModelAdapter:
     found = qwen_vl.load(folder, dtype, decoder_attention, "sdpa" if vision_attention == "sdpa" else "eager")
     side = isqrt(len(found.tower.attn_pool.query))  # the resampler's queries stand in a square
     return _original(found, lambda size: (side, side), ())
@@ -164,8 +164,8 @@ def _qwen_vl(folder: Path, dtype: torch.dtype, decoder_attention: str, vision_at
 
 def _original(
     found: Any, grid: Callable[[tuple[int, int]], tuple[int, int]], layers: tuple[torch.nn.Module, ...]
-) -> Judge:
-    return Judge(
+) -> ModelAdapter:
+    return ModelAdapter(
         whole=found,
         decoder=found.causal.model,
         head=found.causal.lm_head,

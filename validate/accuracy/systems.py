@@ -1,6 +1,6 @@
-"""Who answers a data set: the bundle's plans on its backend, and beside each the controls at equal FLOPs.
+"""Who answers a data set: the bundle's plans on its backend, and beside each the baselines at equal FLOPs.
 
-The controls are bundles like any other: the same model, budgets, backend and cuts, ranked by nothing (random, uniform)
+The baselines are bundles like any other: the same model, budgets, backend and cuts, ranked by nothing (random, uniform)
 or not cut at all (none). They are exported into a temporary folder for as long as the comparison lasts.
 """
 
@@ -17,14 +17,14 @@ from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.scratch import scratch_folder
 from himap_export.graphs.flops import true_ratio
 from himap_export.graphs.plan import Criterion, PruningPlan
-from himap_export.validate.twin import Kept, export_twin
+from himap_export.validate.baseline import Kept, export_baseline
 
-CONTROLS: tuple[Criterion, ...] = ("random", "uniform")
+CHANCE: tuple[Criterion, ...] = ("random", "uniform")
 UNPRUNED = "none"
 
 
 @dataclass(frozen=True)
-class PlanContender:
+class PlanSystem:
     """One plan on its pipeline; `seed` is one of the repetitions of a random plan, and 0 for all others."""
 
     name: str
@@ -62,14 +62,14 @@ def request_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
-def controls_of(plans: Mapping[str, Kept]) -> dict[str, Kept]:
-    """The controls that `plans`, by name, lack: none, and for each plan that ranks, random and uniform at its cuts."""
+def missing_baselines(plans: Mapping[str, Kept]) -> dict[str, Kept]:
+    """The baselines that `plans`, by name, lack: none, and for each plan that ranks, random and uniform at its cuts."""
     unpruned = PruningPlan(), next(iter(plans.values()))[1][:1]
-    judged = {name: kept for name, kept in plans.items() if kept[0].policy not in (*CONTROLS, UNPRUNED)}
+    judged = {name: kept for name, kept in plans.items() if kept[0].policy not in (*CHANCE, UNPRUNED)}
     wanted = {UNPRUNED: unpruned}
     for name, (plan, visual) in judged.items():
-        for control in CONTROLS:
-            wanted[control if len(judged) == 1 else f"{control}-{name}"] = plan.ranked_by(control), visual
+        for baseline in CHANCE:
+            wanted[baseline if len(judged) == 1 else f"{baseline}-{name}"] = plan.ranked_by(baseline), visual
     found: dict[str, Kept] = {}
     for name, kept in wanted.items():
         if kept not in (*plans.values(), *found.values()):
@@ -78,7 +78,7 @@ def controls_of(plans: Mapping[str, Kept]) -> dict[str, Kept]:
 
 
 @contextmanager
-def contenders(
+def open_systems(
     first: Pipeline,
     checkpoint: Path,
     opening: Opening,
@@ -86,26 +86,26 @@ def contenders(
     seeds: int,
     new_tokens: int,
     vision_tower: Path | None = None,
-) -> Iterator[list[PlanContender]]:
-    """The plans `names` of a bundle and their controls, random ones `seeds` times; `first` is open at the first plan.
+) -> Iterator[list[PlanSystem]]:
+    """The plans `names` of a bundle and their baselines, random ones `seeds` times; `first` is open at the first plan.
 
-    All are at the text budget and on the backend of `first`. `vision_tower` as for `export_twin`.
+    All are at the text budget and on the backend of `first`. `vision_tower` as for `export_baseline`.
     """
     bundle, backend = first.bundle, first.backend
     here = [bundle.at(name, bundle.budget.text) for name in names]
     plans = {b.variant.plan_name: (b.plan, b.budget.visual) for b in here}
-    with scratch_folder("controls") as folder:
+    with scratch_folder("baselines") as folder:
         pipelines = [first, *(Pipeline(b, backend, opening, first.engines) for b in here[1:])]
-        if controls := controls_of(plans):
+        if baselines := missing_baselines(plans):
             out, dtype, picture = folder / "bundle", bundle.manifest.dtype, bundle.picture
-            twin = export_twin(checkpoint, bundle.budget, dtype, backend, controls, out, picture, vision_tower)
+            baseline = export_baseline(checkpoint, bundle.budget, dtype, backend, baselines, out, picture, vision_tower)
             beside: list[Pipeline] = []
-            for name in controls:  # over one copy of the weights
-                beside.append(Pipeline(twin.at(name), backend, opening, beside[0].engines if beside else None))
+            for name in baselines:  # over one copy of the weights
+                beside.append(Pipeline(baseline.at(name), backend, opening, beside[0].engines if beside else None))
             pipelines += beside
         everyone = {p.bundle.variant.plan_name: (p.bundle.plan, p.bundle.budget.visual) for p in pipelines}
         yield [
-            PlanContender(name, seed, p, new_tokens, _baselines(name, everyone))
+            PlanSystem(name, seed, p, new_tokens, _baselines(name, everyone))
             for p in pipelines
             for name in [p.bundle.variant.plan_name]
             for seed in range(seeds if p.bundle.plan.policy == "random" else 1)
@@ -116,6 +116,6 @@ def _baselines(name: str, everyone: Mapping[str, Kept]) -> tuple[str, ...]:
     """The unpruned model and, for a plan that ranks, whoever keeps as many tokens at the same cuts by chance."""
     plan, visual = everyone[name]
     chance = (plan.ranked_by("random"), visual)
-    ranks = plan.policy not in (*CONTROLS, UNPRUNED)
+    ranks = plan.policy not in (*CHANCE, UNPRUNED)
     found = [other for other, kept in everyone.items() if not kept[0].cuts or (ranks and kept == chance)]
     return tuple(other for other in found if other != name)

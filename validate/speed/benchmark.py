@@ -1,6 +1,6 @@
-"""Timing that can be compared: one process per contender, taking turns.
+"""Timing that can be compared: one process per system, taking turns.
 
-A runtime's spinning threads slow its neighbours, so each contender lives alone in a process; the machine's speed
+A runtime's spinning threads slow its neighbours, so each system lives alone in a process; the machine's speed
 drifts, so they take turns, round by round, and ratios are taken within a round. All compute in one dtype, on one device
 where they can.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.isolation import Child, child
 
-ACTS = ("vision", "prefill", "decode")
+PHASES = ("vision", "prefill", "decode")
 MEMORY = "memory"
 DECODE_STEPS = 16
 TURN = 0.1  # seconds that a turn lasts at least
@@ -23,7 +23,7 @@ Acts = Mapping[str, Callable[[], float]]  # by name, what does it and says how m
 
 
 @dataclass(frozen=True)
-class Contender:
+class System:
     """`kind` "bundle" (`backend` has its engines) or "torch" (the checkpoint, PyTorch SDPA, unpruned; prompts and dtype
     as the bundle's). `device`: "cpu" or "cuda"; None: the backend's choice, PyTorch's is the CPU.
 
@@ -41,55 +41,55 @@ class Contender:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per round by act, of one contender, and its peak resident memory in bytes."""
+    """Seconds per round by phase, of one system, and its peak resident memory in bytes."""
 
     name: str
     seconds: dict[str, tuple[float, ...]]
     peak_bytes: int
 
-    def median(self, act: str) -> float:
-        return statistics.median(self.seconds[act])
+    def median(self, phase: str) -> float:
+        return statistics.median(self.seconds[phase])
 
 
-def ratios(a: Times, b: Times, act: str) -> tuple[float, float, float]:
+def ratios(a: Times, b: Times, phase: str) -> tuple[float, float, float]:
     """How many times faster `a` is than `b`, within each round: median, lowest, highest."""
-    found = [his / mine for mine, his in zip(a.seconds[act], b.seconds[act], strict=True)]
+    found = [his / mine for mine, his in zip(a.seconds[phase], b.seconds[phase], strict=True)]
     return statistics.median(found), min(found), max(found)
 
 
 def race(
-    contenders: Sequence[Contender], iterations: int, warm_up: int, threads: int, acts: Sequence[str] = ACTS
+    systems: Sequence[System], iterations: int, warm_up: int, threads: int, phases: Sequence[str] = PHASES
 ) -> list[Times]:
-    """Every contender does every act `iterations` times, one after the other within a round.
+    """Every system does every phase `iterations` times, one after the other within a round.
 
     HimapError if one cannot be opened, or its process dies.
     """
     with ExitStack() as stack:
-        children = [stack.enter_context(_child(c, threads)) for c in contenders]
+        children = [stack.enter_context(_child(c, threads)) for c in systems]
         for one in children:
             one.ask(MEMORY)  # all are open before any is timed
-        rounds: list[dict[str, list[float]]] = [{act: [] for act in acts} for _ in contenders]
-        for act in acts:
+        rounds: list[dict[str, list[float]]] = [{phase: [] for phase in phases} for _ in systems]
+        for phase in phases:
             for n in range(warm_up + iterations):
                 for one, times in zip(children, rounds, strict=True):
-                    seconds = one.ask(act)
+                    seconds = one.ask(phase)
                     if n >= warm_up:
-                        times[act].append(seconds)
+                        times[phase].append(seconds)
         return [
-            Times(c.name, {act: tuple(s) for act, s in times.items()}, int(one.ask(MEMORY)))
-            for c, one, times in zip(contenders, children, rounds, strict=True)
+            Times(c.name, {phase: tuple(s) for phase, s in times.items()}, int(one.ask(MEMORY)))
+            for c, one, times in zip(systems, children, rounds, strict=True)
         ]
 
 
-def _child(contender: Contender, threads: int) -> AbstractContextManager[Child]:
+def _child(system: System, threads: int) -> AbstractContextManager[Child]:
     limits = {"OMP_NUM_THREADS": str(threads), "KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}  # read at its start
-    return child(f"timing {contender.name}", limits, _doing, contender, threads)
+    return child(f"timing {system.name}", limits, _doing, system, threads)
 
 
-def _doing(contender: Contender, threads: int) -> Callable[[str], float]:
-    """Does an act and says how many seconds it took; asked for MEMORY, how many bytes everything took."""
-    acts = (_bundle if contender.kind == "bundle" else _torch)(contender, threads)
-    return lambda asked: _peak_bytes() if asked == MEMORY else acts[asked]()
+def _doing(system: System, threads: int) -> Callable[[str], float]:
+    """Does a phase and says how many seconds it took; asked for MEMORY, how many bytes everything took."""
+    phases = (_bundle if system.kind == "bundle" else _torch)(system, threads)
+    return lambda asked: _peak_bytes() if asked == MEMORY else phases[asked]()
 
 
 def _peak_bytes() -> float:
@@ -125,13 +125,13 @@ def _turn(work: Callable[[], object]) -> Callable[[], float]:
     return timed
 
 
-def _bundle(contender: Contender, threads: int) -> Acts:
+def _bundle(system: System, threads: int) -> Acts:
     from himap_export.engines.backends import Opening
     from himap_export.engines.pipeline import Pipeline
-    from himap_export.validate.questions import drawn_inputs
+    from himap_export.validate.parity.prompts import drawn_inputs
 
-    bundle = contender.bundle
-    pipeline = Pipeline(bundle, contender.backend, Opening(threads, contender.device))
+    bundle = system.bundle
+    pipeline = Pipeline(bundle, system.backend, Opening(threads, system.device))
     inputs = drawn_inputs(bundle, bundle.budget.batch, 0, fill=True)
     prefilled, layout = pipeline.prefill(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
     tokens = prefilled.logits.argmax(axis=1)
@@ -152,21 +152,21 @@ def _bundle(contender: Contender, threads: int) -> Acts:
     return {"vision": _turn(vision), "prefill": _turn(prefill), "decode": decode}
 
 
-def _torch(contender: Contender, threads: int) -> Acts:
-    """Every act ends with its result in the host's memory, as the bundle's do: so does nobody's clock stop while a GPU
-    is still at work."""
+def _torch(system: System, threads: int) -> Acts:
+    """Every phase ends with its result in the host's memory, as the bundle's do: nobody's clock stops while a GPU
+    is at work."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from himap_export.validate.questions import drawn_inputs
-    from himap_export.validate.reference import Reference
+    from himap_export.validate.parity.prompts import drawn_inputs
+    from himap_export.validate.reference.reference import Reference
 
     torch.set_num_threads(threads)
     disable_progress_bar()
-    bundle, device = contender.bundle, contender.device or "cpu"
+    bundle, device = system.bundle, system.device or "cpu"
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[bundle.manifest.dtype]
     inputs = drawn_inputs(bundle, bundle.budget.batch, 0, fill=True)
-    model = Reference(contender.checkpoint, dtype, "sdpa", device, contender.vision_tower)
+    model = Reference(system.checkpoint, dtype, "sdpa", device, system.vision_tower)
     with torch.inference_mode():
         pixels = torch.as_tensor(inputs.pixel_values).to(device, dtype)
         prompts = model.embed(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
@@ -188,7 +188,7 @@ def _torch(contender: Contender, threads: int) -> Acts:
         return timed
 
     return {
-        "vision": quiet(lambda: model.judge.see(pixels).features.cpu()),
+        "vision": quiet(lambda: model.adapter.see(pixels).features.cpu()),
         "prefill": quiet(lambda: model.forward(prompts)[0].cpu()),
         "decode": decode,
     }

@@ -1,4 +1,4 @@
-"""`himap-validate --dataset`: a bundle's plans, the unpruned model and the controls answer a data set."""
+"""`himap-validate --dataset`: a bundle's plans, the unpruned model and the baselines answer a data set."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +9,15 @@ from himap_export.engines.bundle import Bundle, digest
 from himap_export.engines.cli import open_pipeline
 from himap_export.engines.manifest import FILE_NAME
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.accuracy import run, summarise, summary_json, summary_lines
+from himap_export.validate.accuracy.answers import AnswerLog, check_count, check_log, claim, read_log
+from himap_export.validate.accuracy.dataset import Dataset, read_dataset
+from himap_export.validate.accuracy.evaluate import run, summarise, summary_json, summary_lines
+from himap_export.validate.accuracy.prompter import Prompter, prompter_of_bundle
+from himap_export.validate.accuracy.systems import open_systems
 from himap_export.validate.accuracy_page import accuracy_page
-from himap_export.validate.answers import AnswerLog, check_count, check_log, claim, read_log
-from himap_export.validate.contenders import contenders
-from himap_export.validate.dataset import Dataset, read_dataset
 from himap_export.validate.html.drawing import matplotlib
 from himap_export.validate.html.page import write_report
 from himap_export.validate.progress import counted, say
-from himap_export.validate.prompter import Prompter, prompter_of_bundle
 
 ANSWERS = "answers.jsonl"
 SHORT = 8  # tokens of an answer, unless asked otherwise or the right ones are longer
@@ -54,7 +54,7 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
     prompter = prompter_of_bundle(bundle, checkpoint)
     held = (v.plan_name for v in bundle.manifest.variants)
     names = tuple(dict.fromkeys(bundle.plan_name(name) for name in asked.plans) or dict.fromkeys(held))
-    check_count(len(data.examples) * (len(names) * (2 + asked.seeds) + 1))  # each with its controls, and the unpruned
+    check_count(len(data.examples) * (len(names) * (2 + asked.seeds) + 1))  # each with its baselines, and the unpruned
     # What is measured does not depend on --limit: who asked a few questions can go on with all.
     bundle = bundle.at(names[0], asked.text_budget, _longest(prompter, whole, data, bundle, asked))
     longest = max(len(prompter.answer(e)) + 1 for e in whole.examples)  # and the token that ends it
@@ -69,17 +69,17 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
     asked.report.mkdir(parents=True, exist_ok=True)
     with (
         AnswerLog(asked.report / ANSWERS, header) as log,
-        contenders(first, checkpoint, opening, names, asked.seeds, new_tokens, asked.vision_tower) as crowd,
+        open_systems(first, checkpoint, opening, names, asked.seeds, new_tokens, asked.vision_tower) as systems,
     ):
         with counted("answers") as count:
-            run(crowd, data, prompter, log, bundle.manifest.model.eos_tokens, count)
-        wanted = {(c.name, c.seed) for c in crowd}
+            run(systems, data, prompter, log, bundle.manifest.model.eos_tokens, count)
+        wanted = {(c.name, c.seed) for c in systems}
         lines = {e.line for e in data.examples}
         answered = [a for a in read_log(log.file) if (a.policy, a.seed) in wanted and a.line in lines]
-        summary = summarise(answered, data, {c.name: c.baselines for c in crowd})
-        facts = header | {"flops_kept": {c.name: c.flops for c in crowd}, "skipped": list(data.skipped)}
+        summary = summarise(answered, data, {c.name: c.baselines for c in systems})
+        facts = header | {"flops_kept": {c.name: c.flops for c in systems}, "skipped": list(data.skipped)}
         facts |= summary_json(summary)
-        page = accuracy_page(summary, answered, crowd, data, prompter, bundle, asked.command)
+        page = accuracy_page(summary, answered, systems, data, prompter, bundle, asked.command)
     written = write_report(asked.report, page, facts)
     return [*summary_lines(summary), "", f"report: {written}"], facts
 

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from himap_export.engines.documents import MEGABYTE, read_file
-from himap_export.engines.manifest import PictureRecord
+from himap_export.engines.manifest import ImageSpec
 from himap_export.graphs.errors import Exit
-from himap_export.validate.parity import Closeness, Gate, Parity, closeness
+from himap_export.validate.parity.compare import Gate, Parity, TensorDiff, closeness
 from himap_export.validate.source import Source
 
 Pixels = npt.NDArray[np.float32]
@@ -33,11 +33,11 @@ MOST_AREA = 2**25  # pixels; published processors that follow the picture's size
 class PixelParity:
     """How far the bundle's pixels lie from Hugging Face's; None, and in `note` why, if they are not compared."""
 
-    found: Closeness | None
+    found: TensorDiff | None
     note: str = ""
 
 
-def compare_pixels(ours: Pixels, image_file: Path, picture: PictureRecord, source: Source) -> PixelParity:
+def compare_pixels(ours: Pixels, image_file: Path, picture: ImageSpec, source: Source) -> PixelParity:
     """Compares `ours` [tiles,3,H,W], made for `picture`, with what the processor of `source` makes of the file.
 
     HimapError (usage) for a processor's file that cannot be read.
@@ -95,7 +95,7 @@ def _compared(ours: Pixels, theirs: Pixels) -> PixelParity:
     if ours.shape == theirs.shape:
         return PixelParity(closeness("pixels", [(ours, theirs)]))
     shapes = f"pixels are {list(ours.shape)}, Hugging Face's processor makes {list(theirs.shape)}"
-    return PixelParity(Closeness("pixels", inf, float(np.abs(theirs).max(initial=0)), 0.0), shapes)
+    return PixelParity(TensorDiff("pixels", inf, float(np.abs(theirs).max(initial=0)), 0.0), shapes)
 
 
 def _processor(folder: Path, most_side: int) -> Any:
@@ -131,7 +131,7 @@ def _image(file: Path) -> Image.Image:
         return found
 
 
-def _fills(image: Image.Image, picture: PictureRecord) -> bool:
+def _fills(image: Image.Image, picture: ImageSpec) -> bool:
     """Whether the letterboxed picture has no border."""
     height, width = picture.size
     shrink = min(Fraction(height, image.height), Fraction(width, image.width))

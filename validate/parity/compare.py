@@ -21,8 +21,8 @@ from himap_export.engines.pipeline import Pipeline
 from himap_export.graphs.errors import HimapError
 from himap_export.graphs.plan import PruningPlan, Visual
 from himap_export.graphs.spec import IMAGE, Dtype
-from himap_export.validate.criteria import Cut
-from himap_export.validate.reference import Prefill, Reference
+from himap_export.validate.reference.criteria import Cut
+from himap_export.validate.reference.reference import Prefill, Reference
 
 Floats = npt.NDArray[np.floating[Any]]
 Integers = npt.NDArray[np.int64]
@@ -32,7 +32,7 @@ Load = Callable[[Dtype], Reference]
 ROUNDOFF: dict[Dtype, float] = {"fp16": 2.0**-11, "bf16": 2.0**-8, "fp32": 2.0**-24}
 FP32_LOGITS = 1e-3  # absolute: the project's definition of parity (docs: "this is HiMAP")
 FP32_SCORES = 1e-4  # of the largest score; measured 1e-6 to 7e-6
-YARDSTICK = 4.0  # 33 random tiny checkpoints in fp16, ours over PyTorch's error: median 0.8 to 1.0, largest 3.0
+ROUNDING_FACTOR = 4.0  # 33 random tiny checkpoints in fp16, ours over PyTorch's error: median 0.8 to 1.0, largest 3.0
 UNDRAWN = -1  # the token that follows logits which are no numbers: no token's id
 WORST = 0.25  # of the largest value: however badly a model is conditioned, a wrong graph must fail
 
@@ -47,7 +47,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Closeness:
+class TensorDiff:
     """Two tensors: largest difference (inf if one is not finite), largest reference value, cosine of the whole."""
 
     name: str
@@ -99,7 +99,7 @@ class Parity:
     """What was compared, what came out, the gates it had to pass, and what else is to be said."""
 
     prompts: int
-    tensors: tuple[Closeness, ...]
+    tensors: tuple[TensorDiff, ...]
     cuts: tuple[CutParity, ...]
     answers: Answers
     gates: tuple[Gate, ...]
@@ -111,14 +111,14 @@ class Parity:
         return all(gate.passed for gate in self.gates)
 
 
-def limit_of(t: Closeness, dtype: Dtype, layers: int, rounding: float | None, asked: Asked) -> float:
+def limit_of(t: TensorDiff, dtype: Dtype, layers: int, rounding: float | None, asked: Asked) -> float:
     """How far tensor `t` may lie from the reference in fp32.
 
     fp32: 1e-3 on logits, the project's definition; 1e-4 of the largest on scores; elsewhere 1e-3 or, for large values,
     2 u sqrt(8 L) of the largest (8 tensors a layer rounded by the unit roundoff u, errors adding like a random walk).
 
     Half precision: how far rounding carries values depends on the model, through the conditioning of its attention, by
-    an order of magnitude; no formula in u and L knows that. So the yardstick is measured: `rounding`, the distance of
+    an order of magnitude; no formula in u and L knows that. So the measure is measured: `rounding`, the distance of
     PyTorch's own run in the bundle's dtype, same prompts, same tokens kept. Ours may be 4 times that: two roundings of
     one computation, neither the better one. Never above a quarter of the largest value, whatever PyTorch does.
     """
@@ -127,7 +127,7 @@ def limit_of(t: Closeness, dtype: Dtype, layers: int, rounding: float | None, as
     walk = 2 * ROUNDOFF[dtype] * sqrt(8 * layers) * t.scale
     if dtype == "fp32":
         return FP32_SCORES * t.scale if t.name.startswith("score") else max(FP32_LOGITS, walk)
-    measured = walk if rounding is None or not isfinite(rounding) else YARDSTICK * rounding
+    measured = walk if rounding is None or not isfinite(rounding) else ROUNDING_FACTOR * rounding
     return min(max(measured, ROUNDOFF[dtype] * t.scale), WORST * t.scale)
 
 
@@ -216,7 +216,7 @@ class Comparison:
     def _candidates(self, stage: int) -> list[tuple[npt.NDArray[np.bool_], Integers]]:
         """Per prompt: which tokens before the cut are image tokens [S], and all tokens' original positions [S]."""
         before = self.pipeline.stages[stage - 1]
-        kinds, positions = ("token_kind", "position_ids") if stage == 1 else (f"kind_{before}", f"kept_{before}")
+        kinds, positions = ("token_type", "position_ids") if stage == 1 else (f"type_{before}", f"kept_{before}")
         kind, position = self.pipeline.read(kinds), self.pipeline.read(positions)
         return [(kind[row] == IMAGE, position[row]) for row in range(self.rows)]
 
@@ -315,7 +315,7 @@ def _conclude(runs: list[Comparison], dtype: Dtype, layers: int, rounding: dict[
     return Parity(sum(r.rows for r in runs), tensors, cuts, answers, tuple(gates), _outputs(runs))
 
 
-def _closest(found: list[Tensors], exact: list[Tensors]) -> tuple[Closeness, ...]:
+def _closest(found: list[Tensors], exact: list[Tensors]) -> tuple[TensorDiff, ...]:
     """Every tensor over all batches, in the order of the reference's."""
     return tuple(
         closeness(name, [p for f, e in zip(found, exact, strict=True) for p in zip(f[name], e[name], strict=True)])
@@ -323,12 +323,12 @@ def _closest(found: list[Tensors], exact: list[Tensors]) -> tuple[Closeness, ...
     )
 
 
-def closeness(name: str, pairs: list[tuple[Floats, Floats]]) -> Closeness:
+def closeness(name: str, pairs: list[tuple[Floats, Floats]]) -> TensorDiff:
     """Of (found, reference) pairs of arrays, taken as one long vector."""
     mine, his = (np.concatenate([p[i].ravel() for p in pairs]).astype(np.float64) for i in (0, 1))
     norms = float(np.linalg.norm(mine) * np.linalg.norm(his))
     cosine = float(mine @ his) / norms if norms else float(np.array_equal(mine, his))
-    return Closeness(name, _worst(np.abs(mine - his)), float(np.abs(his).max()), cosine)
+    return TensorDiff(name, _worst(np.abs(mine - his)), float(np.abs(his).max()), cosine)
 
 
 def _worst(values: Floats) -> float:

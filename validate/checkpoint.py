@@ -7,7 +7,7 @@ from himap_export.graphs.errors import HimapError
 from himap_export.graphs.spec import Dtype
 
 if TYPE_CHECKING:
-    from himap_export.validate.reference import Reference
+    from himap_export.validate.reference.reference import Reference
 
 
 def checkpoint_folder(model: str, vision_tower: Path | None = None) -> Path:
@@ -30,7 +30,7 @@ def load_reference(
     import torch
     from transformers.utils import logging
 
-    from himap_export.validate.reference import Reference
+    from himap_export.validate.reference.reference import Reference
 
     torch.set_num_threads(threads)
     logging.set_verbosity_error()

@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from himap_export.engines.drawing import draw_kept, kept_patches
 from himap_export.engines.image import ImagePreprocessing, clip_preprocessing, tile_grid
-from himap_export.engines.picture import draw_kept, kept_patches
 from himap_export.graphs.errors import HimapError
 
 GREY = (122, 116, 104)

@@ -1,4 +1,4 @@
-"""The controls beside a bundle's plans: cut alike, ranked by nothing, and answering as the reference does."""
+"""The baselines beside a bundle's plans: cut alike, ranked by nothing, and answering as the reference does."""
 
 import pytest
 from commands import Workshop
@@ -11,42 +11,42 @@ from himap_export.graphs.errors import HimapError
 from himap_export.graphs.flops import equal_keep, true_ratio
 from himap_export.graphs.plan import Cut, PruningPlan, himap
 from himap_export.graphs.spec import DecoderSpec
-from himap_export.validate.contenders import PlanContender, contenders, controls_of, request_seed
-from himap_export.validate.parity import reference_cuts
+from himap_export.validate.accuracy.systems import PlanSystem, missing_baselines, open_systems, request_seed
+from himap_export.validate.parity.compare import reference_cuts
 
 PLAN, FASTV, VISUAL = himap(1, 3, 0.5, 0.75), PruningPlan((Cut(1, "last", keep=8),)), (16, 8, 2)
 
 
 def test_a_plan_alone_gets_all_three_controls() -> None:
-    assert controls_of({"qa": (PLAN, VISUAL)}) == {
+    assert missing_baselines({"qa": (PLAN, VISUAL)}) == {
         "none": (PruningPlan(), (16,)),
         "random": (himap(1, 3, 0.5, 0.75).ranked_by("random"), VISUAL),
         "uniform": (himap(1, 3, 0.5, 0.75).ranked_by("uniform"), VISUAL),
     }
 
 
-def test_controls_are_not_repeated() -> None:
+def test_baselines_are_not_repeated() -> None:
     intra = PLAN.ranked_by("image")
     held = {"a": (PLAN, VISUAL), "b": (intra, VISUAL), "f": (FASTV, (16, 8)), "none": (PruningPlan(), (16,))}
-    found = controls_of(held | {"mine": (PLAN.ranked_by("uniform"), VISUAL)})
+    found = missing_baselines(held | {"mine": (PLAN.ranked_by("uniform"), VISUAL)})
     assert list(found) == ["random-a", "random-f", "uniform-f"]
     assert found["random-f"] == (FASTV.ranked_by("random"), (16, 8))
 
 
-def test_controls_of_an_aligned_plan_keep_what_it_keeps() -> None:
-    assert controls_of({"qa": (PLAN, (16, 11, 6))})["random"][1] == (16, 11, 6)
+def test_baselines_of_an_aligned_plan_keep_what_it_keeps() -> None:
+    assert missing_baselines({"qa": (PLAN, (16, 11, 6))})["random"][1] == (16, 11, 6)
 
 
 @pytest.fixture(scope="module")
-def crowd(work: Workshop, tmp_path_factory: pytest.TempPathFactory) -> list[PlanContender]:
+def systems(work: Workshop, tmp_path_factory: pytest.TempPathFactory) -> list[PlanSystem]:
     bundle = work.bundle("gqa2", "--k1", 1, "--k2", 3, "--batch", 2)
     first = work.pipeline(bundle)
-    with contenders(first, work.checkpoint("gqa2"), Opening(threads=1), ["custom"], 2, 5) as found:
+    with open_systems(first, work.checkpoint("gqa2"), Opening(threads=1), ["custom"], 2, 5) as found:
         return found
 
 
-def test_everyone_answers_as_the_reference_does(work: Workshop, crowd: list[PlanContender]) -> None:
-    assert [(c.name, c.seed) for c in crowd] == [
+def test_everyone_answers_as_the_reference_does(work: Workshop, systems: list[PlanSystem]) -> None:
+    assert [(c.name, c.seed) for c in systems] == [
         ("custom", 0),
         ("none", 0),
         ("random", 0),
@@ -56,23 +56,23 @@ def test_everyone_answers_as_the_reference_does(work: Workshop, crowd: list[Plan
     inputs, numbers = make_inputs(work.tiny("gqa2"), [9, 3], [5, 2], seed=4), [7, 3]
     singles = [inputs.sample(row) for row in range(2)]
     batch = [Inputs(single.input_ids, single.pixel_values) for single in singles]
-    for contender in crowd:
-        budget = contender.pipeline.bundle.budget
-        cuts = reference_cuts(contender.pipeline.bundle.plan, budget.visual)
-        seeds = [request_seed(contender.seed, number) for number in numbers]
+    for system in systems:
+        budget = system.pipeline.bundle.budget
+        cuts = reference_cuts(system.pipeline.bundle.plan, budget.visual)
+        seeds = [request_seed(system.seed, number) for number in numbers]
         said = work.reference("gqa2").generate(
             inputs.input_ids, inputs.pixel_values, inputs.attention_mask, max_new_tokens=5, cuts=cuts, seeds=seeds
         )
-        assert contender.answer(batch, numbers) == said.tolist(), contender.name
+        assert system.answer(batch, numbers) == said.tolist(), system.name
 
 
-def test_controls_lie_where_leftovers_are_cleared_away(crowd: list[PlanContender]) -> None:
-    assert scratch_place() in crowd[1].pipeline.bundle.folder.parents
-    assert not crowd[1].pipeline.bundle.folder.exists()  # they last as long as the comparison
+def test_baselines_lie_where_leftovers_are_cleared_away(systems: list[PlanSystem]) -> None:
+    assert scratch_place() in systems[1].pipeline.bundle.folder.parents
+    assert not systems[1].pipeline.bundle.folder.exists()  # they last as long as the comparison
 
 
-def test_controls_cost_what_the_plan_costs(crowd: list[PlanContender]) -> None:
-    flops = {c.name: c.flops for c in crowd}
+def test_baselines_cost_what_the_plan_costs(systems: list[PlanSystem]) -> None:
+    flops = {c.name: c.flops for c in systems}
     assert flops["custom"] == flops["random"] == flops["uniform"] < flops["none"] == 1
 
 

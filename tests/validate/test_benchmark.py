@@ -11,12 +11,13 @@ from commands import Workshop
 from himap_export.engines.bundle import Bundle, open_bundle
 from himap_export.engines.scratch import scratch_place
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate import reference, speed
-from himap_export.validate.criteria import himap
 from himap_export.validate.parity_page import _speed as blocks_of
+from himap_export.validate.reference import reference
+from himap_export.validate.reference.criteria import himap
 from himap_export.validate.report import speed_json, speed_lines
-from himap_export.validate.speed import Speed, measure, torch_device
-from himap_export.validate.workers import ACTS, Contender, Times, _doing, race
+from himap_export.validate.speed import measure as speed
+from himap_export.validate.speed.benchmark import PHASES, System, Times, _doing, race
+from himap_export.validate.speed.measure import Speed, measure, torch_device
 
 CUTS = himap(2, 4, 0.5, 0.5)
 
@@ -27,9 +28,9 @@ def bundle_of(work: Workshop, dtype: str = "fp32") -> Bundle:
 
 def test_the_bundle_is_opened_on_the_device_asked_for(work: Workshop) -> None:
     """This machine's onnxruntime has no CUDA: who asks for it must be told, not timed on the CPU."""
-    contender = Contender("pruned", "bundle", bundle_of(work), work.checkpoint("gqa2"), "onnxruntime", "cuda")
+    system = System("pruned", "bundle", bundle_of(work), work.checkpoint("gqa2"), "onnxruntime", "cuda")
     with pytest.raises(HimapError, match="no CUDA provider") as refused:
-        race([contender], 1, 0, 1, ("prefill",))
+        race([system], 1, 0, 1, ("prefill",))
     assert refused.value.code == Exit.MISSING
 
 
@@ -45,17 +46,17 @@ def test_pytorch_computes_in_the_bundles_dtype_on_its_device(
             loaded.append(self)
 
     monkeypatch.setattr(reference, "Reference", Seen)
-    contender = Contender("PyTorch", "torch", bundle_of(work, dtype), work.checkpoint("gqa2"), "", "cpu")
-    do = _doing(contender, 1)
-    assert all(do(act) > 0 for act in ACTS)
+    system = System("PyTorch", "torch", bundle_of(work, dtype), work.checkpoint("gqa2"), "", "cpu")
+    do = _doing(system, 1)
+    assert all(do(phase) > 0 for phase in PHASES)
     (model,) = loaded
-    assert {p.dtype for p in model.judge.whole.parameters()} == {wanted} and model.device == "cpu"
+    assert {p.dtype for p in model.adapter.whole.parameters()} == {wanted} and model.device == "cpu"
 
 
-def test_a_bug_in_a_contender_is_told_as_what_it_is(work: Workshop, capfd: pytest.CaptureFixture[str]) -> None:
-    contender = Contender("pruned", "bundle", bundle_of(work), work.checkpoint("gqa2"), "onnxruntime", "cpu")
+def test_a_bug_in_a_system_is_told_as_what_it_is(work: Workshop, capfd: pytest.CaptureFixture[str]) -> None:
+    system = System("pruned", "bundle", bundle_of(work), work.checkpoint("gqa2"), "onnxruntime", "cpu")
     with pytest.raises(HimapError, match=r"timing pruned failed: KeyError: 'dance'") as told:
-        race([contender], 1, 0, 1, ("dance",))
+        race([system], 1, 0, 1, ("dance",))
     assert "memory" not in str(told.value) and "Traceback" in capfd.readouterr().err
 
 
@@ -78,21 +79,21 @@ def test_pytorch_follows_the_engines_where_it_can(monkeypatch: pytest.MonkeyPatc
 def test_who_races_where_and_what_is_said_of_it(
     work: Workshop, monkeypatch: pytest.MonkeyPatch, device: str, cuda: bool, asked: str | None, name: str, note: str
 ) -> None:
-    raced: list[Contender] = []
+    raced: list[System] = []
 
-    def no_race(contenders: Sequence[Contender], *rounds: int) -> list[Times]:
-        raced.extend(contenders)
-        return [Times(c.name, dict.fromkeys(ACTS, (1.0, 2.0)), 2**20) for c in contenders]
+    def no_race(systems: Sequence[System], *rounds: int) -> list[Times]:
+        raced.extend(systems)
+        return [Times(c.name, dict.fromkeys(PHASES, (1.0, 2.0)), 2**20) for c in systems]
 
     place: list[Path] = []
-    monkeypatch.setattr(speed, "export_twin", lambda *a: place.append(a[5]) or bundle_of(work, "fp16"))
+    monkeypatch.setattr(speed, "export_baseline", lambda *a: place.append(a[5]) or bundle_of(work, "fp16"))
     monkeypatch.setattr(speed, "race", no_race)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     found = measure(bundle_of(work, "fp16"), work.checkpoint("gqa2"), "onnxruntime", device, 1, 0, 1)
     assert [c.device for c in raced] == [asked, asked, name.split()[-1]]
     assert found.others == ("unpruned", name) and found.note.startswith(note) and bool(found.note) == bool(note)
     assert scratch_place() in place[0].parents  # where a killed command's leftovers are cleared away
-    assert list(speed_json(found)["contenders"]) == ["pruned", "unpruned", name]
+    assert list(speed_json(found)["systems"]) == ["pruned", "unpruned", name]
     assert set(speed_json(found)["over"]) == {"unpruned", name}
     text = "\n".join(speed_lines(found))
     assert f"{name} " in text and f"over {name}: " in text and note in text
@@ -100,6 +101,6 @@ def test_who_races_where_and_what_is_said_of_it(
 
 
 def test_names_of_any_length_stand_in_columns() -> None:
-    times = tuple(Times(n, dict.fromkeys(ACTS, (1.0,)), 2**20) for n in ("pruned", "unpruned", "PyTorch " * 5))
+    times = tuple(Times(n, dict.fromkeys(PHASES, (1.0,)), 2**20) for n in ("pruned", "unpruned", "PyTorch " * 5))
     lines = speed_lines(Speed(2.0, times))
     assert len({line.rindex("MiB") for line in lines[1:4]}) == 1

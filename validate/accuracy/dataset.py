@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from himap_export.engines.documents import MEGABYTE, open_file, parse_json, read_file, typed
 from himap_export.engines.image import MAX_BYTES
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.choices import LETTERS, chosen, normalised
+from himap_export.validate.accuracy.choices import LETTERS, chosen, normalised
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 MOST_BYTES = 256 * MEGABYTE  # of a file: it is read whole; VQAv2, all 1.1 million questions, has 200 MB
