@@ -13,6 +13,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from himap_export.engines.documents import MEGABYTE, Id, read_file
 from himap_export.graphs.errors import Exit, HimapError
@@ -22,7 +23,6 @@ MOST_TOKENIZER = 256 * MEGABYTE  # the largest published vocabularies take 40
 HUGE_ID = re.compile(rb'"\s*:\s*\d{9,}')  # tokenizers makes a table as long as the largest id, whatever it is
 TOKENIZER = "tokenizer.json"  # by this name in a checkpoint's folder and in a bundle
 QUESTION = "{prompt}"  # where the question goes in a template
-REPLACEMENT = "\ufffd"  # what decoders give for bytes that are not (yet) UTF-8
 
 
 class PromptFormat(Struct, frozen=True, forbid_unknown_fields=True):
@@ -115,39 +115,31 @@ def image_token_id(tokenizer: Tokenizer, image_token: str) -> int:
 class Detokenizer:
     """Text from generated ids, piece by piece: what `push` and `finish` return, joined, is the decoded answer.
 
-    (Where the model writes bytes that are no UTF-8, the number of U+FFFD may differ.) A piece is emitted once its bytes
-    are complete UTF-8. Special tokens give no text. Each step decodes a short window,
-    from the last ids that gave text, twice: with and without the new ids. The difference is the new text, so decoders
-    that treat the start of a text differently (SentencePiece's leading space) do so only at the real start.
+    (Where the model writes bytes that are no UTF-8, the number of U+FFFD may differ.) A piece comes once its bytes are
+    complete UTF-8. Special tokens give no text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._emitted: list[int] = []  # the last ids whose text is out
-        self._waiting: list[int] = []  # ids whose text is not
+        self._begin()
+
+    def _begin(self) -> None:
+        self._stream, self._waiting = DecodeStream(skip_special_tokens=True), list[int]()
 
     def push(self, token: int) -> str:
-        """The text that `token` completes; "" if it is special or ends inside a character."""
+        """Returns the text that `token` completes; "" if it is special or ends inside a character."""
         self._waiting.append(int(token))
-        text = self._new_text()
-        return "" if not text or text.endswith(REPLACEMENT) else self._emit(text)
+        try:
+            text = self._stream.step(self._tokenizer, int(token))
+        except Exception:  # a bare one. SentencePiece: one bad byte spoils the whole run of bytes, emitted ones too
+            return self.finish()
+        if text is None:
+            return ""
+        self._waiting = []
+        return text
 
     def finish(self) -> str:
-        """What is left: an incomplete character becomes U+FFFD. The detokenizer can then start a new text."""
-        text = self._new_text()
-        self._emitted, self._waiting = [], []
+        """Returns what is left: an incomplete character becomes U+FFFD. The detokenizer can then start a new text."""
+        text: str = self._tokenizer.decode(self._waiting, skip_special_tokens=True)
+        self._begin()
         return text
-
-    def _emit(self, text: str) -> str:
-        self._emitted, self._waiting = self._waiting, []
-        return text
-
-    def _new_text(self) -> str:
-        before = self._decode(self._emitted)
-        text = self._decode(self._emitted + self._waiting)
-        if not text.startswith(before):  # SentencePiece: one bad byte spoils the whole run of bytes, emitted ones too
-            return self._decode(self._waiting)
-        return text[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
