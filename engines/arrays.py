@@ -36,31 +36,37 @@ class Inputs:
 
 
 def load_inputs(file: Path) -> Inputs:
-    """Reads an .npz; HimapError (usage) if it is none, or an array is missing, of the wrong kind or holds no number.
+    """Reads an .npz; HimapError (usage) if it is none, or as `as_inputs`."""
+    return as_inputs(_read(file), str(file))
 
-    Patches with their `image_grid_thw`, as Hugging Face's processors of Qwen's models give them, become pictures again.
+
+def as_inputs(arrays: Mapping[str, npt.NDArray[Any]], where: str = "the inputs") -> Inputs:
+    """Returns `arrays` by the names in NAMES as inputs. HimapError (usage) if one is missing, of the wrong kind or
+    shape, or holds no number; it says `where`.
+
+    Patches with their `image_grid_thw`, as Hugging Face's processors of Qwen's models give them, become images again.
     """
-    arrays = _read(file)
+    arrays = dict(arrays)
     if "image_grid_thw" in arrays and "pixel_values" in arrays and arrays["pixel_values"].ndim == 2:
-        _check(file, arrays, "image_grid_thw", 2, "i")
-        _check(file, arrays, "pixel_values", 2, "f")
-        arrays["pixel_values"] = _pictures(file, arrays["pixel_values"], arrays["image_grid_thw"])
-    for name, rank, kind in (("input_ids", 2, "i"), ("pixel_values", 4, "f"), ("attention_mask", 2, "ib")):
-        _check(file, arrays, name, rank, kind)
+        _check(where, arrays, name="image_grid_thw", rank=2, kinds="i")
+        _check(where, arrays, name="pixel_values", rank=2, kinds="f")
+        arrays["pixel_values"] = _images(where, arrays["pixel_values"], arrays["image_grid_thw"])
+    for name, rank, kinds in (("input_ids", 2, "i"), ("pixel_values", 4, "f"), ("attention_mask", 2, "ib")):
+        _check(where, arrays, name=name, rank=rank, kinds=kinds)
     ids, mask = arrays["input_ids"].astype(np.int64), arrays.get("attention_mask")
     if mask is not None and mask.shape != ids.shape:
         details = f"{list(mask.shape)}, input_ids are {list(ids.shape)}"
-        raise HimapError(f"attention_mask in {file} has another shape", details, code=Exit.USAGE)
+        raise HimapError(f"attention_mask in {where} has another shape", details, code=Exit.USAGE)
     if ids.size == 0:
-        raise HimapError(f"{file} holds no prompt", code=Exit.USAGE)
+        raise HimapError(f"{where} holds no prompt", code=Exit.USAGE)
     with np.errstate(over="ignore"):  # what fp32 cannot hold becomes infinite, and is refused with the rest
         pixels = arrays["pixel_values"].astype(np.float32)
     if not pixels.size or len(pixels) % len(ids):
         details = f"{len(ids)} prompts, {len(pixels)} images"
-        raise HimapError(f"{file} does not hold one image per prompt", details, code=Exit.USAGE)
+        raise HimapError(f"{where} does not hold one image per prompt", details, code=Exit.USAGE)
     if not np.isfinite(pixels).all():
         details = f"{int((~np.isfinite(pixels)).sum())} of {pixels.size} are NaN, infinite or beyond fp32"
-        raise HimapError(f"pixel_values in {file} are not numbers", details, code=Exit.USAGE)
+        raise HimapError(f"pixel_values in {where} are not numbers", details, code=Exit.USAGE)
     return Inputs(ids, pixels, None if mask is None else (mask != 0).astype(np.int64))
 
 
@@ -100,30 +106,33 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _pictures(file: Path, patches: npt.NDArray[Any], grids: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Pictures [n,3,H,W] from patches [N,3*2*p*p] in the order of Qwen2VLImageProcessor: blocks of 2 x 2 patches that
-    will be merged, each patch in two equal frames. HimapError (usage) for films, or pictures of different sizes."""
-    side, kinds = math.isqrt(patches.shape[1] // 6), {tuple(grid) for grid in grids.tolist()}
-    frames, rows, columns = next((kind for kind in kinds if len(kind) == 3), (0, 0, 0))
-    even = rows % 2 == columns % 2 == 0 and min(rows, columns, side) > 0
-    if len(kinds) != 1 or frames != 1 or not even or patches.shape != (len(grids) * rows * columns, 6 * side * side):
+def _images(where: str, patches: npt.NDArray[Any], grids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Images [n,3,H,W] from patches [N,3*2*p*p] in the order of Qwen2VLImageProcessor: blocks of 2 x 2 patches that
+    will be merged, each patch in two equal frames. HimapError (usage) for films, or images of different sizes."""
+    side, sizes = math.isqrt(patches.shape[1] // 6), {tuple(grid) for grid in grids.tolist()}
+    frames, rows, columns = next((size for size in sizes if len(size) == 3), (0, 0, 0))
+    whole_blocks = rows % 2 == columns % 2 == 0 and min(rows, columns, side) > 0
+    expected = (len(grids) * rows * columns, 6 * side * side)
+    if len(sizes) != 1 or frames != 1 or not whole_blocks or patches.shape != expected:
         details = f"pixel_values {list(patches.shape)} for the grids {str(grids.tolist())[:80]}"
-        hint = "one picture of one size per prompt, 2 x 2 patches merged"
-        raise HimapError(f"image_grid_thw in {file} does not fit its pixel_values", details, hint, Exit.USAGE)
+        hint = "one image of one size per prompt, 2 x 2 patches merged"
+        raise HimapError(f"image_grid_thw in {where} does not fit its pixel_values", details, hint, Exit.USAGE)
+    # [image, block row, block column, row in block, column in block, channel, frame, y, x]; the frames are equal
     blocks = patches.reshape(len(grids), rows // 2, columns // 2, 2, 2, 3, 2, side, side)[:, :, :, :, :, :, 0]
     found: npt.NDArray[Any] = blocks.transpose(0, 5, 1, 3, 6, 2, 4, 7)
     return found.reshape(len(grids), 3, rows * side, columns * side)
 
 
-def _check(file: Path, arrays: Mapping[str, npt.NDArray[Any]], name: str, rank: int, kinds: str) -> None:
+def _check(where: str, arrays: Mapping[str, npt.NDArray[Any]], *, name: str, rank: int, kinds: str) -> None:
     found = arrays.get(name)
     if found is None:
         if name == "attention_mask":
             return
-        raise HimapError(f"{file} holds no {name}", f"it holds {', '.join(arrays) or 'nothing else'}", code=Exit.USAGE)
+        held = f"it holds {', '.join(arrays) or 'nothing else'}"
+        raise HimapError(f"{where} holds no {name}", held, code=Exit.USAGE)
     if found.ndim != rank or found.dtype.kind not in kinds:
         expected = f"expected {rank} dimensions of {'integers' if 'i' in kinds else 'floats'}"
-        raise HimapError(f"{name} in {file} is {found.dtype}{list(found.shape)}", expected, code=Exit.USAGE)
+        raise HimapError(f"{name} in {where} is {found.dtype}{list(found.shape)}", expected, code=Exit.USAGE)
 
 
 def save_outputs(file: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:

@@ -119,7 +119,7 @@ def load_image(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit: a large photograph
             with Image.open(content) as opened:
-                return (ImageOps.exif_transpose(opened) or opened).convert("RGB")
+                return upright(opened)
     except Image.DecompressionBombError as error:
         raise HimapError("image has too many pixels", str(path), str(error), code=Exit.USAGE) from error
     except UnidentifiedImageError as error:
@@ -127,6 +127,11 @@ def load_image(path: Path) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error... on bad bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HimapError("image is damaged", str(path), reason, code=Exit.USAGE) from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Returns the image turned as its EXIF says, RGB."""
+    return (ImageOps.exif_transpose(image) or image).convert("RGB")
 
 
 def nearest_size(image_size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
