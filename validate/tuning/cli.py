@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--no-time", action="store_true", help="measure accuracy only")
     p.add_argument(
-        "--control", choices=("random", "none"), default="random",
+        "--baseline", "--control", choices=("random", "none"), default="random",
         help="whom the front's rankings have to beat at their own cuts (default: random)",
     )  # fmt: skip
     p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of PyTorch (default: fp32)")
