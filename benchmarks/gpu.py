@@ -138,7 +138,7 @@ def stages(results: Results, model: Path, work: Path, batch: int, iterations: in
             if not isinstance(out, str):
                 continue
             if not times:
-                ceiling = gpu_parts.roofline(open_bundle(Path(out), verify=False), machine)
+                ceiling = gpu_parts.roofline(open_bundle(Path(out), verify=False).select(), machine)
                 times["at the roofline, pruned"] = ceiling
                 reference = part(results, f"PyTorch, batch {batch}", lambda o=out: alone(
                     "timing PyTorch", gpu_parts.torch_times, model, Path(o), "cuda", iterations))  # fmt: skip

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from himap_export.engines.backends import Opening
-from himap_export.engines.bundle import Bundle, open_bundle
+from himap_export.engines.bundle import RunSpec, open_bundle
 from himap_export.engines.pipeline import Pipeline
 from himap_export.graphs.flops import stage_costs
 from himap_export.graphs.plan import PruningPlan
@@ -112,20 +112,20 @@ def kernel(shape: tuple[int, int, int, int], iterations: int) -> Times:
 
 def torch_times(checkpoint: Path, bundle: Path, device: str, iterations: int) -> dict[str, Times]:
     """PyTorch SDPA unpruned, and HiMAP as its authors run it: eager, a prompt at a time, no cache kept for decoding."""
-    opened = open_bundle(bundle, verify=False)
+    run = open_bundle(bundle, verify=False).select()
     return {
-        "PyTorch SDPA": _sdpa(checkpoint, opened, device, iterations),
-        "PyTorch HiMAP, eager": _eager(checkpoint, opened, device, iterations),
+        "PyTorch SDPA": _sdpa(checkpoint, run, device, iterations),
+        "PyTorch HiMAP, eager": _eager(checkpoint, run, device, iterations),
     }
 
 
-def _sdpa(checkpoint: Path, bundle: Bundle, device: str, iterations: int) -> Times:
+def _sdpa(checkpoint: Path, run: RunSpec, device: str, iterations: int) -> Times:
     import torch
 
     from himap_export.validate.parity.prompts import drawn_inputs
     from himap_export.validate.reference.reference import Reference
 
-    inputs, wait = drawn_inputs(bundle, bundle.budget.batch, 0, fill=True), waiter(device)
+    inputs, wait = drawn_inputs(run, run.budget.batch, 0, fill=True), waiter(device)
     arrays = (inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
     model = Reference(checkpoint, _dtype(device), "sdpa", device)
     with torch.inference_mode():
@@ -142,14 +142,14 @@ def _sdpa(checkpoint: Path, bundle: Bundle, device: str, iterations: int) -> Tim
     return found | peak
 
 
-def _eager(checkpoint: Path, bundle: Bundle, device: str, iterations: int) -> Times:
+def _eager(checkpoint: Path, run: RunSpec, device: str, iterations: int) -> Times:
     from himap_export.validate.parity.compare import reference_cuts
     from himap_export.validate.parity.prompts import drawn_inputs
     from himap_export.validate.reference.reference import Reference
 
     inputs, cuts = (
-        drawn_inputs(bundle, bundle.budget.batch, 0, fill=True),
-        reference_cuts(bundle.plan, bundle.budget.visual),
+        drawn_inputs(run, run.budget.batch, 0, fill=True),
+        reference_cuts(run.plan, run.budget.visual),
     )
     model = Reference(checkpoint, _dtype(device), "eager", device)
 
@@ -173,7 +173,7 @@ def bundle_times(folder: Path, backend: str, device: str, iterations: int) -> di
     pipelines: dict[str, Pipeline] = {}
     for name in names:
         shared = next(iter(pipelines.values())).engines if pipelines else None
-        pipelines[name] = Pipeline(bundle.at(name), backend, opening, shared)
+        pipelines[name] = Pipeline(bundle.select(name), backend, opening, shared)
     found: dict[str, Times] = {name: {} for name in names}
     for phase in ("vision", *pipelines[names[0]].stages, "prefill", "first token", "decode"):
         rounds: dict[str, list[float]] = {name: [] for name in names}
@@ -191,8 +191,8 @@ def bundle_times(folder: Path, backend: str, device: str, iterations: int) -> di
 def _timed(pipeline: Pipeline, phase: str, iterations: int) -> float:
     from himap_export.validate.parity.prompts import drawn_inputs
 
-    bundle = pipeline.bundle
-    inputs = drawn_inputs(bundle, bundle.budget.batch, 0, fill=True)
+    run = pipeline.spec
+    inputs = drawn_inputs(run, run.budget.batch, 0, fill=True)
     arrays = (inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
     prefilled, layout = pipeline.prefill(*arrays)
 
@@ -204,7 +204,7 @@ def _timed(pipeline: Pipeline, phase: str, iterations: int) -> float:
     if phase == "prefill":
         return clock(lambda: [pipeline.run(stage) for stage in pipeline.stages], wait, iterations)
     if phase == "decode":
-        tokens, steps = prefilled.logits.argmax(axis=1), min(DECODE_STEPS, bundle.budget.new)
+        tokens, steps = prefilled.logits.argmax(axis=1), min(DECODE_STEPS, run.budget.new)
         tokens = np.resize(tokens, len(layout.lengths))
         return clock(lambda: [pipeline.step(tokens, layout.lengths + i) for i in range(steps)], wait, 1) / steps
     return clock(lambda: pipeline.run(phase), wait, iterations)
@@ -219,25 +219,25 @@ def parity(folder: Path, checkpoint: Path, backend: str, device: str) -> dict[st
     from himap_export.validate.reference.reference import Reference
     from himap_export.validate.report import gates_json
 
-    bundle = open_bundle(folder, verify=False)
-    pipeline = Pipeline(bundle, backend, Opening(device=device if backend == "onnxruntime" else None))
+    run = open_bundle(folder, verify=False).select()
+    pipeline = Pipeline(run, backend, Opening(device=device if backend == "onnxruntime" else None))
     kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     found = compare(
         pipeline,
         lambda dtype: Reference(checkpoint, kinds[dtype], device=device),
-        drawn_inputs(bundle, 1, 0),
+        drawn_inputs(run, 1, 0),
         Asked(8, None, None),
     )
     return {"passed": found.passed, "gates": gates_json(found)}
 
 
-def roofline(bundle: Bundle, found: Machine) -> Times:
+def roofline(run: RunSpec, found: Machine) -> Times:
     """The least seconds by arithmetic: prefill of each stage by FLOPs, a decode step by the weights it reads."""
-    decoder, plan, budget = bundle.manifest.decoder, bundle.plan, bundle.budget
-    costs = stage_costs(decoder, plan, budget, bundle.manifest.dtype)
+    decoder, plan, budget = run.manifest.decoder, run.plan, run.budget
+    costs = stage_costs(decoder, plan, budget, run.manifest.dtype)
     times = {cost.name: cost.flops / found.flops for cost in costs}
-    width = 4 if bundle.manifest.dtype == "fp32" else 2
-    weights = sum(int(np.prod(s.shape)) * width for s in bundle.graph("decode").weights.values())
+    width = 4 if run.manifest.dtype == "fp32" else 2
+    weights = sum(int(np.prod(s.shape)) * width for s in run.graph("decode").weights.values())
     cache = sum(cost.kv_bytes for cost in costs)
     # A copy reads and writes; a decode step only reads.
     return times | {"prefill": sum(times.values()), "decode": (weights + cache) / found.bandwidth}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from himap_export.validate.report import speed_json, speed_lines
 
 if TYPE_CHECKING:
-    from himap_export.engines.bundle import Bundle
+    from himap_export.engines.bundle import RunSpec
 
 TEXT = 35 + 135
 BARS = (("of the FLOPs ceiling", 0.97), ("over PyTorch SDPA", 3.5), ("decode over PyTorch SDPA", 1.0))
@@ -45,7 +45,7 @@ def write_model(folder: Path) -> None:
     LlavaForConditionalGeneration(config).save_pretrained(folder)
 
 
-def export_pruned(model: Path, out: Path) -> "Bundle":
+def export_pruned(model: Path, out: Path) -> "RunSpec":
     from himap_export.engines.bundle import open_bundle
     from himap_export.exporter.export import export
     from himap_export.exporter.planning import Request, plan_export
@@ -55,7 +55,7 @@ def export_pruned(model: Path, out: Path) -> "Bundle":
     export(
         plan_export(resolve(str(model)), asked), out, tuple(sys.argv), True, lambda line: print(line, file=sys.stderr)
     )
-    return open_bundle(out)
+    return open_bundle(out).select()
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def work_folder(kept: Path | None) -> Iterator[Path]:
         yield kept
 
 
-def prepared(work: Path) -> tuple[Path, "Bundle"]:
+def prepared(work: Path) -> tuple[Path, "RunSpec"]:
     """The checkpoint and its pruned bundle. The model is made once; the bundle always, so that it is today's graphs."""
     model, out = work / "model", work / "bundle"
     if not (model / "config.json").exists():
@@ -89,13 +89,11 @@ def main() -> None:
     from himap_export.validate.speed.measure import UNPRUNED, ceiling, measure
 
     with work_folder(args.work) as work:
-        model, bundle = prepared(work)
-        stored = sum(t.nbytes for t in bundle.tensors.values())
-        print(f"prompt 35 + 576 + 135 tokens, S = {list(bundle.budget.total)}, {args.threads} threads, fp32")
-        print(
-            f"FLOPs allow {ceiling(bundle):.2f}x over unpruned prefill; weights on disk {stored / 2**20:.0f} MiB, once"
-        )
-        speed = measure(bundle, model, "onnxruntime", "cpu", args.iterations, args.warm_up, args.threads)
+        model, run = prepared(work)
+        stored = sum(t.nbytes for t in run.bundle.tensors.values())
+        print(f"prompt 35 + 576 + 135 tokens, S = {list(run.budget.total)}, {args.threads} threads, fp32")
+        print(f"FLOPs allow {ceiling(run):.2f}x over unpruned prefill; weights on disk {stored / 2**20:.0f} MiB, once")
+        speed = measure(run, model, "onnxruntime", "cpu", args.iterations, args.warm_up, args.threads)
     print("\n".join(speed_lines(speed)))
     torch = speed.others[-1]
     found = (

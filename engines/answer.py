@@ -9,11 +9,10 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from msgspec.structs import replace
 from PIL import Image
 from tokenizers import Tokenizer
 
-from himap_export.engines.arrays import Inputs, load_inputs
+from himap_export.engines.arrays import Inputs
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.image import ImagePreprocessing, load_image, nearest_size, preprocess
 from himap_export.engines.pipeline import Pipeline
@@ -45,8 +44,8 @@ class Answer:
     steps: int
 
 
-def load_processor(bundle: Bundle, weights: Sequence[Path]) -> tuple[Tokenizer, PromptFormat, ImagePreprocessing]:
-    """The bundle's, for the pictures it is at; the tokenizer may lie in one of the `weights` folders.
+def load_processor(bundle: Bundle, weights: Sequence[Path]) -> tuple[Tokenizer, PromptFormat]:
+    """The bundle's tokenizer, which may lie in one of the `weights` folders, and its prompts' format.
 
     HimapError (usage) if there is none.
     """
@@ -60,29 +59,24 @@ def load_processor(bundle: Bundle, weights: Sequence[Path]) -> tuple[Tokenizer, 
                 f"it was exported without a checkpoint: put {TOKENIZER} into the --weights folder, or use --load-inputs"
             )
         raise HimapError(f"{bundle.folder} holds no tokenizer", hint=hint, code=Exit.USAGE)
-    form = replace(manifest.prompt, image_tokens=bundle.budget.visual[0])
-    return load_tokenizer(file), form, bundle.picture.preprocessing
+    return load_tokenizer(file), manifest.prompt
 
 
 def load_question(
     bundle: Bundle, image_file: Path, prompt: str, weights: Sequence[Path] = (), size: tuple[int, int] | None = None
-) -> tuple[Bundle, Question]:
-    """The question, and the bundle at pictures of `size` or, if None, of the size nearest to the image's shape.
+) -> Question:
+    """The question, its image made `size` (height, width) or, if None, the bundle's size nearest to the image's shape.
 
     HimapError if the bundle and the `weights` folder have no tokenizer, or the image cannot be read.
     """
     image = load_image(image_file)
-    sizes = [picture.size for picture in bundle.manifest.pictures.values()]
-    bundle = bundle.seeing(size or nearest_size((image.height, image.width), sizes))
-    tokenizer, form, how = load_processor(bundle, weights)
-    arrays = Inputs(encode(tokenizer, form, prompt)[None], preprocess(image, how))
-    return bundle, Question(image, prompt, how, arrays, Detokenizer(tokenizer))
-
-
-def load_arrays(bundle: Bundle, file: Path) -> tuple[Bundle, Inputs]:
-    """Prompts and images of an .npz, and the bundle at pictures of their size. HimapError (usage) as `load_inputs`."""
-    arrays = load_inputs(file)
-    return bundle.seeing((arrays.pixel_values.shape[2], arrays.pixel_values.shape[3])), arrays
+    images = bundle.manifest.images
+    size = size or nearest_size((image.height, image.width), [spec.size for spec in images.values()])
+    spec = images[bundle.image_name(size)]
+    tokenizer, form = load_processor(bundle, weights)
+    ids = encode(tokenizer, form, prompt, spec.tokens)
+    arrays = Inputs(ids[None], preprocess(image, spec.preprocessing))
+    return Question(image, prompt, spec.preprocessing, arrays, Detokenizer(tokenizer))
 
 
 def run_arrays(
@@ -98,7 +92,7 @@ def run_arrays(
     Prompt n draws its random cuts, if the plan has any, by the sampling's seed + n, and its tokens by seed and n:
     what it is answered does not depend on the batch it stands in. HimapError if logits are not finite.
     """
-    batch, pad = pipeline.bundle.budget.batch, pipeline.manifest.model.pad_token
+    batch, pad = pipeline.spec.budget.batch, pipeline.manifest.model.pad_token
     numbers = range(len(arrays.input_ids))
     found: dict[str, list[npt.NDArray[Any]]] = {}
     text, first, decoding, steps = "", 0.0, 0.0, 0
@@ -134,9 +128,9 @@ def run_arrays(
     return Answer(text, {k: np.concatenate(v) for k, v in found.items()}, first, decoding, steps)
 
 
-def show(answer: Answer, bundle: Bundle, pipeline: Pipeline, opened: float, as_json: bool) -> None:
+def show(answer: Answer, pipeline: Pipeline, opened: float, as_json: bool) -> None:
     """What the answer cost: to standard output as JSON, else as one line."""
-    rate = answer.steps / answer.decoding if answer.steps else 0.0
+    rate, run = answer.steps / answer.decoding if answer.steps else 0.0, pipeline.spec
     if as_json:
         facts = {
             "text": answer.text,
@@ -145,15 +139,15 @@ def show(answer: Answer, bundle: Bundle, pipeline: Pipeline, opened: float, as_j
             "open_s": round(opened, 3),
             "first_token_s": round(answer.first, 4),
             "tokens_per_s": round(rate, 1),
-            "image_tokens": list(bundle.budget.visual),
-            "plan": bundle.variant.plan_name,
-            "text_budget": bundle.budget.text,
+            "image_tokens": list(run.budget.visual),
+            "plan": run.plan_name,
+            "text_budget": run.budget.text,
         }
         print(json.dumps(facts))
         return
     speed = f"{rate:.0f} tokens/s" if answer.steps else "one token"
-    tokens = " -> ".join(map(str, bundle.budget.visual))
+    tokens = " -> ".join(map(str, run.budget.visual))
     spoken = [f"first token {answer.first * 1e3:.0f} ms", speed, f"image tokens {tokens}"]
-    if len(bundle.manifest.variants) > 1:
-        spoken.append(f"plan {bundle.variant.plan_name}, text budget {bundle.budget.text}")
+    if len(run.manifest.variants) > 1:
+        spoken.append(f"plan {run.plan_name}, text budget {run.budget.text}")
     print(f"[{', '.join(spoken)}, {pipeline.backend} on {pipeline.engines.device}]")

@@ -26,6 +26,11 @@ class Inputs:
     pixel_values: npt.NDArray[np.float32]
     attention_mask: npt.NDArray[np.int64] | None = None
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of each image."""
+        return self.pixel_values.shape[2], self.pixel_values.shape[3]
+
     def batches(self, size: int) -> Iterator["Inputs"]:
         """The prompts with their images, `size` at a time."""
         tiles = len(self.pixel_values) // len(self.input_ids)

@@ -1,8 +1,8 @@
-"""A bundle on disk: opened at one variant, checked byte by byte against its manifest, and its weights found."""
+"""A bundle on disk: checked byte by byte against its manifest, its weights found, one of its variants selected."""
 
 import hashlib
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,37 +28,23 @@ from himap_export.graphs.plan import PruningPlan, TokenBudget
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle's folder and manifest, seen at one of its variants; `completion`: tensors brought from elsewhere."""
+    """A bundle's folder and manifest; `external`: its weights, where they were brought from elsewhere."""
 
     folder: Path
     manifest: Manifest
-    variant: Variant
-    completion: dict[str, StoredTensor] | None = None
-
-    @property
-    def plan(self) -> PruningPlan:
-        return self.variant.plan
-
-    @property
-    def budget(self) -> TokenBudget:
-        return self.variant.budget
+    external: Mapping[str, StoredTensor] | None = None
 
     @cached_property
-    def tensors(self) -> dict[str, StoredTensor]:
+    def tensors(self) -> Mapping[str, StoredTensor]:
         """Every stored weight by its checkpoint name; HimapError (missing) for a bundle of engines only."""
-        if self.completion is not None:
-            return self.completion
+        if self.external is not None:
+            return self.external
         if self.manifest.weight_form == "absent":
             hint = "give the checkpoint's folder with --weights"
             raise HimapError(
                 f"{self.folder} holds no weights", "it was exported with --engines-only", hint, Exit.MISSING
             )
         return {name: t for file in self.manifest.weights for name, t in read_header(self.folder / file).items()}
-
-    @property
-    def picture(self) -> ImageSpec:
-        """What this variant's vision graph sees."""
-        return self.manifest.pictures[self.variant.picture]
 
     def weights(self) -> dict[str, StoredTensor]:
         """Those of `tensors` that a graph of the bundle reads; HimapError if one is not what the manifest says."""
@@ -69,12 +55,27 @@ class Bundle:
                 raise HimapError(f"the weights of {self.folder} are not its manifest's", problem, hint)
         return find_tensors(self.tensors, wanted)
 
-    def graph_name(self, stage: str) -> str:
-        """The graph that plays `stage` (vision, prefix, k1, .. or decode) in this variant."""
-        return self.variant.graphs[stage]
+    def with_weights(self, folders: Sequence[Path], verify: bool = True) -> Self:
+        """Returns this bundle of engines only, with the weights of the checkpoint in `folders`: its own, and its
+        tower's if that lies elsewhere.
 
-    def graph(self, stage: str) -> GraphRecord:
-        return self.manifest.graphs[self.graph_name(stage)]
+        Headers decide whether they fit; with `verify`, the weights are read once, to see that they are numbers.
+        HimapError (usage) if a name is missing, or a shape or dtype is not what the engines take; (failure) for NaN
+        and infinity.
+        """
+        if self.manifest.weight_form != "absent":
+            raise HimapError(f"{self.folder} has its own weights", hint="leave --weights out", code=Exit.USAGE)
+        stored = stored_tensors(folders, Exit.USAGE)
+        wanted = self.manifest.wanted()
+        problems = [p for name, spec in wanted.items() if (p := _misfit(name, find_tensor(stored, name), spec))]
+        if problems:
+            more = f"; {len(problems) - 1} more of {len(wanted)} do not fit" if len(problems) > 1 else ""
+            hint, named = f"the engines were made for {self.manifest.model.source}", " and ".join(map(str, folders))
+            raise HimapError(f"{named} does not hold this bundle's weights", problems[0] + more, hint, Exit.USAGE)
+        found = find_tensors(stored, wanted)
+        if verify:
+            check_finite(found.values())
+        return replace(self, external=found)
 
     def path(self, file: str) -> Path:
         return self.folder / file
@@ -88,33 +89,80 @@ class Bundle:
             raise HimapError(f"{self.folder} holds no plan {asked}", f"it holds {held}", code=Exit.USAGE)
         return found
 
-    def seeing(self, size: tuple[int, int]) -> Self:
-        """The bundle for pictures of `size` (height, width); HimapError (usage) if no graph of it takes them."""
-        for name, picture in self.manifest.pictures.items():
-            if picture.size == size:
-                return replace(self, variant=next(v for v in self.manifest.variants if v.picture == name))
-        held = ", ".join(f"{p.size[1]}x{p.size[0]}" for p in self.manifest.pictures.values())
-        summary = f"{self.folder} holds no graph for images of {size[1]}x{size[0]} pixels"
-        raise HimapError(summary, f"it holds {held}", "give one of these, or export with --image-size", Exit.USAGE)
+    def image_name(self, size: tuple[int, int] | None = None) -> str:
+        """The name of the image spec of `size` (height, width), None: the first one's; HimapError (usage) if no graph
+        takes such images."""
+        images = self.manifest.images
+        if size is None:
+            return self.manifest.variants[0].image
+        found = next((name for name, image in images.items() if image.size == size), None)
+        if found is None:
+            held = ", ".join(f"{image.size[1]}x{image.size[0]}" for image in images.values())
+            summary = f"{self.folder} holds no graph for images of {size[1]}x{size[0]} pixels"
+            raise HimapError(summary, f"it holds {held}", "give one of these, or export with --image-size", Exit.USAGE)
+        return found
 
-    def at(self, plan: str | None = None, text_budget: int | None = None, text_tokens: int = 0) -> Self:
-        """The bundle, for the pictures it is at, at the smallest budget that fits `text_tokens`, else at the largest;
-        at the first plan if none is named, by its own name or its policy's. HimapError (usage) for a plan or a budget
-        that it does not hold."""
-        variants = [v for v in self.manifest.variants if v.picture == self.variant.picture]
-        plan = self.plan_name(plan) if plan else variants[0].plan_name
-        found = sorted((v for v in variants if v.plan_name == plan), key=lambda v: v.budget.text)
+    def select(
+        self,
+        plan: str | None = None,
+        text_budget: int | None = None,
+        text_tokens: int = 0,
+        image_size: tuple[int, int] | None = None,
+    ) -> "RunSpec":
+        """Returns what to run, chosen once and whole: the variant of `plan`, by its own name or its policy's, for
+        images of `image_size` (height, width), each the bundle's first if None; at `text_budget` or, if None, at the
+        smallest budget that fits `text_tokens`, else at the largest. HimapError (usage) for what it does not hold."""
+        image = self.image_name(image_size)
+        variants = [v for v in self.manifest.variants if v.image == image]
+        name = self.plan_name(plan) if plan else variants[0].plan_name
+        found = sorted((v for v in variants if v.plan_name == name), key=lambda v: v.budget.text)
         if text_budget is None:
-            return replace(self, variant=next((v for v in found if v.budget.text >= text_tokens), found[-1]))
+            return RunSpec(self, next((v for v in found if v.budget.text >= text_tokens), found[-1]))
         for v in found:
             if v.budget.text == text_budget:
-                return replace(self, variant=v)
+                return RunSpec(self, v)
         held = ", ".join(str(v.budget.text) for v in found)
         raise HimapError(f"{self.folder} holds no text budget of {text_budget}", f"it holds {held}", code=Exit.USAGE)
 
 
+@dataclass(frozen=True)
+class RunSpec:
+    """One variant of a bundle: a plan at a text budget for images of one size. A pipeline opens it."""
+
+    bundle: Bundle
+    variant: Variant
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.bundle.manifest
+
+    @property
+    def plan(self) -> PruningPlan:
+        return self.variant.plan
+
+    @property
+    def plan_name(self) -> str:
+        return self.variant.plan_name
+
+    @property
+    def budget(self) -> TokenBudget:
+        return self.variant.budget
+
+    @property
+    def image(self) -> ImageSpec:
+        """What this variant's vision graph sees."""
+        return self.manifest.images[self.variant.image]
+
+    def graph_name(self, stage: str) -> str:
+        """The graph that plays `stage` (vision, prefix, k1, .. or decode)."""
+        return self.variant.graphs[stage]
+
+    def graph(self, stage: str) -> GraphRecord:
+        return self.manifest.graphs[self.graph_name(stage)]
+
+
 def open_bundle(folder: Path, verify: bool = True, expected: str | None = None) -> Bundle:
-    """The bundle in `folder`, at its first variant.
+    """The bundle in `folder`.
 
     It holds plain files, those that its manifest lists and no others; with `verify`, the length and sha256 of each are
     checked first. HimapError (failure) for one that is not as it was exported, or whose digest is not `expected`.
@@ -126,7 +174,7 @@ def open_bundle(folder: Path, verify: bool = True, expected: str | None = None) 
     _check_files(folder, manifest)
     if verify:
         _verify(folder, manifest)
-    return Bundle(folder, manifest, manifest.variants[0])
+    return Bundle(folder, manifest)
 
 
 def skipped_checks(manifest: Manifest) -> str:
@@ -135,28 +183,6 @@ def skipped_checks(manifest: Manifest) -> str:
     return (
         f"not verified: the content of {len(manifest.files)} files, {size / 1e6:.1f} MB, engines and weights among them"
     )
-
-
-def completed(bundle: Bundle, folders: Sequence[Path], verify: bool = True) -> Bundle:
-    """A bundle of engines only, with the weights of the checkpoint in `folders`: its own, and its tower's if that lies
-    elsewhere.
-
-    Headers decide whether they fit; with `verify`, the weights are read once, to see that they are numbers. HimapError
-    (usage) if a name is missing, or a shape or dtype is not what the engines take; (failure) for NaN and infinity.
-    """
-    if bundle.manifest.weight_form != "absent":
-        raise HimapError(f"{bundle.folder} has its own weights", hint="leave --weights out", code=Exit.USAGE)
-    stored = stored_tensors(folders, Exit.USAGE)
-    wanted = bundle.manifest.wanted()
-    problems = [problem for name, spec in wanted.items() if (problem := _misfit(name, find_tensor(stored, name), spec))]
-    if problems:
-        more = f"; {len(problems) - 1} more of {len(wanted)} do not fit" if len(problems) > 1 else ""
-        hint, named = f"the engines were made for {bundle.manifest.model.source}", " and ".join(map(str, folders))
-        raise HimapError(f"{named} does not hold this bundle's weights", problems[0] + more, hint, Exit.USAGE)
-    found = find_tensors(stored, wanted)
-    if verify:
-        check_finite(found.values())
-    return replace(bundle, completion=found)
 
 
 def _misfit(name: str, found: StoredTensor | None, wanted: TensorSpec) -> str:

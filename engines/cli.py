@@ -13,7 +13,7 @@ from himap_export.graphs.errors import Exit, HimapError
 if TYPE_CHECKING:
     from himap_export.engines.answer import Answer, Question
     from himap_export.engines.backends import Opening
-    from himap_export.engines.bundle import Bundle
+    from himap_export.engines.bundle import RunSpec
     from himap_export.engines.pipeline import Pipeline
 
 
@@ -81,10 +81,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from himap_export.engines.answer import load_arrays, load_question, run_arrays, show
-    from himap_export.engines.arrays import save_outputs
+    from himap_export.engines.answer import load_question, run_arrays, show
+    from himap_export.engines.arrays import load_inputs, save_outputs
     from himap_export.engines.backends import Opening
-    from himap_export.engines.bundle import completed, open_bundle, skipped_checks
+    from himap_export.engines.bundle import open_bundle, skipped_checks
     from himap_export.engines.files import check_output
     from himap_export.engines.layout import text_tokens
     from himap_export.engines.sampling import Sampling
@@ -99,24 +99,20 @@ def _run(args: argparse.Namespace) -> None:
     if args.no_verify:
         print(f"himap-run: {skipped_checks(bundle.manifest)}", file=sys.stderr)
     if args.weights:
-        bundle = completed(bundle, args.weights, not args.no_verify)
+        bundle = bundle.with_weights(args.weights, not args.no_verify)
     bundle.weights()  # a bundle of engines only says that it needs --weights, before it looks for anything else
     question = None
     if args.load_inputs is None:
-        bundle, question = load_question(bundle, args.image, args.prompt, args.weights, args.image_size)
-        arrays = question.arrays
-    else:
-        bundle, arrays = load_arrays(bundle, args.load_inputs)
+        question = load_question(bundle, args.image, args.prompt, args.weights, args.image_size)
+    arrays = question.arrays if question is not None else load_inputs(args.load_inputs)
     needed = text_tokens(arrays.input_ids, arrays.attention_mask, bundle.manifest.model.image)
-    bundle = bundle.at(args.plan, args.text_budget, needed)
-    if args.show_kept is not None and not bundle.plan.cuts:
+    run = bundle.select(args.plan, args.text_budget, needed, arrays.image_size)
+    if args.show_kept is not None and not run.plan.cuts:
         hint = "choose another plan with --plan"
-        raise HimapError(
-            f"the plan {bundle.variant.plan_name} cuts nothing", "--show-kept draws cuts", hint, Exit.USAGE
-        )
-    new_tokens = bundle.budget.new if args.max_new_tokens is None else args.max_new_tokens
+        raise HimapError(f"the plan {run.plan_name} cuts nothing", "--show-kept draws cuts", hint, Exit.USAGE)
+    new_tokens = run.budget.new if args.max_new_tokens is None else args.max_new_tokens
     start = time.perf_counter()
-    pipeline = open_pipeline(bundle, args.backend, Opening(args.threads, args.device))
+    pipeline = open_pipeline(run, args.backend, Opening(args.threads, args.device))
     opened = time.perf_counter() - start
     stream = None if args.json or question is None else sys.stdout
     answer = run_arrays(pipeline, arrays, new_tokens, sampling, question, stream)
@@ -124,34 +120,34 @@ def _run(args: argparse.Namespace) -> None:
         save_outputs(args.save_outputs, answer.outputs)
     if args.show_kept is not None:
         assert question is not None
-        _draw(args.show_kept, bundle, question, answer)
-    show(answer, bundle, pipeline, opened, args.json)
+        _draw(args.show_kept, run, question, answer)
+    show(answer, pipeline, opened, args.json)
 
 
-def _draw(file: Path, bundle: "Bundle", question: "Question", answer: "Answer") -> None:
+def _draw(file: Path, run: "RunSpec", question: "Question", answer: "Answer") -> None:
     import numpy as np
 
     from himap_export.engines.drawing import draw_kept, kept_patches
     from himap_export.engines.image import tile_grid
 
-    image = np.flatnonzero(bundle.manifest.model.image.find(question.arrays.input_ids[0]))
-    tiles, plan = tile_grid(question.image, question.preprocessing), bundle.plan
+    image = np.flatnonzero(run.manifest.model.image.find(question.arrays.input_ids[0]))
+    tiles, plan = tile_grid(question.image, question.preprocessing), run.plan
     alive = [np.isin(image, answer.outputs[f"kept_{cut}"][0]) for cut in plan.stages[1:]]
-    masks = [kept_patches(a, bundle.picture.grid, tiles) for a in alive]
+    masks = [kept_patches(a, run.image.grid, tiles) for a in alive]
     layers = [cut.layer for cut in plan.cuts]
     draw_kept(file, question.image, question.preprocessing, masks, layers, question.prompt, answer.text)
 
 
-def open_pipeline(bundle: "Bundle", backend: str | None, opening: "Opening", command: str = "himap-run") -> "Pipeline":
+def open_pipeline(run: "RunSpec", backend: str | None, opening: "Opening", command: str = "himap-run") -> "Pipeline":
     """The pipeline on `backend`, or on the first backend of the bundle that opens on this machine."""
     from himap_export.engines.pipeline import Pipeline
 
-    held = tuple(bundle.manifest.engines)
+    held = tuple(run.manifest.engines)
     for name in (backend,) if backend else held:
         try:
-            return Pipeline(bundle, name, opening)
+            return Pipeline(run, name, opening)
         except HimapError as problem:
             if backend or problem.code != Exit.MISSING or name == held[-1]:
                 raise
             print(f"{command}: {problem}", file=sys.stderr)
-    raise HimapError(f"{bundle.folder} holds no engines", code=Exit.MISSING)
+    raise HimapError(f"{run.bundle.folder} holds no engines", code=Exit.MISSING)

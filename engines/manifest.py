@@ -19,7 +19,7 @@ from himap_export.engines.image import ImagePreprocessing
 from himap_export.engines.layout import Grid, ImageTokens
 from himap_export.engines.prompt import PromptFormat
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.plan import PruningPlan, TokenBudget
+from himap_export.graphs.plan import PruningPlan, TokenBudget, Tokens
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
 SCHEMA = 5
@@ -53,25 +53,26 @@ class GraphRecord(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ImageSpec(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a vision graph sees: `tiles` pictures of `size` (height, width) a prompt, made as `preprocessing` says.
+    """What a vision graph sees: `tiles` images of `size` (height, width) a prompt, made as `preprocessing` says.
 
-    `grid`: rows and columns of the tokens of one tile.
+    `tokens`: V0, of all tiles; `grid`: rows and columns of those that stand for one tile.
     """
 
     size: tuple[Size, Size]
     tiles: Annotated[int, Meta(ge=1, le=10_000)]
+    tokens: Tokens
     grid: Grid
     preprocessing: ImagePreprocessing
 
 
 class Variant(Struct, frozen=True, forbid_unknown_fields=True):
-    """One plan at one text budget for one of the bundle's pictures. `graphs` names the graph that plays each stage;
+    """One plan at one text budget for one of the bundle's image specs. `graphs` names the graph that plays each stage;
     variants share those that agree."""
 
     plan_name: Name
     plan: PruningPlan
     budget: TokenBudget
-    picture: Name
+    image: Name
     graphs: Mapping[Name, Name]
 
 
@@ -121,7 +122,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     engines: Mapping[Name, Mapping[Name, EngineRecord]]
     weight_form: WeightForm
     weights: tuple[Name, ...]
-    pictures: Mapping[Name, ImageSpec]
+    images: Mapping[Name, ImageSpec]
     prompt: PromptFormat | None
     tokenizer: Name | None
     toolchain: Mapping[Name, Text]
@@ -209,26 +210,33 @@ def _problems(m: Manifest) -> Iterator[str]:
     yield from (f"{name} is not listed among its files" for name in m.paths() if name not in m.files)
     yield from (f"{FILE_NAME} lists itself" for name in m.files if name == FILE_NAME)
     for v in m.variants:
-        what = f"plan {v.plan_name} at text budget {v.budget.text}"
-        stages = ("vision", *v.plan.stages, "decode")
-        if set(v.graphs) != set(stages) or not set(v.graphs.values()) <= set(m.graphs):
-            yield f"{what} does not name a graph for each of {', '.join(stages)}"
-        elif not (
-            "pixel_values" in m.graphs[v.graphs["vision"]].inputs and "logits" in m.graphs[v.graphs["decode"]].outputs
-        ):
-            yield f"{what} has graphs without pixel_values or logits"
-        if (picture := m.pictures.get(v.picture)) is None:
-            yield f"{what} is for pictures {v.picture}, which are not there"
-        elif prod(picture.grid) * picture.tiles > v.budget.visual[0]:
-            yield f"{what} has fewer image tokens than its pictures"
-        if len(v.budget.visual) != len(v.plan.stages) or list(v.budget.visual) != sorted(v.budget.visual, reverse=True):
-            yield f"{what} keeps {list(v.budget.visual)} image tokens"
-        if any(cut.layer >= m.decoder.layers for cut in v.plan.cuts):
-            yield f"{what} cuts behind the decoder's last layer"
+        yield from _variant_problems(m, v)
     for backend, engines in m.engines.items():
         if set(engines) != set(m.graphs):
             yield f"the {backend} engines are not those of its graphs"
-    yield from (f"{name} has no graph" for name in m.pictures if all(v.picture != name for v in m.variants))
+    yield from (f"{name} has no graph" for name in m.images if all(v.image != name for v in m.variants))
+    held = {name: sorted((v.plan_name, v.budget.text) for v in m.variants if v.image == name) for name in m.images}
+    if any(plans != next(iter(held.values())) for plans in held.values()):
+        yield "its images have different plans"
+
+
+def _variant_problems(m: Manifest, v: Variant) -> Iterator[str]:
+    what = f"plan {v.plan_name} at text budget {v.budget.text}"
+    stages = ("vision", *v.plan.stages, "decode")
+    if set(v.graphs) != set(stages) or not set(v.graphs.values()) <= set(m.graphs):
+        yield f"{what} does not name a graph for each of {', '.join(stages)}"
+    elif not (
+        "pixel_values" in m.graphs[v.graphs["vision"]].inputs and "logits" in m.graphs[v.graphs["decode"]].outputs
+    ):
+        yield f"{what} has graphs without pixel_values or logits"
+    if (image := m.images.get(v.image)) is None:
+        yield f"{what} is for images {v.image}, which are not there"
+    elif not 1 <= prod(image.grid) * image.tiles <= image.tokens == v.budget.visual[0]:
+        yield f"{what} has {v.budget.visual[0]} image tokens, not those of its images"
+    if len(v.budget.visual) != len(v.plan.stages) or list(v.budget.visual) != sorted(v.budget.visual, reverse=True):
+        yield f"{what} keeps {list(v.budget.visual)} image tokens"
+    if any(cut.layer >= m.decoder.layers for cut in v.plan.cuts):
+        yield f"{what} cuts behind the decoder's last layer"
 
 
 def is_bundle(folder: Path) -> bool:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from himap_export.engines.arrays import memory_bytes
 from himap_export.engines.backends import ANYWAY, Engines, Opening, Tensor, load_backend
-from himap_export.engines.bundle import Bundle
+from himap_export.engines.bundle import RunSpec
 from himap_export.engines.layout import Integers, PromptLayout, lay_out
 from himap_export.engines.manifest import TensorSpec
 from himap_export.engines.sampling import Sampler, Sampling
@@ -43,21 +43,21 @@ def tensor_name(graph: str, name: str) -> str:
 
 
 class Pipeline:
-    """A bundle, at its variant, opened on a backend, for batches of up to B prompts at a time.
+    """A variant of a bundle, opened on a backend, for batches of up to B prompts at a time.
 
     `engines` of another pipeline over the same bundle share its one copy of the weights; tensors are each one's own.
     """
 
-    def __init__(self, bundle: Bundle, backend: str, opening: Opening = ANYWAY, engines: Engines | None = None) -> None:
-        self.bundle, self.manifest, self.backend = bundle, bundle.manifest, backend
+    def __init__(self, spec: RunSpec, backend: str, opening: Opening = ANYWAY, engines: Engines | None = None) -> None:
+        self.spec, self.manifest, self.backend = spec, spec.manifest, backend
         if backend not in self.manifest.engines:
             held = ", ".join(self.manifest.engines)
-            raise HimapError(f"{bundle.folder} holds no {backend} engines", f"it holds {held}", code=Exit.MISSING)
-        self.engines: Engines = engines or load_backend(backend).open_engines(bundle, opening)
+            raise HimapError(f"{spec.bundle.folder} holds no {backend} engines", f"it holds {held}", code=Exit.MISSING)
+        self.engines: Engines = engines or load_backend(backend).open_engines(spec.bundle, opening)
         self.tensors: dict[str, Tensor] = {}
-        self.stages = bundle.plan.stages
+        self.stages = spec.plan.stages
         self._check_memory()
-        self._rope_shift = np.zeros(bundle.budget.batch, np.int64)  # of the prompts that were loaded last
+        self._rope_shift = np.zeros(spec.budget.batch, np.int64)  # of the prompts that were loaded last
         self._run = {name: self._bind(name) for name in ("vision", *self.stages, "decode")}
         self._prefill = self.engines.chain([self._run[name] for name in ("vision", *self.stages)])
         self._decode = self.engines.chain([self._run["decode"]])
@@ -67,23 +67,25 @@ class Pipeline:
         if self.engines.device != "cpu":
             return
         named: dict[str, TensorSpec] = {}
-        for stage in self.bundle.variant.graphs:
-            record = self.bundle.graph(stage)
+        for stage in self.spec.variant.graphs:
+            record = self.spec.graph(stage)
             named |= {tensor_name(stage, name): spec for name, spec in {**record.inputs, **record.outputs}.items()}
         needed = sum(prod(spec.shape) * np.dtype(NUMPY[spec.dtype]).itemsize for spec in named.values())
         if needed > memory_bytes():
             details = f"{needed / 1e9:.0f} GB for its caches and states, this machine has {memory_bytes() / 1e9:.0f}"
-            raise HimapError(f"{self.bundle.folder} is too large for this machine", details, "export smaller budgets")
+            raise HimapError(
+                f"{self.spec.bundle.folder} is too large for this machine", details, "export smaller budgets"
+            )
 
     def _bind(self, graph: str) -> Callable[[], None]:
-        record = self.bundle.graph(graph)
+        record = self.spec.graph(graph)
         doors: Mapping[str, TensorSpec] = {**record.inputs, **record.outputs}
         for name, spec in doors.items():
             shared = tensor_name(graph, name)
             if shared not in self.tensors:
                 self.tensors[shared] = self.engines.tensor(spec)
         return self.engines.bind(
-            self.bundle.graph_name(graph), {name: self.tensors[tensor_name(graph, name)] for name in doors}
+            self.spec.graph_name(graph), {name: self.tensors[tensor_name(graph, name)] for name in doors}
         )
 
     def run(self, graph: str) -> None:
@@ -105,15 +107,15 @@ class Pipeline:
         `seeds` [b], 0 if not given, are what random cuts draw by; other plans read none.
         """
         m = self.manifest
-        picture, budget = self.bundle.picture, self.bundle.budget
-        grid = picture.grid if m.decoder.rope_axes else None
+        image, budget = self.spec.image, self.spec.budget
+        grid = image.grid if m.decoder.rope_axes else None
         layout = lay_out(input_ids, attention_mask, m.model.image, m.decoder.vocab, budget, grid)
-        tiles, shape = picture.tiles, self.bundle.graph("vision").inputs["pixel_values"].shape
+        tiles, shape = image.tiles, self.spec.graph("vision").inputs["pixel_values"].shape
         if pixel_values.shape != (wanted := (tiles * len(input_ids), *shape[1:])):
             each = "one image" if tiles == 1 else f"{tiles} tiles"
             expected = f"expected {list(wanted)}, {each} per prompt"
             raise HimapError(f"pixel_values are {list(pixel_values.shape)}", expected, code=Exit.USAGE)
-        most = FP16_MAX if self.bundle.graph("vision").inputs["pixel_values"].dtype == "fp16" else FP32_MAX
+        most = FP16_MAX if self.spec.graph("vision").inputs["pixel_values"].dtype == "fp16" else FP32_MAX
         if not np.abs(pixel_values).max() <= most:  # false for NaN, too
             details = f"expected numbers up to {most:g}, the largest is {np.abs(pixel_values).max():g}"
             raise HimapError("pixel_values are out of range", details, code=Exit.USAGE)
@@ -176,7 +178,7 @@ class Pipeline:
         `requests` [b], 0, 1, .. if not given, are the samples' numbers: by theirs and the seed they draw. HimapError if
         logits are not finite.
         """
-        limit = self.bundle.budget.new
+        limit = self.spec.budget.new
         if not 1 <= new_tokens <= limit:
             hint = f"1 to {limit}, or export with --max-new-tokens {new_tokens}"
             summary = f"--max-new-tokens {new_tokens} is outside the bundle's budget"

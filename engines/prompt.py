@@ -17,7 +17,6 @@ from tokenizers.decoders import DecodeStream
 
 from himap_export.engines.documents import MEGABYTE, Id, read_file
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.plan import Tokens
 
 MOST_TOKENIZER = 256 * MEGABYTE  # the largest published vocabularies take 40
 HUGE_ID = re.compile(rb'"\s*:\s*\d{9,}')  # tokenizers makes a table as long as the largest id, whatever it is
@@ -28,15 +27,14 @@ QUESTION = "{prompt}"  # where the question goes in a template
 class PromptFormat(Struct, frozen=True, forbid_unknown_fields=True):
     """How a question becomes text: `template` holds `{prompt}` once and the placeholder `image_token` once.
 
-    The placeholder stands for `image_tokens` (V0) tokens. `add_special_tokens`: the tokenizer adds its own, such as
-    BOS (False if the template writes them). `strip`: white space around the question is removed, as some chat templates
-    do. `image_id`: what stands for an image token in `input_ids`, -1 if that is the placeholder's id. Raises HimapError
-    for a template that breaks these rules.
+    The placeholder stands for all tokens of the image. `add_special_tokens`: the tokenizer adds its own, such as BOS
+    (False if the template writes them). `strip`: white space around the question is removed, as some chat templates do.
+    `image_id`: what stands for an image token in `input_ids`, -1 if that is the placeholder's id. Raises HimapError for
+    a template that breaks these rules.
     """
 
     template: Annotated[str, Meta(max_length=MEGABYTE)]
     image_token: Annotated[str, Meta(max_length=1000)]
-    image_tokens: Tokens
     add_special_tokens: bool = True
     strip: bool = False
     image_id: Id = -1
@@ -47,8 +45,6 @@ class PromptFormat(Struct, frozen=True, forbid_unknown_fields=True):
             problem = f"{QUESTION} must occur once in the template {self.template!r}"
         elif not self.image_token or self.template.count(self.image_token) != 1:
             problem = f"the image token {self.image_token!r} must occur once in the template {self.template!r}"
-        elif self.image_tokens < 1:
-            problem = f"image_tokens is {self.image_tokens}"
         if problem:
             raise HimapError("unusable prompt format", problem)
 
@@ -85,12 +81,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, how: PromptFormat, prompt: str) -> NDArray[np.int64]:
-    """`input_ids` int64 [S] of one question about one image, the placeholder expanded to V0 ids, special tokens added.
+def encode(tokenizer: Tokenizer, how: PromptFormat, prompt: str, image_tokens: int) -> NDArray[np.int64]:
+    """`input_ids` int64 [S] of one question about one image, the placeholder expanded to `image_tokens` (V0) ids,
+    special tokens added.
 
     Raises HimapError (Exit.USAGE) if the question contains the image placeholder or is not valid Unicode.
     """
-    text = how.render(prompt).replace(how.image_token, how.image_token * how.image_tokens)
+    text = how.render(prompt).replace(how.image_token, how.image_token * image_tokens)
     try:
         text.encode()
     except UnicodeEncodeError as error:  # a byte of the command line that was not UTF-8
@@ -98,8 +95,8 @@ def encode(tokenizer: Tokenizer, how: PromptFormat, prompt: str) -> NDArray[np.i
     ids: list[int] = tokenizer.encode(text, add_special_tokens=how.add_special_tokens).ids
     placeholder = image_token_id(tokenizer, how.image_token)
     found = ids.count(placeholder)
-    if found != how.image_tokens:
-        raise HimapError("the prompt has the wrong number of image tokens", f"{found}, expected {how.image_tokens}")
+    if found != image_tokens:
+        raise HimapError("the prompt has the wrong number of image tokens", f"{found}, expected {image_tokens}")
     written = np.array(ids, np.int64)
     return written if how.image_id == -1 else np.where(written == placeholder, how.image_id, written)
 

@@ -71,28 +71,28 @@ class Export:
         from himap_export.exporter.vision import vision_graph  # torch: seconds to import
 
         p, batch = self.planned, self.planned.variants[0].budget.batch
-        for picture, spec in p.pictures.items():
-            name = self._vision_name(picture)
+        for image, spec in p.images.items():
+            name = self._vision_name(image)
             self.graphs[name] = vision_graph(
                 name, p.model.family, p.model.config, spec, batch, p.decoder.hidden, p.dtype, self.names
             )
-        return ", ".join(f"{spec.tokens} image tokens of {name}" for name, spec in p.pictures.items())
+        return ", ".join(f"{spec.tokens} image tokens of {name}" for name, spec in p.images.items())
 
-    def _vision_name(self, picture: str) -> str:
-        return "vision" if len(self.planned.pictures) == 1 else f"vision-{picture}"
+    def _vision_name(self, image: str) -> str:
+        return "vision" if len(self.planned.images) == 1 else f"vision-{image}"
 
     def stages(self) -> str:
         """Builds every variant's four language graphs, those that are equal once."""
         p, known = self.planned, dict[bytes, str]()
         for v in p.variants:
-            played = {"vision": self._vision_name(v.picture)}
+            played = {"vision": self._vision_name(v.image)}
             for graph in StagedModel(p.decoder, v.plan, v.budget, p.dtype, self.names).graphs():
                 content = ir.to_proto(graph.model).SerializeToString(deterministic=True)
                 own = graph.name if len(p.variants) == 1 else f"{graph.name}-{p.variant_name(v)}"
                 name = known.setdefault(content, own)
                 self.graphs.setdefault(name, graph)
                 played[graph.name] = name
-            self.variants.append(Variant(v.plan_name, v.plan, v.budget, v.picture, played))
+            self.variants.append(Variant(v.plan_name, v.plan, v.budget, v.image, played))
         totals = ", ".join(str(list(v.budget.total)) for v in p.variants)
         return f"{len(self.graphs)} graphs, S = {totals}"
 
@@ -132,7 +132,7 @@ class Export:
     def compile(self) -> str:
         """Every graph on every backend. Where weights are embedded, one at a time, and what is compiled in goes."""
         p = self.planned
-        bundle = Bundle(self.work, self.manifest(), self.variants[0])
+        bundle = Bundle(self.work, self.manifest())
         self.engines = {backend: {} for backend in p.backends}
         for graphs in [[g] for g in self.records] if p.weights == "embedded" else [list(self.records)]:
             for backend in p.backends:
@@ -172,9 +172,9 @@ class Export:
             engines=self.engines,
             weight_form=p.weights,
             weights=tuple(f"weights/{file}" for file in self.files),
-            pictures={
-                name: ImageSpec(spec.size, spec.tiles, spec.grid, processor.images[name])
-                for name, spec in p.pictures.items()
+            images={
+                name: ImageSpec(spec.size, spec.tiles, spec.tokens, spec.grid, processor.images[name])
+                for name, spec in p.images.items()
             },
             prompt=processor.prompt,
             tokenizer=TOKENIZER if TOKENIZER in processor.files else None,
@@ -228,8 +228,8 @@ def _check_weights(p: Planned, checkpoint: Checkpoint, names: WeightNames) -> No
 
 def _processor(p: Planned, checkpoint: Checkpoint) -> ProcessorData:
     if p.model.folder is None:
-        return alias_processor(p.model.family, p.model.config, p.pictures)
-    return read_processor(checkpoint.folder, p.model.family, p.model.config, p.pictures)
+        return alias_processor(p.model.family, p.model.config, p.images)
+    return read_processor(checkpoint.folder, p.model.family, p.model.config, p.images)
 
 
 def _location(stored: StoredTensor) -> str:

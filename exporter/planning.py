@@ -54,7 +54,7 @@ class Request:
 
 @dataclass(frozen=True)
 class PlannedVariant:
-    """One plan at one text budget for pictures as `vision` says; `asked` is what the plan keeps before `--align` adds
+    """One plan at one text budget for images as `vision` says; `asked` is what the plan keeps before `--align` adds
     to it."""
 
     plan_name: str
@@ -64,8 +64,8 @@ class PlannedVariant:
     vision: VisionSpec
 
     @property
-    def picture(self) -> str:
-        return picture_name(self.vision)
+    def image(self) -> str:
+        return image_name(self.vision)
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ class Planned:
     allow_overflow: bool = False
 
     @property
-    def pictures(self) -> dict[str, VisionSpec]:
-        """What the vision graphs see, by the name of the picture."""
-        return {v.picture: v.vision for v in self.variants}
+    def images(self) -> dict[str, VisionSpec]:
+        """What the vision graphs see, by the name of the image spec."""
+        return {v.image: v.vision for v in self.variants}
 
     def variant_name(self, v: PlannedVariant) -> str:
-        """Unlike that of any other variant: the plan, its text budget, and the picture if there are several."""
-        return f"{v.plan_name}-{v.budget.text}" + (f"-{v.picture}" if len(self.pictures) > 1 else "")
+        """Unlike that of any other variant: the plan, its text budget, and the image if there are several."""
+        return f"{v.plan_name}-{v.budget.text}" + (f"-{v.image}" if len(self.images) > 1 else "")
 
     def costs(self, v: PlannedVariant) -> tuple[StageCost, ...]:
         return stage_costs(self.decoder, v.plan, v.budget, self.dtype)
@@ -159,7 +159,7 @@ def _check_image_token(rules: PromptRules, decoder: DecoderSpec) -> None:
         raise HimapError("the image token of config.json is no token", details, code=Exit.USAGE)
 
 
-def picture_name(vision: VisionSpec) -> str:
+def image_name(vision: VisionSpec) -> str:
     """448x336, or 448x448x4 for four tiles."""
     return f"{vision.size[1]}x{vision.size[0]}" + (f"x{vision.tiles}" if vision.tiles > 1 else "")
 

@@ -98,7 +98,7 @@ TOKENIZER_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json", "a
 
 @dataclass(frozen=True)
 class ProcessorData:
-    """`images` by picture; `prompt` is None without a tokenizer: the bundle then answers only `--load-inputs`.
+    """`images` by image spec; `prompt` is None without a tokenizer: the bundle then answers only `--load-inputs`.
 
     `files` maps names in the bundle to their content.
     """
@@ -108,32 +108,32 @@ class ProcessorData:
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def alias_processor(family: Family, config: Config, pictures: Mapping[str, VisionSpec]) -> ProcessorData:
+def alias_processor(family: Family, config: Config, visions: Mapping[str, VisionSpec]) -> ProcessorData:
     """Of a published model without its checkpoint: its prompt is known, its tokenizer comes with the weights."""
-    rules, tokens = family.prompt(config), next(iter(pictures.values())).tokens
-    images = {name: family.image(config, spec) for name, spec in pictures.items()}
-    return ProcessorData(images, PromptFormat(rules.template, rules.image_text, tokens, image_id=rules.image_token))
+    rules = family.prompt(config)
+    images = {name: family.image(config, spec) for name, spec in visions.items()}
+    return ProcessorData(images, PromptFormat(rules.template, rules.image_text, image_id=rules.image_token))
 
 
-def read_processor(folder: Path, family: Family, config: Config, pictures: Mapping[str, VisionSpec]) -> ProcessorData:
+def read_processor(folder: Path, family: Family, config: Config, visions: Mapping[str, VisionSpec]) -> ProcessorData:
     """Reads the processor of the checkpoint in `folder`; where it does not say, its family does.
 
     HimapError: damaged files, an image processor or an option that is not supported, sizes that are not the vision
     tower's, a chat template without exactly one image and one question, a tokenizer at odds with the model.
     """
-    rules, tokens = family.prompt(config), next(iter(pictures.values())).tokens
+    rules = family.prompt(config)
     processor = _read(folder / "processor_config.json", Files)
     flat = processor.image_processor
     if flat is None and os.path.lexists(path := folder / "preprocessor_config.json"):
         flat = read_json(path, dict[str, Any], "image processor", code=Exit.FAILURE)
     flat = {} if family.own_image or flat is None else flat
-    images = {name: _image(flat, family.image(config, spec)) for name, spec in pictures.items()}
+    images = {name: _image(flat, family.image(config, spec)) for name, spec in visions.items()}
     if os.path.lexists(folder / TOKENIZER):
-        return _with_tokenizer(folder, family.model_type, processor, rules, images, tokens)
+        return _with_tokenizer(folder, family.model_type, processor, rules, images)
     made = family.tokenizer(folder, rules)
     if made is None:
         return ProcessorData(images, None)
-    prompt = PromptFormat(rules.template, rules.image_text, tokens, image_id=rules.image_token)
+    prompt = PromptFormat(rules.template, rules.image_text, image_id=rules.image_token)
     return ProcessorData(images, prompt, {TOKENIZER: made})
 
 
@@ -159,7 +159,6 @@ def _with_tokenizer(
     processor: Files,
     rules: PromptRules,
     images: Mapping[str, ImagePreprocessing],
-    image_tokens: int,
 ) -> ProcessorData:
     template = _chat_template(folder, processor)
     tokenizer = _load_tokenizer(folder, model_type)
@@ -173,9 +172,9 @@ def _with_tokenizer(
     if template is None and isinstance(own, str) and image_token in own:
         template = own  # Hugging Face would refuse: its processor has none; the tokenizer's places the image, so use it
     if template is None:
-        prompt = PromptFormat(rules.template.replace(rules.image_text, image_token), image_token, image_tokens)
+        prompt = PromptFormat(rules.template.replace(rules.image_text, image_token), image_token)
     else:
-        prompt = _render(template, tokenizer.special_tokens_map, image_token, image_tokens)
+        prompt = _render(template, tokenizer.special_tokens_map, image_token)
         before, after = rules.surround
         prompt = replace(prompt, template=prompt.template.replace(image_token, before + image_token + after))
     # Written from what transformers loaded: it may add tokens and BOS rules that the file itself does not hold.
@@ -296,7 +295,7 @@ def _default(template: Any) -> Any:
     return template.get("default", template) if isinstance(template, dict) else template
 
 
-def _render(template: str, special: Mapping[str, Any], image_token: str, image_tokens: int) -> PromptFormat:
+def _render(template: str, special: Mapping[str, Any], image_token: str) -> PromptFormat:
     """The chat template as a `PromptFormat`: rendered with a sentinel question, then checked with an awkward one."""
     bos = str(special.get("bos_token") or "")
     text, probed = render(template, (SENTINEL, PROBE), special)
@@ -305,7 +304,7 @@ def _render(template: str, special: Mapping[str, Any], image_token: str, image_t
         raise HimapError("unsupported chat template", details)
     starts_with_bos = bool(bos) and text.startswith(bos)
     for strip in (False, True):
-        how = PromptFormat(text.replace(SENTINEL, QUESTION), image_token, image_tokens, not starts_with_bos, strip)
+        how = PromptFormat(text.replace(SENTINEL, QUESTION), image_token, not starts_with_bos, strip)
         if how.render(PROBE) == probed:
             return how
     raise HimapError("unsupported chat template", "it changes the text of the question")

@@ -65,7 +65,7 @@ def _stages(p: Planned, v: PlannedVariant) -> list[str]:
     kv, flops = sum(c.kv_bytes for c in costs), sum(c.flops for c in costs)
     rows.append(("total", f"{p.decoder.layers}", "", "", _bytes(kv), _flops(flops)))
     return [
-        f"image {v.picture}: {v.vision.tokens} tokens",
+        f"image {v.image}: {v.vision.tokens} tokens",
         f"{_cuts(v)}; {v.budget.text} text slots, up to {v.budget.new} new tokens",
         "",
         *_table(rows),
@@ -112,7 +112,7 @@ def _variants(p: Planned) -> list[str]:
         kv = _bytes(sum(c.kv_bytes for c in costs))
         cuts = " ".join(f"{c.layer}:{c.keep if c.remove is None else f'{c.remove:.0%}'}" for c in v.plan.cuts) or "-"
         kept = (f"{true:.1%}", f"{1 / true:.2f}x")
-        rows.append((v.plan_name, v.plan.policy, v.picture, cuts, f"{v.budget.text}", total, visual, kv, *kept))
+        rows.append((v.plan_name, v.plan.policy, v.image, cuts, f"{v.budget.text}", total, visual, kv, *kept))
     new = p.variants[0].budget.new
     return [f"{len(p.variants)} variants over one copy of the weights; up to {new} new tokens", "", *_table(rows)]
 

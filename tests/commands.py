@@ -134,7 +134,7 @@ class Workshop:
 
     def pipeline(self, bundle: Path) -> Pipeline:
         """One thread: tests share two cores, and sums come out the same every time."""
-        return Pipeline(open_bundle(bundle), "onnxruntime", Opening(threads=1))
+        return Pipeline(open_bundle(bundle).select(), "onnxruntime", Opening(threads=1))
 
     def answer(self, bundle: Path, inputs: Inputs, *flags: object) -> Arrays:
         """What `himap-run` saves for `inputs`: kept_k1, kept_k2, logits, tokens."""

@@ -159,7 +159,7 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
 
     def deserialize(engine: npt.NDArray[np.uint8]) -> FakeEngine | None:
         name = bytes(engine).decode()
-        return FakeEngine(name, bundle.graph(name), cuda, runs) if name in files else None
+        return FakeEngine(name, bundle.manifest.graphs[name], cuda, runs) if name in files else None
 
     api = RTX.api()
     runtime = SimpleNamespace(

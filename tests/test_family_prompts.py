@@ -12,9 +12,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from transformers import AutoModelForImageTextToText
 
+from himap_export.engines.bundle import open_bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.exporter.cli import main as export_main
-from himap_export.graphs.errors import Exit
+from himap_export.graphs.errors import Exit, HimapError
 
 CHINA = Image.fromarray(load_sample_images().images[0])
 QUESTION, NEW = "What is <this>, 你?", 12
@@ -59,6 +60,20 @@ def test_a_picture_goes_to_the_nearest_of_several_sizes(
     assert call(run_main, bundle, *flags, "--json") == 0
     assert json.loads(capsys.readouterr().out)["image_tokens"][0] == tokens
     assert Image.open(kept).size[0] > 0
+
+
+def test_a_plan_and_an_image_size_are_chosen_together(work: Workshop) -> None:
+    flags = ("--image-size", "112x56", "84x84", "--policy", "himap", "--policy", "none", "--k1", 2, "--k2", 4)
+    bundle = open_bundle(work.family_bundle("qwen2.5-vl", *flags, text_budget=120))
+    for size, tokens in (((56, 112), 8), ((84, 84), 9)):
+        for plan, name, stages in (("himap", "custom", 3), ("none", "none", 1)):
+            run = bundle.select(plan, image_size=size)
+            assert (run.plan_name, run.image.size) == (name, size)
+            assert run.image.tokens == run.budget.visual[0] == tokens
+            assert len(run.plan.stages) == stages and run.graph("vision").inputs["pixel_values"].shape[2:] == size
+    assert bundle.select(image_size=(84, 84)).plan_name == bundle.select().plan_name == "custom"
+    with pytest.raises(HimapError, match="no graph for images of 84x56"):
+        bundle.select("none", image_size=(56, 84))
 
 
 def test_several_sizes_share_one_copy_of_the_weights(work: Workshop) -> None:

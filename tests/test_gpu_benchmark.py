@@ -47,10 +47,10 @@ def test_parity_is_judged(work: Workshop, bundle: Path) -> None:
 
 
 def test_roofline_is_arithmetic(bundle: Path) -> None:
-    opened = open_bundle(bundle)
-    found = gpu_parts.roofline(opened, gpu_parts.Machine("x", 1e9, 1e9))
+    run = open_bundle(bundle).select()
+    found = gpu_parts.roofline(run, gpu_parts.Machine("x", 1e9, 1e9))
     assert found["prefill"] == pytest.approx(found["prefix"] + found["k1"] + found["k2"])
-    stored = sum(opened.tensors[name].nbytes for name in opened.graph("decode").weights)
+    stored = sum(run.bundle.tensors[name].nbytes for name in run.graph("decode").weights)
     assert stored / 1e9 < found["decode"] < 2 * stored / 1e9
     assert gpu_parts.machine("cpu", 256).flops > 1e8
 

@@ -56,13 +56,13 @@ def test_validation_passes(work: Workshop, policy: str, tmp_path: Path, capsys: 
     if policy == "three":
         (tmp_path / "plans.toml").write_text(THREE)
         bundle = work.bundle("gqa2", "--plan", tmp_path / "plans.toml")
-        assert open_bundle(bundle).budget.visual == (16, 12, 8, 4)
+        assert open_bundle(bundle).select().budget.visual == (16, 12, 8, 4)
     else:
         bundle = bundle_of(work, policy)
     capsys.readouterr()
     assert call(validate_main, bundle, "--prompts", 4, "--max-new-tokens", 4, "--no-speed", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    cuts = len(open_bundle(bundle).plan.cuts)
+    cuts = len(open_bundle(bundle).select().plan.cuts)
     verdicts = [found["parity"][f"kept_k{n + 1}"]["verdict"] for n in range(cuts)]
     assert set(verdicts) <= {"identical", "tie"} and found["passed"]
 

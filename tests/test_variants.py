@@ -65,10 +65,10 @@ def test_a_budget_can_be_asked_for(work: Workshop, several: Path) -> None:
 
 def test_pipelines_of_all_variants_share_one_copy_of_the_weights(work: Workshop, several: Path) -> None:
     bundle, inputs = open_bundle(several), make_inputs(work.tiny("gqa2"), [6], [3])
-    first = Pipeline(bundle, "onnxruntime", Opening(threads=1))
+    first = Pipeline(bundle.select(), "onnxruntime", Opening(threads=1))
     for variant in bundle.manifest.variants:
-        at = bundle.at(variant.plan_name, variant.budget.text)
-        second = Pipeline(at, "onnxruntime", engines=first.engines)
+        run = bundle.select(variant.plan_name, variant.budget.text)
+        second = Pipeline(run, "onnxruntime", engines=first.engines)
         assert second.engines is first.engines
         prefilled, _ = second.prefill(inputs.input_ids, inputs.pixel_values)
         wanted = work.answer(alone(work, variant.plan_name, variant.budget.text), inputs, "--max-new-tokens", "1")
@@ -180,7 +180,11 @@ def test_aligned_bundles_keep_more_and_still_equal_the_reference(
 ) -> None:
     cuts = himap(1, 3, 0.5, 0.75)
     bundle = work.bundle("gqa2", "--align", 5, cuts=cuts)
-    assert open_bundle(bundle).budget.total == (40, 35, 30) and open_bundle(bundle).budget.visual == (16, 11, 6)
+    assert open_bundle(bundle).select().budget.total == (40, 35, 30) and open_bundle(bundle).select().budget.visual == (
+        16,
+        11,
+        6,
+    )
     inputs = make_inputs(work.tiny("gqa2"), [9], [5])
     truth = work.reference("gqa2").prefill(
         inputs.input_ids, inputs.pixel_values, cuts=(Cut(1, "instruction", keep=11), Cut(3, "image", keep=6))

@@ -90,10 +90,10 @@ def unsealed(folder: Path, model: StagedModel, graphs: tuple[StageGraph, ...], f
         ir.save(bind(graph, tensors, lambda t: f"weights/{t.file.name}"), folder / f"{graph.name}.onnx")
         records[graph.name] = GraphRecord(f"{graph.name}.onnx", inputs, outputs, weights)
     variant = Variant("qa", model.plan, model.budget, "56x56", {graph.name: graph.name for graph in graphs})
-    pictures = {"56x56": ImageSpec((56, 56), 1, (4, 4), clip_preprocessing(56))}
+    images = {"56x56": ImageSpec((56, 56), 1, V, (4, 4), clip_preprocessing(56))}
     manifest = Manifest(
         model=ModelRecord("tiny", "tiny", "tiny", ImageTokens(95), (2,), 0), decoder=model.spec, variants=(variant,),
         dtype=model.dtype, graphs=records, engines={}, weight_form=form, weights=("weights/w.safetensors",),
-        pictures=pictures, prompt=None, tokenizer=None, toolchain={}, command=(),
+        images=images, prompt=None, tokenizer=None, toolchain={}, command=(),
     )  # fmt: skip
-    return Bundle(folder, manifest, variant)
+    return Bundle(folder, manifest)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from himap_export.engines.bundle import Bundle
+from himap_export.engines.bundle import RunSpec
 from himap_export.engines.drawing import kept_patches
 from himap_export.engines.image import crop_view, load_image, tile_grid
 from himap_export.graphs.plan import POLICIES
@@ -33,18 +33,18 @@ def accuracy_page(
     systems: Sequence[PlanSystem],
     data: Dataset,
     prompter: Prompter,
-    bundle: Bundle,
+    run: RunSpec,
     command: str,
 ) -> Page:
     """Headline, plot and tables, and example images with the patches that the first pruned plan kept."""
-    m, first = bundle.manifest, next((c for c in systems if c.pipeline.bundle.plan.cuts), systems[0])
+    m, first = run.manifest, next((c for c in systems if c.pipeline.spec.plan.cuts), systems[0])
     sections = (
         Section("Accuracy", (_facts(summary, first), _plot(summary), _table(summary, systems))),
         Section("Against the unpruned model and against chance", (_differences(summary), Text(HOW))),
         *([Section("What was kept", _examples(first, answered, data, prompter))] if first.baselines else []),
         Section("How this was made", (Text(_plans(systems)), Command(command))),
     )
-    budget = f"{m.dtype}, {first.pipeline.backend}, text budget {bundle.budget.text}, batch {bundle.budget.batch}"
+    budget = f"{m.dtype}, {first.pipeline.backend}, text budget {run.budget.text}, batch {run.budget.batch}"
     skipped = f"; {len(data.skipped)} lines left out" if data.skipped else ""
     return Page(f"Accuracy of {m.model.name}, pruned", f"{len(data.examples)} questions{skipped}; {budget}", sections)
 
@@ -107,7 +107,7 @@ def _differences(summary: Summary) -> Table:
 def _plans(systems: Sequence[PlanSystem]) -> str:
     told = {}
     for c in systems:
-        budget, plan = c.pipeline.bundle.budget, c.pipeline.bundle.plan
+        budget, plan = c.pipeline.spec.budget, c.pipeline.spec.plan
         cuts = ", ".join(f"{cut.criterion} at layer {cut.layer}" for cut in plan.cuts) or "no cut"
         policy = f" ({plan.policy})" if plan.policy != c.name and plan.policy in POLICIES else ""
         told[c.name] = f"{c.name}{policy}: {cuts}; image tokens {' → '.join(map(str, budget.visual))}"
@@ -131,13 +131,13 @@ def _examples(first: PlanSystem, answered: Sequence[Answered], data: Dataset, pr
 
 
 def _drawn(first: PlanSystem, number: int, e: Example, prompter: Prompter) -> bytes:
-    inputs, bundle = prompter.arrays(e), first.pipeline.bundle
+    inputs, run = prompter.arrays(e), first.pipeline.spec
     seeds = np.array([request_seed(first.seed, number)])
     prefilled, _ = first.pipeline.prefill(inputs.input_ids, inputs.pixel_values, seeds=seeds)
     kept = list(prefilled.kept.values())[-1][0]
-    alive = np.isin(np.flatnonzero(bundle.manifest.model.image.find(inputs.input_ids[0])), kept)
+    alive = np.isin(np.flatnonzero(run.manifest.model.image.find(inputs.input_ids[0])), kept)
     image = load_image(e.image)
-    mask = kept_patches(alive, bundle.picture.grid, tile_grid(image, prompter.image))
+    mask = kept_patches(alive, run.image.grid, tile_grid(image, prompter.image))
     return png(drawn_patches(crop_view(image, prompter.image, 1), mask))
 
 

@@ -18,11 +18,11 @@ def export_baseline(
     backend: str,
     plans: Mapping[str, Kept],
     out: Path,
-    picture: ImageSpec | None = None,
+    image: ImageSpec | None = None,
     vision_tower: Path | None = None,
 ) -> Bundle:
-    """A bundle of `plans`, by name, at the text budget, new tokens and batch of `like`, for pictures as `picture` or,
-    if None, the model's own. Weights that overflow are saturated: the user has allowed it, or the bundle that is
+    """A bundle of `plans`, by name, at the text budget, new tokens and batch of `like`, for images as `image` or, if
+    None, the model's own. Weights that overflow are saturated: the user has allowed it, or the bundle that is
     compared would not be there. `vision_tower`: the folder of the tower, if the checkpoint lacks it."""
     from himap_export.exporter.export import export
     from himap_export.exporter.family import Picture
@@ -30,7 +30,7 @@ def export_baseline(
     from himap_export.exporter.registry import resolve
 
     model = resolve(str(checkpoint), vision_tower=vision_tower)
-    decoder, (vision,) = describe(model, Picture(picture.size, picture.tiles) if picture else Picture())
+    decoder, (vision,) = describe(model, Picture(image.size, image.tiles) if image else Picture())
     variants = tuple(
         PlannedVariant(name, plan, TokenBudget(visual, like.text, like.new, like.batch), visual, vision)
         for name, (plan, visual) in plans.items()

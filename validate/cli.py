@@ -15,7 +15,7 @@ from himap_export.validate.progress import RESUMED, say
 
 if TYPE_CHECKING:
     from himap_export.engines.arrays import Inputs
-    from himap_export.engines.bundle import Bundle
+    from himap_export.engines.bundle import Bundle, RunSpec
     from himap_export.engines.pipeline import Pipeline
     from himap_export.validate.parity.compare import Parity
     from himap_export.validate.source import Source
@@ -143,13 +143,13 @@ def _check_places(args: argparse.Namespace) -> None:
 
 def _opened(args: argparse.Namespace) -> tuple["Bundle", "Source"]:
     """The bundle, and the checkpoint it is judged by."""
-    from himap_export.engines.bundle import completed, open_bundle
+    from himap_export.engines.bundle import open_bundle
     from himap_export.validate.source import source_of
 
     bundle = open_bundle(args.bundle)
     source = source_of(bundle, args.model, args.vision_tower)
     if bundle.manifest.weight_form == "absent":
-        bundle = completed(bundle, [folder for folder in (source.folder, source.tower) if folder is not None])
+        bundle = bundle.with_weights([folder for folder in (source.folder, source.tower) if folder is not None])
     return bundle, source
 
 
@@ -180,22 +180,23 @@ def _validate(args: argparse.Namespace, argv: list[str]) -> Exit:
 
     _check_places(args)
     bundle, source = _opened(args)
-    bundle, inputs = user_inputs(bundle, args.load_inputs, args.image, args.prompt, args.image_size, source.folder)
+    inputs = user_inputs(bundle, args.load_inputs, args.image, args.prompt, args.image_size, source.folder)
     needed = text_tokens(inputs.input_ids, inputs.attention_mask, bundle.manifest.model.image) if inputs else 0
-    bundle = bundle.at(next(iter(args.plan), None), args.text_budget, needed)
-    inputs = inputs or drawn_inputs(bundle, args.prompts, args.seed)
-    parity, backend, device = _compare(args, bundle, source, inputs)
+    size = inputs.image_size if inputs else args.image_size
+    run = bundle.select(next(iter(args.plan), None), args.text_budget, needed, size)
+    inputs = inputs or drawn_inputs(run, args.prompts, args.seed)
+    parity, backend, device = _compare(args, run, source, inputs)
     result: dict[str, Any] = {"bundle": str(args.bundle), "backend": backend, "device": device}
-    result |= {"dtype": bundle.manifest.dtype, "plan": bundle.variant.plan_name, "text_budget": bundle.budget.text}
+    result |= {"dtype": bundle.manifest.dtype, "plan": run.plan_name, "text_budget": run.budget.text}
     result |= {"passed": parity.passed, "parity": parity_json(parity), "gates": gates_json(parity)}
     _say(args, parity_lines(parity, bundle, backend))
     if args.save_outputs is not None and _folder_of_outputs(args) is None:
         save_outputs(args.save_outputs, parity.outputs)
-    speed = None if args.no_speed else _speed(args, bundle, source, backend, device)
+    speed = None if args.no_speed else _speed(args, run, source, backend, device)
     if speed is not None:
         result["speed"] = speed_json(speed)
     if args.report is not None:
-        page = parity_page(parity, speed, bundle, backend, " ".join(["himap-validate", *argv]))
+        page = parity_page(parity, speed, run, backend, " ".join(["himap-validate", *argv]))
         _say(args, ["", f"report: {write_report(args.report, page, result)}"])
     if args.json:
         print(json.dumps(finite(result), indent=1))
@@ -205,9 +206,7 @@ def _validate(args: argparse.Namespace, argv: list[str]) -> Exit:
     return Exit.GATE if failed else Exit.OK
 
 
-def _compare(
-    args: argparse.Namespace, bundle: "Bundle", source: "Source", inputs: "Inputs"
-) -> tuple["Parity", str, str]:
+def _compare(args: argparse.Namespace, run: "RunSpec", source: "Source", inputs: "Inputs") -> tuple["Parity", str, str]:
     """The parity, and the backend and device that it is of."""
     from himap_export.engines.backends import Opening
     from himap_export.engines.cli import open_pipeline
@@ -215,23 +214,23 @@ def _compare(
     from himap_export.validate.parity.compare import Asked, compare
     from himap_export.validate.parity.pixels import compare_pixels, with_pixels
 
-    pixels = None if args.image is None else compare_pixels(inputs.pixel_values, args.image, bundle.picture, source)
-    _check_captured(args, bundle)
-    pipeline = open_pipeline(bundle, args.backend, Opening(args.threads, args.device), "himap-validate")
+    pixels = None if args.image is None else compare_pixels(inputs.pixel_values, args.image, run.image, source)
+    _check_captured(args, run)
+    pipeline = open_pipeline(run, args.backend, Opening(args.threads, args.device), "himap-validate")
     _save_captured(args, pipeline, inputs)
-    asked = Asked(min(args.max_new_tokens or 32, bundle.budget.new), args.atol, args.rtol)
+    asked = Asked(min(args.max_new_tokens or 32, run.budget.new), args.atol, args.rtol)
     say(f"judged by the checkpoint in {source.folder}")
     load = partial(load_reference, source.folder, threads=args.threads, vision_tower=source.tower)
     parity = compare(pipeline, load, inputs, asked, say)
     return with_pixels(parity, pixels) if pixels else parity, pipeline.backend, pipeline.engines.device
 
 
-def _check_captured(args: argparse.Namespace, bundle: "Bundle") -> None:
+def _check_captured(args: argparse.Namespace, run: "RunSpec") -> None:
     folders = [folder for folder in (args.save_inputs, _folder_of_outputs(args)) if folder is not None]
     if folders:
         from himap_export.validate.parity.polygraphy_json import check_folders
 
-        check_folders(bundle, *folders)
+        check_folders(run, *folders)
 
 
 def _save_captured(args: argparse.Namespace, pipeline: "Pipeline", inputs: "Inputs") -> None:
@@ -248,14 +247,14 @@ def _save_captured(args: argparse.Namespace, pipeline: "Pipeline", inputs: "Inpu
         polygraphy_json.save_outputs(folder, captured, "himap-validate")
 
 
-def _speed(args: argparse.Namespace, bundle: "Bundle", source: "Source", backend: str, device: str) -> "Speed":
+def _speed(args: argparse.Namespace, run: "RunSpec", source: "Source", backend: str, device: str) -> "Speed":
     from himap_export.validate.report import speed_lines
     from himap_export.validate.speed.measure import ceiling, measure
 
-    _say(args, [f"\nspeed: FLOPs allow {ceiling(bundle):.2f}x over the unpruned decoder prefill"])
+    _say(args, [f"\nspeed: FLOPs allow {ceiling(run):.2f}x over the unpruned decoder prefill"])
     say(f"exporting the unpruned baseline; then {args.warm_up} + {args.iterations} rounds of three processes, {device}")
     times = args.iterations, args.warm_up, args.threads
-    speed = measure(bundle, source.folder, backend, device, *times, source.tower)
+    speed = measure(run, source.folder, backend, device, *times, source.tower)
     _say(args, speed_lines(speed))
     return speed
 

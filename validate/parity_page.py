@@ -2,7 +2,7 @@
 
 import math
 
-from himap_export.engines.bundle import Bundle
+from himap_export.engines.bundle import RunSpec
 from himap_export.validate.html.page import Block, Command, Facts, Figure, Page, Section, Table, Text
 from himap_export.validate.html.plots import Series, bars
 from himap_export.validate.parity.compare import Parity
@@ -17,23 +17,23 @@ HOW = (
 )
 
 
-def parity_page(parity: Parity, speed: Speed | None, bundle: Bundle, backend: str, command: str) -> Page:
+def parity_page(parity: Parity, speed: Speed | None, run: RunSpec, backend: str, command: str) -> Page:
     """Verdict, tensors, kept sets, and the times if they were measured."""
-    m = bundle.manifest
+    m = run.manifest
     sections = [
-        Section("Verdict", (_facts(parity, speed, bundle), Text(HOW))),
+        Section("Verdict", (_facts(parity, speed, run), Text(HOW))),
         Section("Tensors", (_tensors(parity), *map(Text, parity.notes))),
         Section("Kept image tokens and answers", (_kept(parity),)),
     ]
     if speed is not None:
         sections.append(Section("Speed, side by side", _speed(speed)))
     sections.append(Section("How this was made", (Command(command),)))
-    tokens = " → ".join(map(str, bundle.budget.visual))
-    subtitle = f"{m.model.name}, {backend}, {m.dtype}; plan {bundle.variant.plan_name}, image tokens {tokens}"
-    return Page(f"Validation of {bundle.folder.name}", subtitle, tuple(sections))
+    tokens = " → ".join(map(str, run.budget.visual))
+    subtitle = f"{m.model.name}, {backend}, {m.dtype}; plan {run.plan_name}, image tokens {tokens}"
+    return Page(f"Validation of {run.bundle.folder.name}", subtitle, tuple(sections))
 
 
-def _facts(parity: Parity, speed: Speed | None, bundle: Bundle) -> Facts:
+def _facts(parity: Parity, speed: Speed | None, run: RunSpec) -> Facts:
     failed = [gate.name for gate in parity.gates if not gate.passed]
     items = [
         ("parity", "failed" if failed else "passed", ", ".join(failed) or f"{len(parity.gates)} gates"),

@@ -44,14 +44,15 @@ def source_of(bundle: Bundle, named: str | None, vision_tower: Path | None = Non
 
 
 def _check_sizes(bundle: Bundle, model: Model) -> None:
+    own = bundle.manifest.images[bundle.image_name()]
     try:
-        decoder, (vision,) = describe(model, Picture(bundle.picture.size, bundle.picture.tiles))
+        decoder, (vision,) = describe(model, Picture(own.size, own.tiles))
         rules = model.family.prompt(model.config)
     except HimapError as problem:
         raise _misfit(bundle, model, str(problem)) from None
     mine, his = ({name: getattr(spec, name) for name in SIZES} for spec in (bundle.manifest.decoder, decoder))
     image = bundle.manifest.model.image
-    mine |= {"image tokens": bundle.budget.visual[0], "an image token's id": image.token, "between": image.between}
+    mine |= {"image tokens": own.tokens, "an image token's id": image.token, "between": image.between}
     his |= {"image tokens": vision.tokens, "an image token's id": rules.image_token, "between": rules.between}
     for name, size in mine.items():
         if his[name] != size:

@@ -55,7 +55,7 @@ def put(*path: Any) -> Callable[[Json], object]:
     return change
 
 
-PREPROCESSING = ("pictures", "56x56", "preprocessing")
+PREPROCESSING = ("images", "56x56", "preprocessing")
 
 
 def test_the_digest_is_of_the_content_not_of_the_spelling(bundle: Path) -> None:
@@ -154,7 +154,7 @@ def test_paths_lead_nowhere_else(bundle: Path, name: str) -> None:
         (lambda d: d["files"].pop("weights/model.safetensors"), "model.safetensors is not listed"),
         (put("tokenizer", "tokenizer.json"), "tokenizer.json is not listed"),
         (put("variants", 0, "graphs", "k1", "k3"), "does not name a graph"),
-        (put("variants", 0, "picture", "9x9"), "which are not there"),
+        (put("variants", 0, "image", "9x9"), "which are not there"),
         (put("variants", 0, "budget", "visual", [16, 2, 8]), "keeps [16, 2, 8]"),
         (put("variants", 0, "plan", "cuts", 1, "layer", 10), "behind the decoder's last layer"),
         (lambda d: d["engines"]["onnxruntime"].pop("k1"), "engines are not those of its graphs"),

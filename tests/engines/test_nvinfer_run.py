@@ -40,7 +40,7 @@ def test_engines_share_weights_and_update_caches_in_place(opened: Opened) -> Non
     for addresses in (prefix, decode):
         caches = [n for n in addresses if n.startswith("present")]
         assert caches and all(addresses[n] == addresses[n.replace("present", "past")] for n in caches)
-    shared = set(bundle.graph("prefix").weights)
+    shared = set(bundle.manifest.graphs["prefix"].weights)
     assert shared and all(prefix[n] == decode[n] for n in shared)
 
 

@@ -49,7 +49,9 @@ def test_sessions_refuse_memory_that_a_value_owns() -> None:
 @pytest.mark.parametrize("form", [(), ("--weights", "embedded")])
 def test_device_tensors_and_weights_give_the_same_answers(work: Workshop, gpu: None, form: tuple[str, ...]) -> None:
     bundle, inputs = work.bundle("gqa2", *form, cuts=CUTS), make_inputs(work.tiny("gqa2"), [9], [5])
-    pipelines = [Pipeline(open_bundle(bundle), "onnxruntime", Opening(1, device)) for device in ("cpu", "cuda")]
+    pipelines = [
+        Pipeline(open_bundle(bundle).select(), "onnxruntime", Opening(1, device)) for device in ("cpu", "cuda")
+    ]
     assert pipelines[1].engines.device == "cuda" and isinstance(pipelines[1].tensors["logits"], onnxruntime.CudaTensor)
     results = []
     for pipeline in pipelines:
@@ -138,7 +140,7 @@ def test_they_are_told_when_a_gpu_session_opens(
     work: Workshop, gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(onnxruntime, "_elsewhere", lambda session, provider: "2 of 5 nodes, TopK rank, Gather")
-    Pipeline(open_bundle(work.bundle("gqa2", cuts=CUTS)), "onnxruntime", Opening(1, "cuda"))
+    Pipeline(open_bundle(work.bundle("gqa2", cuts=CUTS)).select(), "onnxruntime", Opening(1, "cuda"))
     said = capsys.readouterr()
     lines = [line for line in said.err.splitlines() if line.startswith("onnxruntime: ")]
     assert said.out == "" and len(lines) == 5  # one for each graph

@@ -190,7 +190,7 @@ def test_pixels_are_numbers_that_the_graph_can_hold(pipeline: Pipeline, work: Wo
 def test_a_bundle_larger_than_the_machine_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("himap_export.engines.pipeline.memory_bytes", lambda: 1 << 16)
     with pytest.raises(HimapError, match="is too large for this machine"):
-        Pipeline(open_bundle(bundle), "onnxruntime", Opening(threads=1))
+        Pipeline(open_bundle(bundle).select(), "onnxruntime", Opening(threads=1))
 
 
 # --- the end of an answer ---
@@ -336,5 +336,5 @@ def test_two_pipelines_do_not_disturb_each_other(work: Workshop, bundle: Path) -
 
 def test_a_backend_that_the_bundle_does_not_hold(bundle: Path) -> None:
     with pytest.raises(HimapError, match="holds no tensorrt-rtx engines: it holds onnxruntime") as found:
-        Pipeline(open_bundle(bundle), "tensorrt-rtx")
+        Pipeline(open_bundle(bundle).select(), "tensorrt-rtx")
     assert found.value.code == Exit.MISSING

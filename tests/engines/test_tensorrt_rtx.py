@@ -52,7 +52,7 @@ def test_engines_take_every_weight_as_an_input(built: Built) -> None:
     assert not count(records["vision"].kernels, "()")
     for name, record in records.items():
         engine = bundle.path(record.file).read_bytes()
-        for weight in bundle.graph(name).weights:
+        for weight in bundle.manifest.graphs[name].weights:
             stored = bundle.tensors[weight]
             with stored.file.open("rb") as f:
                 f.seek(stored.offset)
@@ -67,7 +67,7 @@ def test_embedded_engines_hold_every_weight(tmp_path: Path) -> None:
     shared = unsealed(tmp_path / "shared", model, model.graphs())
     for name in bundle.manifest.graphs:
         inside, outside = (b.path(tensorrt_rtx.build(b, name).file).read_bytes() for b in (bundle, shared))
-        size = sum(bundle.tensors[weight].nbytes for weight in bundle.graph(name).weights)
+        size = sum(bundle.tensors[weight].nbytes for weight in bundle.manifest.graphs[name].weights)
         assert len(inside) > len(outside) + 0.8 * size
         assert b"model.norm.weight" not in inside
 

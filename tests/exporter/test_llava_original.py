@@ -236,12 +236,12 @@ def test_tokenizer_encodes_as_the_original(sentences: tuple[Path, Any], question
     rules = FAMILY.prompt(intern())
     made = FAMILY.tokenizer(folder, rules)
     assert made is not None
-    fast, how = Tokenizer.from_buffer(made), PromptFormat(TEMPLATE, "<image>", 3)
+    fast, how = Tokenizer.from_buffer(made), PromptFormat(TEMPLATE, "<image>")
     image = fast.token_to_id("<image>")
     assert image == slow.vocab_size()
     before, after = TEMPLATE.replace("{prompt}", question).split("<image>")
     wanted = [slow.bos_id(), *slow.encode(before), *[image] * 3, *slow.encode(after)]
-    assert encode(fast, how, question).tolist() == wanted
+    assert encode(fast, how, question, 3).tolist() == wanted
     answer = slow.encode(question)
     assert fast.decode(answer) == slow.decode(answer)
 

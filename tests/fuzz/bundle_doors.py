@@ -56,7 +56,7 @@ OWN = (
     (r"toolchain\..*|command.*|model\.(name|source|architecture)", ".*", "words about the bundle's making"),
     (r"engines\..*\.(seconds|gather|layers|kernels).*", ".*", "a report, not an instruction"),
     (r"model\.(eos_tokens|pad_token).*", "0|deleted|list|null", "which tokens end an answer is the bundle's to say"),
-    (r"pictures\.[^.]+\.preprocessing\..*", ".*", "what the model sees is the bundle's to say, within bounds"),
+    (r"images\.[^.]+\.preprocessing\..*", ".*", "what the model sees is the bundle's to say, within bounds"),
     (r"prompt.*|tokenizer", ".*", "a bundle may go without"),
     (r"variants\[\d\]\.plan_name", "word|climbing|absolute", "a name"),
     (r"decoder\..*", ".*", "what the graphs were made from; the graphs say what is computed"),

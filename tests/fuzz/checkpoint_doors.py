@@ -80,7 +80,7 @@ def _flags(folder: Path) -> Sequence[str]:
 def _shown(export: Any) -> None:
     """Ends an export before its first phase and tells what it has read."""
     manifest = export.manifest()
-    print(repr((manifest.model.eos_tokens, manifest.model.pad_token, manifest.pictures, manifest.prompt)))
+    print(repr((manifest.model.eos_tokens, manifest.model.pad_token, manifest.images, manifest.prompt)))
     raise SystemExit(0)
 
 

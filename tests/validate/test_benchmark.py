@@ -8,7 +8,7 @@ import pytest
 import torch
 from commands import Workshop
 
-from himap_export.engines.bundle import Bundle, open_bundle
+from himap_export.engines.bundle import RunSpec, open_bundle
 from himap_export.engines.scratch import scratch_place
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.parity_page import _speed as blocks_of
@@ -22,8 +22,8 @@ from himap_export.validate.speed.measure import Speed, measure, torch_device
 CUTS = himap(2, 4, 0.5, 0.5)
 
 
-def bundle_of(work: Workshop, dtype: str = "fp32") -> Bundle:
-    return open_bundle(work.bundle("gqa2", "--dtype", dtype, cuts=CUTS), verify=False)
+def bundle_of(work: Workshop, dtype: str = "fp32") -> RunSpec:
+    return open_bundle(work.bundle("gqa2", "--dtype", dtype, cuts=CUTS), verify=False).select()
 
 
 def test_the_bundle_is_opened_on_the_device_asked_for(work: Workshop) -> None:
@@ -86,7 +86,7 @@ def test_who_races_where_and_what_is_said_of_it(
         return [Times(c.name, dict.fromkeys(PHASES, (1.0, 2.0)), 2**20) for c in systems]
 
     place: list[Path] = []
-    monkeypatch.setattr(speed, "export_baseline", lambda *a: place.append(a[5]) or bundle_of(work, "fp16"))
+    monkeypatch.setattr(speed, "export_baseline", lambda *a: place.append(a[5]) or bundle_of(work, "fp16").bundle)
     monkeypatch.setattr(speed, "race", no_race)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     found = measure(bundle_of(work, "fp16"), work.checkpoint("gqa2"), "onnxruntime", device, 1, 0, 1)

@@ -36,7 +36,7 @@ class Sabotaged(Pipeline):
     """Every time `graph` has run, `tensor` is replaced by what `edit` makes of it."""
 
     def __init__(self, bundle: Path, graph: str, tensor: str, edit: Edit) -> None:
-        super().__init__(open_bundle(bundle), "onnxruntime", Opening(threads=1))
+        super().__init__(open_bundle(bundle).select(), "onnxruntime", Opening(threads=1))
         self._edit, self._runs = (graph, tensor, edit), 0
 
     def run(self, graph: str) -> None:
@@ -52,7 +52,7 @@ def loader(work: Workshop, name: str) -> Load:
 
 
 def judged(work: Workshop, name: str, pipeline: Pipeline, prompts: int = 4, asked: Asked = ASKED) -> Parity:
-    return compare(pipeline, loader(work, name), drawn_inputs(pipeline.bundle, prompts, seed=0), asked)
+    return compare(pipeline, loader(work, name), drawn_inputs(pipeline.spec, prompts, seed=0), asked)
 
 
 def failed(parity: Parity) -> set[str]:
@@ -154,7 +154,7 @@ def test_tokens_that_the_scores_do_not_explain_fail_the_kept_gate(work: Workshop
     right = work.pipeline(bundle)
     parity = judged(work, "gqa2", right, prompts=1)
     kept = parity.outputs["kept_k1"][0]
-    ids = drawn_inputs(right.bundle, 1, seed=0).input_ids[0]
+    ids = drawn_inputs(right.spec, 1, seed=0).input_ids[0]
     image = np.flatnonzero(ids == right.manifest.model.image.token)
     swap = {int(np.intersect1d(image, kept)[0]): int(np.setdiff1d(image, kept)[0])}
     replace = np.vectorize(lambda position: swap.get(int(position), position), otypes=[np.int64])
@@ -176,7 +176,7 @@ def test_a_token_that_the_logits_do_not_explain_fails(work: Workshop, monkeypatc
 def test_a_swap_inside_the_error_is_a_tie_and_is_forced_away(work: Workshop) -> None:
     """The two scores at the threshold change places; in fp16 that is well inside what rounding may do to them."""
     bundle = work.bundle("gqa2", "--dtype", "fp16", cuts=CUTS)
-    keep = open_bundle(bundle).budget.visual[1]
+    keep = open_bundle(bundle).select().budget.visual[1]
 
     def edit(score: Floats, _: int) -> Floats:
         ranked = np.argsort(np.where(np.isfinite(score[0]), -score[0], np.inf))

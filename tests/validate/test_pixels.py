@@ -24,7 +24,7 @@ from himap_export.validate.source import Source
 SHAPES = Path(__file__).parents[2] / "exporter" / "shapes"
 SOURCE = Source(SHAPES, None, False)
 RIGHT = ImagePreprocessing(112, (112, 112))
-PICTURE = ImageSpec((112, 112), 1, (8, 8), RIGHT)
+PICTURE = ImageSpec((112, 112), 1, 64, (8, 8), RIGHT)
 EMPTY = Parity(1, (), (), Answers(1, 1, None, 0.0), (), {})
 
 
@@ -38,7 +38,7 @@ def photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compared(photograph: Path, how: ImagePreprocessing, source: Source = SOURCE) -> PixelParity:
-    picture = ImageSpec(how.output_size, how.tiles, (1, 1), how)
+    picture = ImageSpec(how.output_size, how.tiles, how.tiles, (1, 1), how)
     ours = preprocess(load_image(photograph), how)
     return compare_pixels(ours, photograph, picture, source)
 
@@ -171,7 +171,7 @@ def test_the_command_tells_of_the_pixels(
     assert found["gates"][0]["name"] == "pixels"
     assert ">pixels<" in (tmp_path / "report" / "report.html").read_text()
 
-    how = open_bundle(bundle).picture.preprocessing
+    how = open_bundle(bundle).select().image.preprocessing
     wrong = ImagePreprocessing(**{**asdict(how), "resample": "bilinear"})
     monkeypatch.setattr(answer, "preprocess", lambda image, _: preprocess(image, wrong))
     assert call(main, *asked) == 3

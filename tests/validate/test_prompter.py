@@ -59,7 +59,7 @@ def word_pieces(*words: str) -> Tokenizer:
 
 
 def prompter(tokenizer: Tokenizer, template: str = "<image> {prompt} ASSISTANT:") -> Prompter:
-    return Prompter(tokenizer, PromptFormat(template, "<image>", 4), clip_preprocessing(16))
+    return Prompter(tokenizer, PromptFormat(template, "<image>"), clip_preprocessing(16), 4)
 
 
 def test_arrays_equal_hugging_faces_processor(shapes: Prompter) -> None:

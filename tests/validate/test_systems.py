@@ -57,8 +57,8 @@ def test_everyone_answers_as_the_reference_does(work: Workshop, systems: list[Pl
     singles = [inputs.sample(row) for row in range(2)]
     batch = [Inputs(single.input_ids, single.pixel_values) for single in singles]
     for system in systems:
-        budget = system.pipeline.bundle.budget
-        cuts = reference_cuts(system.pipeline.bundle.plan, budget.visual)
+        budget = system.pipeline.spec.budget
+        cuts = reference_cuts(system.pipeline.spec.plan, budget.visual)
         seeds = [request_seed(system.seed, number) for number in numbers]
         said = work.reference("gqa2").generate(
             inputs.input_ids, inputs.pixel_values, inputs.attention_mask, max_new_tokens=5, cuts=cuts, seeds=seeds
@@ -67,8 +67,8 @@ def test_everyone_answers_as_the_reference_does(work: Workshop, systems: list[Pl
 
 
 def test_baselines_lie_where_leftovers_are_cleared_away(systems: list[PlanSystem]) -> None:
-    assert scratch_place() in systems[1].pipeline.bundle.folder.parents
-    assert not systems[1].pipeline.bundle.folder.exists()  # they last as long as the comparison
+    assert scratch_place() in systems[1].pipeline.spec.bundle.folder.parents
+    assert not systems[1].pipeline.spec.bundle.folder.exists()  # they last as long as the comparison
 
 
 def test_baselines_cost_what_the_plan_costs(systems: list[PlanSystem]) -> None:

@@ -263,9 +263,9 @@ def test_a_report_without_matplotlib_is_refused_before_any_work(tmp_path: Path) 
 
 
 def test_drawn_prompts_stay_within_memory(work: Workshop) -> None:
-    bundle = open_bundle(bundle_of(work), verify=False)
+    run = open_bundle(bundle_of(work), verify=False).select()
     with pytest.raises(HimapError, match="1000000000 prompts are too many"):
-        drawn_inputs(bundle, 10**9, 0)
+        drawn_inputs(run, 10**9, 0)
 
 
 def test_no_bundle(tmp_path: Path, capsys: Capture) -> None:

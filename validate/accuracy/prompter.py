@@ -22,16 +22,17 @@ from himap_export.validate.accuracy.dataset import Example, expected, prompt_of
 
 @dataclass(frozen=True)
 class Prompter:
-    """The processor of one model: its tokenizer, its prompt's format, its image preprocessing."""
+    """The processor of one model: its tokenizer, its prompt's format, how images are made, tokens of one."""
 
     tokenizer: Tokenizer
     prompt: PromptFormat
     image: ImagePreprocessing
+    image_tokens: int
 
     def arrays(self, example: Example) -> Inputs:
         """`input_ids` [1,S] and `pixel_values` [tiles,3,H,W]. HimapError (usage) names the example's line."""
         with _named(example):
-            ids = encode(self.tokenizer, self.prompt, prompt_of(example))
+            ids = encode(self.tokenizer, self.prompt, prompt_of(example), self.image_tokens)
             pixels = preprocess(load_image(example.image), self.image)
         return Inputs(ids[None], pixels)
 
@@ -81,11 +82,12 @@ def _named(example: Example) -> Iterator[None]:
 
 
 def prompter_of_bundle(bundle: Bundle, checkpoint: Path | None) -> Prompter:
-    """The processor in a bundle; for one exported without a tokenizer, that file comes from the `checkpoint` folder.
-
-    HimapError (usage) if neither has one.
+    """The processor of a bundle, for its first image spec; where it was exported without a tokenizer, that file comes
+    from the `checkpoint` folder. HimapError (usage) if neither has one.
     """
-    return Prompter(*load_processor(bundle, () if checkpoint is None else (checkpoint,)))
+    tokenizer, prompt = load_processor(bundle, () if checkpoint is None else (checkpoint,))
+    image = bundle.manifest.images[bundle.image_name()]
+    return Prompter(tokenizer, prompt, image.preprocessing, image.tokens)
 
 
 def prompter_of_checkpoint(folder: Path, vision_tower: Path | None = None) -> Prompter:
@@ -96,4 +98,4 @@ def prompter_of_checkpoint(folder: Path, vision_tower: Path | None = None) -> Pr
     found = read_processor(folder, model.family, model.config, {"": vision})
     if found.prompt is None:
         raise HimapError(f"{folder} holds no tokenizer", f"expected {TOKENIZER}", code=Exit.USAGE)
-    return Prompter(Tokenizer.from_buffer(found.files[TOKENIZER]), found.prompt, found.images[""])
+    return Prompter(Tokenizer.from_buffer(found.files[TOKENIZER]), found.prompt, found.images[""], vision.tokens)

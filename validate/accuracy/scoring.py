@@ -56,15 +56,15 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
     names = tuple(dict.fromkeys(bundle.plan_name(name) for name in asked.plans) or dict.fromkeys(held))
     check_count(len(data.examples) * (len(names) * (2 + asked.seeds) + 1))  # each with its baselines, and the unpruned
     # What is measured does not depend on --limit: who asked a few questions can go on with all.
-    bundle = bundle.at(names[0], asked.text_budget, _longest(prompter, whole, data, bundle, asked))
+    spec = bundle.select(names[0], asked.text_budget, _longest(prompter, whole, data, bundle, asked))
     longest = max(len(prompter.answer(e)) + 1 for e in whole.examples)  # and the token that ends it
-    new_tokens = min(asked.new_tokens or max(SHORT, longest), bundle.budget.new)
+    new_tokens = min(asked.new_tokens or max(SHORT, longest), spec.budget.new)
     header: dict[str, Any] = {
         "bundle": digest(bundle.path(FILE_NAME)).sha256, "dataset": digest(asked.dataset).sha256, "plans": list(names),
-        "text_budget": bundle.budget.text, "max_new_tokens": new_tokens,
+        "text_budget": spec.budget.text, "max_new_tokens": new_tokens,
     }  # fmt: skip
     check_log(asked.report / ANSWERS, header | ({"backend": asked.backend} if asked.backend else {}))
-    first = open_pipeline(bundle, asked.backend, opening, "himap-validate")
+    first = open_pipeline(spec, asked.backend, opening, "himap-validate")
     header["backend"] = first.backend
     asked.report.mkdir(parents=True, exist_ok=True)
     with (
@@ -79,7 +79,7 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
         summary = summarise(answered, data, {c.name: c.baselines for c in systems})
         facts = header | {"flops_kept": {c.name: c.flops for c in systems}, "skipped": list(data.skipped)}
         facts |= summary_json(summary)
-        page = accuracy_page(summary, answered, systems, data, prompter, bundle, asked.command)
+        page = accuracy_page(summary, answered, systems, data, prompter, spec, asked.command)
     written = write_report(asked.report, page, facts)
     return [*summary_lines(summary), "", f"report: {written}"], facts
 

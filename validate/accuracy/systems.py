@@ -35,13 +35,13 @@ class PlanSystem:
 
     @property
     def batch(self) -> int:
-        return self.pipeline.bundle.budget.batch
+        return self.pipeline.spec.budget.batch
 
     @property
     def flops(self) -> float:
         """Of the unpruned decoder's prefill, the text budget filled."""
-        bundle = self.pipeline.bundle
-        return true_ratio(bundle.manifest.decoder, bundle.plan, bundle.budget.visual, bundle.budget.text)
+        run = self.pipeline.spec
+        return true_ratio(run.manifest.decoder, run.plan, run.budget.visual, run.budget.text)
 
     def answer(self, inputs: Sequence[Inputs], numbers: Sequence[int]) -> list[list[int]]:
         """Greedy tokens of up to `batch` prompts, each of one sample; random cuts draw by seed and example number."""
@@ -91,24 +91,24 @@ def open_systems(
 
     All are at the text budget and on the backend of `first`. `vision_tower` as for `export_baseline`.
     """
-    bundle, backend = first.bundle, first.backend
-    here = [bundle.at(name, bundle.budget.text) for name in names]
-    plans = {b.variant.plan_name: (b.plan, b.budget.visual) for b in here}
+    run, backend = first.spec, first.backend
+    here = [run.bundle.select(name, run.budget.text) for name in names]
+    plans = {r.plan_name: (r.plan, r.budget.visual) for r in here}
     with scratch_folder("baselines") as folder:
-        pipelines = [first, *(Pipeline(b, backend, opening, first.engines) for b in here[1:])]
+        pipelines = [first, *(Pipeline(r, backend, opening, first.engines) for r in here[1:])]
         if baselines := missing_baselines(plans):
-            out, dtype, picture = folder / "bundle", bundle.manifest.dtype, bundle.picture
-            baseline = export_baseline(checkpoint, bundle.budget, dtype, backend, baselines, out, picture, vision_tower)
+            out, dtype, image = folder / "bundle", run.manifest.dtype, run.image
+            baseline = export_baseline(checkpoint, run.budget, dtype, backend, baselines, out, image, vision_tower)
             beside: list[Pipeline] = []
             for name in baselines:  # over one copy of the weights
-                beside.append(Pipeline(baseline.at(name), backend, opening, beside[0].engines if beside else None))
+                beside.append(Pipeline(baseline.select(name), backend, opening, beside[0].engines if beside else None))
             pipelines += beside
-        everyone = {p.bundle.variant.plan_name: (p.bundle.plan, p.bundle.budget.visual) for p in pipelines}
+        everyone = {p.spec.plan_name: (p.spec.plan, p.spec.budget.visual) for p in pipelines}
         yield [
             PlanSystem(name, seed, p, new_tokens, _baselines(name, everyone))
             for p in pipelines
-            for name in [p.bundle.variant.plan_name]
-            for seed in range(seeds if p.bundle.plan.policy == "random" else 1)
+            for name in [p.spec.plan_name]
+            for seed in range(seeds if p.spec.plan.policy == "random" else 1)
         ]
 
 

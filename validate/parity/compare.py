@@ -137,7 +137,7 @@ class Comparison:
     def __init__(self, pipeline: Pipeline, reference: Reference, batch: Inputs, asked: Asked, seeds: Integers) -> None:
         self.pipeline, self.rows, self.seeds = pipeline, len(batch.input_ids), seeds.tolist()
         self.arrays = (batch.input_ids, batch.pixel_values, batch.attention_mask)
-        self.cuts = reference_cuts(pipeline.bundle.plan, pipeline.bundle.budget.visual)
+        self.cuts = reference_cuts(pipeline.spec.plan, pipeline.spec.budget.visual)
         self.layout = pipeline.load(*self.arrays, seeds)  # first: it refuses prompts that are none
         self.truth = reference.prefill(*self.arrays, cuts=self.cuts, seeds=self.seeds)
         self.kept = self.truth.kept
@@ -195,7 +195,7 @@ class Comparison:
 
     def _cut(self, stage: int, kept: Integers) -> CutParity:
         """Compares `kept`, the positions that open `stage`, with the reference's, in the light of both scores."""
-        cut, visual = self.pipeline.stages[stage], self.pipeline.bundle.budget.visual
+        cut, visual = self.pipeline.stages[stage], self.pipeline.spec.budget.visual
         total, candidates = self.rows * visual[stage], self._candidates(stage)
         if f"score_{cut}" not in self.pipeline.tensors:
             return CutParity(cut, total, 0, 0, inf, 0.0, "nothing removed")
@@ -285,7 +285,7 @@ def compare(
     progress("PyTorch reference in fp32")
     reference = load("fp32")
     done = 0
-    for batch in inputs.batches(pipeline.bundle.budget.batch):
+    for batch in inputs.batches(pipeline.spec.budget.batch):
         rows = slice(done, done := done + len(batch.input_ids))
         runs.append(Comparison(pipeline, reference, batch, asked, seeds[rows]))
         progress(f"compared {done} of {len(inputs.input_ids)} prompts")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy.typing as npt
 
 from himap_export.engines.arrays import Inputs
-from himap_export.engines.bundle import Bundle
+from himap_export.engines.bundle import RunSpec
 from himap_export.engines.files import check_report, write_file
 from himap_export.engines.pipeline import Pipeline, tensor_name
 from himap_export.graphs.errors import Exit, HimapError
@@ -35,15 +35,15 @@ class Captured:
     outputs: Arrays
 
 
-def check_folders(bundle: Bundle, *folders: Path) -> None:
-    """Whether what the graphs of `bundle` read or write can be saved in `folders`; called before anything runs.
+def check_folders(run: RunSpec, *folders: Path) -> None:
+    """Whether what the graphs of `run` read or write can be saved in `folders`; called before anything runs.
 
     HimapError: usage for a bf16 bundle, or a folder in which their files cannot be; missing without polygraphy.
     """
     _polygraphy("json")
-    _refuse_bf16(bundle)
+    _refuse_bf16(run)
     for folder in folders:
-        check_report(folder, tuple(f"{graph}.json" for graph in bundle.variant.graphs.values()))
+        check_report(folder, tuple(f"{graph}.json" for graph in run.variant.graphs.values()))
 
 
 def capture(pipeline: Pipeline, arrays: Inputs) -> dict[str, Captured]:
@@ -52,14 +52,14 @@ def capture(pipeline: Pipeline, arrays: Inputs) -> dict[str, Captured]:
 
     Decode takes the most likely token. HimapError as `check_folders`.
     """
-    check_folders(pipeline.bundle)
-    first = next(arrays.batches(pipeline.bundle.budget.batch))
+    check_folders(pipeline.spec)
+    first = next(arrays.batches(pipeline.spec.budget.batch))
     layout = pipeline.load(first.input_ids, first.pixel_values, first.attention_mask)
     captured = {}
-    for stage, graph in pipeline.bundle.variant.graphs.items():
+    for stage, graph in pipeline.spec.variant.graphs.items():
         if stage == "decode":
             pipeline.feed(pipeline.read("logits").argmax(axis=-1), layout.lengths)
-        record = pipeline.bundle.graph(stage)
+        record = pipeline.spec.graph(stage)
         inputs = _read(pipeline, stage, record.inputs)
         pipeline.run(stage)
         captured[graph] = Captured(inputs, _read(pipeline, stage, record.outputs))
@@ -86,9 +86,9 @@ def _read(pipeline: Pipeline, stage: str, names: Mapping[str, object]) -> Arrays
     return {name: pipeline.read(tensor_name(stage, name)) for name in names}
 
 
-def _refuse_bf16(bundle: Bundle) -> None:
-    for stage in bundle.variant.graphs:
-        record = bundle.graph(stage)
+def _refuse_bf16(run: RunSpec) -> None:
+    for stage in run.variant.graphs:
+        record = run.graph(stage)
         for name, spec in {**record.inputs, **record.outputs}.items():
             if spec.dtype == "bf16":
                 details = f"NumPy, which it stores, has no such type, and {name} of {stage} is one"

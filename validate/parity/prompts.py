@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from himap_export.engines.answer import load_arrays, load_question
-from himap_export.engines.arrays import Inputs
-from himap_export.engines.bundle import Bundle
+from himap_export.engines.answer import load_question
+from himap_export.engines.arrays import Inputs, load_inputs
+from himap_export.engines.bundle import Bundle, RunSpec
 from himap_export.graphs.errors import Exit, HimapError
 
 MOST_BYTES = 2**32  # of drawn prompts: a few hundred at the sizes of published models
@@ -20,32 +20,31 @@ def user_inputs(
     prompt: str | None,
     size: tuple[int, int] | None,
     checkpoint: Path,
-) -> tuple[Bundle, Inputs | None]:
-    """The prompts the user gave, as arrays or as an image and a question, None if neither; and the bundle at pictures
-    of their size, else of `size`."""
+) -> Inputs | None:
+    """The prompts the user gave, as arrays or as a question about an image, made `size` if that is given; None if
+    neither."""
     if arrays is not None:
-        return load_arrays(bundle, arrays)
+        return load_inputs(arrays)
     if image is not None and prompt is not None:
-        bundle, question = load_question(bundle, image, prompt, (checkpoint,), size)
-        return bundle, question.arrays
-    return bundle.seeing(size) if size else bundle, None
+        return load_question(bundle, image, prompt, (checkpoint,), size).arrays
+    return None
 
 
-def drawn_inputs(bundle: Bundle, prompts: int, seed: int, fill: bool = False) -> Inputs:
+def drawn_inputs(run: RunSpec, prompts: int, seed: int, fill: bool = False) -> Inputs:
     """Random pixels and text around one run of V0 image tokens, right-padded.
 
     Text lengths vary up to the budget, which `fill` exhausts; ids avoid the image, end and padding tokens. HimapError
-    (usage) for prompts that take more than MOST_BYTES, or a bundle that has no text to draw.
+    (usage) for prompts that take more than MOST_BYTES, or a budget that has no text to draw.
     """
-    m, rng = bundle.manifest, np.random.default_rng(seed)
-    image = m.model.image.write(bundle.budget.visual[0])
+    m, rng = run.manifest, np.random.default_rng(seed)
+    image = m.model.image.write(run.budget.visual[0])
     words = np.setdiff1d(np.arange(m.decoder.vocab), [*image.tolist(), m.model.pad_token, *m.model.eos_tokens])
-    budget, slots = bundle.budget.text, bundle.budget.total[0]
-    budget -= len(image) - bundle.budget.visual[0]  # what must stand around the image is text
+    budget, slots = run.budget.text, run.budget.total[0]
+    budget -= len(image) - run.budget.visual[0]  # what must stand around the image is text
     if budget < 1 or not len(words):
-        summary = f"no prompt can be drawn for {bundle.folder}"
+        summary = f"no prompt can be drawn for {run.bundle.folder}"
         raise HimapError(summary, f"{budget} text tokens of {len(words)} words", "give --load-inputs", Exit.USAGE)
-    shape = prompts * bundle.picture.tiles, *bundle.graph("vision").inputs["pixel_values"].shape[1:]
+    shape = prompts * run.image.tiles, *run.graph("vision").inputs["pixel_values"].shape[1:]
     if (size := 4 * math.prod(shape) + 16 * prompts * slots) > MOST_BYTES:
         summary, details = f"{prompts} prompts are too many", f"they take {size} bytes, at most {MOST_BYTES} are drawn"
         raise HimapError(summary, details, "give fewer --prompts", Exit.USAGE)

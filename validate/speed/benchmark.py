@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from himap_export.engines.bundle import Bundle
+from himap_export.engines.bundle import RunSpec
 from himap_export.engines.isolation import Child, child
 
 PHASES = ("vision", "prefill", "decode")
@@ -32,7 +32,7 @@ class System:
 
     name: str
     kind: str
-    bundle: Bundle
+    run: RunSpec
     checkpoint: Path
     backend: str = ""
     device: str | None = None
@@ -130,12 +130,12 @@ def _bundle(system: System, threads: int) -> Acts:
     from himap_export.engines.pipeline import Pipeline
     from himap_export.validate.parity.prompts import drawn_inputs
 
-    bundle = system.bundle
-    pipeline = Pipeline(bundle, system.backend, Opening(threads, system.device))
-    inputs = drawn_inputs(bundle, bundle.budget.batch, 0, fill=True)
+    run = system.run
+    pipeline = Pipeline(run, system.backend, Opening(threads, system.device))
+    inputs = drawn_inputs(run, run.budget.batch, 0, fill=True)
     prefilled, layout = pipeline.prefill(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
     tokens = prefilled.logits.argmax(axis=1)
-    steps = min(DECODE_STEPS, bundle.budget.new)
+    steps = min(DECODE_STEPS, run.budget.new)
 
     def prefill() -> None:
         for stage in pipeline.stages:
@@ -163,14 +163,14 @@ def _torch(system: System, threads: int) -> Acts:
 
     torch.set_num_threads(threads)
     disable_progress_bar()
-    bundle, device = system.bundle, system.device or "cpu"
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[bundle.manifest.dtype]
-    inputs = drawn_inputs(bundle, bundle.budget.batch, 0, fill=True)
+    run, device = system.run, system.device or "cpu"
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[run.manifest.dtype]
+    inputs = drawn_inputs(run, run.budget.batch, 0, fill=True)
     model = Reference(system.checkpoint, dtype, "sdpa", device, system.vision_tower)
     with torch.inference_mode():
         pixels = torch.as_tensor(inputs.pixel_values).to(device, dtype)
         prompts = model.embed(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
-        steps, length = min(DECODE_STEPS, bundle.budget.new), prompts.hidden.shape[1]
+        steps, length = min(DECODE_STEPS, run.budget.new), prompts.hidden.shape[1]
 
         def decode() -> float:
             logits, cache = model.forward(prompts)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from himap_export.engines.bundle import Bundle
+from himap_export.engines.bundle import RunSpec
 from himap_export.engines.scratch import scratch_folder
 from himap_export.graphs.flops import true_ratio
 from himap_export.graphs.plan import PruningPlan
@@ -32,13 +32,13 @@ class Speed:
         return ratios(self.times[0], next(t for t in self.times if t.name == name), phase)
 
 
-def ceiling(bundle: Bundle) -> float:
+def ceiling(run: RunSpec) -> float:
     """1 / FLOPs kept in decoder prefill, every slot of the text budget filled."""
-    return 1 / true_ratio(bundle.manifest.decoder, bundle.plan, bundle.budget.visual, bundle.budget.text)
+    return 1 / true_ratio(run.manifest.decoder, run.plan, run.budget.visual, run.budget.text)
 
 
 def measure(
-    bundle: Bundle,
+    run: RunSpec,
     checkpoint: Path,
     backend: str,
     device: str,
@@ -52,22 +52,22 @@ def measure(
     `device` is what the backend's engines say they run on: "cpu", "cuda", or a GPU's name. `vision_tower` as for
     `export_baseline`.
     """
-    dtype = bundle.manifest.dtype
+    dtype = run.manifest.dtype
     asked = device if device in ("cpu", "cuda") else None  # a GPU's name: the backend knows no other device
     torchs = torch_device(device)
     with scratch_folder("unpruned") as folder:
-        unpruned = {"none": (PruningPlan(), bundle.budget.visual[:1])}
-        out, picture, tower = folder / "bundle", bundle.picture, vision_tower
-        baseline = export_baseline(checkpoint, bundle.budget, dtype, backend, unpruned, out, picture, tower)
+        unpruned = {"none": (PruningPlan(), run.budget.visual[:1])}
+        out, picture, tower = folder / "bundle", run.image, vision_tower
+        baseline = export_baseline(checkpoint, run.budget, dtype, backend, unpruned, out, picture, tower)
         systems = (
-            System(PRUNED, "bundle", bundle, checkpoint, backend, asked),
-            System(UNPRUNED, "bundle", baseline, checkpoint, backend, asked),
-            System(f"{TORCH} {dtype}, {torchs}", "torch", bundle, checkpoint, "", torchs, tower),
+            System(PRUNED, "bundle", run, checkpoint, backend, asked),
+            System(UNPRUNED, "bundle", baseline.select(), checkpoint, backend, asked),
+            System(f"{TORCH} {dtype}, {torchs}", "torch", run, checkpoint, "", torchs, tower),
         )
         times = tuple(race(systems, iterations, warm_up, threads))
     apart = device != "cpu" and torchs == "cpu"
     note = f"PyTorch has no CUDA here: it ran on the CPU, the engines on {device}" if apart else ""
-    return Speed(ceiling(bundle), times, note)
+    return Speed(ceiling(run), times, note)
 
 
 def torch_device(device: str) -> str:

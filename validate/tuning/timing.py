@@ -32,6 +32,6 @@ def measure(
     with scratch_folder("tune") as folder:
         budget, out = TokenBudget((image_tokens,), text, 1), folder / "bundle"
         bundle = export_baseline(checkpoint, budget, dtype, BACKEND, kept, out)
-        systems = [System(name, "bundle", bundle.at(name), checkpoint, BACKEND) for name in everyone]
+        systems = [System(name, "bundle", bundle.select(name), checkpoint, BACKEND) for name in everyone]
         times = race(systems, rounds, WARM_UP, threads, ("prefill",))
     return {t.name: Timed(t.median("prefill"), ratios(t, times[0], "prefill")) for t in times}
