@@ -161,26 +161,10 @@ def run_command(name: str, body: Callable[[], Exit | None], interrupted: str = N
         clear_leftovers()
         code = body() or Exit.OK
         sys.stdout.flush()
-    except HimapError as problem:
-        _say(f"{name}: error: {problem}")
-        code = problem.code
-    except ModuleNotFoundError as problem:
-        if (missing := missing_extra(problem)) is None:
-            raise
-        _say(f"{name}: error: {missing}")
-        code = missing.code
-    except KeyboardInterrupt:
-        _say(f"{name}: interrupted, {left() or interrupted}")
-        code = Exit.INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has left: so do we, quietly
-        code = Exit.FAILURE
-    except MemoryError:
-        _say(f"{name}: error: the machine has too little memory for this")
-        code = Exit.FAILURE
-    except OSError as problem:  # full disks, full standard output, files that changed under our hands
-        where = f"{problem.filename}: " if problem.filename else ""
-        _say(f"{name}: error: {where}{problem.strerror or problem}")
-        code = Exit.FAILURE
+    except (Exception, KeyboardInterrupt) as problem:
+        line, code = _ending(problem, interrupted)
+        if line:
+            _say(f"{name}: {line}")
     finally:
         for sent, handler in before.items():
             signal.signal(sent, handler)
@@ -188,6 +172,25 @@ def run_command(name: str, body: Callable[[], Exit | None], interrupted: str = N
     if alone and code == Exit.INTERRUPTED:
         os._exit(int(code))  # an interpreter with torch in it takes its time to end
     sys.exit(int(code))
+
+
+def _ending(problem: BaseException, interrupted: str) -> tuple[str, Exit]:
+    """Returns what is said of `problem`, and the exit code; a bug is raised again and keeps its traceback."""
+    if isinstance(problem, ModuleNotFoundError):
+        problem = missing_extra(problem) or problem
+    match problem:
+        case HimapError():
+            return f"error: {problem}", problem.code
+        case KeyboardInterrupt():
+            return f"interrupted, {left() or interrupted}", Exit.INTERRUPTED
+        case BrokenPipeError():  # the reader of our output has left: so do we, quietly
+            return "", Exit.FAILURE
+        case MemoryError():
+            return "error: the machine has too little memory for this", Exit.FAILURE
+        case OSError():  # full disks, full standard output, files that changed under our hands
+            where = f"{problem.filename}: " if problem.filename else ""
+            return f"error: {where}{problem.strerror or problem}", Exit.FAILURE
+    raise problem
 
 
 def _interrupt(*_: object) -> NoReturn:
