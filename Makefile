@@ -7,7 +7,7 @@ BUNDLE ?= demo/shapes
 IMAGE ?= examples/shapes/images/$(shell sed -n '1s/.*"image": "\([^"]*\)".*/\1/p' examples/shapes/images/questions.jsonl)
 QUESTION ?= $(shell sed -n '1s/.*"question": "\([^"]*\)".*/\1/p' examples/shapes/images/questions.jsonl)
 
-.PHONY: install demo test test-slow fuzz lint bench bench-7b bench-gpu bench-engines bench-analysis shapes study clean
+.PHONY: install demo docs test test-slow fuzz lint bench bench-7b bench-gpu bench-engines bench-analysis shapes study clean
 
 install: $(READY)
 
@@ -53,6 +53,11 @@ types:
 	for tree in .types .types/rooms; do for room in graphs engines exporter validate; do \
 		ln -sfn $(CURDIR)/$$room $$tree/himap_export/$$room; done; done
 	ln -sfn $(CURDIR)/himap_export/__init__.py .types/himap_export/__init__.py
+
+# The documentation as a site: build/site/index.html.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "documentation: build/site/index.html"
 
 bench: install
 	$(BIN)/python benchmarks/prefill.py

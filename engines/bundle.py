@@ -22,7 +22,7 @@ from himap_export.engines.manifest import (
     read_manifest,
 )
 from himap_export.engines.weight_file import StoredTensor, check_finite, find_tensor, find_tensors, read_header
-from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.errors import Exit, HimapError, suggestion
 from himap_export.graphs.plan import PruningPlan, TokenBudget
 
 
@@ -86,6 +86,7 @@ class Bundle:
         found = asked if asked in policies else next((n for n, policy in policies.items() if policy == asked), None)
         if found is None:
             held = ", ".join(name if name == policy else f"{name} ({policy})" for name, policy in policies.items())
+            held += suggestion(asked, [*policies, *policies.values()])
             raise HimapError(f"{self.folder} holds no plan {asked}", f"it holds {held}", code=Exit.USAGE)
         return found
 

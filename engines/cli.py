@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def _parser() -> argparse.ArgumentParser:
     p = Parser(prog="himap-run", description=__doc__)
     p.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that himap-export wrote")
-    p.add_argument("--image", type=Path, action="append", metavar="FILE")
-    p.add_argument("--prompt", metavar="TEXT")
+    p.add_argument("--image", type=Path, action="append", metavar="FILE", help="the image to ask about")
+    p.add_argument("--prompt", metavar="TEXT", help="the question, without the model's chat template")
     p.add_argument("--backend", help="default: the first one in the bundle that opens here")
     p.add_argument(
         "--device", choices=("cpu", "cuda"), help="for onnxruntime (default: cuda where it has the provider)"

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from himap_export.engines.extras import missing_extra
 from himap_export.engines.scratch import clear_leftovers
 from himap_export.engines.supervisor import leaves, left, supervise
-from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.errors import MEANINGS, Exit, HimapError, suggestion
 
 # One module each in engines/backends; named here, where nothing is imported.
 BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
@@ -22,22 +23,75 @@ BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))
 LONGEST = 1000  # characters of a message
 NOTHING_LEFT = "nothing was left behind"
+SHELLS = ("bash", "zsh", "tcsh")  # that shtab writes completions for
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the command line in one line."""
+    """Says what is wrong with the command line in one line; every command's has --version and --print-completion."""
+
+    def __init__(self, prog: str, description: str | None = None) -> None:
+        codes = "; ".join(f"{int(code)} {meaning}" for code, meaning in MEANINGS.items())
+        super().__init__(prog=prog, description=description, epilog=f"exit codes: {codes}")
+        self._words: list[str] = []
+        self.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+        self.add_argument(
+            "--print-completion", action=_Completion, choices=SHELLS, help="print the shell's completion and leave"
+        )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As argparse, which takes `--limit=--` for an option without a value, and then goes on with a list."""
-        words = sys.argv[1:] if args is None else list(args)
+        self._words = words = sys.argv[1:] if args is None else list(args)
         for word in words:
             if word.startswith("--") and word.endswith("=--"):
                 self.error(f"argument {word.removesuffix('=--')}: expected one argument")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(int(Exit.USAGE), f"{self.prog}: error: {shortened(message)} (usage: {self.prog} --help)\n")
+        line = shortened(self._mistyped_option(message) or message)
+        self.exit(int(Exit.USAGE), f"{self.prog}: error: {line} (usage: {self.prog} --help)\n")
+
+    def _mistyped_option(self, message: str) -> str:
+        """What a mistyped option was meant to be, where argparse found one too many or one too few; else ""."""
+        if not message.startswith(("unrecognized arguments", "the following arguments are required")):
+            return ""
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        typed = [word.partition("=")[0] for word in self._words if word.startswith("--")]
+        unknown = [word for word in typed if not any(option.startswith(word) for option in options)]
+        return f"unknown option {unknown[0]}{suggestion(unknown[0], options)}" if unknown else ""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            problem = f"{str(value)[:80]!r} is none of {', '.join(known)}{suggestion(str(value), known)}"
+            raise argparse.ArgumentError(action, problem)
+
+
+class _Version(argparse.Action):
+    """Prints the installed version: looked up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"{parser.prog} {version('himap-export')}")
+        parser.exit()
+
+
+class _Completion(argparse.Action):
+    """Prints what a shell reads to complete the command's options, choices and files, by shtab."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, shell: Any, __: object = None) -> NoReturn:
+        try:
+            import shtab
+        except ModuleNotFoundError as problem:
+            missing = missing_extra(problem)
+            parser.exit(int(Exit.MISSING), f"{parser.prog}: error: {missing}\n")
+        for action in parser._actions:
+            if action.type is Path:
+                folder = action.metavar in ("DIR", "BUNDLE")
+                action.complete = shtab.DIRECTORY if folder else shtab.FILE  # type: ignore[attr-defined]
+        print(shtab.complete(parser, shell))
+        parser.exit()
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
@@ -107,21 +161,10 @@ def run_command(name: str, body: Callable[[], Exit | None], interrupted: str = N
         clear_leftovers()
         code = body() or Exit.OK
         sys.stdout.flush()
-    except HimapError as problem:
-        _say(f"{name}: error: {problem}")
-        code = problem.code
-    except KeyboardInterrupt:
-        _say(f"{name}: interrupted, {left() or interrupted}")
-        code = Exit.INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has left: so do we, quietly
-        code = Exit.FAILURE
-    except MemoryError:
-        _say(f"{name}: error: the machine has too little memory for this")
-        code = Exit.FAILURE
-    except OSError as problem:  # full disks, full standard output, files that changed under our hands
-        where = f"{problem.filename}: " if problem.filename else ""
-        _say(f"{name}: error: {where}{problem.strerror or problem}")
-        code = Exit.FAILURE
+    except (Exception, KeyboardInterrupt) as problem:
+        line, code = _ending(problem, interrupted)
+        if line:
+            _say(f"{name}: {line}")
     finally:
         for sent, handler in before.items():
             signal.signal(sent, handler)
@@ -129,6 +172,25 @@ def run_command(name: str, body: Callable[[], Exit | None], interrupted: str = N
     if alone and code == Exit.INTERRUPTED:
         os._exit(int(code))  # an interpreter with torch in it takes its time to end
     sys.exit(int(code))
+
+
+def _ending(problem: BaseException, interrupted: str) -> tuple[str, Exit]:
+    """Returns what is said of `problem`, and the exit code; a bug is raised again and keeps its traceback."""
+    if isinstance(problem, ModuleNotFoundError):
+        problem = missing_extra(problem) or problem
+    match problem:
+        case HimapError():
+            return f"error: {problem}", problem.code
+        case KeyboardInterrupt():
+            return f"interrupted, {left() or interrupted}", Exit.INTERRUPTED
+        case BrokenPipeError():  # the reader of our output has left: so do we, quietly
+            return "", Exit.FAILURE
+        case MemoryError():
+            return "error: the machine has too little memory for this", Exit.FAILURE
+        case OSError():  # full disks, full standard output, files that changed under our hands
+            where = f"{problem.filename}: " if problem.filename else ""
+            return f"error: {where}{problem.strerror or problem}", Exit.FAILURE
+    raise problem
 
 
 def _interrupt(*_: object) -> NoReturn:

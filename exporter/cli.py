@@ -124,6 +124,8 @@ def _export(args: argparse.Namespace, argv: list[str]) -> None:
     planned = plan_export(model, request)
     if not args.json:
         print(plan_table(planned))
+    if planned.dtype == "fp16" and "onnxruntime" in planned.backends:
+        print("himap-export: fp16 is for parity only on a CPU; --dtype fp32 is fast there", file=sys.stderr)
     result = plan_json(planned)
     if out is not None:
         result |= _build(planned, out, args, argv)

@@ -13,7 +13,8 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from himap_export.exporter.cli import _parser, main
 
-OWN = ("help", "model", "out")  # optimum brings its --help; its exporters take --model MODEL and a positional output
+# optimum brings its --help; its exporters take --model MODEL and a positional output.
+OWN = ("help", "version", "print_completion", "model", "out")
 
 
 class HimapExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum is untyped

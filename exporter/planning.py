@@ -131,7 +131,7 @@ def describe(model: Model, *pictures: Picture) -> tuple[DecoderSpec, tuple[Visio
     try:
         seen = tuple(family.vision(config, picture) for picture in pictures or (Picture(),))
         decoder, rules = family.decoder(config), family.prompt(config)
-    except (HimapError, MemoryError):
+    except (HimapError, MemoryError, ModuleNotFoundError):
         raise
     except Exception as problem:  # transformers checks a configuration with errors of many kinds
         details, hint = " ".join(str(problem).split())[:300], f"is it a configuration of {family.architecture}?"

@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from himap_export.engines.documents import MEGABYTE, read_file, typed
-from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.errors import Exit, HimapError, suggestion
 from himap_export.graphs.plan import POLICIES, TASKS, Cut, PruningPlan, Tokens
 
 Values = Mapping[str, Any]  # k1, k2, r1, r2, keep, as far as they were given
@@ -127,7 +127,7 @@ def _tables(file: Path) -> dict[str, Any]:
     try:
         content = read_file(file, "the plan", MEGABYTE)
     except HimapError as problem:
-        known = f"a plan is one of {', '.join(TASKS)}, or a TOML file"
+        known = f"a plan is one of {', '.join(TASKS)}, or a TOML file{suggestion(str(file), TASKS)}"
         raise HimapError(problem.summary, problem.details, known, problem.code) from None
     try:
         return tomllib.loads(content.decode())
@@ -144,7 +144,8 @@ def _plan(what: str, table: Mapping[str, Any]) -> PruningPlan:
         return typed(table, PruningPlan, what)
     policy = table.get("policy", "himap")
     if policy not in tuple(POLICIES):  # it may be a list
-        raise HimapError(f"{what}: unknown policy {str(policy)[:80]}", f"known: {', '.join(POLICIES)}", code=Exit.USAGE)
+        known = f"known: {', '.join(POLICIES)}{suggestion(str(policy), POLICIES)}"
+        raise HimapError(f"{what}: unknown policy {str(policy)[:80]}", known, code=Exit.USAGE)
     found = typed(table, _TABLES[len(POLICIES[policy])], what)
     values = {key: value for key in KEYS if (value := getattr(found, key, None)) is not None}
     if isinstance(found, _OneCut) and found.r1 is None and found.keep is None:

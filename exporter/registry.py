@@ -12,7 +12,7 @@ from himap_export.exporter.checkpoint import read_config
 from himap_export.exporter.config import Head, ReleasedTower, known_fields
 from himap_export.exporter.families import internvl, llava, llava_original, qwen2_5_vl, qwen3_vl, qwen_vl
 from himap_export.exporter.family import Family
-from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.errors import Exit, HimapError, suggestion
 
 _ROWS = (llava.FAMILY, llava_original.FAMILY, qwen_vl.FAMILY, qwen2_5_vl.FAMILY, qwen3_vl.FAMILY, internvl.FAMILY)
 FAMILIES = {family.architecture: family for family in _ROWS}
@@ -65,7 +65,7 @@ def resolve(
         family = _family(name, alias.config)
         return Model(name, source, family, known_fields(alias.config, family.schema, name), None)
     if alias is None and not _HUB_ID.fullmatch(source):
-        known = f"aliases: {', '.join(ALIASES)}; or a Hugging Face id, or a folder"
+        known = f"aliases: {', '.join(ALIASES)}; or a Hugging Face id, or a folder{suggestion(source, ALIASES)}"
         raise HimapError(f"unknown model {name[:80]}", known, code=Exit.USAGE)
     folder = _download(source, revision, weights)
     own = read_config(folder)

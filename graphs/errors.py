@@ -1,10 +1,12 @@
 """The one error a user can cause. Anything else that is raised is a bug and keeps its traceback."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from enum import IntEnum
 
 
 class Exit(IntEnum):
-    """Exit codes of the three commands."""
+    """Exit codes of the commands; MEANINGS says what each stands for."""
 
     OK = 0
     FAILURE = 1
@@ -12,6 +14,22 @@ class Exit(IntEnum):
     GATE = 3
     MISSING = 4
     INTERRUPTED = 130
+
+
+MEANINGS = {
+    Exit.OK: "done",
+    Exit.FAILURE: "failed",
+    Exit.USAGE: "wrong usage",
+    Exit.GATE: "a parity or speed gate failed",
+    Exit.MISSING: "a package, backend, GPU or weight is missing",
+    Exit.INTERRUPTED: "interrupted",
+}
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean X?" for the name in `known` that `word` looks like, "" if it looks like none."""
+    near = get_close_matches(word[:80], tuple(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class HimapError(Exception):

@@ -33,6 +33,13 @@ from himap_export.validate.reference.criteria import Cuts
 from himap_export.validate.reference.reference import Reference
 
 HIMAP_TINY = Path(__file__).parent / "fixtures" / "himap-tiny"
+MAIN = {  # where each command's `main` is
+    "himap-export": "himap_export.exporter.cli",
+    "himap-run": "himap_export.engines.cli",
+    "himap-validate": "himap_export.validate.cli",
+    "himap-analyze": "himap_export.validate.analysis.cli",
+    "himap-tune": "himap_export.validate.tuning.cli",
+}
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 

@@ -45,8 +45,8 @@ def _parser() -> Parser:
     p.add_argument(
         "--image-size", type=image_size, metavar="WxH", help="one of the bundle's (default: the nearest to the image)"
     )
-    p.add_argument("--image", type=Path, metavar="FILE")
-    p.add_argument("--prompt", metavar="TEXT")
+    p.add_argument("--image", type=Path, metavar="FILE", help="the image to ask about")
+    p.add_argument("--prompt", metavar="TEXT", help="the question, without the model's chat template")
     p.add_argument("--load-inputs", type=Path, metavar="F.npz", help="as himap-run's; default: drawn from --seed")
     p.add_argument(
         "--save-outputs", type=Path, metavar="F.npz|DIR",

@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -22,6 +21,7 @@ import numpy.typing as npt
 
 from himap_export.engines.backends import ANYWAY, Gather, Opening, Tensor
 from himap_export.engines.bundle import Bundle
+from himap_export.engines.extras import how_to_install, required
 from himap_export.engines.manifest import EngineRecord, TensorSpec
 from himap_export.engines.weight_file import NUMPY, as_stored, find_tensors, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
@@ -32,12 +32,7 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def _onnxruntime() -> ModuleType:
-    try:
-        onnxruntime = import_module("onnxruntime")
-    except ImportError:
-        hint = "pip install onnxruntime (CPU) or onnxruntime-gpu (CUDA), not both"
-        raise HimapError("onnxruntime is not installed", hint=hint, code=Exit.MISSING) from None
-    return onnxruntime
+    return required("onnxruntime")
 
 
 def check(dtype: str, gather: Gather) -> None:
@@ -76,7 +71,7 @@ def _device(asked: str | None) -> str:
     """What was asked for, else "cuda" where its provider is installed; HimapError (missing) if asked for and not."""
     held = _PROVIDERS["cuda"] in _onnxruntime().get_available_providers()
     if asked == "cuda" and not held:
-        hint = "pip install 'himap-export[cuda]' in the place of onnxruntime"
+        hint = f"in the place of onnxruntime: {how_to_install('cuda')}"
         raise HimapError("this onnxruntime has no CUDA provider", hint=hint, code=Exit.MISSING)
     return asked or ("cuda" if held else "cpu")
 

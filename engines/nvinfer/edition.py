@@ -7,6 +7,7 @@ from textwrap import shorten
 from types import ModuleType
 from typing import Any
 
+from himap_export.engines.extras import how_to_install
 from himap_export.graphs.errors import Exit, HimapError
 
 
@@ -45,14 +46,14 @@ RTX = Edition(
     module="tensorrt_rtx",
     # All that it knows but Turing (75), which has neither bf16 nor the scores' fp32 products; it knows no Hopper.
     capabilities=(80, 86, 89, 120, 121),
-    install="pip install 'himap-export[tensorrt-rtx]'; building engines needs no GPU",
+    install=f"{how_to_install('tensorrt-rtx')}; building engines needs no GPU",
 )
 DATACENTER = Edition(
     name="tensorrt",
     title="TensorRT",
     module="tensorrt",
     capabilities=(),
-    install="pip install 'himap-export[tensorrt]', from NVIDIA's package index, on a machine with the GPU",
+    install=f"{how_to_install('tensorrt')}; from NVIDIA's package index, on a machine with the GPU",
 )
 
 

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from himap_export.graphs.errors import Exit, HimapError
+from himap_export.engines.extras import missing_extra
 from himap_export.graphs.spec import Dtype
 
 POINTERS = {  # the kernel's parameters, in TensorRT's order: inputs, then outputs; "" is x's own dtype
@@ -75,10 +75,7 @@ def compile_gather(shape: GatherShape) -> GatherKernel:
 
         from himap_export.engines.plugin.kernel import top_k_gather
     except ModuleNotFoundError as missing:
-        if not (missing.name or "").startswith("triton"):
-            raise
-        hint = "pip install 'himap-export[plugin]'"
-        raise HimapError("triton is not installed", hint=hint, code=Exit.MISSING) from None
+        raise missing_extra(missing) or missing from None
 
     plan = tiling(shape)
     signature = {name: f"*{dtype or shape.dtype}" for name, dtype in POINTERS.items()}

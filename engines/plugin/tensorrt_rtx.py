@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from himap_export.engines.extras import how_to_install
 from himap_export.engines.nvinfer.edition import RTX
 from himap_export.engines.plugin.launch import Launcher
 from himap_export.engines.plugin.ptx import GatherKernel, GatherShape, compile_gather
@@ -42,7 +43,7 @@ def unregister() -> None:
 def check() -> None:
     """HimapError (missing) if the plugin's kernel cannot be compiled here."""
     if find_spec("triton") is None:
-        hint = "pip install 'himap-export[plugin]', or leave --gather out"
+        hint = f"{how_to_install('plugin')}; or leave --gather out"
         raise HimapError("the plugin's kernel needs triton, which is not installed", hint=hint, code=Exit.MISSING)
 
 

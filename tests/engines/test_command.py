@@ -7,13 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from commands import MAIN, call
 
 from himap_export.engines import scratch
 from himap_export.engines.command import MOST_THREADS, SIGNALS, Parser, held_signals, number, whole
 from himap_export.engines.scratch import clear_leftovers, scratch_folder
+from himap_export.exporter.cli import main as export_main
+from himap_export.graphs.errors import MEANINGS, Exit
 
 # A command as installed ones are: a script of its name. What it does stands in its first argument.
 SCRIPT = """\
@@ -222,3 +227,76 @@ def test_signals_are_held_back() -> None:
     assert done == ["all of it"]
     with held_signals():
         pass
+
+
+# --- what every command offers ---
+
+PARSERS = [import_module(module)._parser() for module in MAIN.values()]
+everywhere = pytest.mark.parametrize("parser", PARSERS, ids=lambda parser: parser.prog)
+
+
+def said(parser: Parser, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of parsing `words`."""
+    with pytest.raises(SystemExit) as left:
+        parser.parse_args(words)
+    assert isinstance(left.value.code, int)
+    return left.value.code, *capsys.readouterr()
+
+
+@everywhere
+def test_every_option_has_help(parser: Parser) -> None:
+    assert [action.dest for action in parser._actions if not (action.help or "").strip()] == []
+
+
+@everywhere
+def test_help_ends_with_the_exit_codes(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = said(parser, capsys, "--help")
+    assert code == 0 and set(MEANINGS) == set(Exit)
+    told = " ".join(out.split()).partition("exit codes: ")[2]
+    assert told.split("; ") == [f"{int(code)} {meaning}" for code, meaning in MEANINGS.items()]
+
+
+@everywhere
+def test_version(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(parser, capsys, "--version") == (0, f"{parser.prog} {version('himap-export')}\n", "")
+
+
+@everywhere
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion(parser: Parser, shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = said(parser, capsys, "--print-completion", shell)
+    assert (code, err) == (0, "") and all(option.lstrip("-") in out for option in parser._option_string_actions)
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=out, text=True, check=True)
+
+
+def test_completion_without_shtab(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    code, out, err = said(Parser(prog="himap-test"), capsys, "--print-completion", "bash")
+    assert (code, out, err.count("\n")) == (4, "", 1) and "pip install 'himap-export[completion]'" in err
+
+
+@everywhere
+def test_a_mistyped_option_is_one_line_with_the_right_one(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (("--versoin",), ("one", "--versoin=3", "--out", "there")):
+        line = "error: unknown option --versoin; did you mean --version?"
+        assert said(parser, capsys, *words) == (2, "", f"{parser.prog}: {line} (usage: {parser.prog} --help)\n")
+    assert "did you mean" not in said(parser, capsys, "--zzz")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (("llava-7b", "--dtype", "fp61"), "fp16"),
+        (("llava-7b", "--policy", "fast"), "fastv"),
+        (("llava-7b", "--backend", "tensorrt-rtz"), "tensorrt-rtx"),
+        (("lava-7b", "--dry-run"), "llava-7b"),
+        (("llava-7b", "--dry-run", "--plan", "captoin"), "caption"),
+    ],
+)
+def test_a_mistyped_name_is_one_line_with_the_right_one(
+    words: tuple[str, ...], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = call(export_main, *words, *(() if "--dry-run" in words else ("--out", "out")))
+    err = capsys.readouterr().err
+    assert code == 2 and err.count("\n") == 1 and f"; did you mean {meant}?" in err

@@ -9,7 +9,6 @@ The files are written by polygraphy itself, so its own version reads them. docs/
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from operator import methodcaller
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.bundle import RunSpec
+from himap_export.engines.extras import required
 from himap_export.engines.files import check_report, write_file
 from himap_export.engines.pipeline import Pipeline, tensor_name
 from himap_export.graphs.errors import Exit, HimapError
@@ -97,11 +97,7 @@ def _refuse_bf16(run: RunSpec) -> None:
 
 
 def _polygraphy(module: str) -> ModuleType:
-    try:
-        return import_module(f"polygraphy.{module}")
-    except ImportError:
-        hint = "pip install 'himap-export[polygraphy]'"
-        raise HimapError("polygraphy is not installed", hint=hint, code=Exit.MISSING) from None
+    return required(f"polygraphy.{module}")
 
 
 def _write(folder: Path, contents: Mapping[str, object]) -> None:
