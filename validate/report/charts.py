@@ -48,13 +48,19 @@ def lines(name: str, title: str, how: str, data: Sequence[Datum], x_label: str, 
 
     values, names = [asdict(d) for d in data], [d.series for d in data]
     color = alt.Color("series:N", **_key(names, symbolOpacity=1))
-    base = alt.Chart(alt.Data(values=finite(values))).encode(alt.X("x:Q", **_axis(x_label, data)), color=color)
-    y, gaps = alt.Y("y:Q", **_axis(y_label)), "break-paths-show-domains"
-    band = base.mark_area(opacity=0.16, invalid=gaps).encode(alt.Y("low:Q", **_axis(y_label)), alt.Y2("high:Q"))
-    line = base.mark_line(invalid=gaps).encode(y, strokeDash=alt.StrokeDash("series:N", **_key(names, DASHES)))
+    base = alt.Chart({"values": finite(values)}).encode(alt.X("x:Q", **_axis(x_label, data)), color=color)
+    y = alt.Y("y:Q", **_axis(y_label))
+    band = base.mark_area(opacity=0.16, invalid="break-paths-show-domains").encode(
+        alt.Y("low:Q", **_axis(y_label)), alt.Y2("high:Q")
+    )
+    line = base.mark_line(invalid="break-paths-show-domains").encode(
+        y, strokeDash=alt.StrokeDash("series:N", **_key(names, DASHES))
+    )
     shape, tooltip = alt.Shape("series:N", **_key(names, SHAPES)), _tooltip("series", x_label, "Q", y_label)
     point = base.mark_point(filled=True, size=55, opacity=1, invalid="filter").encode(y, shape=shape, tooltip=tooltip)
-    return _figure(name, title, how, band + line + point, {"x": x_label, "y": y_label}, values)
+    return _figure(
+        name, title, how, (band + line if _bounded(data) else line) + point, {"x": x_label, "y": y_label}, values
+    )
 
 
 def bars(name: str, title: str, how: str, data: Sequence[Datum], x_label: str, y_label: str) -> Figure:
@@ -64,15 +70,17 @@ def bars(name: str, title: str, how: str, data: Sequence[Datum], x_label: str, y
 
     values, names = [asdict(d) for d in data], [d.series for d in data]
     groups = list(dict.fromkeys(str(d.x) for d in data))
-    base = alt.Chart(alt.Data(values=finite(values))).encode(
-        alt.X("x:N", sort=groups, title=None, axis=alt.Axis(labelAngle=0 if len(groups) < 4 else -35)),
+    room = 7 * max(map(len, groups), default=0)  # pixels of the longest name
+    angle = alt.ExprRef(f"width / {len(groups) or 1} < {room} ? -35 : 0")
+    base = alt.Chart({"values": finite(values)}).encode(
+        alt.X("x:N", sort=groups, title=None, axis=alt.Axis(labelAngle=angle)),
         xOffset=alt.XOffset("series:N", sort=list(dict.fromkeys(names)), scale=alt.Scale(paddingInner=0.12)),
         tooltip=_tooltip("series", x_label, "N", y_label),
     )
     color, faded = alt.Color("series:N", **_key(names)), alt.Opacity("series:O", **_key(names, FADED))
     bar = base.mark_bar().encode(alt.Y("y:Q", title=y_label), color=color, opacity=faded)
     rule = base.mark_rule(strokeWidth=1.3).encode(alt.Y("low:Q", title=y_label), alt.Y2("high:Q"))
-    return _figure(name, title, how, bar + rule, {"x": x_label, "y": y_label}, values)
+    return _figure(name, title, how, bar + rule if _bounded(data) else bar, {"x": x_label, "y": y_label}, values)
 
 
 def pareto(name: str, title: str, how: str, points: Sequence[Point], x_label: str, y_label: str) -> Figure:
@@ -83,7 +91,7 @@ def pareto(name: str, title: str, how: str, points: Sequence[Point], x_label: st
     front = sorted((p for p in points if p.on_front), key=lambda p: p.x)
     values = [asdict(p) for p in points]
     numbered = [asdict(p) | {"number": n, "entry": f"{n}  {p.label}"} for n, p in enumerate(front, 1)]
-    every, chosen = (alt.Chart(alt.Data(values=finite(rows))) for rows in (values, numbered))
+    every, chosen = (alt.Chart({"values": finite(rows)}) for rows in (values, numbered))
     groups = [p.group for p in points]
     x, y = alt.X("x:Q", **_axis(x_label)), alt.Y("y:Q", **_axis(y_label))
     base = every.encode(
@@ -98,7 +106,12 @@ def pareto(name: str, title: str, how: str, points: Sequence[Point], x_label: st
         x, y, text="number:N", opacity=alt.Opacity("entry:O", **listed)
     )
     head = {"x": x_label, "y": y_label, "on_front": "on the front"}
-    return _figure(name, title, how, joined + rule + point + number, head, values)
+    return _figure(name, title, how, (joined + rule if _bounded(points) else joined) + point + number, head, values)
+
+
+def _bounded(data: Sequence[Datum | Point]) -> bool:
+    """Returns whether a value has bounds: of none at all Vega would warn in the browser's console."""
+    return any(d.low is not None for d in data)
 
 
 def _key(names: Sequence[str], range_: Sequence[Any] = (), **legend: Any) -> dict[str, Any]:
@@ -106,7 +119,7 @@ def _key(names: Sequence[str], range_: Sequence[Any] = (), **legend: Any) -> dic
     import altair as alt
 
     domain = list(dict.fromkeys(names))
-    scale = {"range": list(islice(cycle(range_), len(domain)))} if range_ else {}
+    scale: dict[str, Any] = {"type": "ordinal", "range": list(islice(cycle(range_), len(domain)))} if range_ else {}
     entry = 40 + 7 * max(map(len, domain), default=0)  # pixels; the legend has as many columns as the window allows
     columns = alt.ExprRef(f"max(1, floor(width / {entry}))")
     return {"scale": alt.Scale(domain=domain, **scale), "legend": alt.Legend(columns=columns, **legend)}
@@ -116,7 +129,7 @@ def _axis(label: str, whole: Sequence[Datum] = ()) -> dict[str, Any]:
     """Returns title and scale of a quantity that need not start at 0; a tick is a whole number where all x are."""
     import altair as alt
 
-    steps = {"tickMinStep": 1} if whole and all(float(d.x).is_integer() for d in whole) else {}
+    steps: dict[str, Any] = {"tickMinStep": 1} if whole and all(float(d.x).is_integer() for d in whole) else {}
     return {"title": label, "scale": alt.Scale(zero=False, nice=False, padding=16), "axis": alt.Axis(**steps)}
 
 
@@ -124,7 +137,7 @@ def _tooltip(of: str, x_label: str, x_type: str, y_label: str) -> list[Any]:
     """Returns what is shown of a value under the pointer."""
     import altair as alt
 
-    number = {"format": ".4~g"}
+    number: dict[str, Any] = {"format": ".4~g"}
     x = alt.Tooltip(f"x:{x_type}", title=x_label, **(number if x_type == "Q" else {}))
     bounds = [alt.Tooltip(f"{bound}:Q", title=bound, **number) for bound in ("low", "high")]
     return [alt.Tooltip(f"{of}:N"), x, alt.Tooltip("y:Q", title=y_label, **number), *bounds]
