@@ -216,8 +216,8 @@ def parity(folder: Path, checkpoint: Path, backend: str, device: str) -> dict[st
 
     from himap_export.validate.parity.compare import Asked, compare
     from himap_export.validate.parity.prompts import drawn_inputs
+    from himap_export.validate.parity.results import gates_json
     from himap_export.validate.reference.reference import Reference
-    from himap_export.validate.report import gates_json
 
     run = open_bundle(folder, verify=False).select()
     pipeline = Pipeline(run, backend, Opening(device=device if backend == "onnxruntime" else None))

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from himap_export.validate.report import speed_json, speed_lines
+from himap_export.validate.speed.results import speed_json, speed_lines
 
 if TYPE_CHECKING:
     from himap_export.engines.bundle import RunSpec

@@ -55,10 +55,14 @@ def draw_kept(
     for n, (layer, mask) in enumerate(zip(cuts, masks, strict=True), 1):
         note = f"{mask.sum()} of {mask.size} patches ({mask.mean():.0%}) from layer {layer} on"
         panels.append(Panel(f"kept after K{n}", note, mask))
-    sides = [tiles * side for tiles, side in zip(tile_grid(image, how), how.output_size, strict=True)]
-    view = crop_view(image, how, ceil(PANEL / sqrt(prod(sides)))).convert("RGB")
-    picture = _compose(view, panels, question, answer)
+    picture = _compose(model_view(image, how, PANEL), panels, question, answer)
     write_file(file, lambda f: picture.save(f, format="PNG"))
+
+
+def model_view(image: Image.Image, how: ImagePreprocessing, side: int) -> Image.Image:
+    """Returns what the model sees of `image`, RGB, of at least `side` * `side` pixels: a whole multiple of its own."""
+    sides = [tiles * length for tiles, length in zip(tile_grid(image, how), how.output_size, strict=True)]
+    return crop_view(image, how, ceil(side / sqrt(prod(sides)))).convert("RGB")
 
 
 def _compose(view: Image.Image, panels: list[Panel], question: str, answer: str) -> Image.Image:

@@ -25,7 +25,7 @@ def modules(room: str) -> list[str]:
     return [".".join(("himap_export", *(p for p in names if p != "__init__"))) for names in parts]
 
 
-EXPORT_ONLY = ("torch", "transformers", "huggingface_hub", "safetensors", "onnx", "onnx_ir", "onnxscript", "matplotlib")
+EXPORT_ONLY = ("torch", "transformers", "huggingface_hub", "safetensors", "onnx", "onnx_ir", "onnxscript", "altair")
 HEAVY = (*EXPORT_ONLY, "numpy", "onnxruntime", "PIL", "tokenizers", "tensorrt_rtx")
 IMPORT_ALL = "import importlib\nfor name in sys.argv[1:]: importlib.import_module(name)\nprint(len(sys.argv) - 1)"
 

@@ -1,12 +1,12 @@
 """Work folders as the exporter leaves them before it compiles, of a tiny decoder that every backend can build."""
 
-import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+from safetensors.numpy import save_file
 
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.image import clip_preprocessing
@@ -53,21 +53,9 @@ def vision(dtype: Dtype) -> StageGraph:
 
 
 def store(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: Dtype) -> None:
-    """Random weights as a safetensors file."""
-    random, header, data = np.random.default_rng(0), {}, b""
-    for name, shape in shapes.items():
-        values = (0.1 * random.standard_normal(shape)).astype(np.float32)
-        raw = {
-            "fp32": values,
-            "fp16": values.astype(np.float16),
-            "bf16": (values.view(np.uint32) >> 16).astype(np.uint16),
-        }
-        content = raw[dtype].tobytes()
-        kind = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}[dtype]
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
-        data += content
-    text = json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    """Writes random weights as a safetensors file."""
+    random, kind = np.random.default_rng(0), {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}[dtype]
+    save_file({name: (0.1 * random.standard_normal(shape)).astype(kind) for name, shape in shapes.items()}, file)
 
 
 def specs(values: list[ir.Value]) -> dict[str, TensorSpec]:

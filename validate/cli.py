@@ -128,12 +128,11 @@ def _folder_of_outputs(args: argparse.Namespace) -> Path | None:
 def _check_places(args: argparse.Namespace) -> None:
     """What can be known of outputs before a bundle is read."""
     from himap_export.engines.files import check_output, check_report
-    from himap_export.validate.html.drawing import matplotlib
+    from himap_export.validate.report.page import check_libraries
 
     if args.report is not None:
         check_report(args.report, ("report.html", "report.json", "speed.png"))
-        if not args.no_speed:
-            matplotlib()
+        check_libraries()
     if args.save_outputs is not None and _folder_of_outputs(args) is None:
         check_output(args.save_outputs, ".npz", args.load_inputs, args.image)
     for folder in (args.save_inputs, _folder_of_outputs(args)):
@@ -162,7 +161,7 @@ def _score(args: argparse.Namespace, argv: list[str]) -> None:
     asked = Scoring(
         dataset=args.dataset, report=report, plans=tuple(args.plan), text_budget=args.text_budget, backend=args.backend,
         seeds=args.seeds, limit=args.limit, new_tokens=args.max_new_tokens, skip_bad=args.skip_bad,
-        command=" ".join(["himap-validate", *argv]), vision_tower=source.tower,
+        argv=tuple(argv), vision_tower=source.tower,
     )  # fmt: skip
     lines, facts = score(bundle, source.folder, Opening(args.threads, args.device), asked)
     if args.json:
@@ -173,10 +172,12 @@ def _score(args: argparse.Namespace, argv: list[str]) -> None:
 def _validate(args: argparse.Namespace, argv: list[str]) -> Exit:
     from himap_export.engines.arrays import save_outputs
     from himap_export.engines.layout import text_tokens
-    from himap_export.validate.html.page import finite, write_report
+    from himap_export.validate.parity.page import parity_page
     from himap_export.validate.parity.prompts import drawn_inputs, user_inputs
-    from himap_export.validate.parity_page import parity_page
-    from himap_export.validate.report import gates_json, parity_json, parity_lines, speed_json
+    from himap_export.validate.parity.results import gates_json, parity_json, parity_lines
+    from himap_export.validate.report.machine import provenance
+    from himap_export.validate.report.page import finite, write_report
+    from himap_export.validate.speed.results import speed_json
 
     _check_places(args)
     bundle, source = _opened(args)
@@ -196,7 +197,8 @@ def _validate(args: argparse.Namespace, argv: list[str]) -> Exit:
     if speed is not None:
         result["speed"] = speed_json(speed)
     if args.report is not None:
-        page = parity_page(parity, speed, run, backend, " ".join(["himap-validate", *argv]))
+        made = provenance("himap-validate", argv, {"bundle's digest": bundle.manifest.digest, "device": device})
+        page = parity_page(parity, speed, run, backend, made)
         _say(args, ["", f"report: {write_report(args.report, page, result)}"])
     if args.json:
         print(json.dumps(finite(result), indent=1))
@@ -248,8 +250,8 @@ def _save_captured(args: argparse.Namespace, pipeline: "Pipeline", inputs: "Inpu
 
 
 def _speed(args: argparse.Namespace, run: "RunSpec", source: "Source", backend: str, device: str) -> "Speed":
-    from himap_export.validate.report import speed_lines
     from himap_export.validate.speed.measure import ceiling, measure
+    from himap_export.validate.speed.results import speed_lines
 
     _say(args, [f"\nspeed: FLOPs allow {ceiling(run):.2f}x over the unpruned decoder prefill"])
     say(f"exporting the unpruned baseline; then {args.warm_up} + {args.iterations} rounds of three processes, {device}")

@@ -26,7 +26,7 @@ from himap_export.exporter.planning import describe
 from himap_export.exporter.registry import resolve
 from himap_export.graphs.flops import equal_keep, true_ratio
 from himap_export.graphs.plan import himap
-from himap_export.validate.html.plots import Series, bars, lines
+from himap_export.validate.report.charts import Datum, bars, lines
 
 # The task's default, then cuts earlier and harder. K1 = 1 ranks by the very first layer.
 BUDGETS = {
@@ -159,20 +159,18 @@ def differences(budgets: Sequence[Judged]) -> list[str]:
 def draw_figures(budgets: Sequence[Judged], folder: Path) -> None:
     """accuracy.png: all questions over FLOPs; types.png: each type at the default plan."""
     ordered = sorted(budgets, key=lambda b: b.flops["himap"])
-    x = tuple(100 * b.flops["himap"] for b in ordered)
-    over = [_series(policy, [b.interval(c, "all") for b in ordered]) for policy, c in SHOWN.items()]
-    title = "Right answers at equal FLOPs, 6,000 questions, with 95 % intervals"
-    figure = lines("accuracy", title, x, over, "FLOPs kept (%)", "right answers (%)")
-    (folder / "accuracy.png").write_bytes(figure.png)
-    first = budgets[0]
-    by_type = [_series(policy, [first.interval(c, kind) for kind in TYPES]) for policy, c in SHOWN.items()]
+    over = [
+        Datum(policy, 100 * b.flops["himap"], *b.interval(system, "all"))
+        for policy, system in SHOWN.items()
+        for b in ordered
+    ]
+    title, right = "Right answers at equal FLOPs, 6,000 questions, with 95 % intervals", "right answers (%)"
+    (folder / "accuracy.png").write_bytes(lines("accuracy", title, "", over, "FLOPs kept (%)", right).png)
+    by_type = [
+        Datum(policy, kind, *budgets[0].interval(system, kind)) for policy, system in SHOWN.items() for kind in TYPES
+    ]
     title = "Right answers by type of question at the default plan, with 95 % intervals"
-    (folder / "types.png").write_bytes(bars("types", title, TYPES, by_type, "right answers (%)").png)
-
-
-def _series(name: str, found: Sequence[tuple[float, float, float]]) -> Series:
-    mean, low, high = zip(*found, strict=True)
-    return Series(name, mean, low, high)
+    (folder / "types.png").write_bytes(bars("types", title, "", by_type, "type", right).png)
 
 
 def main() -> None:

@@ -18,10 +18,10 @@ from himap_export.graphs.errors import HimapError
 from himap_export.validate.accuracy.dataset import Example
 from himap_export.validate.accuracy.statistics import Interval
 from himap_export.validate.checkpoint import checkpoint_folder
-from himap_export.validate.html.page import Figure
-from himap_export.validate.html.plots import Point
 from himap_export.validate.reference.criteria import Cut, State, himap
 from himap_export.validate.reference.reference import Reference
+from himap_export.validate.report.charts import Point, pareto
+from himap_export.validate.report.page import Figure
 from himap_export.validate.tuning.cli import main
 from himap_export.validate.tuning.front import RankedPlan, choose, rank
 from himap_export.validate.tuning.grid import Candidate, defaults, grid
@@ -132,12 +132,12 @@ def test_a_chosen_plan_is_told_of_though_another_dominates_it(
         for n, example in examples:
             yield example, {name: int(row[n]) for name, row in right.items()}, 1
 
-    def pareto(name: str, title: str, found: Sequence[Point], x: str, y: str) -> Figure:
+    def drawn(name: str, title: str, how: str, found: Sequence[Point], x: str, y: str) -> Figure:
         points.extend(found)
-        return Figure(name, title, "<svg/>", b"")
+        return pareto(name, title, how, found, x, y)
 
     monkeypatch.setattr("himap_export.validate.tuning.tune.sweep", sweep)
-    monkeypatch.setattr("himap_export.validate.tuning.page.pareto", pareto)
+    monkeypatch.setattr("himap_export.validate.tuning.page.pareto", drawn)
     flags = ("--k1", 1, "--k2", 4, "--r1", 0.5, "--r2", "0.5,0.9", "--no-time", "--control", baseline)
     flags += ("--min-accuracy", 0.2)  # 3 of 5 are right: the dear plan may lose 43 points, the cheap one 55
     data = IMAGES / "questions.jsonl"

@@ -256,10 +256,10 @@ def test_places_are_checked_before_any_work(work: Workshop, tmp_path: Path, caps
     assert {p: p.read_bytes() for p in bundle.rglob("*") if p.is_file()} == before and mine.read_text() == "mine"
 
 
-def test_a_report_without_matplotlib_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_a_report_without_its_libraries_is_refused_before_any_work(tmp_path: Path) -> None:
     code = "from himap_export.validate.cli import main\nmain(sys.argv[1:])"
-    done = blocked_python(code, ["matplotlib"], NOWHERE, "--report", tmp_path / "report")
-    assert done.returncode == 4 and "need matplotlib" in done.stderr and "Traceback" not in done.stderr
+    done = blocked_python(code, ["altair"], NOWHERE, "--report", tmp_path / "report")
+    assert done.returncode == 4 and "a report needs altair" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_drawn_prompts_stay_within_memory(work: Workshop) -> None:

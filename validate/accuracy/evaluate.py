@@ -18,8 +18,8 @@ from himap_export.validate.accuracy.statistics import (
     over_seeds,
     paired_difference,
 )
-from himap_export.validate.columns import aligned
 from himap_export.validate.progress import Count
+from himap_export.validate.report.columns import aligned
 
 ALL = "all"
 

@@ -12,12 +12,12 @@ from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.accuracy.answers import AnswerLog, check_count, check_log, claim, read_log
 from himap_export.validate.accuracy.dataset import Dataset, read_dataset
 from himap_export.validate.accuracy.evaluate import run, summarise, summary_json, summary_lines
+from himap_export.validate.accuracy.page import accuracy_page
 from himap_export.validate.accuracy.prompter import Prompter, prompter_of_bundle
 from himap_export.validate.accuracy.systems import open_systems
-from himap_export.validate.accuracy_page import accuracy_page
-from himap_export.validate.html.drawing import matplotlib
-from himap_export.validate.html.page import write_report
 from himap_export.validate.progress import counted, say
+from himap_export.validate.report.machine import provenance
+from himap_export.validate.report.page import check_libraries, write_report
 
 ANSWERS = "answers.jsonl"
 SHORT = 8  # tokens of an answer, unless asked otherwise or the right ones are longer
@@ -36,7 +36,7 @@ class Scoring:
     limit: int | None
     new_tokens: int | None
     skip_bad: bool
-    command: str
+    argv: tuple[str, ...]
     vision_tower: Path | None = None  # of the checkpoint, where that names one outside its folder
 
 
@@ -46,7 +46,7 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
     HimapError (usage) for bad lines, a prompt longer than the text budget, or an unknown plan.
     """
     claim(asked.report, ANSWERS)
-    matplotlib()  # before hours of answers, not behind them
+    check_libraries()  # before hours of answers, not behind them
     whole = read_dataset(asked.dataset, asked.skip_bad)
     data = Dataset(whole.examples[: asked.limit], whole.skipped)
     for line in data.skipped:
@@ -79,7 +79,9 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
         summary = summarise(answered, data, {c.name: c.baselines for c in systems})
         facts = header | {"flops_kept": {c.name: c.flops for c in systems}, "skipped": list(data.skipped)}
         facts |= summary_json(summary)
-        page = accuracy_page(summary, answered, systems, data, prompter, spec, asked.command)
+        digests = {"bundle's digest": bundle.manifest.digest, "data set's sha256": header["dataset"]}
+        made = provenance("himap-validate", asked.argv, digests)
+        page = accuracy_page(summary, answered, systems, data, prompter, spec, made)
     written = write_report(asked.report, page, facts)
     return [*summary_lines(summary), "", f"report: {written}"], facts
 

@@ -39,20 +39,21 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _analyze(args: argparse.Namespace, argv: list[str]) -> None:
+    from himap_export.engines.bundle import digest
     from himap_export.engines.files import check_report
     from himap_export.validate.accuracy.dataset import read_dataset
     from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
     from himap_export.validate.analysis.flow import Asked, analyze
     from himap_export.validate.analysis.page import flow_json, flow_lines, flow_page, report_files
     from himap_export.validate.checkpoint import checkpoint_folder, load_reference
-    from himap_export.validate.html.drawing import matplotlib
-    from himap_export.validate.html.page import finite, write_report
+    from himap_export.validate.report.machine import provenance
+    from himap_export.validate.report.page import check_libraries, finite, write_report
 
     check_report(args.out, report_files(args.cams))
     if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
         hint = "choose another --out, or give --overwrite"
         raise HimapError(f"{args.out} is not an empty folder", hint=hint, code=Exit.USAGE)
-    matplotlib()
+    check_libraries()
     dataset = read_dataset(args.dataset, args.skip_bad)
     for line in dataset.skipped:
         say(f"left out: {line}")
@@ -62,7 +63,8 @@ def _analyze(args: argparse.Namespace, argv: list[str]) -> None:
     asked = Asked(args.width, args.cams, args.smooth, args.seed)
     flow = analyze(reference, prompter, dataset.examples[: args.limit], asked)
     facts = finite(flow_json(flow) | {"model": args.model, "dataset": str(args.dataset), "dtype": args.dtype})
-    page = write_report(args.out, flow_page(flow, args.model, args.dtype, " ".join(["himap-analyze", *argv])), facts)
+    made = provenance("himap-analyze", argv, {"data set's sha256": digest(args.dataset).sha256})
+    page = write_report(args.out, flow_page(flow, args.model, args.dtype, made), facts)
     if args.json:
         print(json.dumps(facts, indent=1))
         return

@@ -12,13 +12,24 @@ from himap_export.validate.analysis.flow import Flow
 from himap_export.validate.analysis.saliency import LayerFlow
 from himap_export.validate.analysis.sample import average
 from himap_export.validate.analysis.shares import LayerShares
-from himap_export.validate.columns import aligned
-from himap_export.validate.html.images import png
-from himap_export.validate.html.page import Block, Command, Facts, Figure, Gallery, Page, Picture, Section, Table, Text
-from himap_export.validate.html.plots import Series, lines
+from himap_export.validate.report.charts import Datum, lines
+from himap_export.validate.report.columns import aligned
+from himap_export.validate.report.page import (
+    Block,
+    Command,
+    Facts,
+    Figure,
+    Gallery,
+    Page,
+    Picture,
+    Section,
+    Table,
+    Text,
+    png,
+)
 
 LAYER = "decoder layer (from 0)"
-SPREAD = "Lines are means over questions, bands run from the 10th to the 90th percentile."
+SPREAD = "lines are means over questions, bands run from the 10th to the 90th percentile."
 PLOTS = (
     "saliency-shares", "saliency-visual", "attention-shares", "label-consistency", "score-consistency", "bias-ratio",
 )  # fmt: skip
@@ -67,8 +78,8 @@ def _note(flow: Flow) -> str:
     return f"{', '.join(KINDS)}: answers that stay the same when this attention is blocked in {window}"
 
 
-def flow_page(flow: Flow, model: str, dtype: str, command: str) -> Page:
-    """Saliency, attention, disruption, Grad-CAM, advice: one section each."""
+def flow_page(flow: Flow, model: str, dtype: str, made: tuple[Block, ...]) -> Page:
+    """Returns saliency, attention, disruption, Grad-CAM, advice: one section each; `made`: what made it."""
     advice: list[Block] = [Text("\n\n".join(flow.advice.reasons))]
     if flow.advice.k1 is not None and flow.advice.k2 is not None:
         cuts = f"--k1 {flow.advice.k1} --k2 {flow.advice.k2}"
@@ -82,12 +93,12 @@ def flow_page(flow: Flow, model: str, dtype: str, command: str) -> Page:
         ("second cut K2", k2, f"of {flow.layers} layers"),
     ))  # fmt: skip
     sections = (
-        Section("Where to cut", (facts, *advice, Table(_HEAD, tuple(_rows(flow)), _note(flow)))),
+        Section("Where to cut", (facts, *advice, Table("layers", _HEAD, tuple(_rows(flow)), _note(flow)))),
         Section("Saliency: what the answer's loss depends on", _saliency(flow)),
         Section("Attention: where the answer looks", _attention(flow)),
         Section("Disruption: what the answer survives", _disruption(flow)),
         *([Section("Grad-CAM: which patches speak for the answer", _cams(flow))] if flow.seen else []),
-        Section("How this was made", (Command(command), Text(_METHOD))),
+        Section("How this was made", (Text(_METHOD), *made)),
     )
     return Page(f"Information flow in {model}", f"PyTorch reference in {dtype}", sections)
 
@@ -99,18 +110,16 @@ _METHOD = (
 
 
 def _saliency(flow: Flow) -> tuple[Block, ...]:
-    shares = [_series(name, flow.flows, _of(name)) for name in ("system", "image", "instruction")]
+    shares = [d for name in ("system", "image", "instruction") for d in _curve(name, flow.flows, _of(name))]
     both = [
-        _series("image to image, S_vv", flow.flows, lambda f: f.visual_to_visual / _visual(f)),
-        _series("image to instruction, S_vt", flow.flows, lambda f: f.visual_to_text / _visual(f)),
+        *_curve("image to image, S_vv", flow.flows, lambda f: f.visual_to_visual / _visual(f)),
+        *_curve("image to instruction, S_vt", flow.flows, lambda f: f.visual_to_text / _visual(f)),
     ]
+    title = "What leaves the image: to other image tokens, or to the instruction"
     return (
-        _lines("saliency-shares", "A token's share of saliency, by kind of token", shares, "share per token"),
-        _lines(
-            "saliency-visual", "What leaves the image: to other image tokens, or to the instruction", both,
-            "share of the image's saliency",
-        ),
-    )  # fmt: skip
+        _lines("saliency-shares", "A token's share of saliency, by kind of token", SPREAD, shares, "share per token"),
+        _lines("saliency-visual", title, SPREAD, both, "share of the image's saliency"),
+    )
 
 
 def _visual(f: LayerFlow) -> float:
@@ -118,42 +127,46 @@ def _visual(f: LayerFlow) -> float:
 
 
 def _attention(flow: Flow) -> tuple[Block, ...]:
-    found = [_series(name, flow.shares, _of(name)) for name in ("system", "image", "user")]
-    return (_lines("attention-shares", "The answer token's attention, by kind of token", found, "share of attention"),)
+    found = [d for name in ("system", "image", "user") for d in _curve(name, flow.shares, _of(name))]
+    title = "The answer token's attention, by kind of token"
+    return (_lines("attention-shares", title, SPREAD, found, "share of attention"),)
 
 
 def _disruption(flow: Flow) -> tuple[Block, ...]:
     width = _width(flow)
     window = f"when attention is blocked in {'one layer' if width == 1 else f'{width} layers from here on'}"
+    label, score = "Answers that stay the same", "Overlap of the five likeliest tokens"
+    questions = f"{len(flow.flows)} questions"
+    low = "where a line falls, the answer needs that attention, if it falls lower than random's. Bands:"
     ratios = bias_ratio(flow.disruptions)
-    bias = Series("D", tuple(ratios.get(layer) for layer in range(flow.layers)))
+    bias = [Datum("D", layer, ratios.get(layer)) for layer in range(flow.layers)]
+    how = "E is 1 - score consistency. There is no point where blocking one of the two changes nothing."
     return (
-        _consistency(flow, "label_consistency", "label", "Answers that stay the same", window),
-        _consistency(flow, "score_consistency", "score", "Overlap of the five likeliest tokens", window),
         _lines(
-            "bias-ratio", "Above 0 the image talks to itself, below 0 to the text", [bias], "D = log(E_vv / E_vt)",
-            "E is 1 - score consistency. There is no point where blocking one of the two changes nothing.",
+            "label-consistency", f"{label}, {window}", f"{low} 95 % for a share of {questions}.",
+            _kept(flow, "label_consistency"), "share of questions",
+        ),
+        _lines(
+            "score-consistency", f"{score}, {window}", f"{low} at least 95 %, of the mean over {questions}.",
+            _kept(flow, "score_consistency"), "Jaccard index",
+        ),
+        _lines(
+            "bias-ratio", "Above 0 the image talks to itself, below 0 to the text", how, bias, "D = log(E_vv / E_vt)"
         ),
     )  # fmt: skip
 
 
-def _consistency(flow: Flow, field: str, name: str, title: str, window: str) -> Figure:
+def _kept(flow: Flow, field: str) -> list[Datum]:
+    """Returns `field` of every disruption, with 1.96 standard errors to both sides, inside [0, 1]."""
     found = []
-    for kind in KINDS:
-        at = {d.first: d for d in flow.disruptions if d.kind == kind}
-        y = tuple(getattr(at[layer], field) if layer in at else None for layer in range(flow.layers))
-        half = tuple(1.96 * _error(at[layer], field) if layer in at else None for layer in range(flow.layers))
-        low = tuple(None if v is None or h is None else max(0.0, v - h) for v, h in zip(y, half, strict=True))
-        high = tuple(None if v is None or h is None else min(1.0, v + h) for v, h in zip(y, half, strict=True))
-        found.append(Series(kind, y, low, high))
-    unit, caption = "share of questions", f"Bands: 95 % for a share of {len(flow.flows)} questions."
-    if name == "score":
-        unit, caption = "Jaccard index", f"Bands: at least 95 %, of the mean over {len(flow.flows)} questions."
-    return _lines(f"{name}-consistency", f"{title}, {window}", found, unit, caption)
+    for d in flow.disruptions:
+        share, half = getattr(d, field), 1.96 * _error(d, field)
+        found.append(Datum(d.kind, d.first, share, max(0.0, share - half), min(1.0, share + half)))
+    return found
 
 
 def _error(d: Disruption, field: str) -> float:
-    """Standard error of a share; of a mean in [0, 1] it is an upper bound."""
+    """Returns the standard error of a share; of a mean in [0, 1] it is an upper bound."""
     p: float = getattr(d, field)
     return sqrt(p * (1 - p) / d.samples)
 
@@ -167,20 +180,20 @@ def _cams(flow: Flow) -> tuple[Block, ...]:
     return (Gallery(tuple(pictures), "Heat is relative to the largest value of its layer.", wide=True),)
 
 
-def _series(name: str, samples: Sequence[Sequence[Layer]], value: Callable[[Layer], float]) -> Series:
-    """Mean over samples, by layer, with the 10th and 90th percentile."""
+def _curve(name: str, samples: Sequence[Sequence[Layer]], value: Callable[[Layer], float]) -> list[Datum]:
+    """Returns the mean over samples, by layer, with the 10th and 90th percentile."""
     values = np.array([[value(layer) for layer in layers] for layers in samples])
     low, high = np.percentile(values, (10, 90), axis=0)
-    return Series(name, tuple(values.mean(0).tolist()), tuple(low.tolist()), tuple(high.tolist()))
+    found = zip(values.mean(0).tolist(), low.tolist(), high.tolist(), strict=True)
+    return [Datum(name, layer, *numbers) for layer, numbers in enumerate(found)]
 
 
 def _of(name: str) -> Callable[[LayerFlow | LayerShares], float]:
     return lambda layer: float(getattr(layer, name))
 
 
-def _lines(name: str, title: str, series: Sequence[Series], unit: str, caption: str = SPREAD) -> Figure:
-    layers = tuple(range(len(series[0].y)))
-    return lines(name, title, layers, series, LAYER, unit, caption)
+def _lines(name: str, title: str, how: str, data: Sequence[Datum], unit: str) -> Figure:
+    return lines(name, title, how, data, LAYER, unit)
 
 
 def _width(flow: Flow) -> int:

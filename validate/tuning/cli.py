@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from operator import methodcaller
@@ -76,14 +75,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.engines.backends import load_backend
+    from himap_export.engines.bundle import digest
     from himap_export.engines.files import write_file
     from himap_export.exporter.planning import describe
     from himap_export.exporter.registry import resolve
     from himap_export.validate.accuracy.answers import check_count, claim
     from himap_export.validate.accuracy.dataset import Dataset, read_dataset
     from himap_export.validate.checkpoint import checkpoint_folder
-    from himap_export.validate.html.drawing import matplotlib
-    from himap_export.validate.html.page import finite, write_report
+    from himap_export.validate.report.machine import provenance
+    from himap_export.validate.report.page import check_libraries, finite, write_report
     from himap_export.validate.tuning.grid import defaults, grid
     from himap_export.validate.tuning.page import toml, tuned_json, tuned_lines, tuned_page
     from himap_export.validate.tuning.timing import BACKEND
@@ -94,7 +94,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     for line in data.skipped:
         say(f"left out: {line}")
     data = Dataset(data.examples[: args.limit], data.skipped)
-    matplotlib()
+    check_libraries()
     if not args.no_time:
         load_backend(BACKEND).check(args.dtype, "auto")  # now, not after hours of sweeping
     folder = checkpoint_folder(args.model)
@@ -119,7 +119,8 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     about = {"model": args.model, "dataset": str(args.dataset), "dtype": args.dtype, "seed": args.seed}
     plans, facts = args.out / PLANS, finite(about | tuned_json(tuned))
     write_file(plans, methodcaller("write", toml(tuned).encode()))
-    page = tuned_page(tuned, args.model, shlex.join(["himap-tune", *argv]), str(plans))
+    made = provenance("himap-tune", argv, {"data set's sha256": digest(args.dataset).sha256})
+    page = tuned_page(tuned, args.model, made, str(plans))
     report = write_report(args.out, page, facts)
     if args.json:
         print(json.dumps(facts, indent=1))

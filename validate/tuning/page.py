@@ -7,9 +7,9 @@ from typing import Any
 
 from himap_export.validate.accuracy.evaluate import points as in_points
 from himap_export.validate.accuracy.systems import UNPRUNED
-from himap_export.validate.columns import aligned
-from himap_export.validate.html.page import Block, Command, Facts, Page, Section, Table, Text
-from himap_export.validate.html.plots import Point, pareto
+from himap_export.validate.report.charts import Point, pareto
+from himap_export.validate.report.columns import aligned
+from himap_export.validate.report.page import Block, Command, Facts, Page, Section, Table, Text
 from himap_export.validate.tuning.front import RankedPlan
 from himap_export.validate.tuning.tune import Tuned
 
@@ -76,8 +76,8 @@ def _time(t: Tuned, name: str) -> str:
     return f"{1e3 * time.seconds:.1f} ms, {time.speed_up[0]:.2f}x"
 
 
-def tuned_page(t: Tuned, model: str, command: str, plans: str) -> Page:
-    """The choice, two Pareto plots, the front as a table."""
+def tuned_page(t: Tuned, model: str, made: tuple[Block, ...], plans: str) -> Page:
+    """Returns the choice, two Pareto plots, the front as a table, and what `made` the report."""
     candidate = t.choice.candidate
     facts = Facts((
         ("plan", candidate.name if candidate else "none", f"of {len(t.ranked)} tried on {t.questions} questions"),
@@ -94,8 +94,8 @@ def tuned_page(t: Tuned, model: str, command: str, plans: str) -> Page:
     sections = (
         Section("The plan to take", tuple(advice)),
         Section("Accuracy against cost", _plots(t)),
-        Section("The front", (Table(_HEAD, tuple(_rows(t)), caption),)),
-        Section("How this was made", (Text(HOW), Command(command))),
+        Section("The front", (Table("front", _HEAD, tuple(_rows(t)), caption),)),
+        Section("How this was made", (Text(HOW), *made)),
     )
     subtitle = f"{len(t.ranked)} plans, {t.questions} questions of up to {t.text} text tokens"
     return Page(f"Tuning the cuts of {model}", subtitle, sections)
@@ -111,21 +111,29 @@ def _chosen(t: Tuned) -> list[tuple[str, str, str]]:
 
 def _plots(t: Tuned) -> tuple[Block, ...]:
     y, u = "right answers (%)", t.unpruned
-    whole = Point(UNPRUNED, 100, 100 * u.mean, 100 * u.low, 100 * u.high, UNPRUNED, False)
+    whole = Point(UNPRUNED, UNPRUNED, 100, 100 * u.mean, 100 * u.low, 100 * u.high, on_front=False)
     by_flops = [whole, *(_point(j, j.flops) for j in t.ranked)]
-    title = "Accuracy against FLOPs, with 95 % intervals"
-    blocks: list[Block] = [pareto("flops", title, _fronted(by_flops), "share of the decoder's prefill FLOPs (%)", y)]
+    how = "up and to the left is better. The line joins the front: no other plan is at least as right for at most its"
+    figures = [
+        pareto(
+            "flops", "Accuracy against FLOPs, with 95 % intervals", f"{how} FLOPs.", _fronted(by_flops),
+            "share of the decoder's prefill FLOPs (%)", y,
+        )
+    ]  # fmt: skip
     if t.times:
         by_time = [whole, *(_point(j, 1 / t.times[j.candidate.name].speed_up[0]) for j in t.front)]
-        title = "Accuracy against measured prefill time, plans of the front above"
-        unit = "share of the unpruned prefill time, onnxruntime (%)"
-        blocks.append(pareto("time", title, _fronted(by_time), unit, y))
-    return tuple(blocks)
+        figures.append(
+            pareto(
+                "time", "Accuracy against measured prefill time, plans of the front above", f"{how} time.",
+                _fronted(by_time), "share of the unpruned prefill time, onnxruntime (%)", y,
+            )
+        )  # fmt: skip
+    return tuple(figures)
 
 
 def _point(j: RankedPlan, share: float) -> Point:
     a = j.accuracy
-    return Point(j.candidate.name, 100 * share, 100 * a.mean, 100 * a.low, 100 * a.high, "himap", False)
+    return Point(j.candidate.name, "himap", 100 * share, 100 * a.mean, 100 * a.low, 100 * a.high, on_front=False)
 
 
 def _fronted(points: Sequence[Point]) -> list[Point]:

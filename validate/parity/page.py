@@ -3,9 +3,9 @@
 import math
 
 from himap_export.engines.bundle import RunSpec
-from himap_export.validate.html.page import Block, Command, Facts, Figure, Page, Section, Table, Text
-from himap_export.validate.html.plots import Series, bars
 from himap_export.validate.parity.compare import Parity
+from himap_export.validate.report.charts import Datum, bars
+from himap_export.validate.report.page import Block, Facts, Figure, Page, Section, Table, Text
 from himap_export.validate.speed.benchmark import PHASES, Times
 from himap_export.validate.speed.measure import UNPRUNED, Speed
 
@@ -17,8 +17,8 @@ HOW = (
 )
 
 
-def parity_page(parity: Parity, speed: Speed | None, run: RunSpec, backend: str, command: str) -> Page:
-    """Verdict, tensors, kept sets, and the times if they were measured."""
+def parity_page(parity: Parity, speed: Speed | None, run: RunSpec, backend: str, made: tuple[Block, ...]) -> Page:
+    """Returns verdict, tensors, kept sets, the times if they were measured, and what `made` the report."""
     m = run.manifest
     sections = [
         Section("Verdict", (_facts(parity, speed, run), Text(HOW))),
@@ -27,7 +27,7 @@ def parity_page(parity: Parity, speed: Speed | None, run: RunSpec, backend: str,
     ]
     if speed is not None:
         sections.append(Section("Speed, side by side", _speed(speed)))
-    sections.append(Section("How this was made", (Command(command),)))
+    sections.append(Section("How this was made", made))
     tokens = " → ".join(map(str, run.budget.visual))
     subtitle = f"{m.model.name}, {backend}, {m.dtype}; plan {run.plan_name}, image tokens {tokens}"
     return Page(f"Validation of {run.bundle.folder.name}", subtitle, tuple(sections))
@@ -58,7 +58,7 @@ def _tensors(parity: Parity) -> Table:
     ]  # fmt: skip
     wrong = tuple(n for n, row in enumerate(rows) if row[-1] == "FAIL")
     head = ("tensor", "largest difference", "allowed", "largest value", "1 - cosine", "gate")
-    return Table(head, tuple(rows), strong=wrong)
+    return Table("tensors", head, tuple(rows), strong=wrong)
 
 
 def _kept(parity: Parity) -> Table:
@@ -66,26 +66,31 @@ def _kept(parity: Parity) -> Table:
     for c in parity.cuts:
         margin = f"{c.margin:.1e}" if math.isfinite(c.margin) else "-"
         rows.append((c.name, c.verdict, f"{c.kept - c.swapped} of {c.kept}", margin, f"{c.error:.1e}"))
-    return Table(("cut", "verdict", "image tokens that agree", "score margin", "score error"), tuple(rows))
+    head = ("cut", "verdict", "image tokens that agree", "score margin", "score error")
+    return Table("kept", head, tuple(rows))
 
 
 def _speed(speed: Speed) -> tuple[Block, ...]:
     rows = [(t.name, *(_time(t, phase) for phase in PHASES), f"{t.peak_bytes / 2**20:.0f} MiB") for t in speed.times]
     over = [(f"over {name}", *(_ratio(speed.over(name, phase)) for phase in PHASES), "") for name in speed.others]
     head = ("", *PHASES, "peak memory")
-    caption = "Medians with the lowest and highest round. Contenders take turns; ratios are taken within a round."
+    caption = "Medians with the lowest and highest round. Systems take turns; ratios are taken within a round."
     note = (Text(speed.note),) if speed.note else ()
-    return _bars(speed), Table(head, (*rows, *over), caption), *note
+    return _bars(speed), Table("times", head, (*rows, *over), caption), *note
 
 
 def _bars(speed: Speed) -> Figure:
-    series = []
-    for t in speed.times:
-        found = [sorted(t.seconds[phase]) for phase in PHASES]
-        median = tuple(1e3 * t.median(phase) for phase in PHASES)
-        series.append(Series(t.name, median, tuple(1e3 * s[0] for s in found), tuple(1e3 * s[-1] for s in found)))
+    data = [
+        Datum(
+            t.name, "decode, a token" if phase == "decode" else phase, 1e3 * t.median(phase),
+            low=1e3 * min(t.seconds[phase]), high=1e3 * max(t.seconds[phase]),
+        )
+        for t in speed.times
+        for phase in PHASES
+    ]  # fmt: skip
     title = "Time by phase, median with the lowest and highest round"
-    return bars("speed", title, ("vision", "prefill", "decode, a token"), series, "ms")
+    how = "shorter bars are faster; a line runs from the lowest to the highest of all rounds."
+    return bars("speed", title, how, data, "phase", "ms")
 
 
 def _time(t: Times, phase: str) -> str:

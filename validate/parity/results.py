@@ -1,18 +1,16 @@
-"""What validation found, as people read it and as programs do."""
+"""Parity as lines of text and as JSON."""
 
 import math
 from dataclasses import asdict
 from typing import Any
 
 from himap_export.engines.bundle import Bundle
-from himap_export.validate.html.page import finite
 from himap_export.validate.parity.compare import CutParity, Parity, TensorDiff
-from himap_export.validate.speed.benchmark import PHASES
-from himap_export.validate.speed.measure import UNPRUNED, Speed
+from himap_export.validate.report.page import finite
 
 
 def parity_lines(parity: Parity, bundle: Bundle, backend: str) -> list[str]:
-    """One row per tensor, per cut, and for the answer; a mark for every gate; what else is to be said."""
+    """Returns one row per tensor, per cut, and for the answer; a mark for every gate; what else is to be said."""
     m, gates = bundle.manifest, {gate.name: gate for gate in parity.gates}
     marks = {name: "ok  " if gate.passed else "FAIL" for name, gate in gates.items()}
     lines = [
@@ -37,8 +35,8 @@ def parity_lines(parity: Parity, bundle: Bundle, backend: str) -> list[str]:
 
 
 def parity_json(parity: Parity) -> dict[str, Any]:
-    """By tensor: max_abs, scale (the reference's largest value), cosine; by cut: what happened there; the answers, and
-    notes."""
+    """Returns, by tensor, max_abs, scale (the reference's largest value) and cosine; by cut, what happened there; the
+    answers, and notes."""
     tensors = {t.name.replace(" ", "_"): _without_name(t) for t in parity.tensors}
     cuts = {f"kept_{c.name}": _without_name(c) | {"forced": c.swapped > 0} for c in parity.cuts}
     found = {"prompts": parity.prompts, **tensors, **cuts, "tokens": asdict(parity.answers)}
@@ -47,41 +45,9 @@ def parity_json(parity: Parity) -> dict[str, Any]:
 
 
 def gates_json(parity: Parity) -> list[dict[str, Any]]:
+    """Returns name, value, limit and verdict of every gate."""
     return [finite(asdict(gate) | {"passed": gate.passed}) for gate in parity.gates]
 
 
 def _without_name(row: TensorDiff | CutParity) -> dict[str, Any]:
     return {key: value for key, value in asdict(row).items() if key != "name"}
-
-
-def speed_lines(speed: Speed) -> list[str]:
-    """Medians side by side, then the bundle's speed-up over the others with its spread and its share of the ceiling."""
-    width = max(14, *(len(t.name) + 1 for t in speed.times))
-    lines = [f"      {'':{width}}{'prefill':>12}{'decode':>16}{'vision':>12}{'peak memory':>14}"]
-    for t in speed.times:
-        ms = {phase: t.median(phase) * 1e3 for phase in PHASES}
-        cells = f"{ms['prefill']:>9.1f} ms{ms['decode']:>9.2f} ms/tok{ms['vision']:>9.1f} ms"
-        lines.append(f"      {t.name:{width}}{cells}{t.peak_bytes / 2**20:>10.0f} MiB")
-    for name in speed.others:
-        prefill, decode = speed.over(name, "prefill"), speed.over(name, "decode")
-        lines.append(
-            f"      over {name}: prefill {prefill[0]:.2f}x ({prefill[1]:.2f} to {prefill[2]:.2f}), "
-            f"decode {decode[0]:.2f}x ({decode[1]:.2f} to {decode[2]:.2f})"
-        )
-    share = speed.over(UNPRUNED, "prefill")[0] / speed.ceiling
-    lines.append(f"      prefill reaches {share:.0%} of the {speed.ceiling:.2f}x that FLOPs allow")
-    return [*lines, f"      {speed.note}"] if speed.note else lines
-
-
-def speed_json(speed: Speed) -> dict[str, Any]:
-    """Medians in seconds, peak memory in bytes, speed-ups as [median, lowest, highest] over rounds; PyTorch's name says
-    its dtype and device."""
-    return {
-        "ceiling": speed.ceiling,
-        "of_ceiling": speed.over(UNPRUNED, "prefill")[0] / speed.ceiling,
-        "systems": {
-            t.name: {**{phase: t.median(phase) for phase in PHASES}, "peak_bytes": t.peak_bytes} for t in speed.times
-        },
-        "over": {name: {phase: speed.over(name, phase) for phase in PHASES} for name in speed.others},
-        "note": speed.note,
-    }

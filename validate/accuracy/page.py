@@ -5,20 +5,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from himap_export.engines.bundle import RunSpec
-from himap_export.engines.drawing import kept_patches
-from himap_export.engines.image import crop_view, load_image, tile_grid
+from himap_export.engines.drawing import fade_dropped, kept_patches, model_view
+from himap_export.engines.image import load_image, tile_grid
 from himap_export.graphs.plan import POLICIES
 from himap_export.validate.accuracy.answers import Answered
 from himap_export.validate.accuracy.dataset import Dataset, Example
 from himap_export.validate.accuracy.evaluate import ALL, Cell, Summary, percent, points
 from himap_export.validate.accuracy.prompter import Prompter
 from himap_export.validate.accuracy.systems import PlanSystem, request_seed
-from himap_export.validate.html.images import kept_patches as drawn_patches
-from himap_export.validate.html.images import png
-from himap_export.validate.html.page import Block, Command, Facts, Figure, Gallery, Page, Picture, Section, Table, Text
-from himap_export.validate.html.plots import Series, bars
+from himap_export.validate.report.charts import Datum, bars
+from himap_export.validate.report.page import Block, Facts, Figure, Gallery, Page, Picture, Section, Table, Text, png
 
-SHOWN = 6  # example images
+SHOWN, SIDE = 6, 336  # example images; pixels on which the line around a patch is still a thin one
 HOW = (
     "An answer is right if it is the expected one, but for case, white space and final punctuation; of options, if it "
     "names the right one by the rule of lmms-eval: one that names none, or several, is wrong. Intervals are 95 %: "
@@ -34,15 +32,16 @@ def accuracy_page(
     data: Dataset,
     prompter: Prompter,
     run: RunSpec,
-    command: str,
+    made: tuple[Block, ...],
 ) -> Page:
-    """Headline, plot and tables, and example images with the patches that the first pruned plan kept."""
+    """Returns headline, chart and tables, example images with the patches that the first pruned plan kept, and what
+    `made` the report."""
     m, first = run.manifest, next((c for c in systems if c.pipeline.spec.plan.cuts), systems[0])
     sections = (
         Section("Accuracy", (_facts(summary, first), _plot(summary), _table(summary, systems))),
         Section("Against the unpruned model and against chance", (_differences(summary), Text(HOW))),
         *([Section("What was kept", _examples(first, answered, data, prompter))] if first.baselines else []),
-        Section("How this was made", (Text(_plans(systems)), Command(command))),
+        Section("How this was made", (Text(_plans(systems)), *made)),
     )
     budget = f"{m.dtype}, {first.pipeline.backend}, text budget {run.budget.text}, batch {run.budget.batch}"
     skipped = f"; {len(data.skipped)} lines left out" if data.skipped else ""
@@ -69,13 +68,15 @@ def _cell(summary: Summary, name: str, kind: str = ALL) -> Cell:
 
 
 def _plot(summary: Summary) -> Figure:
-    series = []
-    for name, cells in summary.cells.items():
-        found = [cells[kind].accuracy for kind in summary.types]
-        mean, low, high = (tuple(100 * getattr(i, what) for i in found) for what in ("mean", "low", "high"))
-        series.append(Series(name, mean, low, high))
+    data = [
+        Datum(name, kind, 100 * i.mean, 100 * i.low, 100 * i.high)
+        for name, cells in summary.cells.items()
+        for kind in summary.types
+        for i in (cells[kind].accuracy,)
+    ]
     title = "Right answers by type of question, with 95 % intervals"
-    return bars("accuracy", title, summary.types, series, "right answers (%)")
+    how = "taller is better. Where two lines overlap, look at the paired differences below: they are sharper."
+    return bars("accuracy", title, how, data, "type", "right answers (%)")
 
 
 def _table(summary: Summary, systems: Sequence[PlanSystem]) -> Table:
@@ -86,7 +87,7 @@ def _table(summary: Summary, systems: Sequence[PlanSystem]) -> Table:
         rows.append((name, f"{flops[name]:.0%}", *map(percent, found)))
     counts = ("questions", "", *(f"{next(iter(summary.cells.values()))[kind].questions}" for kind in summary.types))
     caption = "Right answers, in percent, with their 95 % interval."
-    return Table(("", "FLOPs kept", *summary.types), (counts, *rows), caption)
+    return Table("right", ("", "FLOPs kept", *summary.types), (counts, *rows), caption)
 
 
 def _differences(summary: Summary) -> Table:
@@ -101,7 +102,7 @@ def _differences(summary: Summary) -> Table:
         if (seeds := [s for kind in summary.types if (s := cells[kind].seeds) is not None])
     ]
     caption = "Percentage points; below them, the worst and the best seed of each random baseline."
-    return Table(("", *summary.types), (*rows, *spread), caption)
+    return Table("differences", ("", *summary.types), (*rows, *spread), caption)
 
 
 def _plans(systems: Sequence[PlanSystem]) -> str:
@@ -138,7 +139,7 @@ def _drawn(first: PlanSystem, number: int, e: Example, prompter: Prompter) -> by
     alive = np.isin(np.flatnonzero(run.manifest.model.image.find(inputs.input_ids[0])), kept)
     image = load_image(e.image)
     mask = kept_patches(alive, run.image.grid, tile_grid(image, prompter.image))
-    return png(drawn_patches(crop_view(image, prompter.image, 1), mask))
+    return png(fade_dropped(model_view(image, prompter.image, SIDE), mask))
 
 
 def _caption(a: Answered, e: Example) -> str:

@@ -1,0 +1,450 @@
+"""The report's page judged as a browser and a reader would: by its tags, its texts, its identifiers, its files."""
+
+import io
+import json
+import math
+import re
+from base64 import b64decode, b64encode
+from dataclasses import replace
+from hashlib import sha256
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import Workshop, blocked_python
+from PIL import Image
+
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.validate.report.charts import Datum, Point, bars, lines, pareto
+from himap_export.validate.report.machine import cpu_and_features, provenance
+from himap_export.validate.report.page import (
+    Command,
+    Facts,
+    Figure,
+    Gallery,
+    Page,
+    Picture,
+    Section,
+    Table,
+    Text,
+    png,
+    render,
+    write_report,
+)
+from himap_export.validate.report.theme import COLOURS
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+NASTY = "<script>alert(\"1\")</script> & 'so' </script> `<b>`"
+
+
+class Seen(HTMLParser):
+    """What a file consists of; fails on a tag that closes none."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        (self.scripts if self.open and self.open[-1] == "script" else self.texts).append(data)
+
+    def values(self, attribute: str) -> list[str]:
+        return [text for _, attributes in self.tags if (text := attributes.get(attribute)) is not None]
+
+    def policy(self) -> str:
+        found = [a["content"] for _, a in self.tags if a.get("http-equiv") == "Content-Security-Policy"]
+        assert len(found) == 1 and found[0]
+        return found[0]
+
+
+HIMAP = [Datum("HiMAP", 1, 0.5, 0.4, 0.6), Datum("HiMAP", 2, 0.75, 0.6, 0.9), Datum("HiMAP", 3, 1.0, 0.9, 1.0)]
+DATA = [*HIMAP, Datum("random <1> & more", 1, 0.25), Datum("random <1> & more", 2, None)]
+POINTS = [Point("k1=2 r=0.5", "himap", 0.3, 70, 68, 72, True), Point("k1=4 r=0.5", "himap", 0.5, 80, None, None, True)]
+POINTS += [Point("chance", "random", 0.6, 60, 55, 65, False)]
+
+
+def line_plot(name: str = "flow", title: str = "Accuracy rises.") -> Figure:
+    return lines(name, title, "up is better.", DATA, "decoder layer", "right answers, %")
+
+
+def bar_plot() -> Figure:
+    return bars("budgets", "Bars.", "tall is better.", DATA, "tokens", "right answers, %")
+
+
+def pareto_plot() -> Figure:
+    return pareto("front", "The front.", "left is better.", POINTS, "FLOPs, share", "right answers, %")
+
+
+def picture(name: str = "example", caption: str = "What colour?") -> Picture:
+    return Picture(name, png(Image.new("RGB", (8, 8), "red")), caption)
+
+
+def page(*blocks: Text | Facts | Command | Table | Figure | Gallery, title: str = "A report") -> Page:
+    return Page(title, "of tests", (Section("Found", blocks),))
+
+
+def whole_page() -> Page:
+    table = Table("policies", ("policy", "right"), (("HiMAP", "78 %"), ("random", "82 %")), "Both.", strong=(1,))
+    blocks = (line_plot(), bar_plot(), pareto_plot(), table, Gallery((picture(),), "Six of them."))
+    words = (Facts((("speed-up", "1.92x", "of 2.01x"),)), Text("One.\n\nTwo `code`."), Command("himap-run a --b 'c'"))
+    return Page("A report", "of tests", tuple(Section(f"Part {n}", b) for n, b in enumerate((words, blocks, (), ()))))
+
+
+def linked(seen: Seen) -> dict[str, str]:
+    """What the links hold, by the name that they are saved under."""
+    return {
+        a["download"] or "": b64decode((a["href"] or "").partition(";base64,")[2]).decode()
+        for tag, a in seen.tags
+        if tag == "a" and "download" in a
+    }
+
+
+def test_tags_balance_and_nothing_is_left_out() -> None:
+    seen = Seen(render(whole_page()))
+    text = " ".join(" ".join(seen.texts).split())
+    for words in (
+        "A report",
+        "of tests",
+        "Part 3",
+        "1.92x",
+        "of 2.01x",
+        "One.",
+        "code",
+        "78 %",
+        "Both.",
+        "Six of them.",
+    ):
+        assert words in text
+    assert "himap-run a --b 'c'" in text  # as it is copied
+    for words in ("How to read this: up is better.", "tall is better.", "left is better."):
+        assert words in text
+    tags = [tag for tag, _ in seen.tags]
+    assert tags.count("h1") == 1 and tags.count("h2") == 4 and tags.count("p") > 3 and tags.count("code") == 2
+    assert seen.values("class").count("chart") == 3
+    assert ("tr", {"class": "strong"}) in seen.tags
+
+
+def test_contents_lead_to_every_section_of_a_long_page() -> None:
+    seen = Seen(render(whole_page()))
+    targets = [link[1:] for tag, a in seen.tags if tag == "a" and (link := a["href"] or "").startswith("#")]
+    assert len(targets) == 4 and set(targets) <= set(seen.values("id"))
+    short = whole_page()
+    assert "nav" not in [tag for tag, _ in Seen(render(replace(short, sections=short.sections[:3]))).tags]
+
+
+def test_nothing_outside_the_file_is_referred_to() -> None:
+    """Of the libraries' script, which names addresses in what it never calls, the policy lets none be reached."""
+    text = render(whole_page())
+    seen = Seen(text)
+    links = [*seen.values("href"), *seen.values("src"), *seen.values("xlink:href")]
+    kinds = ("#", "data:image/png;base64,", "data:text/csv;base64,", "data:application/json;base64,")
+    assert links and all(link.startswith(kinds) for link in links)
+    assert not {"link", "iframe", "object", "base", "form"} & {tag for tag, _ in seen.tags}
+    (script,) = [s for s in seen.scripts if not s.startswith("{")]
+    assert "figure.chart" in script
+    for spec in seen.scripts:
+        assert spec == script or not {"url", "loader", "href"} & set(re.findall(r'"(\w+)":', spec))
+    rest = text.replace(script, "").replace("http-equiv", "").replace("https://vega.github.io/schema", "")
+    assert "http" not in rest and "@import" not in rest and "url(" not in rest
+    rules = dict(rule.strip().split(" ", 1) for rule in seen.policy().split(";"))
+    allowed = f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}' 'unsafe-eval'"
+    assert rules == {
+        "default-src": "'none'", "style-src": "'unsafe-inline'", "img-src": "data:", "script-src": allowed,
+    }  # fmt: skip
+
+
+def test_a_page_without_charts_runs_no_script() -> None:
+    seen = Seen(render(page(Text("x"))))
+    assert "script" not in [tag for tag, _ in seen.tags] and "script-src" not in seen.policy()
+
+
+def test_what_users_write_is_text_not_markup() -> None:
+    def written(word: str) -> Seen:
+        charts = (
+            lines("a", word, word, [Datum(word, 1, 1.0)], word, word),
+            bars("b", word, word, [Datum(word, word, 1.0)], word, word),
+            pareto("c", word, word, [Point(word, word, 1, 1, None, None, True)], word, word),
+        )
+        words = (Text(word), Facts(((word, word, word),)), Command(word), Table(word, (word,), ((word,),), word))
+        blocks = (*words, *charts, Gallery((picture(caption=word),), word))
+        return Seen(render(Page(word, word, (Section(word, blocks),) * 4), json.dumps({word: word})))
+
+    seen, harmless = written(NASTY), written("a b c d `e`")
+    assert [tag for tag, _ in seen.tags] == [tag for tag, _ in harmless.tags]
+    assert "b" not in [tag for tag, _ in seen.tags] and "<script>alert" not in "".join(seen.scripts)
+    assert NASTY in seen.values("alt") and NASTY in seen.values("aria-label")
+    assert sum("<script>alert" in text for text in seen.texts) > 20
+    specs = [json.loads(s) for s in seen.scripts if s.startswith("{")]
+    assert [spec["description"] for spec in specs if "$schema" in spec] == [NASTY] * 12
+
+
+def test_every_image_is_described() -> None:
+    seen = Seen(render(whole_page()))
+    described = [attributes["alt"] for tag, attributes in seen.tags if tag == "img"]
+    assert described == ["Accuracy rises.", "Bars.", "The front.", "What colour?"]
+    specs = [json.loads(s) for s in seen.scripts if s.startswith("{")]
+    assert [spec["description"] for spec in specs if "$schema" in spec] == described[:3]
+
+
+def test_identifiers_are_unique_in_a_page_of_equal_plots() -> None:
+    seen = Seen(render(page(line_plot("one"), line_plot("two"), bar_plot(), pareto_plot())))
+    identifiers = seen.values("id")
+    assert len(identifiers) == len(set(identifiers)) == 2 + 4 + 1  # section and title, figures, configuration
+
+
+def channels(figure: Figure, mark: str) -> dict[str, dict[str, object]]:
+    """The encoding of the figure's layer of this mark."""
+    (layer,) = [layer for layer in figure.spec.get("layer", [figure.spec]) if layer["mark"]["type"] == mark]
+    found: dict[str, dict[str, object]] = layer["encoding"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("figure", "mark", "words"),
+    [
+        (line_plot(), "point", ("HiMAP", "random <1> & more", "decoder layer", "right answers, %")),
+        (bar_plot(), "bar", ("HiMAP", "random <1> & more", "right answers, %", "tokens")),
+        (pareto_plot(), "point", ("himap", "random", "FLOPs, share", "right answers, %", "k1=2 r=0.5", "k1=4 r=0.5")),
+    ],
+)
+def test_plots_say_what_they_show(figure: Figure, mark: str, words: tuple[str, ...]) -> None:
+    """In the chart, under the pointer and as CSV; and as a PNG of the same bytes each time."""
+    told = json.dumps(figure.spec)
+    for word in words:
+        assert json.dumps(word)[1:-1] in told
+    tooltip = channels(figure, mark)["tooltip"]
+    assert [t["field"] for t in tooltip][1:] == ["x", "y", "low", "high"]  # type: ignore[index]
+    seen = linked(Seen(render(page(figure))))
+    rows = seen[f"{figure.name}.csv"].splitlines()
+    assert seen[f"{figure.name}.csv"] == figure.csv and len(rows) == 1 + len(figure.data)
+    assert "right answers, %" in figure.head and figure.png == replace(figure).png
+    with Image.open(io.BytesIO(figure.png)) as image:
+        assert image.width == 2 * 824 and image.convert("RGB").getpixel((image.width - 1, 0)) == (255, 255, 255)
+
+
+def test_tables_and_the_report_are_data_too() -> None:
+    table = Table("t", ("a", "b, c"), (("x", 'y "z"'),))
+    found = linked(Seen(render(page(table), '{"a": 1}\n')))
+    assert found == {"report.json": '{"a": 1}\n', "t.csv": 'a,"b, c"\nx,"y ""z"""\n'}
+
+
+def test_plots_take_the_pages_colours_and_font() -> None:
+    """No chart names a colour: those of the configuration are variables, which the page sets for both papers."""
+    for figure in (line_plot(), bar_plot(), pareto_plot()):
+        assert re.search(r"#[0-9a-f]{3}", json.dumps(figure.spec)) is None
+    text = render(whole_page())
+    (config,) = [json.loads(s) for s in Seen(text).scripts if s.startswith("{") and '"$schema"' not in s]
+    used = re.findall(r"var\(--(\w+)\)", json.dumps(config))
+    assert {"ink", "pale", "line", *(f"s{n}" for n in range(8))} <= set(used) <= set(COLOURS)
+    assert "#" not in json.dumps(config)
+    for role, hues in COLOURS.items():
+        assert [f"--{role}: {hue};" in text for hue in hues] == [True, True]
+    assert "prefers-color-scheme: dark" in text
+
+
+def luminance(hue: str) -> float:
+    """WCAG 2.2, relative luminance."""
+    parts = [int(hue[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("paper", [0, 1])
+@pytest.mark.parametrize(
+    ("role", "ratio"), [("ink", 7), ("pale", 4.5), ("link", 4.5), *((f"s{i}", 3) for i in range(8))]
+)
+def test_contrast_on_both_papers(role: str, ratio: float, paper: int) -> None:
+    """WCAG 2.2: 4.5 for text, 3 for what a plot draws."""
+    for ground in ("paper", "wash"):
+        dark, light = sorted((luminance(COLOURS[role][paper]), luminance(COLOURS[ground][paper])))
+        assert (light + 0.05) / (dark + 0.05) >= ratio
+
+
+def drawn(figure: Figure) -> str:
+    import vl_convert
+
+    return str(vl_convert.vegalite_to_svg(figure.spec | {"width": 400}))
+
+
+def strokes(figure: Figure) -> list[str]:
+    """The lines that are drawn of the series, as path data."""
+    described = [
+        a for tag, a in Seen(drawn(figure)).tags if tag == "path" and a.get("aria-roledescription") == "line mark"
+    ]
+    return [a.get("d") or "" for a in described]
+
+
+def test_a_missing_value_is_a_gap() -> None:
+    def of(*ys: float | None) -> Figure:
+        return lines("a", "T", "", [Datum("one", x, y) for x, y in enumerate(ys)], "x", "y")
+
+    whole, gap, infinite = of(1, 2, 3, 4, 5), of(1, 2, None, 4, 5), of(1, 2, math.inf, 4, 5)
+    assert max(path.count("L") for path in strokes(whole)) == 4
+    assert [path.count("M") for path in strokes(gap) if path.count("L") == 2] == [2]
+    assert infinite == gap and infinite.png == gap.png
+
+
+def test_bounds_are_drawn() -> None:
+    bare = [replace(d, low=None, high=None) for d in HIMAP]
+    for draw in (lines, bars):
+        with_bounds, without = (draw("b", "T", "", data, "x", "y") for data in (HIMAP, bare))
+        assert drawn(with_bounds) != drawn(without) and with_bounds.png != without.png
+
+
+def test_wrong_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="row 0 has 1 cells, the head has 2"):
+        Table("t", ("a", "b"), (("c",),))
+
+
+def test_a_front_is_numbered_and_listed() -> None:
+    """However crowded it is: numbers stand for names, which the legend lists in the front's order."""
+    crowd = [
+        Point(f"a plan with a long name {i}", "g", 0.5 + i / 1000, 70 + i / 10, None, None, True) for i in range(30)
+    ]
+    seen = Seen(drawn(pareto("p", "T", "", crowd[::-1], "x", "y")))
+    assert {str(i + 1) for i in range(30)} | {f"{i + 1}  {p.label}" for i, p in enumerate(crowd)} <= set(seen.texts)
+    assert "3" not in {t.split(" ")[0] for t in Seen(drawn(pareto_plot())).texts}
+
+
+def test_no_two_series_look_alike() -> None:
+    """For every kind of colour vision: what has the same of 8 colours has other dashes, or another opacity."""
+    data = [Datum(f"series {n}", x, n + x) for n in range(24) for x in range(2)]
+    for draw, mark, channel in ((lines, "line", "strokeDash"), (bars, "bar", "opacity")):
+        scale = channels(draw("n", "T", "", data, "x", "y"), mark)[channel]["scale"]
+        assert isinstance(scale, dict)
+        looks = {(n % 8, str(look)) for n, look in enumerate(scale["range"])}
+        assert len(scale["domain"]) == len(scale["range"]) == len(looks) == 24
+
+
+def test_wide_tables_show_that_they_go_on_and_narrow_windows_stack_them() -> None:
+    head = ("", *(f"column {n}" for n in range(12)))
+    text = render(page(Table("wide", head, (("row", *map(str, range(12))),))))
+    seen = Seen(text)
+    assert [a["data-label"] for tag, a in seen.tags if tag == "td"] == list(head[1:])
+    assert "content: attr(data-label)" in text and "max-width: 40rem" in text
+    scroll = re.search(r"\.scroll \{(.*?)\}", text, re.DOTALL)
+    assert scroll and "overflow-x: auto" in scroll[1] and scroll[1].count("linear-gradient") == 4  # the shadows
+
+
+def test_report_is_written_with_its_parts(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "report"
+    data = {
+        "a": math.nan,
+        "b": [1.5, -math.inf, (2, None)],
+        "c": {"d": np.float32(np.nan), "e": np.array([1, 2])},
+        "f": "é",
+    }
+    file = write_report(folder, whole_page(), data)
+    expected = {"a": None, "b": [1.5, None, [2, None]], "c": {"d": None, "e": [1, 2]}, "f": "é"}
+    text = (folder / "report.json").read_text()
+    assert file == folder / "report.html" and file.read_text() == render(whole_page(), text)
+    assert json.loads(text) == expected and text.startswith('{\n "a": null,')
+    assert (folder / "flow.png").read_bytes() == line_plot().png
+    names = {"flow.png", "budgets.png", "front.png", "example.png", "report.html", "report.json"}
+    assert {path.name for path in folder.iterdir()} == names
+
+
+def test_report_overwrites_its_own_files_only(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "flow.png").write_text("old")
+    write_report(tmp_path, page(line_plot()), {}, "first")
+    write_report(tmp_path, page(Text("again")), {}, "first")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "flow.png").read_bytes() == line_plot().png
+    assert "again" in (tmp_path / "first.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("flow", "flow"), "two figures are named 'flow'"),
+        (("../flow", "other"), "figure name '../flow' is no file stem"),
+        (("", "other"), "figure name '' is no file stem"),
+    ],
+)
+def test_names_that_are_no_files_of_their_own_are_refused(tmp_path: Path, names: tuple[str, str], words: str) -> None:
+    figure = replace(line_plot(), name=names[0])
+    with pytest.raises(HimapError, match=re.escape(words)) as refused:
+        write_report(tmp_path / "r", page(figure, Gallery((picture(names[1]),))), {})
+    assert refused.value.code is Exit.USAGE and not (tmp_path / "r").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(HimapError, match="cannot write to") as refused:
+        write_report(tmp_path / "taken", page(Text("x")), {})
+    assert refused.value.code is Exit.USAGE
+
+
+def test_a_report_goes_into_no_bundle_and_over_no_link(work: Workshop, tmp_path: Path) -> None:
+    bundle, mine = work.bundle("golden"), tmp_path / "mine"
+    before = sorted(bundle.rglob("*"))
+    for folder in (bundle, bundle / "weights", bundle / "new" / "report"):
+        with pytest.raises(HimapError, match="is a bundle"):
+            write_report(folder, page(Text("x")), {})
+    assert sorted(bundle.rglob("*")) == before
+    mine.write_text("mine")
+    (tmp_path / "flow.png").symlink_to(mine)
+    with pytest.raises(HimapError, match=r"flow\.png is there and is not a plain file"):
+        write_report(tmp_path, page(line_plot()), {})
+    assert mine.read_text() == "mine" and not (tmp_path / "report.html").exists()
+
+
+def test_png_shrinks_and_never_grows() -> None:
+    for size, expected in (((1280, 320), (640, 160)), ((100, 50), (100, 50))):
+        with Image.open(io.BytesIO(png(Image.new("RGB", size)))) as image:
+            assert image.format == "PNG" and image.size == expected
+
+
+def test_a_report_says_what_made_it() -> None:
+    command, table = provenance("himap-validate", ["b/", "--prompt", "what's in it?"], {"bundle's digest": "3f0c"})
+    assert command == Command("""himap-validate b/ --prompt 'what'"'"'s in it?'""")  # as a shell takes it
+    assert isinstance(table, Table)
+    rows = dict(table.rows)
+    assert list(rows) == ["bundle's digest", "date", "machine", "CPU features", "versions"]
+    assert rows["bundle's digest"] == "3f0c" and re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", rows["date"])
+    for package in ("Python 3", "himap-export ", "numpy ", "torch ", "onnxruntime "):
+        assert package in rows["versions"]
+
+
+def test_what_a_cpu_can_do_is_read_from_linux(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel name\t: A Xeon\nflags\t\t: fpu avx2 amx_tile avx512f\n\nflags\t: fpu\n")
+    assert cpu_and_features(info) == ("A Xeon", "avx2, avx512f, amx_tile")
+    info.write_text("processor\t: 0\nFeatures\t: fp asimd sve2 i8mm\n")
+    assert cpu_and_features(info)[1] == "asimd, i8mm, sve2"
+    info.write_text("model name\t: Old\nflags\t: fpu\n")
+    assert cpu_and_features(info) == ("Old", "none of note")
+    assert cpu_and_features(tmp_path / "none")[1].startswith("unknown: ")
+
+
+@pytest.mark.parametrize("library", ["altair", "jinja2", "vl_convert"])
+def test_without_a_library_the_hint_says_what_to_install(library: str) -> None:
+    code = """
+from himap_export.graphs.errors import HimapError
+from himap_export.validate.report import charts, machine, page
+try:
+    page.check_libraries()
+except HimapError as problem:
+    print(problem, int(problem.code))
+"""
+    done = blocked_python(code, [library])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"a report needs {library} (pip install 'himap-export[report]') 4\n"

@@ -1,0 +1,40 @@
+"""Times and speed-ups as lines of text and as JSON."""
+
+from typing import Any
+
+from himap_export.validate.speed.benchmark import PHASES
+from himap_export.validate.speed.measure import UNPRUNED, Speed
+
+
+def speed_lines(speed: Speed) -> list[str]:
+    """Returns medians side by side, then the bundle's speed-up over the others with its spread and its share of the
+    ceiling."""
+    width = max(14, *(len(t.name) + 1 for t in speed.times))
+    lines = [f"      {'':{width}}{'prefill':>12}{'decode':>16}{'vision':>12}{'peak memory':>14}"]
+    for t in speed.times:
+        ms = {phase: t.median(phase) * 1e3 for phase in PHASES}
+        cells = f"{ms['prefill']:>9.1f} ms{ms['decode']:>9.2f} ms/tok{ms['vision']:>9.1f} ms"
+        lines.append(f"      {t.name:{width}}{cells}{t.peak_bytes / 2**20:>10.0f} MiB")
+    for name in speed.others:
+        prefill, decode = speed.over(name, "prefill"), speed.over(name, "decode")
+        lines.append(
+            f"      over {name}: prefill {prefill[0]:.2f}x ({prefill[1]:.2f} to {prefill[2]:.2f}), "
+            f"decode {decode[0]:.2f}x ({decode[1]:.2f} to {decode[2]:.2f})"
+        )
+    share = speed.over(UNPRUNED, "prefill")[0] / speed.ceiling
+    lines.append(f"      prefill reaches {share:.0%} of the {speed.ceiling:.2f}x that FLOPs allow")
+    return [*lines, f"      {speed.note}"] if speed.note else lines
+
+
+def speed_json(speed: Speed) -> dict[str, Any]:
+    """Returns medians in seconds, peak memory in bytes, speed-ups as [median, lowest, highest] over rounds; PyTorch's
+    name says its dtype and device."""
+    return {
+        "ceiling": speed.ceiling,
+        "of_ceiling": speed.over(UNPRUNED, "prefill")[0] / speed.ceiling,
+        "systems": {
+            t.name: {**{phase: t.median(phase) for phase in PHASES}, "peak_bytes": t.peak_bytes} for t in speed.times
+        },
+        "over": {name: {phase: speed.over(name, phase) for phase in PHASES} for name in speed.others},
+        "note": speed.note,
+    }
