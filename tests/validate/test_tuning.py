@@ -138,7 +138,7 @@ def test_a_chosen_plan_is_told_of_though_another_dominates_it(
 
     monkeypatch.setattr("himap_export.validate.tuning.tune.sweep", sweep)
     monkeypatch.setattr("himap_export.validate.tuning.page.pareto", pareto)
-    flags = ("--k1", 1, "--k2", 4, "--r1", 0.5, "--r2", "0.5,0.9", "--no-time", "--control", baseline)
+    flags = ("--k1", 1, "--k2", 4, "--r1", 0.5, "--r2", "0.5,0.9", "--no-time", "--baseline", baseline)
     flags += ("--min-accuracy", 0.2)  # 3 of 5 are right: the dear plan may lose 43 points, the cheap one 55
     data = IMAGES / "questions.jsonl"
     assert call(main, "shapes", "--dataset", data, "--out", tmp_path / "out", *flags, "--json") == 0

@@ -5,13 +5,12 @@ The unpruned pass gives the state at every K1; each (K1, R1) runs on from there 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from himap_export.engines.arrays import Inputs
-from himap_export.engines.isolation import MEMORY, answered, child
+from himap_export.engines.isolation import MEMORY, pooled
 from himap_export.graphs.spec import Dtype
 from himap_export.validate.accuracy.dataset import Example
 from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
@@ -75,21 +74,7 @@ def sweep(job: Job, examples: Sequence[tuple[int, Example]], workers: int) -> It
 
     A HimapError of theirs is raised here, and one is if a process dies. Whoever stops early does not wait for them.
     """
-    todo, hint = iter(examples), f"{MEMORY} try --workers 1"
-    with ExitStack() as stack:
-        busy = [
-            stack.enter_context(child("sweeping plans", {}, _answering, job, hint=hint)) for _ in examples[:workers]
-        ]
-        for one, task in zip(busy, todo, strict=False):
-            one.send(task)
-        while busy:
-            for one in answered(busy):
-                told: Told = one.receive()
-                if (following := next(todo, None)) is None:
-                    busy.remove(one)
-                else:
-                    one.send(following)
-                yield told
+    return pooled("sweeping plans", workers, examples, _answering, job, hint=f"{MEMORY} try --workers 1")
 
 
 def _answering(job: Job) -> Callable[[tuple[int, Example]], Told]:
