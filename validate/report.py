@@ -6,7 +6,8 @@ from typing import Any
 
 from himap_export.engines.bundle import Bundle
 from himap_export.validate.html.page import finite
-from himap_export.validate.parity.compare import CutParity, Parity, TensorDiff
+from himap_export.validate.parity.compare import CutParity, Parity
+from himap_export.validate.parity.tensors import TensorDiff
 from himap_export.validate.speed.benchmark import PHASES
 from himap_export.validate.speed.measure import UNPRUNED, Speed
 

@@ -20,7 +20,7 @@ from himap_export.validate.accuracy.statistics import Interval
 from himap_export.validate.checkpoint import checkpoint_folder
 from himap_export.validate.html.page import Figure
 from himap_export.validate.html.plots import Point
-from himap_export.validate.reference.criteria import Cut, State, himap
+from himap_export.validate.reference.criteria import ReferenceCut, State, reference_himap
 from himap_export.validate.reference.reference import Reference
 from himap_export.validate.tuning.cli import main
 from himap_export.validate.tuning.front import RankedPlan, choose, rank
@@ -53,9 +53,9 @@ def test_the_walk_says_what_one_prefill_a_plan_says(work: Workshop, policy: str)
     found = first_tokens(reference, Inputs(made.input_ids, made.pixel_values), plans, policy, seed=5)  # type: ignore[arg-type]
     assert set(found) == {"none", *(c.name for c in plans)} and len(plans) == 16
     for c in plans:
-        cuts = himap(c.k1, c.k2, c.r1, c.r2)
+        cuts = reference_himap(c.k1, c.k2, c.r1, c.r2)
         if policy == "random":
-            cuts = Cut(c.k1, "random", c.r1), Cut(c.k2, "random", c.r2)
+            cuts = ReferenceCut(c.k1, "random", c.r1), ReferenceCut(c.k2, "random", c.r2)
         wanted = reference.reference.prefill(made.input_ids, made.pixel_values, cuts=cuts, seeds=[5])
         assert found[c.name] == int(wanted.logits[0].argmax())
     plain = reference.reference.prefill(made.input_ids, made.pixel_values)

@@ -18,7 +18,7 @@ from himap_export.validate.accuracy.dataset import Example, read_dataset
 from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
 from himap_export.validate.accuracy.systems import request_seed
 from himap_export.validate.checkpoint import checkpoint_folder
-from himap_export.validate.reference.criteria import Cut, himap
+from himap_export.validate.reference.criteria import ReferenceCut, reference_himap
 from himap_export.validate.reference.reference import Reference
 from himap_export.validate.tuning.grid import grid
 from himap_export.validate.tuning.sweep import Job, sweep
@@ -49,9 +49,9 @@ def test_two_processes_say_what_one_prefill_a_plan_says(
         assert prompter.tokenizer.decode([label]).strip() == example.answer
         inputs, seed = prompter.arrays(example), request_seed(3, number)
         for c in PLANS:
-            cuts = himap(c.k1, c.k2, c.r1, c.r2)
+            cuts = reference_himap(c.k1, c.k2, c.r1, c.r2)
             if policy == "random":
-                cuts = Cut(c.k1, "random", c.r1), Cut(c.k2, "random", c.r2)
+                cuts = ReferenceCut(c.k1, "random", c.r1), ReferenceCut(c.k2, "random", c.r2)
             wanted = reference.prefill(inputs.input_ids, inputs.pixel_values, cuts=cuts, seeds=[seed])
             assert tokens[c.name] == int(wanted.logits[0].argmax())
 

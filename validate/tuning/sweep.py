@@ -16,7 +16,7 @@ from himap_export.validate.accuracy.dataset import Example
 from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
 from himap_export.validate.accuracy.systems import UNPRUNED, request_seed
 from himap_export.validate.checkpoint import load_reference
-from himap_export.validate.reference.criteria import Cut, State
+from himap_export.validate.reference.criteria import ReferenceCut, State
 from himap_export.validate.reference.reference import Reference
 from himap_export.validate.tuning.grid import Candidate
 
@@ -35,7 +35,7 @@ def first_tokens(
         state = at[k1] = reference.advance(state, k1, attention=True)
     found[UNPRUNED] = _last(reference, state)
     for (k1, r1), group in groupby(candidates, key=lambda c: (c.k1, c.r1)):
-        kept, _ = reference.cut(at[k1], Cut(k1, first, r1), seed)
+        kept, _ = reference.cut(at[k1], ReferenceCut(k1, first, r1), seed)
         found |= _second(reference, kept, list(group), CRITERIA[policy][1], seed)
     return found
 
@@ -48,7 +48,7 @@ def _second(
     for k2, group in groupby(candidates, key=lambda c: c.k2):
         state = reference.advance(state, k2, attention=True)
         for candidate in group:
-            kept, _ = reference.cut(state, Cut(k2, criterion, candidate.r2), seed)
+            kept, _ = reference.cut(state, ReferenceCut(k2, criterion, candidate.r2), seed)
             found[candidate.name] = _last(reference, kept)
     return found
 
