@@ -143,8 +143,8 @@ def _sdpa(checkpoint: Path, run: RunSpec, device: str, iterations: int) -> Times
 
 
 def _eager(checkpoint: Path, run: RunSpec, device: str, iterations: int) -> Times:
-    from himap_export.validate.parity.compare import reference_cuts
     from himap_export.validate.parity.prompts import drawn_inputs
+    from himap_export.validate.parity.runs import reference_cuts
     from himap_export.validate.reference.reference import Reference
 
     inputs, cuts = (
@@ -214,7 +214,8 @@ def parity(folder: Path, checkpoint: Path, backend: str, device: str) -> dict[st
     """himap-validate's comparison, PyTorch on the same device."""
     import torch
 
-    from himap_export.validate.parity.compare import Asked, compare
+    from himap_export.validate.parity.compare import compare
+    from himap_export.validate.parity.limits import ParityOptions
     from himap_export.validate.parity.prompts import drawn_inputs
     from himap_export.validate.parity.results import gates_json
     from himap_export.validate.reference.reference import Reference
@@ -226,7 +227,7 @@ def parity(folder: Path, checkpoint: Path, backend: str, device: str) -> dict[st
         pipeline,
         lambda dtype: Reference(checkpoint, kinds[dtype], device=device),
         drawn_inputs(run, 1, 0),
-        Asked(8, None, None),
+        ParityOptions(8, outputs=False),
     )
     return {"passed": found.passed, "gates": gates_json(found)}
 

@@ -57,6 +57,14 @@ def spawn(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([script, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
+def workers(parent: int | None = None) -> list[int]:
+    """The ids of the processes that `isolation` runs below `parent`, this one if None."""
+    folder = Path(f"/proc/{parent or os.getpid()}/task")
+    children = [int(pid) for file in folder.glob("*/children") for pid in file.read_text().split()]
+    found = [pid for pid in children if b"isolation import serve" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found + [worker for pid in children if pid not in found for worker in workers(pid)]
+
+
 def plan_flags(cuts: Cuts) -> tuple[str, ...]:
     """`--k1 2 --k2 5 --r1 0.5 --r2 0.75`."""
     return tuple(

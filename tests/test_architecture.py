@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from commands import HIMAP_TINY, Workshop, blocked_python, golden_inputs
 
-from himap_export.validate.reference.criteria import himap
+from himap_export.validate.reference.criteria import reference_himap
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("graphs", "engines", "exporter", "validate")
@@ -63,7 +63,7 @@ def test_importing_a_room_loads_no_torch(room: str) -> None:
 
 
 def test_himap_run_needs_neither_torch_nor_onnx(work: Workshop, tmp_path: Path) -> None:
-    bundle = work.bundle("golden", "--text-budget", 14, cuts=himap(2, 5, 0.5, 0.75))
+    bundle = work.bundle("golden", "--text-budget", 14, cuts=reference_himap(2, 5, 0.5, 0.75))
     code = "from himap_export.engines.cli import main\nmain(sys.argv[1:])"
     arguments = (bundle, "--load-inputs", HIMAP_TINY / "inputs.npz", "--save-outputs", tmp_path / "out.npz")
     done = blocked_python(code, EXPORT_ONLY, *arguments)

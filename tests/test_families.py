@@ -16,11 +16,14 @@ from himap_export.validate.analysis.gradcam import grad_cams
 from himap_export.validate.analysis.sample import Sample
 from himap_export.validate.cli import main as validate_main
 from himap_export.validate.progress import silent
-from himap_export.validate.reference.criteria import Cut, himap
+from himap_export.validate.reference.criteria import ReferenceCut, reference_himap
 from himap_export.validate.reference.reference import Reference
 
-CUTS = himap(2, 4, 0.5, 0.5)
-EARLY = (Cut(1, "image", keep=3), Cut(2, "instruction", keep=2))  # in front of the last deepstack layer
+CUTS = reference_himap(2, 4, 0.5, 0.5)
+EARLY = (
+    ReferenceCut(1, "image", keep=3),
+    ReferenceCut(2, "instruction", keep=2),
+)  # in front of the last deepstack layer
 TEXT, NEW = 24, 12
 
 
@@ -38,7 +41,7 @@ def test_unpruned_answers_are_hugging_faces(work: Workshop, name: str) -> None:
 @pytest.mark.parametrize("cuts", [CUTS, EARLY], ids=["himap", "early"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_pruned_prompts_are_the_references(
-    work: Workshop, tmp_path: Path, name: str, cuts: tuple[Cut, ...], batch: int
+    work: Workshop, tmp_path: Path, name: str, cuts: tuple[ReferenceCut, ...], batch: int
 ) -> None:
     """Kept sets identical, logits within 1e-3, 12 tokens equal; one prompt fewer than the batch holds, too."""
     rows = ", ".join(

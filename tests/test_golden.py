@@ -11,10 +11,13 @@ import torch
 from commands import HIMAP_TINY, Workshop, golden_inputs, padded, plan_flags, spawn
 from transformers import LlavaForConditionalGeneration
 
-from himap_export.validate.reference.criteria import himap
+from himap_export.validate.reference.criteria import reference_himap
 
-GOLDEN = {"golden_k2_5_n8_2.npz": himap(2, 5, 0.5, 0.75), "golden_k1_4_n8_4.npz": himap(1, 4, 0.5, 0.5)}
-NOTHING_CUT = himap(2, 5, 0.0, 0.0)
+GOLDEN = {
+    "golden_k2_5_n8_2.npz": reference_himap(2, 5, 0.5, 0.75),
+    "golden_k1_4_n8_4.npz": reference_himap(1, 4, 0.5, 0.5),
+}
+NOTHING_CUT = reference_himap(2, 5, 0.0, 0.0)
 TEXT = 14  # text tokens of the golden prompt: 14 fits exactly, the others leave padding
 
 

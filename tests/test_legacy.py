@@ -20,13 +20,13 @@ from himap_export.engines.cli import main as run_main
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import Exit
 from himap_export.validate.cli import main as validate_main
-from himap_export.validate.reference.criteria import Cuts, himap
+from himap_export.validate.reference.criteria import Cuts, reference_himap
 from himap_export.validate.reference.reference import Reference
 
 GOLDEN = {
-    ("qwen-vl-tiny", "golden_k2_5_n128_32.npz"): himap(2, 5, 0.5, 0.75),
-    ("qwen-vl-tiny", "golden_k1_4_n128_64.npz"): himap(1, 4, 0.5, 0.5),
-    ("internvl-v1-tiny", "golden_k2_5_n288_72.npz"): himap(2, 5, 0.5, 0.75),
+    ("qwen-vl-tiny", "golden_k2_5_n128_32.npz"): reference_himap(2, 5, 0.5, 0.75),
+    ("qwen-vl-tiny", "golden_k1_4_n128_64.npz"): reference_himap(1, 4, 0.5, 0.5),
+    ("internvl-v1-tiny", "golden_k2_5_n288_72.npz"): reference_himap(2, 5, 0.5, 0.75),
 }
 SMALL = ("--text-budget", "40", "--max-new-tokens", "8")
 
@@ -78,7 +78,7 @@ def test_a_question_to_qwen_vl(tmp_path: Path, capsys: pytest.CaptureFixture[str
     model, picture = tmp_path / "model", tmp_path / "picture.png"
     make_qwen_vl(model, seed=5)
     Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 20).convert("RGB").save(picture)
-    bundle = export(tmp_path / "bundle", model, "--text-budget", 200, *plan_flags(himap(2, 4, 0.5, 0.75)))
+    bundle = export(tmp_path / "bundle", model, "--text-budget", 200, *plan_flags(reference_himap(2, 4, 0.5, 0.75)))
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["model"]["image"]["between"] == [470, 471] and manifest["model"]["eos_tokens"] == [258, 257, 256]
     flags = ["--image", picture, "--prompt", "What is this, 你?", "--show-kept", tmp_path / "kept.png"]
@@ -101,13 +101,13 @@ def test_a_question_to_llava_in_its_own_layout(tmp_path: Path) -> None:
     _, folder = make_both_layouts(tmp_path, replace(TINY["mha"], vision_feature_layer=-2, vocab=400, image_token=399))
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 20).convert("RGB").save(picture)
-    bundle = export(tmp_path / "bundle", folder, *plan_flags(himap(2, 4, 0.5, 0.75)), "--text-budget", 250)
+    bundle = export(tmp_path / "bundle", folder, *plan_flags(reference_himap(2, 4, 0.5, 0.75)), "--text-budget", 250)
     asked = ["--image", picture, "--prompt", "what is this?", "--threads", 1]
     assert call(run_main, bundle, *asked) == 0
     assert call(validate_main, bundle, *asked, "--no-speed") == 0
 
 
-@pytest.mark.parametrize("cuts", [(), himap(2, 4, 0.5, 0.75)], ids=["unpruned", "himap"])
+@pytest.mark.parametrize("cuts", [(), reference_himap(2, 4, 0.5, 0.75)], ids=["unpruned", "himap"])
 @pytest.mark.parametrize("name", ["mha", "gqa2"])
 def test_both_layouts_of_llava_make_the_same_bundle(work: Workshop, tmp_path: Path, name: str, cuts: Cuts) -> None:
     """Bit for bit: the same graphs over the same numbers."""
@@ -130,7 +130,7 @@ def test_engines_take_the_weights_of_a_checkpoint_and_its_tower(
     for name, make in (("qwen", make_qwen_vl), ("intern", make_internvl_v1)):
         model, file = tmp_path / name, tmp_path / f"{name}.npz"
         make(model)
-        plan = plan_flags(himap(2, 4, 0.5, 0.75))
+        plan = plan_flags(reference_himap(2, 4, 0.5, 0.75))
         whole = export(tmp_path / f"{name}-whole", model, *plan)
         bare = export(tmp_path / f"{name}-bare", model, *plan, "--engines-only")
         fixture = {"qwen": "qwen-vl-tiny", "intern": "internvl-v1-tiny"}[name]

@@ -19,12 +19,12 @@ from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline, Prefilled
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs import plan
-from himap_export.validate.reference.criteria import Cuts, himap
+from himap_export.validate.reference.criteria import Cuts, reference_himap
 from himap_export.validate.reference.reference import Prefill
 
 TEXT, NEW = 24, 12
 FP32 = 1e-3  # the bar; measured: 2e-5, with tied weights and their larger logits 2e-4
-QUARTER = himap(2, 4, 0.5, 0.75)
+QUARTER = reference_himap(2, 4, 0.5, 0.75)
 SURE = 1e-4  # two fp32 computations of a score differ by less than 1e-5: rankings further apart than this are facts
 
 
@@ -77,20 +77,20 @@ def rows(inputs: Inputs, *indices: int) -> Inputs:
 
 
 CASES = {
-    "mha": Case("mha", himap(2, 5, 0.5, 0.75), seed=1),
-    "gqa2-default-plan-late": Case("gqa2", himap(3, 5, 0.5, 0.75)),
-    "gqa2-fine-ratios": Case("gqa2", himap(1, 2, 0.3, 0.4), seed=1, runs=3),
-    "mqa4-36-image-tokens": Case("mqa4", himap(2, 4, 0.5, 0.75)),
-    "mqa4-in-five-runs": Case("mqa4", himap(1, 5, 0.4, 0.3), system=(0, 3, 1, 6), runs=5, seed=5),
-    "biased": Case("biased", himap(2, 3, 0.25, 0.5)),
-    "tied": Case("tied", himap(2, 4, 0.5, 0.5)),
-    "sharded-9-image-tokens": Case("sharded", himap(2, 4, 0.5, 0.75)),
+    "mha": Case("mha", reference_himap(2, 5, 0.5, 0.75), seed=1),
+    "gqa2-default-plan-late": Case("gqa2", reference_himap(3, 5, 0.5, 0.75)),
+    "gqa2-fine-ratios": Case("gqa2", reference_himap(1, 2, 0.3, 0.4), seed=1, runs=3),
+    "mqa4-36-image-tokens": Case("mqa4", reference_himap(2, 4, 0.5, 0.75)),
+    "mqa4-in-five-runs": Case("mqa4", reference_himap(1, 5, 0.4, 0.3), system=(0, 3, 1, 6), runs=5, seed=5),
+    "biased": Case("biased", reference_himap(2, 3, 0.25, 0.5)),
+    "tied": Case("tied", reference_himap(2, 4, 0.5, 0.5)),
+    "sharded-9-image-tokens": Case("sharded", reference_himap(2, 4, 0.5, 0.75)),
     "no-system-part": Case("gqa2", system=(0, 0, 4, 0), text=(9, 2, 7, 24)),
     "image-last": Case("biased", system=(7, 3, 0, 24), text=(0, 3, 5, 0)),
     "budget-filled": Case("sharded", system=(10, 4, 7, 1), text=(4, 10, 7, 13), budget=14),
-    "first-cut-only": Case("gqa2", himap(2, 4, 0.5, 0.0)),
-    "second-cut-only": Case("mqa4", himap(1, 3, 0.0, 0.8)),
-    "one-token-left": Case("gqa2", himap(2, 4, 0.9, 0.99)),
+    "first-cut-only": Case("gqa2", reference_himap(2, 4, 0.5, 0.0)),
+    "second-cut-only": Case("mqa4", reference_himap(1, 3, 0.0, 0.8)),
+    "one-token-left": Case("gqa2", reference_himap(2, 4, 0.9, 0.99)),
 }
 
 
@@ -182,7 +182,7 @@ def test_one_image_for_each_prompt(work: Workshop, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize("name", ["gqa2", "biased", "tied"])
 def test_cutting_nothing_is_hugging_face_generate(work: Workshop, name: str) -> None:
     inputs = make_inputs(work.tiny(name), [9, 3, 14, 5], [5, 1, 2, 9], image_runs=2)
-    bundle = work.bundle(name, "--batch", 4, "--text-budget", TEXT, cuts=himap(2, 4, 0.0, 0.0))
+    bundle = work.bundle(name, "--batch", 4, "--text-budget", TEXT, cuts=reference_himap(2, 4, 0.0, 0.0))
     left = inputs.left_padded()
     model = LlavaForConditionalGeneration.from_pretrained(work.checkpoint(name), dtype=torch.float32).eval()
     ids, mask, pixels = map(torch.from_numpy, (left.input_ids, left.attention_mask, left.pixel_values))
@@ -230,11 +230,11 @@ def prefill_by_stage(
 
 
 HALF_CASES = {
-    "gqa2": Case("gqa2", himap(2, 4, 0.5, 0.5)),
-    "mqa4": Case("mqa4", himap(2, 4, 0.5, 0.5)),
-    "sharded": Case("sharded", himap(2, 4, 0.5, 0.5), seed=3),
-    "half": Case("half", himap(2, 4, 0.5, 0.5)),
-    "mha": Case("mha", himap(2, 5, 0.5, 0.75), seed=1),
+    "gqa2": Case("gqa2", reference_himap(2, 4, 0.5, 0.5)),
+    "mqa4": Case("mqa4", reference_himap(2, 4, 0.5, 0.5)),
+    "sharded": Case("sharded", reference_himap(2, 4, 0.5, 0.5), seed=3),
+    "half": Case("half", reference_himap(2, 4, 0.5, 0.5)),
+    "mha": Case("mha", reference_himap(2, 5, 0.5, 0.75), seed=1),
 }
 
 
@@ -292,7 +292,7 @@ def test_fp16_keeps_what_fp32_keeps_where_scores_lie_apart(work: Workshop, name:
 @pytest.mark.parametrize(("name", "dtype"), [("half", "fp16"), ("sharded", "fp32"), ("tied", "fp32")])
 def test_weights_of_the_bundles_dtype_are_the_checkpoints_bytes(work: Workshop, name: str, dtype: str) -> None:
     """Without `--dtype`, a bundle has its checkpoint's dtype."""
-    bundle, source = open_bundle(Case(name, himap(2, 4, 0.5, 0.5)).bundle(work)), work.checkpoint(name)
+    bundle, source = open_bundle(Case(name, reference_himap(2, 4, 0.5, 0.5)).bundle(work)), work.checkpoint(name)
     shards = sorted(source.glob("*.safetensors"))
     assert bundle.manifest.dtype == dtype
     assert len(shards) == len(bundle.manifest.weights) and (len(shards) > 1) == (name == "sharded")
@@ -327,7 +327,7 @@ def test_overwrite_replaces_a_bundle_and_nothing_else_does(work: Workshop, tmp_p
     def files() -> dict[str, bytes]:
         return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
-    old, new = himap(2, 3, 0.2, 0.2), CASES["sharded-9-image-tokens"].cuts
+    old, new = reference_himap(2, 3, 0.2, 0.2), CASES["sharded-9-image-tokens"].cuts
     assert export(old) == 0
     before = files()
     assert export(new) == 2  # refused

@@ -12,15 +12,15 @@ from himap_export.engines.bundle import open_bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.exporter.cli import main as export_main
 from himap_export.validate.cli import main as validate_main
-from himap_export.validate.reference.criteria import Cut, Cuts, himap
+from himap_export.validate.reference.criteria import Cuts, ReferenceCut, reference_himap
 
 PLANS: dict[str, tuple[tuple[object, ...], Cuts]] = {
-    "himap": (("--k1", 1, "--k2", 3), himap(1, 3, 0.5, 0.75)),
-    "fastv": (("--k1", 2, "--r1", 0.6), (Cut(2, "last", 0.6),)),
-    "truncation": (("--k1", 4, "--keep", 5), (Cut(4, "boundary", keep=5),)),
-    "intra-visual": (("--k1", 1, "--k2", 3), (Cut(1, "image", 0.5), Cut(3, "image", 0.75))),
-    "random": (("--k1", 1, "--k2", 3), (Cut(1, "random", 0.5), Cut(3, "random", 0.75))),
-    "uniform": (("--k1", 1, "--k2", 3), (Cut(1, "uniform", 0.5), Cut(3, "uniform", 0.75))),
+    "himap": (("--k1", 1, "--k2", 3), reference_himap(1, 3, 0.5, 0.75)),
+    "fastv": (("--k1", 2, "--r1", 0.6), (ReferenceCut(2, "last", 0.6),)),
+    "truncation": (("--k1", 4, "--keep", 5), (ReferenceCut(4, "boundary", keep=5),)),
+    "intra-visual": (("--k1", 1, "--k2", 3), (ReferenceCut(1, "image", 0.5), ReferenceCut(3, "image", 0.75))),
+    "random": (("--k1", 1, "--k2", 3), (ReferenceCut(1, "random", 0.5), ReferenceCut(3, "random", 0.75))),
+    "uniform": (("--k1", 1, "--k2", 3), (ReferenceCut(1, "uniform", 0.5), ReferenceCut(3, "uniform", 0.75))),
     "none": ((), ()),
 }
 THREE = """

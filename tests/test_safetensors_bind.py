@@ -16,10 +16,10 @@ from tiny import make_inputs
 
 from himap_export.engines.bundle import open_bundle
 from himap_export.engines.pipeline import tensor_name
-from himap_export.validate.reference.criteria import himap
+from himap_export.validate.reference.criteria import reference_himap
 
 GRAPHS = ("vision", "prefix", "k1", "k2", "decode")
-CUTS = himap(2, 4, 0.5, 0.75)
+CUTS = reference_himap(2, 4, 0.5, 0.75)
 KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "one-file": ("gqa2", ()),
     "sharded": ("sharded", ()),

@@ -17,7 +17,7 @@ from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import HimapError
 from himap_export.graphs.plan import align
 from himap_export.validate.cli import main as validate_main
-from himap_export.validate.reference.criteria import Cut, himap
+from himap_export.validate.reference.criteria import ReferenceCut, reference_himap
 
 BUDGETS = (12, 24, 48)
 PLANS = {"wide": (1, 3, 0.25, 0.5), "tight": (1, 4, 0.5, 0.75)}
@@ -37,7 +37,7 @@ def several(work: Workshop, plan_file: Path) -> Path:
 
 
 def alone(work: Workshop, plan: str, budget: int) -> Path:
-    return work.bundle("gqa2", "--text-budget", budget, cuts=himap(*PLANS[plan]))
+    return work.bundle("gqa2", "--text-budget", budget, cuts=reference_himap(*PLANS[plan]))
 
 
 @pytest.mark.parametrize("text", [9, 20, 40])
@@ -178,7 +178,7 @@ def test_align_never_undoes_a_cut(multiple: int) -> None:
 def test_aligned_bundles_keep_more_and_still_equal_the_reference(
     work: Workshop, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cuts = himap(1, 3, 0.5, 0.75)
+    cuts = reference_himap(1, 3, 0.5, 0.75)
     bundle = work.bundle("gqa2", "--align", 5, cuts=cuts)
     assert open_bundle(bundle).select().budget.total == (40, 35, 30) and open_bundle(bundle).select().budget.visual == (
         16,
@@ -187,7 +187,9 @@ def test_aligned_bundles_keep_more_and_still_equal_the_reference(
     )
     inputs = make_inputs(work.tiny("gqa2"), [9], [5])
     truth = work.reference("gqa2").prefill(
-        inputs.input_ids, inputs.pixel_values, cuts=(Cut(1, "instruction", keep=11), Cut(3, "image", keep=6))
+        inputs.input_ids,
+        inputs.pixel_values,
+        cuts=(ReferenceCut(1, "instruction", keep=11), ReferenceCut(3, "image", keep=6)),
     )
     found = work.answer(bundle, inputs, "--max-new-tokens", "1")
     np.testing.assert_array_equal(found["kept_k1"], padded(truth.kept[0], 35))

@@ -16,9 +16,9 @@ from himap_export.engines.cli import main as run_main
 from himap_export.engines.manifest import TensorSpec
 from himap_export.exporter.cli import main as export_main
 from himap_export.validate.cli import main as validate_main
-from himap_export.validate.reference.criteria import himap
+from himap_export.validate.reference.criteria import reference_himap
 
-CUTS = himap(1, 3, 0.5, 0.75)
+CUTS = reference_himap(1, 3, 0.5, 0.75)
 
 
 @pytest.fixture(params=["gqa2", "sharded", "tied"])

@@ -213,17 +213,19 @@ def _compare(args: argparse.Namespace, run: "RunSpec", source: "Source", inputs:
     from himap_export.engines.backends import Opening
     from himap_export.engines.cli import open_pipeline
     from himap_export.validate.checkpoint import load_reference
-    from himap_export.validate.parity.compare import Asked, compare
+    from himap_export.validate.parity.compare import compare
+    from himap_export.validate.parity.limits import ParityOptions
     from himap_export.validate.parity.pixels import compare_pixels, with_pixels
 
     pixels = None if args.image is None else compare_pixels(inputs.pixel_values, args.image, run.image, source)
     _check_captured(args, run)
     pipeline = open_pipeline(run, args.backend, Opening(args.threads, args.device), "himap-validate")
     _save_captured(args, pipeline, inputs)
-    asked = Asked(min(args.max_new_tokens or 32, run.budget.new), args.atol, args.rtol)
+    new_tokens, outputs = min(args.max_new_tokens or 32, run.budget.new), args.save_outputs is not None
+    options = ParityOptions(new_tokens, args.atol, args.rtol, outputs)
     say(f"judged by the checkpoint in {source.folder}")
     load = partial(load_reference, source.folder, threads=args.threads, vision_tower=source.tower)
-    parity = compare(pipeline, load, inputs, asked, say)
+    parity = compare(pipeline, load, inputs, options, progress=say)
     return with_pixels(parity, pixels) if pixels else parity, pipeline.backend, pipeline.engines.device
 
 

@@ -9,10 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
+from commands import workers
 
 from himap_export.engines.backends import load_backend
 from himap_export.engines.isolation import MEMORY, child, isolated
@@ -66,7 +66,7 @@ def test_a_death_is_told_and_memory_suspected_only_where_the_kernel_killed(
     with pytest.raises(HimapError, match="the process that was building died") as told:
         isolated("building", {}, function, argument)
     assert (told.value.details, told.value.hint) == (reason, hint)
-    assert not active_children()
+    assert not workers()
 
 
 def test_too_little_memory_in_python_is_said() -> None:
@@ -86,21 +86,20 @@ def test_whoever_leaves_does_not_wait(stopped: bool) -> None:
         child("sleeping", {}, functools.partial, functools.partial(time.sleep)) as asleep,
     ):
         asleep.ask(0)
-        (process,) = active_children()
-        assert process.pid is not None
+        (process,) = workers()
         asleep.send(600)
         if stopped:
-            os.kill(process.pid, signal.SIGSTOP)
+            os.kill(process, signal.SIGSTOP)
         raise KeyboardInterrupt
-    assert time.monotonic() - start < 60 and not active_children()
+    assert time.monotonic() - start < 60 and not workers()
 
 
 def test_a_child_that_has_died_is_told_to_whoever_asks() -> None:
     with child("waiting", {}, functools.partial, functools.partial(time.sleep)) as one:
         one.ask(0)
-        (process,) = active_children()
-        process.kill()
-        process.join()
+        (process,) = workers()
+        os.kill(process, signal.SIGKILL)
+        os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
         with pytest.raises(HimapError, match=r"waiting died: killed by SIGKILL"):
             one.ask(0)
 
@@ -119,16 +118,46 @@ with child("sleeping", {}, functools.partial, functools.partial(time.sleep)) as 
 def test_it_dies_with_its_parent(sent: signal.Signals) -> None:
     with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
-        children = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
+        children = workers(parent.pid)
         parent.send_signal(sent)
         parent.wait(60)
     deadline = time.monotonic() + 30
     while (left := [pid for pid in children if _lives(pid)]) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert len(children) == 2 and not left  # ours, and multiprocessing's own that tracks resources
+    assert len(children) == 1 and not left
 
 
 def _lives(pid: int) -> bool:
     """Not gone, and not a zombie that nobody has reaped."""
     status = Path(f"/proc/{pid}/stat")
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+ADDS = """
+import operator
+from himap_export.engines.isolation import isolated
+print(isolated("adding", {}, operator.add, 1, 2))
+"""
+EXPORTS = """
+from pathlib import Path
+from himap_export.graphs.plan import TokenBudget, himap
+from himap_export.validate.baseline import export_baseline
+from himap_export.validate.checkpoint import checkpoint_folder
+plan, budget = himap(1, 3, 0.5, 0.5), TokenBudget((64,), 16, 4)
+plans = {"himap": (plan, plan.kept(64))}
+bundle = export_baseline(checkpoint_folder("shapes"), budget, "fp16", "tensorrt-rtx", plans, Path("bundle"))
+print(len(bundle.manifest.engines["tensorrt-rtx"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "script", "said"),
+    [("file", EXPORTS, "5\n"), ("file", ADDS, "3\n"), ("stdin", ADDS, "3\n"), ("exec", ADDS, "3\n")],
+    ids=["a file that exports", "a file", "standard input", "exec"],
+)
+def test_a_caller_needs_no_main_guard(tmp_path: Path, how: str, script: str, said: str) -> None:
+    """As users write: statements at the top of a script, none of which runs twice."""
+    (tmp_path / "mine.py").write_text(f"exec(compile({script!r}, '<cell>', 'exec'))" if how == "exec" else script)
+    words = [sys.executable, "-" if how == "stdin" else "mine.py"]
+    found = subprocess.run(words, input=script, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (found.returncode, found.stdout) == (0, said), found.stderr

@@ -16,9 +16,9 @@ from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.scratch import scratch_place
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.reference.criteria import himap
+from himap_export.validate.reference.criteria import reference_himap
 
-CUTS = himap(1, 3, 0.5, 0.75)
+CUTS = reference_himap(1, 3, 0.5, 0.75)
 
 
 def owned(array: Any) -> Any:

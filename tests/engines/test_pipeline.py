@@ -21,10 +21,10 @@ from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline, Prefilled, tensor_name
 from himap_export.engines.sampling import Sampler, Sampling
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.reference.criteria import himap
+from himap_export.validate.reference.criteria import reference_himap
 
 Ints = NDArray[np.int64]
-CUTS, NEW = himap(2, 4, 0.5, 0.75), 12
+CUTS, NEW = reference_himap(2, 4, 0.5, 0.75), 12
 
 
 def two_prompts(work: Workshop, seed: int = 0) -> Inputs:
@@ -199,7 +199,7 @@ def test_a_bundle_larger_than_the_machine_is_refused(bundle: Path, monkeypatch: 
 def test_answers_end_and_are_padded_as_hugging_face_does_it(work: Workshop) -> None:
     """Unpruned, a stop token that one row says early, another that both say: lengths and padding as in `generate`."""
     inputs, name = make_inputs(work.tiny("gqa2"), [9, 3], [5, 1], seed=1), "gqa2"
-    pipeline = work.pipeline(work.bundle(name, "--batch", 2, cuts=himap(2, 4, 0.0, 0.0)))
+    pipeline = work.pipeline(work.bundle(name, "--batch", 2, cuts=reference_himap(2, 4, 0.0, 0.0)))
     model = LlavaForConditionalGeneration.from_pretrained(work.checkpoint(name), dtype=torch.float32).eval()
     left = inputs.left_padded()
     ids, mask, pixels = map(torch.from_numpy, (left.input_ids, left.attention_mask, left.pixel_values))
@@ -321,7 +321,7 @@ def test_caches_stay_where_they_are(work: Workshop, pipeline: Pipeline) -> None:
 
 def test_two_pipelines_do_not_disturb_each_other(work: Workshop, bundle: Path) -> None:
     """Steps of two pipelines on one bundle, and of a third on another, in turn."""
-    other = work.bundle("gqa2", "--batch", 2, "--text-budget", 24, cuts=himap(1, 3, 0.25, 0.5))
+    other = work.bundle("gqa2", "--batch", 2, "--text-budget", 24, cuts=reference_himap(1, 3, 0.25, 0.5))
     jobs = [(bundle, two_prompts(work, 0)), (bundle, two_prompts(work, 1)), (other, two_prompts(work, 0))]
     alone = [answer(work.pipeline(b), q, 8).T.tolist() for b, q in jobs]
     streams = []

@@ -13,13 +13,13 @@ from himap_export.engines.scratch import scratch_place
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.parity.page import _speed as blocks_of
 from himap_export.validate.reference import reference
-from himap_export.validate.reference.criteria import himap
+from himap_export.validate.reference.criteria import reference_himap
 from himap_export.validate.speed import measure as speed
 from himap_export.validate.speed.benchmark import PHASES, System, Times, _doing, race
 from himap_export.validate.speed.measure import Speed, measure, torch_device
 from himap_export.validate.speed.results import speed_json, speed_lines
 
-CUTS = himap(2, 4, 0.5, 0.5)
+CUTS = reference_himap(2, 4, 0.5, 0.5)
 
 
 def bundle_of(work: Workshop, dtype: str = "fp32") -> RunSpec:

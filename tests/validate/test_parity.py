@@ -12,23 +12,17 @@ from numpy.typing import NDArray
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import open_bundle
 from himap_export.engines.pipeline import Pipeline
-from himap_export.validate.parity.compare import (
-    WORST,
-    Asked,
-    Load,
-    Parity,
-    TensorDiff,
-    closeness,
-    compare,
-    limit_of,
-)
+from himap_export.graphs.spec import Dtype
+from himap_export.validate.parity.compare import Load, Parity, compare
+from himap_export.validate.parity.limits import WORST, ParityOptions, limit_of
 from himap_export.validate.parity.prompts import drawn_inputs
-from himap_export.validate.reference.criteria import himap
+from himap_export.validate.parity.tensors import TensorDiff, tensor_diff
+from himap_export.validate.reference.criteria import reference_himap
 
 Floats = NDArray[np.float32]
 Edit = Callable[[Floats, int], Floats]  # a tensor, and how often its graph has run
-CUTS = himap(2, 4, 0.5, 0.5)
-ASKED = Asked(new_tokens=8)
+CUTS = reference_himap(2, 4, 0.5, 0.5)
+OPTIONS = ParityOptions(new_tokens=8)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -51,8 +45,8 @@ def loader(work: Workshop, name: str) -> Load:
     return lambda dtype: work.reference(name, DTYPES[dtype])
 
 
-def judged(work: Workshop, name: str, pipeline: Pipeline, prompts: int = 4, asked: Asked = ASKED) -> Parity:
-    return compare(pipeline, loader(work, name), drawn_inputs(pipeline.spec, prompts, seed=0), asked)
+def judged(work: Workshop, name: str, pipeline: Pipeline, prompts: int = 4, options: ParityOptions = OPTIONS) -> Parity:
+    return compare(pipeline, loader(work, name), drawn_inputs(pipeline.spec, prompts, seed=0), options)
 
 
 def failed(parity: Parity) -> set[str]:
@@ -72,7 +66,7 @@ def test_a_right_bundle_passes(work: Workshop, name: str, dtype: str, batch: int
 
 
 def test_nothing_removed_has_no_scores_and_passes(work: Workshop) -> None:
-    parity = judged(work, "gqa2", work.pipeline(work.bundle("gqa2", cuts=himap(2, 4, 0.0, 0.0))))
+    parity = judged(work, "gqa2", work.pipeline(work.bundle("gqa2", cuts=reference_himap(2, 4, 0.0, 0.0))))
     assert not failed(parity)
     assert [c.verdict for c in parity.cuts] == ["nothing removed"] * 2
     assert not any(t.name.startswith("score") for t in parity.tensors)
@@ -80,7 +74,7 @@ def test_nothing_removed_has_no_scores_and_passes(work: Workshop) -> None:
 
 
 def test_an_answer_of_one_token_has_no_decode(work: Workshop) -> None:
-    parity = judged(work, "mha", work.pipeline(work.bundle("mha", cuts=CUTS)), asked=Asked(new_tokens=1))
+    parity = judged(work, "mha", work.pipeline(work.bundle("mha", cuts=CUTS)), options=ParityOptions(new_tokens=1))
     assert not failed(parity) and "decode" not in {t.name for t in parity.tensors}
 
 
@@ -200,18 +194,23 @@ def test_a_swap_inside_the_error_is_a_tie_and_is_forced_away(work: Workshop) -> 
 
 def test_one_value_that_is_no_number_is_infinitely_far() -> None:
     good, bad = np.ones(3, np.float32), np.array([1, np.nan, 1], np.float32)
-    for pairs in ([(good, good), (bad, good)], [(bad, good), (good, good)]):
-        assert closeness("x", pairs).max_abs == np.inf
-    assert closeness("x", [(good, good)]).max_abs == 0
+    for actual in ([good, bad], [bad, good]):
+        assert tensor_diff("x", actual, [good, good]).max_abs == np.inf
+        assert np.isnan(tensor_diff("x", [good, good], actual).scale)
+    assert tensor_diff("x", [good], [good]) == TensorDiff("x", 0, 1, pytest.approx(1))
 
 
 def test_limits() -> None:
     logits, score = TensorDiff("logits", 0, 40.0, 1), TensorDiff("score k1", 0, 2.0, 1)
-    assert limit_of(logits, "fp32", 32, None, ASKED) == 1e-3
-    assert limit_of(score, "fp32", 32, None, ASKED) == pytest.approx(2e-4)
-    assert limit_of(logits, "fp16", 32, 0.1, ASKED) == pytest.approx(0.4)
-    assert limit_of(logits, "fp16", 32, 0.0, ASKED) == 40 * 2.0**-11  # one rounding is always allowed
-    assert limit_of(logits, "bf16", 32, 1e6, ASKED) == WORST * 40  # and a model beyond reason allows no more than this
-    assert np.isfinite(limit_of(logits, "fp16", 32, np.inf, ASKED))  # PyTorch itself overflowed
-    assert limit_of(logits, "fp16", 32, 0.1, Asked(8, 0.5, 0.01)) == pytest.approx(0.9)
-    assert limit_of(score, "fp16", 32, 0.1, Asked(8, 0.5, 0.01)) == pytest.approx(0.4)  # the user's is of logits
+
+    def limit(t: TensorDiff, dtype: Dtype, rounding: float | None, options: ParityOptions = OPTIONS) -> float:
+        return limit_of(t, dtype=dtype, layers=32, rounding=rounding, options=options)
+
+    assert limit(logits, "fp32", None) == 1e-3
+    assert limit(score, "fp32", None) == pytest.approx(2e-4)
+    assert limit(logits, "fp16", 0.1) == pytest.approx(0.4)
+    assert limit(logits, "fp16", 0.0) == 40 * 2.0**-11  # one rounding is always allowed
+    assert limit(logits, "bf16", 1e6) == WORST * 40  # and a model beyond reason allows no more than this
+    assert np.isfinite(limit(logits, "fp16", np.inf))  # PyTorch itself overflowed
+    assert limit(logits, "fp16", 0.1, ParityOptions(8, 0.5, 0.01)) == pytest.approx(0.9)
+    assert limit(score, "fp16", 0.1, ParityOptions(8, 0.5, 0.01)) == pytest.approx(0.4)  # the user's is of logits

@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from tiny import TINY, Inputs, Tiny, make_inputs, make_llava
 from transformers import LlavaForConditionalGeneration
 
-from himap_export.validate.reference.criteria import Cuts, himap
+from himap_export.validate.reference.criteria import Cuts, reference_himap
 from himap_export.validate.reference.reference import Prefill, Reference
 
 HIMAP_TINY = Path(__file__).parents[1] / "fixtures" / "himap-tiny"
 GOLDEN = {
-    "golden_k2_5_n8_2.npz": himap(2, 5, 0.5, 0.75),
-    "golden_k1_4_n8_4.npz": himap(1, 4, 0.5, 0.5),
+    "golden_k2_5_n8_2.npz": reference_himap(2, 5, 0.5, 0.75),
+    "golden_k1_4_n8_4.npz": reference_himap(1, 4, 0.5, 0.5),
 }
-CUTS = himap(2, 4, 0.5, 0.75)
+CUTS = reference_himap(2, 4, 0.5, 0.75)
 
 Ints = NDArray[np.int64]
 Made = Callable[[str], tuple[Tiny, Path, Reference]]
@@ -161,7 +161,7 @@ def visible_forward(model: Any, inputs: Inputs, answer: list[int], alive: list[I
     return model.lm_head(decoder.norm(hidden[0])), attentions
 
 
-@pytest.mark.parametrize("cuts", [CUTS, himap(1, 5, 0.4, 0.3)], ids=["coarse", "fine"])
+@pytest.mark.parametrize("cuts", [CUTS, reference_himap(1, 5, 0.4, 0.3)], ids=["coarse", "fine"])
 @pytest.mark.parametrize(("name", "runs"), [("mha", 1), ("gqa2", 3), ("mqa4", 2), ("biased", 1), ("sharded", 4)])
 @torch.no_grad()
 def test_pruning_and_cached_decoding_equal_explicit_visibility(made: Made, name: str, runs: int, cuts: Cuts) -> None:
@@ -199,7 +199,7 @@ def test_pruning_and_cached_decoding_equal_explicit_visibility(made: Made, name:
     [
         ("sharded", CUTS, (5, 2)),
         ("mqa4", CUTS, (18, 5)),
-        ("mha", himap(1, 2, 0.3, 0.0), (12, 12)),
+        ("mha", reference_himap(1, 2, 0.3, 0.0), (12, 12)),
         ("gqa2", CUTS, (8, 2)),
     ],
 )
@@ -214,7 +214,7 @@ def test_removed_is_the_floor(made: Made, name: str, cuts: Cuts, left: tuple[int
 def test_equals_go_to_the_lowest_position(made: Made) -> None:
     """With no text behind the image, no row scores at K1: all are equal."""
     tiny, _, reference = made("mha")
-    got = prefill(reference, make_inputs(tiny, [0], [4]), himap(2, 4, 0.5, 0.0))
+    got = prefill(reference, make_inputs(tiny, [0], [4]), reference_himap(2, 4, 0.5, 0.0))
     assert not got.scores[0].any()
     assert got.kept[0][0].tolist() == list(range(4 + 8))
 
@@ -288,7 +288,12 @@ def test_half_precision_scores_are_fp32_and_near(made: Made) -> None:
 def test_misuse_is_a_value_error() -> None:
     inputs, reference = golden_inputs(), Reference(HIMAP_TINY)
     ids, pixels = inputs.input_ids, inputs.pixel_values
-    for cuts in (himap(0, 5, 0.5, 0.5), himap(5, 5, 0.5, 0.5), himap(2, 10, 0.5, 0.5), himap(2, 5, 1.5, 0.5)):
+    for cuts in (
+        reference_himap(0, 5, 0.5, 0.5),
+        reference_himap(5, 5, 0.5, 0.5),
+        reference_himap(2, 10, 0.5, 0.5),
+        reference_himap(2, 5, 1.5, 0.5),
+    ):
         with pytest.raises(ValueError, match="out of range"):
             reference.prefill(ids, pixels, cuts=cuts)
     with pytest.raises(ValueError, match="of 2 cuts for 0 cuts"):

@@ -15,7 +15,7 @@ from himap_export.validate.accuracy.dataset import read_dataset
 from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
 from himap_export.validate.checkpoint import load_reference
 from himap_export.validate.cli import main
-from himap_export.validate.reference.criteria import himap
+from himap_export.validate.reference.criteria import reference_himap
 
 ROOT = Path(__file__).parents[2]
 SHAPES, IMAGES = ROOT / "exporter" / "shapes", ROOT / "examples" / "shapes" / "images"
@@ -45,7 +45,7 @@ def test_right_answers_are_those_of_the_reference(report: Path) -> None:
     data, prompter = read_dataset(IMAGES / "questions.jsonl"), prompter_of_checkpoint(SHAPES)
     reference = load_reference(SHAPES, "fp32", 1)
     told = [json.loads(line) for line in (report / "answers.jsonl").read_text().splitlines()[1:]]
-    for policy, cuts in (("none", ()), ("qa", himap(2, 8, 0.5, 0.75))):
+    for policy, cuts in (("none", ()), ("qa", reference_himap(2, 8, 0.5, 0.75))):
         for example in data.examples:
             arrays = prompter.arrays(example)
             said = reference.generate(arrays.input_ids, arrays.pixel_values, max_new_tokens=4, cuts=cuts)[0]

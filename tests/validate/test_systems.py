@@ -12,7 +12,7 @@ from himap_export.graphs.flops import equal_keep, true_ratio
 from himap_export.graphs.plan import Cut, PruningPlan, himap
 from himap_export.graphs.spec import DecoderSpec
 from himap_export.validate.accuracy.systems import PlanSystem, missing_baselines, open_systems, request_seed
-from himap_export.validate.parity.compare import reference_cuts
+from himap_export.validate.parity.runs import reference_cuts
 
 PLAN, FASTV, VISUAL = himap(1, 3, 0.5, 0.75), PruningPlan((Cut(1, "last", keep=8),)), (16, 8, 2)
 

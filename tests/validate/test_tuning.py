@@ -18,7 +18,7 @@ from himap_export.graphs.errors import HimapError
 from himap_export.validate.accuracy.dataset import Example
 from himap_export.validate.accuracy.statistics import Interval
 from himap_export.validate.checkpoint import checkpoint_folder
-from himap_export.validate.reference.criteria import Cut, State, himap
+from himap_export.validate.reference.criteria import ReferenceCut, State, reference_himap
 from himap_export.validate.reference.reference import Reference
 from himap_export.validate.report.charts import Point, pareto
 from himap_export.validate.report.page import Figure
@@ -53,9 +53,9 @@ def test_the_walk_says_what_one_prefill_a_plan_says(work: Workshop, policy: str)
     found = first_tokens(reference, Inputs(made.input_ids, made.pixel_values), plans, policy, seed=5)  # type: ignore[arg-type]
     assert set(found) == {"none", *(c.name for c in plans)} and len(plans) == 16
     for c in plans:
-        cuts = himap(c.k1, c.k2, c.r1, c.r2)
+        cuts = reference_himap(c.k1, c.k2, c.r1, c.r2)
         if policy == "random":
-            cuts = Cut(c.k1, "random", c.r1), Cut(c.k2, "random", c.r2)
+            cuts = ReferenceCut(c.k1, "random", c.r1), ReferenceCut(c.k2, "random", c.r2)
         wanted = reference.reference.prefill(made.input_ids, made.pixel_values, cuts=cuts, seeds=[5])
         assert found[c.name] == int(wanted.logits[0].argmax())
     plain = reference.reference.prefill(made.input_ids, made.pixel_values)
@@ -138,7 +138,7 @@ def test_a_chosen_plan_is_told_of_though_another_dominates_it(
 
     monkeypatch.setattr("himap_export.validate.tuning.tune.sweep", sweep)
     monkeypatch.setattr("himap_export.validate.tuning.page.pareto", drawn)
-    flags = ("--k1", 1, "--k2", 4, "--r1", 0.5, "--r2", "0.5,0.9", "--no-time", "--control", baseline)
+    flags = ("--k1", 1, "--k2", 4, "--r1", 0.5, "--r2", "0.5,0.9", "--no-time", "--baseline", baseline)
     flags += ("--min-accuracy", 0.2)  # 3 of 5 are right: the dear plan may lose 43 points, the cheap one 55
     data = IMAGES / "questions.jsonl"
     assert call(main, "shapes", "--dataset", data, "--out", tmp_path / "out", *flags, "--json") == 0

@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
+from commands import workers
 
 from himap_export.graphs.errors import HimapError
 from himap_export.validate.accuracy.answers import read_log
@@ -18,7 +18,7 @@ from himap_export.validate.accuracy.dataset import Example, read_dataset
 from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
 from himap_export.validate.accuracy.systems import request_seed
 from himap_export.validate.checkpoint import checkpoint_folder
-from himap_export.validate.reference.criteria import Cut, himap
+from himap_export.validate.reference.criteria import ReferenceCut, reference_himap
 from himap_export.validate.reference.reference import Reference
 from himap_export.validate.tuning.grid import grid
 from himap_export.validate.tuning.sweep import Job, sweep
@@ -49,9 +49,9 @@ def test_two_processes_say_what_one_prefill_a_plan_says(
         assert prompter.tokenizer.decode([label]).strip() == example.answer
         inputs, seed = prompter.arrays(example), request_seed(3, number)
         for c in PLANS:
-            cuts = himap(c.k1, c.k2, c.r1, c.r2)
+            cuts = reference_himap(c.k1, c.k2, c.r1, c.r2)
             if policy == "random":
-                cuts = Cut(c.k1, "random", c.r1), Cut(c.k2, "random", c.r2)
+                cuts = ReferenceCut(c.k1, "random", c.r1), ReferenceCut(c.k2, "random", c.r2)
             wanted = reference.prefill(inputs.input_ids, inputs.pixel_values, cuts=cuts, seeds=[seed])
             assert tokens[c.name] == int(wanted.logits[0].argmax())
 
@@ -62,7 +62,7 @@ def test_an_error_in_a_worker_is_told_as_it_is(
     broken = Path(shutil.copytree(shapes, tmp_path / "broken", ignore=shutil.ignore_patterns("*.safetensors")))
     with pytest.raises(HimapError, match=r"PyTorch cannot load .*broken"):
         list(sweep(Job(broken, "fp32", 1, PLANS, "himap", 0), asked, 2))
-    assert not active_children() and "Traceback" not in capfd.readouterr().err
+    assert not workers() and "Traceback" not in capfd.readouterr().err
 
 
 def test_a_bug_in_a_worker_is_told_as_what_it_is(
@@ -71,17 +71,17 @@ def test_a_bug_in_a_worker_is_told_as_what_it_is(
     with pytest.raises(HimapError, match=r"sweeping plans failed: KeyError: 'nothing'") as told:
         list(sweep(Job(shapes, "fp32", 1, PLANS, "nothing", 0), asked, 1))
     assert "memory" not in str(told.value) and "Traceback" in capfd.readouterr().err
-    assert not active_children()
+    assert not workers()
 
 
 def test_a_worker_that_dies_is_an_error(shapes: Path, asked: list[tuple[int, Example]]) -> None:
     answers = sweep(Job(shapes, "fp32", 1, PLANS, "himap", 0), asked, 1)
     next(answers)
-    (worker,) = active_children()
-    worker.kill()
+    (worker,) = workers()
+    os.kill(worker, signal.SIGKILL)
     with pytest.raises(HimapError, match=r"sweeping plans died: killed by SIGKILL .*--workers 1"):
         list(answers)
-    assert not active_children()
+    assert not workers()
 
 
 @pytest.mark.parametrize("to_group", [False, True], ids=["kill -INT", "Ctrl-C"])
@@ -97,24 +97,17 @@ def test_an_interrupt_does_not_wait_for_a_long_walk(tmp_path: Path, to_group: bo
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True) as tune:
         while not (log.exists() and len(log.read_bytes().splitlines()) > 2) and tune.poll() is None:
             time.sleep(0.05)
-        workers = _workers(tune.pid)
-        for worker in workers:
+        stopped = workers(tune.pid)
+        for worker in stopped:
             os.kill(worker, signal.SIGSTOP)
         (os.killpg if to_group else os.kill)(tune.pid, signal.SIGINT)
         try:
             said = tune.communicate(timeout=60)[1]
         except subprocess.TimeoutExpired:
-            for worker in workers:
+            for worker in stopped:
                 with suppress(ProcessLookupError):
                     os.kill(worker, signal.SIGKILL)
             pytest.fail("it waits for its workers")
     assert tune.returncode == 130 and "interrupted" in said and "Traceback" not in said
-    assert len(workers) == 2 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert len(stopped) == 2 and not any(Path(f"/proc/{worker}").exists() for worker in stopped)
     assert 2 <= len(read_log(log)) < 1000 * 2
-
-
-def _workers(parent: int) -> list[int]:
-    """The processes that were spawned below it, without multiprocessing's own."""
-    children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-    found = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    return found + [worker for pid in children if pid not in found for worker in _workers(pid)]

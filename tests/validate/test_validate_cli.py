@@ -19,9 +19,9 @@ from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import HimapError
 from himap_export.validate.cli import main
 from himap_export.validate.parity.prompts import drawn_inputs
-from himap_export.validate.reference.criteria import himap
+from himap_export.validate.reference.criteria import reference_himap
 
-CUTS = himap(2, 4, 0.5, 0.5)
+CUTS = reference_himap(2, 4, 0.5, 0.5)
 QUICK = ("--prompts", 2, "--max-new-tokens", 4, "--threads", 1)
 Capture = pytest.CaptureFixture[str]
 
@@ -121,7 +121,7 @@ def test_a_vision_tower_that_lies_elsewhere(tmp_path: Path, capsys: Capture) -> 
     model, tower = Path(shutil.copytree(FIXTURES / "internvl-v1-tiny", tmp_path / "model")), tmp_path / "tower"
     (model / "vision_tower_intern_vit_6b").rename(tower)
     bundle, flag = tmp_path / "bundle", ("--vision-tower", tower)
-    small = ("--text-budget", 40, "--max-new-tokens", 8, *plan_flags(himap(2, 5, 0.5, 0.75)))
+    small = ("--text-budget", 40, "--max-new-tokens", 8, *plan_flags(reference_himap(2, 5, 0.5, 0.75)))
     assert call(export_main, model, *small, *flag, "--out", bundle) == 0
     capsys.readouterr()
     assert call(main, bundle, *QUICK, "--no-speed") == 4

@@ -18,7 +18,8 @@ from PIL import Image
 from himap_export.engines.documents import MEGABYTE, read_file
 from himap_export.engines.manifest import ImageSpec
 from himap_export.graphs.errors import Exit
-from himap_export.validate.parity.compare import Gate, Parity, TensorDiff, closeness
+from himap_export.validate.parity.compare import Gate, Parity
+from himap_export.validate.parity.tensors import TensorDiff, tensor_diff
 from himap_export.validate.source import Source
 
 Pixels = npt.NDArray[np.float32]
@@ -93,7 +94,7 @@ def _not_compared(why: str) -> PixelParity:
 
 def _compared(ours: Pixels, theirs: Pixels) -> PixelParity:
     if ours.shape == theirs.shape:
-        return PixelParity(closeness("pixels", [(ours, theirs)]))
+        return PixelParity(tensor_diff("pixels", [ours], [theirs]))
     shapes = f"pixels are {list(ours.shape)}, Hugging Face's processor makes {list(theirs.shape)}"
     return PixelParity(TensorDiff("pixels", inf, float(np.abs(theirs).max(initial=0)), 0.0), shapes)
 

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from himap_export.engines.bundle import Bundle
-from himap_export.validate.parity.compare import CutParity, Parity, TensorDiff
+from himap_export.validate.parity.compare import CutParity, Parity
+from himap_export.validate.parity.tensors import TensorDiff
 from himap_export.validate.report.page import finite
 
 

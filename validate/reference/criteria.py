@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 
 @dataclass(frozen=True)
-class Cut:
+class ReferenceCut:
     """Layers `layer` and later (0-based) see only the image tokens that rank highest by `criterion`, a key of CRITERIA.
 
     `remove` is the fraction that leaves, of those still alive; or `keep` is how many stay.
@@ -24,12 +24,12 @@ class Cut:
     keep: int | None = None
 
 
-Cuts = Sequence[Cut]
+Cuts = Sequence[ReferenceCut]
 
 
-def himap(k1: int, k2: int, r1: float, r2: float) -> tuple[Cut, Cut]:
+def reference_himap(k1: int, k2: int, r1: float, r2: float) -> tuple[ReferenceCut, ReferenceCut]:
     """The two cuts of HiMAP; `r2` is of what the first one left."""
-    return Cut(k1, "instruction", r1), Cut(k2, "image", r2)
+    return ReferenceCut(k1, "instruction", r1), ReferenceCut(k2, "image", r2)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from transformers import DynamicCache
 
 from himap_export.validate.reference.adapter import Seen, load_adapter
 from himap_export.validate.reference.attention import register
-from himap_export.validate.reference.criteria import CRITERIA, Cut, Cuts, State
+from himap_export.validate.reference.criteria import CRITERIA, Cuts, ReferenceCut, State
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -159,7 +159,7 @@ class Reference:
         return replace(state, layer=layer, hidden=hidden, attention=probabilities)
 
     @torch.no_grad()
-    def cut(self, state: State, cut: Cut, seed: int = 0) -> tuple[State, Tensor]:
+    def cut(self, state: State, cut: ReferenceCut, seed: int = 0) -> tuple[State, Tensor]:
         """`state` with the image tokens that `cut` keeps, and the scores [V] it ranked them by."""
         is_image = state.is_image
         count = int(is_image.sum())

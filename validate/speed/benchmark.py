@@ -81,7 +81,7 @@ def race(
         ]
 
 
-def _child(system: System, threads: int) -> AbstractContextManager[Child]:
+def _child(system: System, threads: int) -> AbstractContextManager[Child[str, float]]:
     limits = {"OMP_NUM_THREADS": str(threads), "KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}  # read at its start
     return child(f"timing {system.name}", limits, _doing, system, threads)
 

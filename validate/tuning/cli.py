@@ -106,15 +106,9 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     rounds = 0 if args.no_time else args.rounds
     asked = Asked(
-        candidates,
-        args.workers,
-        args.dtype,
-        args.seed,
-        args.min_accuracy,
-        rounds,
-        args.threads,
-        args.baseline != "none",
-    )
+        candidates=candidates, workers=args.workers, dtype=args.dtype, seed=args.seed, keep=args.min_accuracy,
+        rounds=rounds, threads=args.threads, baseline=args.baseline != "none",
+    )  # fmt: skip
     tuned = tune(folder, args.dataset, data, args.out / LOG, asked)
     about = {"model": args.model, "dataset": str(args.dataset), "dtype": args.dtype, "seed": args.seed}
     plans, facts = args.out / PLANS, finite(about | tuned_json(tuned))

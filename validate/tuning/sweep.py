@@ -5,19 +5,18 @@ The unpruned pass gives the state at every K1; each (K1, R1) runs on from there 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from himap_export.engines.arrays import Inputs
-from himap_export.engines.isolation import MEMORY, answered, child
+from himap_export.engines.isolation import MEMORY, pooled
 from himap_export.graphs.spec import Dtype
 from himap_export.validate.accuracy.dataset import Example
 from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
 from himap_export.validate.accuracy.systems import UNPRUNED, request_seed
 from himap_export.validate.checkpoint import load_reference
-from himap_export.validate.reference.criteria import Cut, State
+from himap_export.validate.reference.criteria import ReferenceCut, State
 from himap_export.validate.reference.reference import Reference
 from himap_export.validate.tuning.grid import Candidate
 
@@ -36,7 +35,7 @@ def first_tokens(
         state = at[k1] = reference.advance(state, k1, attention=True)
     found[UNPRUNED] = _last(reference, state)
     for (k1, r1), group in groupby(candidates, key=lambda c: (c.k1, c.r1)):
-        kept, _ = reference.cut(at[k1], Cut(k1, first, r1), seed)
+        kept, _ = reference.cut(at[k1], ReferenceCut(k1, first, r1), seed)
         found |= _second(reference, kept, list(group), CRITERIA[policy][1], seed)
     return found
 
@@ -49,7 +48,7 @@ def _second(
     for k2, group in groupby(candidates, key=lambda c: c.k2):
         state = reference.advance(state, k2, attention=True)
         for candidate in group:
-            kept, _ = reference.cut(state, Cut(k2, criterion, candidate.r2), seed)
+            kept, _ = reference.cut(state, ReferenceCut(k2, criterion, candidate.r2), seed)
             found[candidate.name] = _last(reference, kept)
     return found
 
@@ -75,21 +74,7 @@ def sweep(job: Job, examples: Sequence[tuple[int, Example]], workers: int) -> It
 
     A HimapError of theirs is raised here, and one is if a process dies. Whoever stops early does not wait for them.
     """
-    todo, hint = iter(examples), f"{MEMORY} try --workers 1"
-    with ExitStack() as stack:
-        busy = [
-            stack.enter_context(child("sweeping plans", {}, _answering, job, hint=hint)) for _ in examples[:workers]
-        ]
-        for one, task in zip(busy, todo, strict=False):
-            one.send(task)
-        while busy:
-            for one in answered(busy):
-                told: Told = one.receive()
-                if (following := next(todo, None)) is None:
-                    busy.remove(one)
-                else:
-                    one.send(following)
-                yield told
+    return pooled("sweeping plans", workers, examples, _answering, job, hint=f"{MEMORY} try --workers 1")
 
 
 def _answering(job: Job) -> Callable[[tuple[int, Example]], Told]:

@@ -24,7 +24,7 @@ from himap_export.validate.tuning.grid import Candidate
 from himap_export.validate.tuning.sweep import Job, sweep
 from himap_export.validate.tuning.timing import Timed, measure
 
-CONTROL = "random-"  # before a plan's name in the log: its cuts, ranked by chance
+BASELINE = "random-"  # before a plan's name in the log: its cuts, ranked by chance
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, as
         if asked.baseline:
             _answer(replace(job, candidates=plans, policy="random"), data, log, prompter, asked.workers)
             right = _right(log.file, data)
-            over = {c.name: paired_difference(right[c.name], right[CONTROL + c.name]) for c in plans}
+            over = {c.name: paired_difference(right[c.name], right[BASELINE + c.name]) for c in plans}
     times: dict[str, Timed] = {}
     if asked.rounds:
         named = {c.name: c.plan for c in plans}
@@ -108,7 +108,7 @@ def _ratio(spec: DecoderSpec, c: Candidate, tokens: int, text: int) -> float:
 
 def _answer(job: Job, data: Dataset, log: AnswerLog, prompter: Prompter, workers: int) -> None:
     """All plans of the job answer the examples that one of them has not answered yet."""
-    prefix = CONTROL if job.policy == "random" else ""
+    prefix = BASELINE if job.policy == "random" else ""
     names = [prefix + c.name for c in job.candidates] + ([] if prefix else [UNPRUNED])
     todo = [(n, e) for n, e in enumerate(data.examples) if any((name, 0, e.line) not in log.done for name in names)]
     if not todo:
