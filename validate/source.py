@@ -6,7 +6,7 @@ from pathlib import Path
 
 from himap_export.engines.bundle import Bundle
 from himap_export.exporter.checkpoint import open_checkpoint
-from himap_export.exporter.family import Picture
+from himap_export.exporter.family import ImageOptions
 from himap_export.exporter.planning import describe
 from himap_export.exporter.registry import Model, resolve
 from himap_export.graphs.errors import Exit, HimapError
@@ -46,8 +46,8 @@ def source_of(bundle: Bundle, named: str | None, vision_tower: Path | None = Non
 def _check_sizes(bundle: Bundle, model: Model) -> None:
     own = bundle.manifest.images[bundle.image_name()]
     try:
-        decoder, (vision,) = describe(model, Picture(own.size, own.tiles))
-        rules = model.family.prompt(model.config)
+        decoder, (vision,) = describe(model, ImageOptions(own.size, own.tiles))
+        rules = model.family.prompt()
     except HimapError as problem:
         raise _misfit(bundle, model, str(problem)) from None
     mine, his = ({name: getattr(spec, name) for name in SIZES} for spec in (bundle.manifest.decoder, decoder))
