@@ -15,6 +15,7 @@ from himap_export.exporter.plans import KEYS, flag_plans, named_plans
 from himap_export.exporter.registry import Model
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.flops import StageCost, paper_ratio, stage_costs, true_ratio
+from himap_export.graphs.importance import require_scores
 from himap_export.graphs.plan import PruningPlan, TokenBudget, Visual, align
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
@@ -113,6 +114,7 @@ def plan_export(model: Model, asked: Request) -> Planned:
     decoder, visions = describe(model, *(ImageOptions(size, asked.tiles) for size in sizes))
     for vision in visions:
         for name, plan in plans.items():
+            require_scores(plan)
             kept = plan.check(decoder.layers).kept(vision.tokens)
             for text in texts:
                 visual = align(kept, text, asked.align) if asked.align is not None else kept

@@ -40,7 +40,22 @@ def source_of(bundle: Bundle, named: str | None, vision_tower: Path | None = Non
         hint = "give it with --model"
         raise HimapError(f"the model of {bundle.folder} is not at {source}", hint=hint, code=Exit.MISSING) from None
     _check_sizes(bundle, model)
+    _check_criteria(bundle)
     return Source(model.folder, model.tower, model.family.own_image)
+
+
+def _check_criteria(bundle: Bundle) -> None:
+    from himap_export.validate.reference.criteria import CRITERIA  # torch: seconds to import
+
+    for variant in bundle.manifest.variants:
+        for cut in variant.plan.cuts:
+            if cut.criterion not in CRITERIA:
+                details, hint = (
+                    f"known: {', '.join(CRITERIA)}",
+                    "one of your own is registered with its reference before",
+                )
+                summary = f"{bundle.folder} is cut by {cut.criterion}, which no reference ranks by"
+                raise HimapError(summary, details, hint, Exit.USAGE)
 
 
 def _check_sizes(bundle: Bundle, model: Model) -> None:
