@@ -1,16 +1,14 @@
 """The part of config.json that we and transformers' configuration classes act on: typed, bounded, and all they see.
 
-A field that is absent stays absent: what it then is, transformers says. Unknown fields are left out, for transformers
-acts on many: a number of labels becomes a table, a named kernel is fetched and run.
+A field that is absent stays absent: what it then is, transformers says; of a release that it does not know, we do.
+Unknown fields are left out, for transformers acts on many: a number of labels becomes a table, a named kernel is run.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, TypeAlias, TypeVar
 
-import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from himap_export.engines.documents import Id, typed
+from himap_export.engines.documents import Id
 from himap_export.engines.image import MAX_SIDE
 from himap_export.graphs.spec import Heads, Layers, Width
 
@@ -217,19 +215,37 @@ class Qwen3Vl(Common, frozen=True, kw_only=True):
 
 
 class LlavaOriginal(Text, frozen=True, kw_only=True):
-    """`LlavaLlamaForCausalLM`. `vision_config`: the tower's own config.json, put in by the registry."""
+    """`LlavaLlamaForCausalLM`, with its code's defaults. `vision_config`: the tower's own config.json, put in by the
+    registry."""
 
     hidden_size: Width
     vision_config: Given[ReleasedTower] = UNSET
     mm_vision_tower: Given[Name] = UNSET
     vision_tower: Given[Name] = UNSET
-    mm_vision_select_layer: Given[Index] = UNSET
-    mm_vision_select_feature: Given[Name] = UNSET
-    mm_projector_type: Given[Name] = UNSET
+    mm_vision_select_layer: Index = -2
+    mm_vision_select_feature: Name = "patch"
+    mm_projector_type: Name = "linear"
     mm_hidden_size: Given[Width] = UNSET
-    mm_patch_merge_type: Given[Name] = UNSET
-    mm_use_im_start_end: Given[bool] = UNSET
-    image_aspect_ratio: Given[Name | None] = UNSET
+    mm_patch_merge_type: Name = "flat"
+    mm_use_im_start_end: bool = False
+    image_aspect_ratio: Name | None = None
+
+
+class InternVit6B(Tower, frozen=True, kw_only=True):
+    """A `ReleasedTower` that is an InternViT-6B, with its code's defaults."""
+
+    hidden_size: Width
+    intermediate_size: Width
+    hidden_act: Name = "gelu"
+    patch_size: Patch
+    num_hidden_layers: Layers
+    num_attention_heads: Heads
+    num_channels: Patch = 3
+    image_size: Side
+    layer_norm_eps: Epsilon = 1e-6
+    norm_type: Name = "rms_norm"
+    qkv_bias: bool = False
+    qk_normalization: bool = True
 
 
 class Visual(Struct, frozen=True, kw_only=True):
@@ -243,11 +259,11 @@ class Visual(Struct, frozen=True, kw_only=True):
     output_dim: Width
     patch_size: Patch
     width: Width
-    n_queries: Given[Width] = UNSET
+    n_queries: Width = 256
 
 
 class QwenVl(Common, frozen=True, kw_only=True):
-    """`QWenLMHeadModel`, of 2023."""
+    """`QWenLMHeadModel`, of 2023, with its code's defaults."""
 
     hidden_size: Width
     intermediate_size: Annotated[int, Meta(ge=2, le=2**21, multiple_of=2)]  # of gate and up together
@@ -258,19 +274,12 @@ class QwenVl(Common, frozen=True, kw_only=True):
     seq_length: Positions
     max_position_embeddings: Positions
     layer_norm_epsilon: Epsilon
-    rotary_emb_base: Given[Theta] = UNSET
-    rotary_pct: Given[Factor] = UNSET
-    no_bias: Given[bool] = UNSET
-    use_dynamic_ntk: Given[bool] = UNSET
-    use_logn_attn: Given[bool] = UNSET
+    rotary_emb_base: Theta = 10000.0
+    rotary_pct: Factor = 1.0
+    no_bias: bool = True
+    use_dynamic_ntk: bool = True
+    use_logn_attn: bool = True
     bf16: Given[bool | None] = UNSET
     fp16: Given[bool | None] = UNSET
     fp32: Given[bool | None] = UNSET
     visual: Visual
-
-
-def known_fields(config: Mapping[str, Any], kind: type[Struct], where: str) -> dict[str, Any]:
-    """What `config` says of the fields of `kind`, and nothing else. HimapError (usage) names a field that is not as
-    `kind` has it, by its place in `where`."""
-    found: dict[str, Any] = msgspec.to_builtins(typed(config, kind, where))
-    return found

@@ -4,7 +4,6 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -34,7 +33,6 @@ from himap_export.engines.prompt import TOKENIZER
 from himap_export.engines.weight_file import StoredTensor, check_finite, read_header
 from himap_export.exporter.bind import WeightNames, bind, fitting
 from himap_export.exporter.checkpoint import Checkpoint, open_checkpoint
-from himap_export.exporter.family import tied
 from himap_export.exporter.planning import Planned
 from himap_export.exporter.processor import ProcessorData, alias_processor, read_processor
 from himap_export.exporter.store import store_weights, write_weights
@@ -74,7 +72,7 @@ class Export:
         for image, spec in p.images.items():
             name = self._vision_name(image)
             self.graphs[name] = vision_graph(
-                name, p.model.family, p.model.config, spec, batch, p.decoder.hidden, p.dtype, self.names
+                name, p.model.family, spec, batch=batch, hidden=p.decoder.hidden, dtype=p.dtype, names=self.names
             )
         return ", ".join(f"{spec.tokens} image tokens of {name}" for name, spec in p.images.items())
 
@@ -190,8 +188,8 @@ def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: boo
     for name in planned.backends:
         load_backend(name).check(planned.dtype, planned.gather)
     checkpoint = _checkpoint(planned)
-    config, family = planned.model.config, planned.model.family
-    names = WeightNames(checkpoint.names, partial(family.names, config), tied(config))
+    family = planned.model.family
+    names = WeightNames(checkpoint.names, family.names, family.tied)
     _check_weights(planned, checkpoint, names)
     processor = _processor(planned, checkpoint)
     with work_folder(out, overwrite) as work:
@@ -206,7 +204,7 @@ def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: boo
 def _checkpoint(p: Planned) -> Checkpoint:
     """The checkpoint's folder opened; for an alias without one, what the registry knows of it."""
     if p.model.folder is None:
-        return Checkpoint(Path(), p.model.config, {}, {}, frozenset())
+        return Checkpoint(Path(), p.model.family.fields, {}, {}, frozenset())
     return open_checkpoint(p.model.folder, p.weights != "absent", p.model.tower)
 
 
@@ -228,8 +226,8 @@ def _check_weights(p: Planned, checkpoint: Checkpoint, names: WeightNames) -> No
 
 def _processor(p: Planned, checkpoint: Checkpoint) -> ProcessorData:
     if p.model.folder is None:
-        return alias_processor(p.model.family, p.model.config, p.images)
-    return read_processor(checkpoint.folder, p.model.family, p.model.config, p.images)
+        return alias_processor(p.model.family, p.images)
+    return read_processor(checkpoint.folder, p.model.family, p.images)
 
 
 def _location(stored: StoredTensor) -> str:
@@ -246,7 +244,7 @@ def _specs(values: Iterable[ir.Value]) -> dict[str, TensorSpec]:
 
 def _model_record(p: Planned, checkpoint: Checkpoint) -> ModelRecord:
     """Token ids as transformers' `generate` takes them: generation_config.json first, then config.json."""
-    config, rules = p.model.config, p.model.family.prompt(p.model.config)
+    config, rules = p.model.family.fields, p.model.family.prompt()
     told = (checkpoint.generation, config.get("text_config", {}), config)
     eos = next((c["eos_token_id"] for c in told if c.get("eos_token_id") is not None), list(rules.eos))
     pad = next((c["pad_token_id"] for c in told if c.get("pad_token_id") is not None), rules.pad)

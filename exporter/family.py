@@ -1,17 +1,21 @@
-"""What an export must know of a family of models: one row of functions over its config.json.
+"""What an export must know of a family of models: a class over its typed config.json.
 
-Adding a family is writing such a row; docs/add-a-model.md goes through it.
+Adding a family is writing such a class; docs/add-a-model.md goes through it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from himap_export.engines.documents import typed
 from himap_export.engines.image import ImagePreprocessing
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import DecoderSpec
@@ -22,12 +26,14 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 # Those of transformers that published towers and projectors use, or used.
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish")
+DECODER_ROLES = ("layers.", "embed_tokens.", "norm.", "lm_head.")
 T = TypeVar("T")
+S = TypeVar("S", bound=Struct)
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What the user asked the image to be: `size` (height, width) in pixels, `tiles` in number; None: the model's."""
+class ImageOptions:
+    """What the user asked images to be: `size` (height, width) in pixels, `tiles` in number; None: the model's."""
 
     size: tuple[int, int] | None = None
     tiles: int | None = None
@@ -73,42 +79,91 @@ class PromptRules:
     stop: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Family:
-    """One architecture of config.json. HimapError (usage) from any of these for a configuration they cannot follow.
+class Family(ABC, Generic[S]):
+    """One architecture of config.json, over one such file. Its methods raise HimapError (usage) for a configuration
+    that the graphs cannot follow.
 
-    `module`: the tower and projector without storage (meta device), as `exporter/vision.py` exports it. `names`: the
-    names under which checkpoints store a tensor, the published checkpoints' first. Its role is a decoder name as in
-    `graphs` ("layers.0.self_attn.q_proj.weight", "lm_head.weight") or a parameter's name in `module`. A name with
-    `[a:b]` behind it is those rows of a fused tensor. `image`: how pictures become pixels if the checkpoint does not
-    say. `tokenizer`: makes tokenizer.json's content for a checkpoint folder that has none, if it can. `tower`: another
-    checkpoint, folder or Hugging Face id, that holds the vision tower's tensors. `own_image`: the release's code makes
-    pictures as `image` says, whatever a preprocessor_config.json beside it says. `schema`: the fields of config.json,
-    and all of it that the functions are given. `model_type`: the name by which transformers knows the model, if it
-    does; which tokenizers it takes depends on it.
+    `architecture` is config.json's name for it; `schema` types the fields that the family knows. `model_type` is the
+    name by which transformers knows the model, if it does: which tokenizers it takes depends on it. `own_image`: the
+    release's code makes pixels as `image` says, whatever a preprocessor_config.json beside it says. `head_names` and
+    the prefixes say under which names checkpoints store a role, the published checkpoints' first.
     """
 
-    architecture: str
-    decoder: Callable[[Config], DecoderSpec]
-    vision: Callable[[Config, Picture], VisionSpec]
-    module: Callable[[Config, VisionSpec, "torch.dtype"], "torch.nn.Module"]
-    names: Callable[[Config, str], Iterator[str]]
-    prompt: Callable[[Config], PromptRules]
-    image: Callable[[Config, VisionSpec], ImagePreprocessing]
-    tokenizer: Callable[[Path, PromptRules], bytes | None] = lambda folder, rules: None
-    tower: Callable[[Config], str | None] = lambda config: None
-    own_image: bool = False
-    model_type: str = ""
-    schema: type[Struct] = field(kw_only=True)
+    architecture: ClassVar[str]
+    schema: ClassVar[type[Struct]]
+    model_type: ClassVar[str] = ""
+    own_image: ClassVar[bool] = False
+    decoder_prefixes: ClassVar[tuple[str, ...]] = ("model.",)
+    vision_prefixes: ClassVar[tuple[str, ...]] = ("", "model.")
+    head_names: ClassVar[tuple[str, ...]] = ("lm_head.weight",)
+
+    def __init__(self, config: S) -> None:
+        self.config = config
+
+    @classmethod
+    def parse(cls, config: Config, where: str = "config.json") -> Self:
+        """Returns the family over what `config` says of the fields of its schema, found in `where`."""
+        return cls(typed(config, cls.schema, where))  # type: ignore[arg-type]  # `schema` is S, which no ClassVar can say
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """The fields of `config` as JSON has them, without those that it leaves open."""
+        found: dict[str, Any] = msgspec.to_builtins(self.config)
+        return found
+
+    @property
+    def tied(self) -> bool:
+        """Whether a head that the checkpoint does not store is the embedding's matrix."""
+        told = self.fields.get("tie_word_embeddings", self.fields.get("text_config", {}).get("tie_word_embeddings"))
+        return bool(told)
+
+    @abstractmethod
+    def decoder(self) -> DecoderSpec:
+        """Returns the decoder's numbers."""
+
+    @abstractmethod
+    def vision(self, asked: ImageOptions) -> VisionSpec:
+        """Returns what the vision graph takes and gives for images as `asked`."""
+
+    @abstractmethod
+    def module(self, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.Module":
+        """Returns tower and projector without storage (meta device), as `exporter/vision.py` exports them."""
+
+    @abstractmethod
+    def prompt(self) -> PromptRules:
+        """Returns how prompts look where the checkpoint does not say."""
+
+    @abstractmethod
+    def image(self, spec: VisionSpec) -> ImagePreprocessing:
+        """Returns how images become pixels where the checkpoint does not say."""
+
+    def names(self, role: str) -> Iterator[str]:
+        """Yields the names under which checkpoints store a tensor, the published checkpoints' first.
+
+        `role` is a decoder name as in `graphs` ("layers.0.self_attn.q_proj.weight", "lm_head.weight") or a parameter's
+        name in `module`. A name with `[a:b]` behind it is those rows of a fused tensor.
+        """
+        if role == "lm_head.weight":
+            yield from self.head_names
+        else:
+            prefixes = self.decoder_prefixes if role.startswith(DECODER_ROLES) else self.vision_prefixes
+            yield from (prefix + role for prefix in prefixes)
+
+    def tokenizer(self, folder: Path) -> bytes | None:
+        """Returns tokenizer.json's content for a checkpoint folder that has none; None if it cannot be made."""
+        return None
+
+    def tower(self) -> str | None:
+        """Returns the folder or Hugging Face id of another checkpoint that holds the vision tower's tensors, if any."""
+        return None
+
+    def with_tower(self, config: Config, where: str) -> Self:
+        """Returns the family that knows the config.json of its `tower`, found in `where`."""
+        raise NotImplementedError(f"{self.architecture} has its vision tower")
 
 
-def tied(config: Config) -> bool:
-    """Whether the head is the embedding's matrix."""
-    return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
-
-
-def built(kind: type[T], config: Config) -> T:
-    """transformers' configuration class `kind` from a copy of `config`: it writes into the dictionaries it is given.
+def make_config(kind: type[T], config: Config) -> T:
+    """Returns transformers' configuration class `kind` from a copy of `config`: it writes into what it is given.
 
     The copy says nothing of the weights' type, which is asked for where a module is made. transformers says nothing of
     ids that it would rather have otherwise."""
@@ -121,23 +176,17 @@ def built(kind: type[T], config: Config) -> T:
     return kind(**copy)
 
 
-def only_kinds(what: str, part: Config, *supported: str) -> None:
-    """HimapError (usage) unless `part` of a configuration is of one of `supported` types, the first if it says none:
-    transformers would make whatever class it names."""
-    only(what, part.get("model_type", supported[0]), *supported)
-
-
-def text_spec(text: Any, ropes: tuple[str, ...] = ("default",), **more: Any) -> DecoderSpec:
-    """The decoder of one of transformers' text configurations, with `more` fields that this family adds or changes.
+def llama_decoder(text: Any, ropes: tuple[str, ...] = ("default",), **more: Any) -> DecoderSpec:
+    """Returns the decoder of one of transformers' text configurations, with `more` fields that a family changes.
 
     HimapError (usage) for an activation, a rotary embedding (but `ropes`), a sliding window or heads that no graph has.
     """
     rope, bias = text.rope_parameters or {}, getattr(text, "attention_bias", False)
-    only("activation", text.hidden_act, "silu")
-    only("rotary embedding", rope.get("rope_type", "default"), *ropes)
-    only("partial rotary factor", rope.get("partial_rotary_factor", 1.0), 1.0)
+    require_supported("activation", text.hidden_act, "silu")
+    require_supported("rotary embedding", rope.get("rope_type", "default"), *ropes)
+    require_supported("partial rotary factor", rope.get("partial_rotary_factor", 1.0), 1.0)
     for kind in dict.fromkeys(getattr(text, "layer_types", None) or ()):
-        only("kind of layer", kind, "full_attention")
+        require_supported("kind of layer", kind, "full_attention")
     found = DecoderSpec(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
@@ -154,14 +203,8 @@ def text_spec(text: Any, ropes: tuple[str, ...] = ("default",), **more: Any) -> 
     )
     groups, rest = divmod(found.heads, found.kv_heads)
     require(groups > 0 and not rest, f"{found.heads} attention heads are not shared evenly by {found.kv_heads}")
-    require(found.head_dim % 2 == 0, f"heads of {found.head_dim} cannot be rotated by halves")
+    require_even_heads(found.head_dim)
     return replace(found, **more)
-
-
-def only(what: str, found: object, *supported: object) -> None:
-    """HimapError (usage) unless `found` is one of `supported`."""
-    if found not in supported:
-        raise HimapError(f"unsupported {what} {found}", f"supported: {', '.join(map(str, supported))}", code=Exit.USAGE)
 
 
 def require(holds: bool, otherwise: str) -> None:
@@ -170,19 +213,40 @@ def require(holds: bool, otherwise: str) -> None:
         raise HimapError("unsupported configuration", otherwise, code=Exit.USAGE)
 
 
-def check_tower(width: int, heads: int, activation: str, multiple: int = 1) -> None:
+def require_supported(what: str, found: object, *supported: object) -> None:
+    """HimapError (usage) unless `found` is one of `supported`."""
+    if found not in supported:
+        raise HimapError(f"unsupported {what} {found}", f"supported: {', '.join(map(str, supported))}", code=Exit.USAGE)
+
+
+def require_model_type(what: str, part: Config, *supported: str) -> None:
+    """HimapError (usage) unless `part` of a configuration is of one of `supported` types, the first if it says none:
+    transformers would make whatever class it names."""
+    require_supported(what, part.get("model_type", supported[0]), *supported)
+
+
+def require_even_heads(head_dim: int) -> None:
+    """HimapError (usage) for heads that rotary positions cannot turn."""
+    require(head_dim % 2 == 0, f"heads of {head_dim} cannot be rotated by halves")
+
+
+def require_tower(width: int, heads: int, activation: str, multiple: int = 1) -> None:
     """HimapError (usage) unless a vision tower's `width` falls into `heads`, a `multiple` of numbers each, and its
     `activation` is one that transformers has."""
     even = width % (heads * multiple) == 0
     require(even, f"a vision tower of {width} channels has no {heads} equal heads of a multiple of {multiple}")
-    only("activation of the vision tower", activation, *ACTIVATIONS)
+    require_supported("activation of the vision tower", activation, *ACTIVATIONS)
 
 
-def fixed_size(asked: Picture, size: tuple[int, int]) -> tuple[int, int]:
-    """`size`, of a tower that takes one picture of this one size; HimapError (usage) if anything else was asked for."""
-    if asked.size not in (None, size):
-        details = f"this model's pictures are {size[1]}x{size[0]}"
-        raise HimapError(f"--image-size {asked.size[1]}x{asked.size[0]} does not fit", details, code=Exit.USAGE)
+def require_whole(asked: ImageOptions) -> None:
+    """HimapError (usage) if `asked` are tiles, of a model that has none."""
     if asked.tiles not in (None, 1):
-        raise HimapError(f"--tiles {asked.tiles} does not fit", "this model sees its picture whole", code=Exit.USAGE)
+        raise HimapError(f"{asked.tiles} tiles do not fit", "this model sees its image whole", code=Exit.USAGE)
+
+
+def fixed_size(asked: ImageOptions, size: tuple[int, int]) -> tuple[int, int]:
+    """Returns `size`, of a tower that takes images of this one; HimapError (usage) if another was asked for."""
+    if asked.size not in (None, size):
+        details = f"this model's images are {size[1]}x{size[0]}"
+        raise HimapError(f"an image size of {asked.size[1]}x{asked.size[0]} does not fit", details, code=Exit.USAGE)
     return size

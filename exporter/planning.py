@@ -10,11 +10,12 @@ from himap_export.engines.backends import Gather
 from himap_export.engines.documents import typed
 from himap_export.engines.image import MAX_PIXELS, MAX_SIDE
 from himap_export.engines.manifest import WeightForm
-from himap_export.exporter.family import Picture, PromptRules, VisionSpec, require
+from himap_export.exporter.family import ImageOptions, PromptRules, VisionSpec, require
 from himap_export.exporter.plans import KEYS, flag_plans, named_plans
 from himap_export.exporter.registry import Model
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.flops import StageCost, paper_ratio, stage_costs, true_ratio
+from himap_export.graphs.importance import require_scores
 from himap_export.graphs.plan import PruningPlan, TokenBudget, Visual, align
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
@@ -104,15 +105,16 @@ class Planned:
 
 def plan_export(model: Model, asked: Request) -> Planned:
     """Fills in what was left open and checks the whole; HimapError (usage) for a plan that the model cannot follow."""
-    dtype = asked.dtype or _own_dtype(model.config, asked.backends)
+    dtype = asked.dtype or _own_dtype(model.family.fields, asked.backends)
     sizes, plans = dict.fromkeys(asked.image_sizes or (None,)), _plans(asked)
     texts, variants = dict.fromkeys(asked.text_budgets), list[PlannedVariant]()
     if (count := len(sizes) * len(plans) * len(texts)) > MOST_VARIANTS:
         details = f"{len(sizes)} pictures, {len(plans)} plans, {len(texts)} text budgets: at most {MOST_VARIANTS}"
         raise HimapError(f"{count} variants are too many for one bundle", details, code=Exit.USAGE)
-    decoder, visions = describe(model, *(Picture(size, asked.tiles) for size in sizes))
+    decoder, visions = describe(model, *(ImageOptions(size, asked.tiles) for size in sizes))
     for vision in visions:
         for name, plan in plans.items():
+            require_scores(plan)
             kept = plan.check(decoder.layers).kept(vision.tokens)
             for text in texts:
                 visual = align(kept, text, asked.align) if asked.align is not None else kept
@@ -124,13 +126,13 @@ def plan_export(model: Model, asked: Request) -> Planned:
     return Planned(model, decoder, tuple(variants), dtype, *same)
 
 
-def describe(model: Model, *pictures: Picture) -> tuple[DecoderSpec, tuple[VisionSpec, ...]]:
-    """The model's decoder, and its vision graph for each of `pictures` (none: its own). HimapError (usage) if its
-    config.json is damaged, not supported, or knows no such picture."""
-    family, config = model.family, model.config
+def describe(model: Model, *images: ImageOptions) -> tuple[DecoderSpec, tuple[VisionSpec, ...]]:
+    """The model's decoder, and its vision graph for each of `images` (none: its own). HimapError (usage) if its
+    config.json is damaged, not supported, or knows no such image."""
+    family = model.family
     try:
-        seen = tuple(family.vision(config, picture) for picture in pictures or (Picture(),))
-        decoder, rules = family.decoder(config), family.prompt(config)
+        seen = tuple(family.vision(asked) for asked in images or (ImageOptions(),))
+        decoder, rules = family.decoder(), family.prompt()
     except (HimapError, MemoryError, ModuleNotFoundError):
         raise
     except Exception as problem:  # transformers checks a configuration with errors of many kinds
@@ -177,7 +179,7 @@ def _plans(asked: Request) -> dict[str, PruningPlan]:
 
 
 def _check_positions(model: Model, budget: TokenBudget) -> None:
-    limit, needed = model.family.prompt(model.config).positions, budget.capacity[0]
+    limit, needed = model.family.prompt().positions, budget.capacity[0]
     if needed > limit:
         details = f"image, text and new tokens take {needed} positions, the model has {limit}"
         raise HimapError("the budgets are too long", details, "lower --text-budget or --max-new-tokens", Exit.USAGE)

@@ -20,7 +20,7 @@ from himap_export.engines.image import CLIP_MEAN, CLIP_STD, RESAMPLING, ImagePre
 from himap_export.engines.prompt import QUESTION, TOKENIZER, PromptFormat, read_tokenizer
 from himap_export.engines.scratch import scratch_folder
 from himap_export.exporter.config import Name, Side
-from himap_export.exporter.family import Config, Family, PromptRules, VisionSpec
+from himap_export.exporter.family import Family, PromptRules, VisionSpec
 from himap_export.exporter.template import MOST_TEXT, render
 from himap_export.graphs.errors import Exit, HimapError
 
@@ -108,33 +108,41 @@ class ProcessorData:
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def alias_processor(family: Family, config: Config, visions: Mapping[str, VisionSpec]) -> ProcessorData:
-    """Of a published model without its checkpoint: its prompt is known, its tokenizer comes with the weights."""
-    rules = family.prompt(config)
-    images = {name: family.image(config, spec) for name, spec in visions.items()}
-    return ProcessorData(images, PromptFormat(rules.template, rules.image_text, image_id=rules.image_token))
+def alias_processor(family: Family[Any], images: Mapping[str, VisionSpec]) -> ProcessorData:
+    """Returns that of a published model without its checkpoint: its prompt is known, its tokenizer comes with the
+    weights."""
+    return ProcessorData(_own_images(family, images), _own_prompt(family))
 
 
-def read_processor(folder: Path, family: Family, config: Config, visions: Mapping[str, VisionSpec]) -> ProcessorData:
-    """Reads the processor of the checkpoint in `folder`; where it does not say, its family does.
+def read_processor(folder: Path, family: Family[Any], images: Mapping[str, VisionSpec]) -> ProcessorData:
+    """Returns the processor of the checkpoint in `folder`, for `images` by name. Where it does not say, `family` does.
 
     HimapError: damaged files, an image processor or an option that is not supported, sizes that are not the vision
     tower's, a chat template without exactly one image and one question, a tokenizer at odds with the model.
     """
-    rules = family.prompt(config)
     processor = _read(folder / "processor_config.json", Files)
     flat = processor.image_processor
     if flat is None and os.path.lexists(path := folder / "preprocessor_config.json"):
         flat = read_json(path, dict[str, Any], "image processor", code=Exit.FAILURE)
     flat = {} if family.own_image or flat is None else flat
-    images = {name: _image(flat, family.image(config, spec)) for name, spec in visions.items()}
+    how = {name: _image(flat, default) for name, default in _own_images(family, images).items()}
+    prompt = _own_prompt(family)
     if os.path.lexists(folder / TOKENIZER):
-        return _with_tokenizer(folder, family.model_type, processor, rules, images)
-    made = family.tokenizer(folder, rules)
-    if made is None:
-        return ProcessorData(images, None)
-    prompt = PromptFormat(rules.template, rules.image_text, image_id=rules.image_token)
-    return ProcessorData(images, prompt, {TOKENIZER: made})
+        tokenizer = _load_tokenizer(folder, family.model_type)
+        prompt = _told_prompt(folder, processor, tokenizer, family.prompt(), prompt)
+        # Written from what transformers loaded: it may add tokens and BOS rules that the file itself does not hold.
+        return ProcessorData(how, prompt, {TOKENIZER: tokenizer.backend_tokenizer.to_str().encode()})
+    made = family.tokenizer(folder)
+    return ProcessorData(how, None) if made is None else ProcessorData(how, prompt, {TOKENIZER: made})
+
+
+def _own_images(family: Family[Any], images: Mapping[str, VisionSpec]) -> dict[str, ImagePreprocessing]:
+    return {name: family.image(spec) for name, spec in images.items()}
+
+
+def _own_prompt(family: Family[Any]) -> PromptFormat:
+    rules = family.prompt()
+    return PromptFormat(rules.template, rules.image_text, image_id=rules.image_token)
 
 
 def _image(found: Mapping[str, Any], default: ImagePreprocessing) -> ImagePreprocessing:
@@ -153,15 +161,11 @@ def _image(found: Mapping[str, Any], default: ImagePreprocessing) -> ImagePrepro
     return image
 
 
-def _with_tokenizer(
-    folder: Path,
-    model_type: str,
-    processor: Files,
-    rules: PromptRules,
-    images: Mapping[str, ImagePreprocessing],
-) -> ProcessorData:
+def _told_prompt(
+    folder: Path, processor: Files, tokenizer: Any, rules: PromptRules, default: PromptFormat
+) -> PromptFormat:
+    """Returns the prompt as the checkpoint's chat template and tokenizer tell it, else as `default` has it."""
     template = _chat_template(folder, processor)
-    tokenizer = _load_tokenizer(folder, model_type)
     told = getattr(tokenizer, "image_token", None)
     image_token = (told if isinstance(told, str) else None) or processor.image_token or rules.image_text
     known = tokenizer.backend_tokenizer.token_to_id(image_token)
@@ -172,14 +176,11 @@ def _with_tokenizer(
     if template is None and isinstance(own, str) and image_token in own:
         template = own  # Hugging Face would refuse: its processor has none; the tokenizer's places the image, so use it
     if template is None:
-        prompt = PromptFormat(rules.template.replace(rules.image_text, image_token), image_token)
-    else:
-        prompt = _render(template, tokenizer.special_tokens_map, image_token)
-        before, after = rules.surround
-        prompt = replace(prompt, template=prompt.template.replace(image_token, before + image_token + after))
-    # Written from what transformers loaded: it may add tokens and BOS rules that the file itself does not hold.
-    prompt = replace(prompt, image_id=rules.image_token)
-    return ProcessorData(images, prompt, {TOKENIZER: tokenizer.backend_tokenizer.to_str().encode()})
+        text = default.template.replace(rules.image_text, image_token)
+        return replace(default, template=text, image_token=image_token)
+    prompt = _render(template, tokenizer.special_tokens_map, image_token)
+    text = prompt.template.replace(image_token, image_token.join(rules.surround))
+    return replace(prompt, template=text, image_id=rules.image_token)
 
 
 def _kind(config: Mapping[str, Any]) -> str:

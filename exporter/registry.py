@@ -9,13 +9,18 @@ from typing import Any, Final
 from himap_export.engines.documents import typed
 from himap_export.exporter.aliases import ALIASES
 from himap_export.exporter.checkpoint import read_config
-from himap_export.exporter.config import Head, ReleasedTower, known_fields
-from himap_export.exporter.families import internvl, llava, llava_original, qwen2_5_vl, qwen3_vl, qwen_vl
-from himap_export.exporter.family import Family
+from himap_export.exporter.config import Head
+from himap_export.exporter.families.internvl import InternVl
+from himap_export.exporter.families.llava import Llava
+from himap_export.exporter.families.llava_original import LlavaOriginal
+from himap_export.exporter.families.qwen2_5_vl import Qwen25Vl
+from himap_export.exporter.families.qwen3_vl import Qwen3Vl
+from himap_export.exporter.families.qwen_vl import QwenVl
+from himap_export.exporter.family import Config, Family
 from himap_export.graphs.errors import Exit, HimapError, suggestion
 
-_ROWS = (llava.FAMILY, llava_original.FAMILY, qwen_vl.FAMILY, qwen2_5_vl.FAMILY, qwen3_vl.FAMILY, internvl.FAMILY)
-FAMILIES = {family.architecture: family for family in _ROWS}
+AnyFamily = type[Family[Any]]
+_FAMILIES: dict[str, AnyFamily] = {}
 _HUB_ID: Final = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 # What an export reads of a repository on the hub: never code, never pickles.
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.tiktoken", "tokenizer.model")
@@ -23,19 +28,41 @@ _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.tiktoken", "tokenizer.mode
 
 @dataclass(frozen=True)
 class Model:
-    """A model as named by the user: its family, the fields of its configuration that the family knows, and its folder
-    once the weights are there.
+    """A model as named by the user: its family over its configuration, and its folder once the weights are there.
 
-    `tower`: the folder of another checkpoint that holds its vision tower, if there is one; its config.json stands in
-    `config` as "vision_config".
+    `tower`: the folder of another checkpoint that holds its vision tower, if there is one; the family knows its
+    config.json.
     """
 
     name: str
     source: str
-    family: Family
-    config: dict[str, Any]
+    family: Family[Any]
     folder: Path | None
     tower: Path | None = None
+
+
+def register_family(family: AnyFamily) -> AnyFamily:
+    """Makes `family` the one that checkpoints of its architecture are exported by; returns it, to serve as a decorator.
+
+    HimapError (usage) if another family has that architecture.
+    """
+    if _FAMILIES.setdefault(family.architecture, family) is not family:
+        details = "one architecture has one family"
+        raise HimapError(f"{family.architecture} is registered already", details, code=Exit.USAGE)
+    return family
+
+
+for _family in (Llava, LlavaOriginal, QwenVl, Qwen25Vl, Qwen3Vl, InternVl):
+    register_family(_family)
+
+
+def find_family(config: Config, where: str) -> AnyFamily:
+    """Returns the family of config.json's first architecture; HimapError (usage) if there is none."""
+    found = (typed(config, Head, f"{where}: config.json").architectures or ["(none named)"])[0]
+    if found not in _FAMILIES:
+        supported = f"supported: {', '.join(_FAMILIES)}"
+        raise HimapError(f"{where}: unsupported architecture {found[:80]}", supported, code=Exit.USAGE)
+    return _FAMILIES[found]
 
 
 def resolve(
@@ -62,8 +89,7 @@ def resolve(
     if checkpoint:
         raise HimapError(f"{checkpoint} is no folder", "--checkpoint holds the weights of an alias", code=Exit.USAGE)
     if alias and not weights:
-        family = _family(name, alias.config)
-        return Model(name, source, family, known_fields(alias.config, family.schema, name), None)
+        return Model(name, source, find_family(alias.config, name).parse(alias.config, name), None)
     if alias is None and not _HUB_ID.fullmatch(source):
         known = f"aliases: {', '.join(ALIASES)}; or a Hugging Face id, or a folder{suggestion(source, ALIASES)}"
         raise HimapError(f"unknown model {name[:80]}", known, code=Exit.USAGE)
@@ -74,16 +100,13 @@ def resolve(
     return _model(name, source, own, folder, weights, vision_tower)
 
 
-def _model(
-    name: str, source: str, config: dict[str, Any], folder: Path, weights: bool, vision_tower: Path | None
-) -> Model:
-    family, where = _family(name, config), f"{name[:200]}: config.json"
-    config = known_fields(config, family.schema, where)
-    named = family.tower(config)
+def _model(name: str, source: str, config: Config, folder: Path, weights: bool, vision_tower: Path | None) -> Model:
+    family = find_family(config, name[:200]).parse(config, f"{name[:200]}: config.json")
+    named = family.tower()
     if named is None:
         if vision_tower is not None:
             raise HimapError(f"{name} has its vision tower", hint="leave --vision-tower out", code=Exit.USAGE)
-        return Model(name, source, family, config, folder)
+        return Model(name, source, family, folder)
     tower = vision_tower or _inside(folder, named)
     if tower is None and _HUB_ID.fullmatch(named):
         tower = _download(named, None, weights)
@@ -92,8 +115,7 @@ def _model(
         details = details if tower is None else f"{tower} is no folder"
         hint = "give the folder of the tower's checkpoint with --vision-tower DIR"
         raise HimapError(f"{name}: the vision tower's folder is not there", details, hint, Exit.MISSING)
-    own = known_fields(read_config(tower), ReleasedTower, f"{tower}: config.json")
-    return Model(name, source, family, {"vision_config": own, **config}, folder, tower)
+    return Model(name, source, family.with_tower(read_config(tower), f"{tower}: config.json"), folder, tower)
 
 
 def _inside(folder: Path, named: str) -> Path | None:
@@ -111,14 +133,6 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except (OSError, ValueError):  # a name that no file can have
         return False
-
-
-def _family(name: str, config: dict[str, Any]) -> Family:
-    found = (typed(config, Head, f"{name[:200]}: config.json").architectures or ["(none named)"])[0]
-    if found not in FAMILIES:
-        supported = f"supported: {', '.join(FAMILIES)}"
-        raise HimapError(f"{name}: unsupported architecture {found[:80]}", supported, code=Exit.USAGE)
-    return FAMILIES[found]
 
 
 def _download(source: str, revision: str | None, weights: bool) -> Path:

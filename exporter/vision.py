@@ -13,7 +13,7 @@ import torch
 from onnxscript import OpBuilder
 from onnxscript.rewriter import pattern
 
-from himap_export.exporter.family import Config, Family, VisionSpec
+from himap_export.exporter.family import Family, VisionSpec
 from himap_export.graphs.build import IR_VERSION, OPSET, StageGraph
 from himap_export.graphs.decoder import Names
 from himap_export.graphs.spec import Dtype
@@ -23,12 +23,12 @@ TORCH_DTYPE: Mapping[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch
 
 
 def vision_graph(
-    name: str, family: Family, config: Config, spec: VisionSpec, batch: int, hidden: int, dtype: Dtype, names: Names
+    name: str, family: Family[Any], spec: VisionSpec, *, batch: int, hidden: int, dtype: Dtype, names: Names
 ) -> StageGraph:
     """`pixel_values` [B*tiles,3,H,W] to `image_features` and `deepstack_*` [B,V0,D]; weights are inputs, named by
     `names` of the module's. What the module computed from its configuration alone, its `constants` by the names of
     their buffers, is written into the graph."""
-    module = family.module(config, spec, TORCH_DTYPE[dtype])
+    module = family.module(spec, TORCH_DTYPE[dtype])
     pixels = torch.empty((batch * spec.tiles, spec.channels, *spec.size), dtype=TORCH_DTYPE[dtype], device="meta")
     outputs = ["image_features", *(f"deepstack_{n}" for n in range(spec.deepstack))]
     with _quiet(), torch.inference_mode():

@@ -6,15 +6,17 @@ fp32 beside the fused attention, and only for those rows: probabilities accumula
 baselines, random and uniform, look at no attention at all.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
 from himap_export.graphs.build import dim
-from himap_export.graphs.plan import Criterion
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.plan import Criterion, PruningPlan
 from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, DecoderSpec
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
@@ -84,7 +86,7 @@ def random_score(s: ScoringContext) -> ir.Value:
         x = op.Mod(x, PRIME)
         fourth = op.Mod(op.Mul(square := op.Mod(op.Mul(x, x), PRIME), square), PRIME)
         x = op.Add(op.Mod(op.Mul(fourth, x), PRIME), constant)
-    return _of_images(s, op.Cast(op.Mod(x, 2**24), to=FLOAT))
+    return op.Cast(op.Mod(x, 2**24), to=FLOAT)
 
 
 def uniform_score(s: ScoringContext) -> ir.Value:
@@ -93,11 +95,12 @@ def uniform_score(s: ScoringContext) -> ir.Value:
     nth = op.CumSum(op.Cast(op.Equal(s.token_type, IMAGE), to=INT64), 1)
     after = op.Div(op.Mul(nth, s.keep), s.visual)
     before = op.Div(op.Mul(op.Max(op.Sub(nth, 1), 0), s.keep), s.visual)
-    return _of_images(s, op.Cast(op.Greater(after, before), to=FLOAT))
+    return op.Cast(op.Greater(after, before), to=FLOAT)
 
 
-# Each gives [B,S] fp32: the score of image tokens, +inf for all others, which always stay.
-SCORES: Mapping[Criterion, Callable[[ScoringContext], ir.Value]] = {
+Score = Callable[[ScoringContext], ir.Value]
+# Each gives [B,S] fp32: of the image tokens those that score highest stay; what it says of others is not looked at.
+SCORES: dict[str, Score] = {
     "instruction": instruction_score,
     "image": image_score,
     "last": last_score,
@@ -105,6 +108,32 @@ SCORES: Mapping[Criterion, Callable[[ScoringContext], ir.Value]] = {
     "random": random_score,
     "uniform": uniform_score,
 }
+
+
+def register_score(criterion: str, score: Score) -> None:
+    """Lets plans cut by `criterion`, a name of small letters, digits, _ and -.
+
+    HimapError (usage) for any other name, or one that is taken."""
+    try:
+        msgspec.convert(criterion, Criterion)
+    except msgspec.ValidationError:
+        details = "a name is up to 64 small letters, digits, _ and -, a letter first"
+        raise HimapError(f"{criterion[:80]!r} cannot name a criterion", details, code=Exit.USAGE) from None
+    if SCORES.setdefault(criterion, score) is not score:
+        raise HimapError(f"there is a criterion {criterion}", f"known: {', '.join(SCORES)}", code=Exit.USAGE)
+
+
+def require_scores(plan: PruningPlan) -> None:
+    """HimapError (usage) if nobody has said how one of the plan's criteria ranks."""
+    for cut in plan.cuts:
+        if cut.criterion not in SCORES:
+            details, hint = f"known: {', '.join(SCORES)}", "one of your own is registered before it is used"
+            raise HimapError(f"unknown criterion {cut.criterion}", details, hint, Exit.USAGE)
+
+
+def importance(criterion: str, s: ScoringContext) -> ir.Value:
+    """[B,S] fp32: the score of image tokens by `criterion`, a key of SCORES; +inf for all others, which always stay."""
+    return s.op.Where(s.op.Equal(s.token_type, IMAGE), SCORES[criterion](s), float("inf"))
 
 
 def positions_of(op: OpBuilder, flags: ir.Value, tokens: int, count: int) -> ir.Value:
@@ -118,10 +147,6 @@ def _is(s: ScoringContext, rows: ir.Value, token_type: int) -> ir.Value:
     """1 for the `rows` [B,R] of that type, else 0: [B,1,1,R] fp32."""
     same = s.op.Equal(s.op.GatherElements(s.token_type, rows, axis=1), token_type)
     return s.op.Unsqueeze(s.op.Cast(same, to=FLOAT), [1, 2])
-
-
-def _of_images(s: ScoringContext, score: ir.Value) -> ir.Value:
-    return s.op.Where(s.op.Equal(s.token_type, IMAGE), score, float("inf"))
 
 
 def _attention(s: ScoringContext, rows: ir.Value, weight: ir.Value) -> ir.Value:
@@ -138,5 +163,4 @@ def _attention(s: ScoringContext, rows: ir.Value, weight: ir.Value) -> ir.Value:
     visible = op.LessOrEqual(op.Unsqueeze(s.position, [1]), seen_from)
     causal = op.Unsqueeze(op.Where(visible, 0.0, float("-inf")), [1])
     probability = op.Softmax(op.Add(logits, causal), axis=-1)
-    received = op.Reshape(op.ReduceMean(op.MatMul(weight, probability), [1], keepdims=0), [batch, tokens])
-    return _of_images(s, received)
+    return op.Reshape(op.ReduceMean(op.MatMul(weight, probability), [1], keepdims=0), [batch, tokens])

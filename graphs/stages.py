@@ -15,7 +15,7 @@ import onnx_ir as ir
 from himap_export.graphs.build import Frame, StageGraph, dim
 from himap_export.graphs.decoder import Attended, Decoder, Names, Rotary, rotary
 from himap_export.graphs.gather import top_k_gather
-from himap_export.graphs.importance import SCORES, ScoringContext
+from himap_export.graphs.importance import ScoringContext, importance
 from himap_export.graphs.plan import PruningPlan, TokenBudget
 from himap_export.graphs.spec import IMAGE, PADDING, DecoderSpec, Dtype, stage_layers
 
@@ -84,7 +84,9 @@ class StagedModel:
             f.op, self.spec, query=a.query, key=a.key, token_type=token_type, position=position, seed=seed,
             layer=cut.layer, visual=before, keep=after, text=self.budget.text,
         )  # fmt: skip
-        f.output(f"score_k{i}", SCORES[cut.criterion](context), (self.budget.batch, self.budget.total[i - 1]), FLOAT)
+        f.output(
+            f"score_k{i}", importance(cut.criterion, context), (self.budget.batch, self.budget.total[i - 1]), FLOAT
+        )
 
     def _last_logits(self, f: Frame, hidden: ir.Value, token_type: ir.Value) -> None:
         """Of each sample's last prompt token; padding lies behind it."""

@@ -8,7 +8,6 @@ import engines_only
 import pytest
 
 from himap_export.exporter.aliases import ALIASES
-from himap_export.exporter.family import tied
 from himap_export.exporter.planning import Request, plan_export
 from himap_export.exporter.registry import resolve
 
@@ -41,13 +40,13 @@ def test_every_alias_plans_without_network_or_weights(name: str) -> None:
     s, v = planned.decoder, planned.variants[0]
     assert v.budget.visual[0] == v.vision.tokens and 0.1 < planned.ratios(v)[0] < 0.6
     attention = s.hidden * s.head_dim * 2 * (s.heads + s.kv_heads)
-    head = s.vocab * s.hidden * (1 if tied(planned.model.config) else 2)
+    head = s.vocab * s.hidden * (1 if planned.model.family.tied else 2)
     parameters = s.layers * (attention + 3 * s.hidden * s.ffn) + head
     size = re.search(r"-(\d+)b", name)
     billions = float(size[1]) if size else 7.7  # Qwen-VL-Chat's language model
     # A name counts the tower in and rounds: 1B is 0.63 and a tower of 0.3, 3B is 3.09, 4B is 4.02.
     assert 0.6 * billions < parameters / 1e9 < 1.15 * billions, parameters / 1e9
-    json.dumps(planned.model.config)
+    json.dumps(planned.model.family.fields)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from himap_export.engines.manifest import (
 from himap_export.engines.weight_file import read_header
 from himap_export.exporter.bind import bind
 from himap_export.exporter.families import llava
-from himap_export.exporter.family import Picture
+from himap_export.exporter.family import ImageOptions
 from himap_export.graphs.build import IR_DTYPE, StageGraph
 from himap_export.graphs.plan import PruningPlan, TokenBudget, himap
 from himap_export.graphs.spec import DecoderSpec, Dtype
@@ -48,8 +48,9 @@ def vision(dtype: Dtype) -> StageGraph:
     text = {"model_type": "llama", "hidden_size": SPEC.hidden, "intermediate_size": SPEC.ffn, "num_hidden_layers": 4}
     text |= {"num_attention_heads": 4, "vocab_size": SPEC.vocab}
     config = {"model_type": "llava", "image_token_index": 95, "text_config": text, "vision_config": tower}
-    spec = llava.FAMILY.vision(config, Picture())
-    return vision_graph("vision", llava.FAMILY, config, spec, 1, SPEC.hidden, dtype, lambda name: name)
+    family = llava.Llava.parse(config)
+    spec = family.vision(ImageOptions())
+    return vision_graph("vision", family, spec, batch=1, hidden=SPEC.hidden, dtype=dtype, names=lambda name: name)
 
 
 def store(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: Dtype) -> None:

@@ -7,7 +7,7 @@ Commands that tests start as processes of their own do without.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,31 @@ def remembering(make: Make, folder: Path) -> Make:
 
     def vision_graph(
         name: str,
-        family: Family,
-        config: Mapping[str, Any],
+        family: Family[Any],
         spec: VisionSpec,
+        *,
         batch: int,
         hidden: int,
         dtype: str,
         names: WeightNames,
     ) -> StageGraph:
         if not isinstance(names, WeightNames):
-            return make(name, family, config, spec, batch, hidden, dtype, names)
-        given = (name, family.architecture, config, repr(spec), batch, hidden, dtype, sorted(names._names), names._tied)
+            return make(name, family, spec, batch=batch, hidden=hidden, dtype=dtype, names=names)
+        given = (
+            name,
+            family.architecture,
+            family.fields,
+            repr(spec),
+            batch,
+            hidden,
+            dtype,
+            sorted(names._names),
+            names._tied,
+        )
         key = hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:20]
         file = folder / f"vision-{key}.onnx"
         if not file.exists():
-            graph = make(name, family, config, spec, batch, hidden, dtype, names)
+            graph = make(name, family, spec, batch=batch, hidden=hidden, dtype=dtype, names=names)
             proto, part = ir.to_proto(graph.model), folder / f"{key}.{os.getpid()}"
             onnx.helper.set_model_props(proto, {"weights": json.dumps(graph.weights)})
             part.write_bytes(proto.SerializeToString())

@@ -25,12 +25,12 @@ def export_baseline(
     None, the model's own. Weights that overflow are saturated: the user has allowed it, or the bundle that is
     compared would not be there. `vision_tower`: the folder of the tower, if the checkpoint lacks it."""
     from himap_export.exporter.export import export
-    from himap_export.exporter.family import Picture
+    from himap_export.exporter.family import ImageOptions
     from himap_export.exporter.planning import Planned, PlannedVariant, describe
     from himap_export.exporter.registry import resolve
 
     model = resolve(str(checkpoint), vision_tower=vision_tower)
-    decoder, (vision,) = describe(model, Picture(image.size, image.tiles) if image else Picture())
+    decoder, (vision,) = describe(model, ImageOptions(image.size, image.tiles) if image else ImageOptions())
     variants = tuple(
         PlannedVariant(name, plan, TokenBudget(visual, like.text, like.new, like.batch), visual, vision)
         for name, (plan, visual) in plans.items()

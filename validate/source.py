@@ -6,7 +6,7 @@ from pathlib import Path
 
 from himap_export.engines.bundle import Bundle
 from himap_export.exporter.checkpoint import open_checkpoint
-from himap_export.exporter.family import Picture
+from himap_export.exporter.family import ImageOptions
 from himap_export.exporter.planning import describe
 from himap_export.exporter.registry import Model, resolve
 from himap_export.graphs.errors import Exit, HimapError
@@ -40,14 +40,29 @@ def source_of(bundle: Bundle, named: str | None, vision_tower: Path | None = Non
         hint = "give it with --model"
         raise HimapError(f"the model of {bundle.folder} is not at {source}", hint=hint, code=Exit.MISSING) from None
     _check_sizes(bundle, model)
+    _check_criteria(bundle)
     return Source(model.folder, model.tower, model.family.own_image)
+
+
+def _check_criteria(bundle: Bundle) -> None:
+    from himap_export.validate.reference.criteria import CRITERIA  # torch: seconds to import
+
+    for variant in bundle.manifest.variants:
+        for cut in variant.plan.cuts:
+            if cut.criterion not in CRITERIA:
+                details, hint = (
+                    f"known: {', '.join(CRITERIA)}",
+                    "one of your own is registered with its reference before",
+                )
+                summary = f"{bundle.folder} is cut by {cut.criterion}, which no reference ranks by"
+                raise HimapError(summary, details, hint, Exit.USAGE)
 
 
 def _check_sizes(bundle: Bundle, model: Model) -> None:
     own = bundle.manifest.images[bundle.image_name()]
     try:
-        decoder, (vision,) = describe(model, Picture(own.size, own.tiles))
-        rules = model.family.prompt(model.config)
+        decoder, (vision,) = describe(model, ImageOptions(own.size, own.tiles))
+        rules = model.family.prompt()
     except HimapError as problem:
         raise _misfit(bundle, model, str(problem)) from None
     mine, his = ({name: getattr(spec, name) for name in SIZES} for spec in (bundle.manifest.decoder, decoder))

@@ -1,1 +1,1 @@
-"""The families of models: one file each with its FAMILY row, beside the towers and tokenizers that they are made of."""
+"""The families of models: a class in a file each, beside the towers and tokenizers that they are made of."""

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def hold(module: "torch.nn.Module", constants: Mapping[str, npt.NDArray[Any]], owner: str = "") -> None:
+def register_constants(module: "torch.nn.Module", constants: Mapping[str, npt.NDArray[Any]], owner: str = "") -> None:
     """Gives the part of `module` called `owner` a meta buffer for each constant; their values become its `constants`.
 
     Call it behind `.to(dtype)`, which would round the tables.

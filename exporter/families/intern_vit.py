@@ -8,34 +8,35 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from himap_export.engines.documents import typed
+from himap_export.exporter.config import InternVit6B
 from himap_export.exporter.families.resize import interpolation, resized
-from himap_export.exporter.family import Config, check_tower, only, require
+from himap_export.exporter.family import Config, require, require_supported, require_tower
 
 if TYPE_CHECKING:
     import torch
 
 MODEL_TYPE = "intern_vit_6b"
-NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "image_size", "patch_size")
 
 
-def check(tower: Config) -> None:
-    """HimapError (usage) for a variation of the tower that `intern_vit` does not follow."""
-    for name in NEEDED:
-        require(name in tower, f"the vision tower's config.json lacks {name}")
-    require(tower["patch_size"] <= tower["image_size"], "the vision tower's patches are larger than its pictures")
-    check_tower(tower["hidden_size"], tower["num_attention_heads"], tower.get("hidden_act", "gelu"))
-    only("activation of the vision tower", tower.get("hidden_act", "gelu"), "gelu")
-    only("norm of the vision tower", tower.get("norm_type", "rms_norm"), "rms_norm")
+def read_tower(config: Config) -> InternVit6B:
+    """Returns the tower's own configuration; HimapError (usage) for one that `intern_vit` does not follow."""
+    tower = typed(config, InternVit6B, "the vision tower's config.json")
+    require(tower.patch_size <= tower.image_size, "the vision tower's patches are larger than its images")
+    require_tower(tower.hidden_size, tower.num_attention_heads, tower.hidden_act)
+    require_supported("activation of the vision tower", tower.hidden_act, "gelu")
+    require_supported("norm of the vision tower", tower.norm_type, "rms_norm")
+    return tower
 
 
-def intern_vit(tower: Config, side: int, layers: int) -> "torch.nn.Module":
-    """The tower's first `layers` layers, from pixels [B,3,side,side] to hidden states [B,1+N,D], class token first.
+def intern_vit(tower: InternVit6B, side: int, layers: int) -> "torch.nn.Module":
+    """Returns the tower's first `layers` layers, from pixels [B,3,side,side] to states [B,1+N,D], class token first.
 
-    Make it on the meta device, cast it to the model's dtype, then let it hold its `constants`.
+    Make it on the meta device, cast it to the model's dtype, then register its `constants`.
     """
     import torch
 
-    learned, patches = tower["image_size"] // tower["patch_size"], side // tower["patch_size"]
+    learned, patches = tower.image_size // tower.patch_size, side // tower.patch_size
 
     class InternVit(torch.nn.Module):
         def __init__(self) -> None:
@@ -59,37 +60,37 @@ def intern_vit(tower: Config, side: int, layers: int) -> "torch.nn.Module":
     return InternVit()
 
 
-def constants(tower: Config, side: int) -> dict[str, npt.NDArray[np.float32]]:
-    """What the module's meta buffers hold, by their names: how positions are resized, which stays in fp32."""
-    learned, patches = tower["image_size"] // tower["patch_size"], side // tower["patch_size"]
-    return {} if learned == patches else {"resize": interpolation(learned, patches, "bicubic")}
+def constants(tower: InternVit6B, side: int) -> dict[str, npt.NDArray[np.float32]]:
+    """Returns what the module's meta buffers hold, by their names: how positions are resized, which stays in fp32."""
+    learned, patches = tower.image_size // tower.patch_size, side // tower.patch_size
+    return {} if learned == patches else {"resize": interpolation(learned, patches)}
 
 
-def _embeddings(tower: Config, learned: int) -> "torch.nn.Module":
+def _embeddings(tower: InternVit6B, learned: int) -> "torch.nn.Module":
     import torch
     from torch.nn import Parameter
 
-    hidden, patch = tower["hidden_size"], tower["patch_size"]
+    hidden, patch = tower.hidden_size, tower.patch_size
     made = torch.nn.Module()
     made.class_embedding = Parameter(torch.empty(1, 1, hidden))
-    made.patch_embedding = torch.nn.Conv2d(tower.get("num_channels", 3), hidden, patch, patch)
+    made.patch_embedding = torch.nn.Conv2d(tower.num_channels, hidden, patch, patch)
     made.position_embedding = Parameter(torch.empty(1, 1 + learned * learned, hidden))
     return made
 
 
-def _layer(tower: Config) -> "torch.nn.Module":
-    """Pre-norm attention and MLP, each scaled per channel before it is added: [B,1+N,D] to the same."""
+def _layer(tower: InternVit6B) -> "torch.nn.Module":
+    """Returns pre-norm attention and MLP, each scaled per channel before it is added: [B,1+N,D] to the same."""
     import torch
     import torch.nn.functional as F
     from torch import nn
 
-    hidden, heads, eps = tower["hidden_size"], tower["num_attention_heads"], tower.get("layer_norm_eps", 1e-6)
-    normed = tower.get("qk_normalization", True)
+    hidden, heads, eps = tower.hidden_size, tower.num_attention_heads, tower.layer_norm_eps
+    normed = tower.qk_normalization
 
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.qkv = nn.Linear(hidden, 3 * hidden, bias=tower.get("qkv_bias", False))
+            self.qkv = nn.Linear(hidden, 3 * hidden, bias=tower.qkv_bias)
             self.proj = nn.Linear(hidden, hidden)
             if normed:
                 self.q_norm, self.k_norm = nn.RMSNorm(hidden, eps), nn.RMSNorm(hidden, eps)
@@ -111,8 +112,8 @@ def _layer(tower: Config) -> "torch.nn.Module":
             self.norm1, self.norm2 = nn.RMSNorm(hidden, eps), nn.RMSNorm(hidden, eps)
             self.attn = Attention()
             self.mlp: Any = nn.Module()
-            self.mlp.fc1 = nn.Linear(hidden, tower["intermediate_size"])
-            self.mlp.fc2 = nn.Linear(tower["intermediate_size"], hidden)
+            self.mlp.fc1 = nn.Linear(hidden, tower.intermediate_size)
+            self.mlp.fc2 = nn.Linear(tower.intermediate_size, hidden)
             self.ls1, self.ls2 = nn.Parameter(torch.empty(hidden)), nn.Parameter(torch.empty(hidden))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:

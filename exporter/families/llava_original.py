@@ -6,33 +6,39 @@ Where the vision tower's tensors lie in a checkpoint of their own, its config.js
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
+from msgspec import UNSET
 from msgspec.structs import replace
 
+from himap_export.engines.documents import typed
 from himap_export.engines.image import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing, clip_preprocessing, mean_color
-from himap_export.exporter.config import LlavaOriginal
-from himap_export.exporter.families import intern_vit
-from himap_export.exporter.families.constants import hold
-from himap_export.exporter.families.sentencepiece import tokenizer
+from himap_export.exporter import config as schemas
+from himap_export.exporter.families import intern_vit, sentencepiece
+from himap_export.exporter.families.constants import register_constants
 from himap_export.exporter.family import (
     Config,
     Family,
-    Picture,
+    ImageOptions,
     PromptRules,
     VisionSpec,
-    built,
-    check_tower,
     fixed_size,
-    only,
+    llama_decoder,
+    make_config,
     require,
-    text_spec,
+    require_supported,
+    require_tower,
+    require_whole,
 )
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:
     import torch
+    from transformers import CLIPVisionConfig, LlamaConfig
 
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -41,157 +47,180 @@ SYSTEM = (
 TEMPLATE = SYSTEM + "USER: <image>\n{prompt} ASSISTANT:"
 
 
-def decoder(config: Config) -> DecoderSpec:
-    from transformers import LlamaConfig
+class LlavaOriginal(Family[schemas.LlavaOriginal]):
+    """LLaVA-1.5 and InternVL-Chat 1.0 as released."""
 
-    return text_spec(built(LlamaConfig, {k: v for k, v in config.items() if k != "vision_config"}))
+    architecture = "LlavaLlamaForCausalLM"
+    schema = schemas.LlavaOriginal
+    model_type = "llava"
+    own_image = True
 
+    @cached_property
+    def text(self) -> "LlamaConfig":
+        """transformers' configuration of the decoder."""
+        from transformers import LlamaConfig
 
-def tower(config: Config) -> str | None:
-    """The Hugging Face id or folder of the checkpoint that holds the vision tower."""
-    named: str | None = config.get("mm_vision_tower", config.get("vision_tower"))
-    return named
+        known = schemas.Text.__struct_fields__
+        return make_config(LlamaConfig, {name: value for name, value in self.fields.items() if name in known})
 
+    @cached_property
+    def intern(self) -> schemas.InternVit6B | None:
+        """The tower's configuration, if it is an InternViT-6B."""
+        found: Config = self.fields.get("vision_config", {})
+        return intern_vit.read_tower(found) if found.get("model_type") == intern_vit.MODEL_TYPE else None
 
-def _is_intern(config: Config) -> bool:
-    return config.get("vision_config", {}).get("model_type") == intern_vit.MODEL_TYPE  # type: ignore[no-any-return]
+    @cached_property
+    def sizes(self) -> "_Sizes":
+        """The vision tower's; HimapError (usage) for one that `module` does not follow."""
+        found: Config = self.fields.get("vision_config", {})
+        require_supported("vision tower", found.get("model_type"), "clip", "clip_vision_model", intern_vit.MODEL_TYPE)
+        if tower := self.intern:
+            # Trained at 224 px; its authors' CLIPVisionTower chooses by the tower's name.
+            side = 448 if "448" in (self.tower() or "") else 336
+            return _Sizes(side, tower.patch_size, tower.hidden_size, tower.num_hidden_layers, tower.num_channels)
+        clip = self.clip
+        require_tower(clip.hidden_size, clip.num_attention_heads, clip.hidden_act)
+        return _Sizes(clip.image_size, clip.patch_size, clip.hidden_size, clip.num_hidden_layers, clip.num_channels)
 
-
-def _tower(config: Config) -> tuple[Config, bool, int]:
-    """The vision tower's own configuration, whether it is an InternViT-6B, and the side of its pictures in pixels.
-
-    HimapError (usage) for one that `module` does not follow."""
-    found: Config = config.get("vision_config", {})
-    kind = found.get("model_type")
-    only("vision tower", kind, "clip", "clip_vision_model", intern_vit.MODEL_TYPE)
-    if not _is_intern(config):
+    @cached_property
+    def clip(self) -> "CLIPVisionConfig":
+        """transformers' configuration of the tower, which may stand beside a text encoder's, as openai's does."""
         from transformers import CLIPVisionConfig
 
-        found = found.get("vision_config", found)  # of a CLIP with its text encoder, as openai's
-        full = built(CLIPVisionConfig, found)
-        check_tower(full.hidden_size, full.num_attention_heads, full.hidden_act)
-        return full.to_dict(), False, full.image_size
-    intern_vit.check(found)
-    # Trained at 224 px; its authors' CLIPVisionTower chooses by the tower's name.
-    return found, True, 448 if "448" in (tower(config) or "") else 336
+        found = self.fields["vision_config"]
+        return make_config(CLIPVisionConfig, found.get("vision_config", found))
+
+    @property
+    def layers(self) -> int:
+        """How many of the tower's layers are read: state 0 is the embeddings', and one state is wanted."""
+        select, depth = self.config.mm_vision_select_layer, self.sizes.depth
+        require(-depth - 1 <= select <= depth, f"mm_vision_select_layer {select} of a vision tower of {depth} layers")
+        return select % (depth + 1)
+
+    def tower(self) -> str | None:
+        found = self.config.vision_tower if self.config.mm_vision_tower is UNSET else self.config.mm_vision_tower
+        return None if found is UNSET else found
+
+    def with_tower(self, config: Config, where: str) -> Self:
+        if self.config.vision_config is not UNSET:
+            return self
+        return type(self)(replace(self.config, vision_config=typed(config, schemas.ReleasedTower, where)))
+
+    def decoder(self) -> DecoderSpec:
+        return llama_decoder(self.text)
+
+    def vision(self, asked: ImageOptions) -> VisionSpec:
+        config, tower, _ = self.config, self.sizes, self.layers
+        self._projector_depth()
+        feature, width = config.mm_vision_select_feature, self.fields.get("mm_hidden_size", tower.width)
+        require_supported("mm_vision_select_feature", feature, "patch", "cls_patch")
+        require_supported("image_aspect_ratio", config.image_aspect_ratio, None, "square", "pad")
+        require_supported("mm_patch_merge_type", config.mm_patch_merge_type, "flat")
+        require_supported("mm_hidden_size", width, tower.width)
+        require_whole(asked)
+        patches = tower.side // tower.patch
+        size = fixed_size(asked, (tower.side, tower.side))
+        tokens = patches * patches + (feature == "cls_patch")
+        return VisionSpec(size, tower.channels, tokens, (patches, patches))
+
+    def names(self, role: str) -> Iterator[str]:
+        """Yields the checkpoint's names, then for the tower those of a checkpoint of its own."""
+        if role.startswith("vision_tower."):
+            rest = role.removeprefix("vision_tower.").removeprefix("vision_model.")
+            variants = (rest,) if self.intern else (f"vision_model.{rest}", rest)
+            for prefix in ("model.vision_tower.vision_tower.", ""):
+                yield from (prefix + variant for variant in variants)
+        else:
+            yield role if role == "lm_head.weight" else f"model.{role}"
+
+    def prompt(self) -> PromptRules:
+        require_supported("mm_use_im_start_end", self.config.mm_use_im_start_end, False)
+        eos = self.fields.get("eos_token_id", 2)
+        return PromptRules(
+            image_token=-200,
+            image_text="<image>",
+            template=TEMPLATE,
+            positions=self.text.max_position_embeddings,
+            eos=tuple(eos) if isinstance(eos, list) else (eos,),
+            pad=self.fields.get("pad_token_id"),
+        )
+
+    def image(self, spec: VisionSpec) -> ImagePreprocessing:
+        how = clip_preprocessing(spec.size[0])
+        if self.intern:
+            how = replace(how, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        return replace(how, pad_color=mean_color(how.mean)) if self.config.image_aspect_ratio == "pad" else how
+
+    def tokenizer(self, folder: Path) -> bytes | None:
+        return sentencepiece.tokenizer_json(folder, self.prompt().image_text)
+
+    def _projector_depth(self) -> int | None:
+        """Returns the linear layers of the projector's MLP; None for one linear layer by itself, 0 for no projector."""
+        kind, width, hidden = self.config.mm_projector_type, self.sizes.width, self.config.hidden_size
+        if kind == "identity":
+            require_supported("width of the vision tower under an identity projector", width, hidden)
+            return 0
+        depth = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
+        if depth is None:
+            require_supported("mm_projector_type", kind, "linear", "mlp2x_gelu", "mlpNx_gelu", "identity")
+        return int(depth[1]) if depth else None
+
+    def _projector(self) -> "torch.nn.Module":
+        """Returns [...,width] to [...,D], as build_vision_projector in llava/model/multimodal_projector/builder.py."""
+        from torch import nn
+
+        depth, width, hidden = self._projector_depth(), self.sizes.width, self.config.hidden_size
+        if depth == 0:
+            return nn.Identity()
+        if depth is None:
+            return nn.Linear(width, hidden)
+        deeper = (layer for _ in range(depth - 1) for layer in (nn.GELU(), nn.Linear(hidden, hidden)))
+        return nn.Sequential(nn.Linear(width, hidden), *deeper)
+
+    def _vision_tower(self) -> "torch.nn.Module":
+        """Returns the tower up to the layer whose states are selected: pixels to states [B,1+N,width]."""
+        if self.intern:
+            return intern_vit.intern_vit(self.intern, self.sizes.side, self.layers)
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        needed = {**self.clip.to_dict(), "num_hidden_layers": self.layers}
+        made: torch.nn.Module = CLIPVisionModel(CLIPVisionConfig(**needed, attn_implementation="sdpa"))
+        return made
+
+    def module(self, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.Module":
+        """Returns the tower and the projector."""
+        import torch
+
+        family, tower = self, self.sizes
+        whole, side = spec.tokens > spec.grid[0] * spec.grid[1], tower.side // tower.patch
+
+        class Vision(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.vision_tower, self.mm_projector = family._vision_tower(), family._projector()
+
+            def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+                seen = self.vision_tower(pixel_values)
+                states = seen if family.intern else seen.last_hidden_state  # of CLIP: before its last norm
+                features: torch.Tensor = self.mm_projector(states if whole else states[:, 1:])
+                return features
+
+        with torch.device("meta"):
+            made = Vision().to(dtype).eval()
+        if self.intern:
+            register_constants(made, intern_vit.constants(self.intern, tower.side), "vision_tower")
+        else:
+            places = np.arange(side**2 + 1)[None]
+            made.constants = {"vision_tower.embeddings.position_ids": places}  # type: ignore[assignment]
+        return made
 
 
-def _layers(config: Config, depth: int) -> int:
-    """How many of the tower's `depth` layers are read: state 0 is the embeddings', and one state is wanted."""
-    select: int = config.get("mm_vision_select_layer", -2)
-    require(-depth - 1 <= select <= depth, f"mm_vision_select_layer {select} of a vision tower of {depth} layers")
-    return select % (depth + 1)
+@dataclass(frozen=True)
+class _Sizes:
+    """A vision tower's: pixels of an image's and of a patch's `side`, `width` of its states, `depth` in layers."""
 
-
-def vision(config: Config, asked: Picture) -> VisionSpec:
-    found, _, side = _tower(config)
-    _layers(config, found["num_hidden_layers"])
-    _projector_depth(config, found["hidden_size"])
-    feature = config.get("mm_vision_select_feature", "patch")
-    only("mm_vision_select_feature", feature, "patch", "cls_patch")
-    only("image_aspect_ratio", config.get("image_aspect_ratio"), None, "square", "pad")
-    only("mm_patch_merge_type", config.get("mm_patch_merge_type", "flat"), "flat")
-    only("mm_hidden_size", config.get("mm_hidden_size", found["hidden_size"]), found["hidden_size"])
-    patches = side // found["patch_size"]
-    size = fixed_size(asked, (side, side))
-    tokens = patches * patches + (feature == "cls_patch")
-    return VisionSpec(size, found.get("num_channels", 3), tokens, (patches, patches))
-
-
-def names(config: Config, role: str) -> Iterator[str]:
-    """The checkpoint's names, then for the tower those of a checkpoint of its own."""
-    if role.startswith("vision_tower."):
-        rest = role.removeprefix("vision_tower.").removeprefix("vision_model.")
-        variants = (rest,) if _is_intern(config) else (f"vision_model.{rest}", rest)
-        for prefix in ("model.vision_tower.vision_tower.", ""):
-            yield from (prefix + variant for variant in variants)
-    else:
-        yield role if role == "lm_head.weight" else f"model.{role}"
-
-
-def prompt(config: Config) -> PromptRules:
-    only("mm_use_im_start_end", config.get("mm_use_im_start_end", False), False)
-    eos = config.get("eos_token_id", 2)
-    return PromptRules(
-        image_token=-200,
-        image_text="<image>",
-        template=TEMPLATE,
-        positions=config.get("max_position_embeddings", 2048),
-        eos=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
-        pad=config.get("pad_token_id"),
-    )
-
-
-def image(config: Config, spec: VisionSpec) -> ImagePreprocessing:
-    how = clip_preprocessing(spec.size[0])
-    if _is_intern(config):
-        how = replace(how, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    if config.get("image_aspect_ratio") != "pad":
-        return how
-    return replace(how, pad_color=mean_color(how.mean))
-
-
-def _projector_depth(config: Config, width: int) -> int | None:
-    """Linear layers of the projector's MLP; None for one linear layer by itself, 0 for no projector."""
-    kind = config.get("mm_projector_type", "linear")
-    if kind == "identity":
-        only("width of the vision tower under an identity projector", width, config["hidden_size"])
-        return 0
-    depth = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
-    if depth is None:
-        only("mm_projector_type", kind, "linear", "mlp2x_gelu", "mlpNx_gelu", "identity")
-    return int(depth[1]) if depth else None
-
-
-def _projector(config: Config, width: int) -> "torch.nn.Module":
-    """[...,width] to [...,D], as build_vision_projector in llava/model/multimodal_projector/builder.py."""
-    from torch import nn
-
-    depth, hidden = _projector_depth(config, width), config["hidden_size"]
-    if depth == 0:
-        return nn.Identity()
-    if depth is None:
-        return nn.Linear(width, hidden)
-    deeper = (layer for _ in range(depth - 1) for layer in (nn.GELU(), nn.Linear(hidden, hidden)))
-    return nn.Sequential(nn.Linear(width, hidden), *deeper)
-
-
-def module(config: Config, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.Module":
-    """The tower up to the layer whose states are selected, and the projector."""
-    import torch
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    found, intern, side = _tower(config)
-    layers = _layers(config, found["num_hidden_layers"])
-    whole = spec.tokens > spec.grid[0] * spec.grid[1]
-
-    class Vision(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            if intern:
-                self.vision_tower = intern_vit.intern_vit(found, side, layers)
-            else:
-                needed = CLIPVisionConfig(**{**found, "num_hidden_layers": layers}, attn_implementation="sdpa")
-                self.vision_tower = CLIPVisionModel(needed)
-            self.mm_projector = _projector(config, found["hidden_size"])
-
-        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-            seen = self.vision_tower(pixel_values)
-            states = seen if intern else seen.last_hidden_state  # of CLIP: before its last norm
-            features: torch.Tensor = self.mm_projector(states if whole else states[:, 1:])
-            return features
-
-    with torch.device("meta"):
-        made = Vision().to(dtype).eval()
-    if intern:
-        hold(made, intern_vit.constants(found, side), "vision_tower")
-    else:
-        places = np.arange((side // found["patch_size"]) ** 2 + 1)[None]
-        made.constants = {"vision_tower.embeddings.position_ids": places}  # type: ignore[assignment]
-    return made
-
-
-FAMILY = Family(
-    "LlavaLlamaForCausalLM", decoder, vision, module, names, prompt, image, tokenizer=tokenizer, tower=tower,
-    own_image=True, model_type="llava", schema=LlavaOriginal,
-)  # fmt: skip
+    side: int
+    patch: int
+    width: int
+    depth: int
+    channels: int

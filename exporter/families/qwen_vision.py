@@ -1,21 +1,33 @@
-"""What the towers of Qwen2.5-VL and Qwen3-VL share: static sizes, the order of patches, rotary tables, attention.
+"""What Qwen2.5-VL and Qwen3-VL share: prompts, static sizes, the order of patches, rotary tables, attention.
 
-Hugging Face's towers read the picture's grid at run time and see all pictures as one ragged sequence. Here the grid is
-known, so whatever depends on it alone is a table written into the graph, and pictures are a batch [B,N,D], N patches.
+Hugging Face's towers read the image's grid at run time and see all images as one ragged sequence. Here the grid is
+known, so whatever depends on it alone is a table written into the graph, and images are a batch [B,N,D], N patches.
 Letters of this file: m `spatial_merge_size`, N patches, V = N / m^2 merged tokens.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from himap_export.engines.image import ImagePreprocessing, mean_color
-from himap_export.exporter.family import Config, Picture, PromptRules, VisionSpec, check_tower, only
+from himap_export.exporter.family import (
+    Family,
+    ImageOptions,
+    PromptRules,
+    S,
+    VisionSpec,
+    llama_decoder,
+    require_supported,
+    require_tower,
+    require_whole,
+)
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:
     import torch
@@ -27,50 +39,62 @@ IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 USER = f"<|im_start|>user\n{IMAGE}{{prompt}}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def vision_spec(tower: Any, asked: Picture, deepstack: int = 0) -> VisionSpec:
-    """Of a Hugging Face vision config; HimapError (usage) for a size that is no whole number of merged patches."""
-    only("frames of a patch", tower.temporal_patch_size, 2)
-    check_tower(tower.hidden_size, tower.num_heads, tower.hidden_act, multiple=4)  # rows and columns turn pairs
-    if asked.tiles not in (None, 1):
-        raise HimapError(f"--tiles {asked.tiles} does not fit", "this model sees its picture whole", code=Exit.USAGE)
-    unit = tower.patch_size * tower.spatial_merge_size
-    near = max(1, round(DEFAULT_SIDE / unit)) * unit
-    height, width = size = asked.size or (near, near)
-    if height % unit or width % unit or min(size) < unit:
-        # Halves round up: `round` would take them to the even multiple.
-        fits = [max(1, (side + unit // 2) // unit) * unit for side in size]
-        details = f"both sides must be multiples of {unit}; the nearest size is {fits[1]}x{fits[0]}"
-        raise HimapError(f"--image-size {width}x{height} does not fit", details, code=Exit.USAGE)
-    grid = (height // unit, width // unit)
-    return VisionSpec(size, tower.in_channels, grid[0] * grid[1], grid, deepstack=deepstack)
+class QwenFamily(Family[S]):
+    """What both models say alike, over the transformers' configuration `full` of each."""
 
+    system: ClassVar[str] = ""
+    mean: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
+    std: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
 
-def prompt_rules(config: Config, system: str, positions: int) -> PromptRules:
-    """ChatML, `system` in front; ids as in every published checkpoint."""
-    return PromptRules(
-        config.get("image_token_id", 151655),
-        "<|image_pad|>",
-        system + USER,
-        positions,
-        eos=(151645, 151643),
-        pad=151643,
-    )
+    @property
+    @abstractmethod
+    def full(self) -> Any:
+        """transformers' configuration."""
 
+    def prompt(self) -> PromptRules:
+        """Returns ChatML, `system` in front; ids as in every published checkpoint."""
+        return PromptRules(
+            image_token=self.fields.get("image_token_id", 151655),
+            image_text="<|image_pad|>",
+            template=self.system + USER,
+            positions=self.full.text_config.max_position_embeddings,
+            eos=(151645, 151643),
+            pad=151643,
+        )
 
-def letterboxed(
-    spec: VisionSpec, mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> ImagePreprocessing:
-    """The whole picture within `spec.size`; the rest has the mean colour, which normalises to about zero."""
-    color = mean_color(mean)
-    return ImagePreprocessing(
-        resize=spec.size, crop=None, resample="bicubic", mean=mean, std=std, pad_color=color, letterbox=True
-    )
+    def image(self, spec: VisionSpec) -> ImagePreprocessing:
+        """Returns the whole image within `spec.size`; the rest has the mean colour, which normalises to about zero."""
+        return ImagePreprocessing(
+            resize=spec.size, crop=None, resample="bicubic", mean=self.mean, std=self.std,
+            pad_color=mean_color(self.mean), letterbox=True,
+        )  # fmt: skip
 
+    def rotated_decoder(self, sections: Sequence[int], axes: tuple[int, ...], **more: Any) -> DecoderSpec:
+        """Returns the decoder under M-RoPE, frequency i turned by the position's coordinate `axes[i]`.
 
-def only_whole_heads(sections: Sequence[int], head_dim: int) -> None:
-    """HimapError (usage) for M-RoPE that does not turn the whole head."""
-    only("sum of mrope_section", sum(sections), head_dim // 2)
-    only("number of mrope_section", len(sections), 3)
+        HimapError (usage) for `sections` that do not turn the whole head."""
+        spec = llama_decoder(self.full.text_config, ROPES, rope_axes=axes, **more)
+        require_supported("sum of mrope_section", sum(sections), spec.head_dim // 2)
+        require_supported("number of mrope_section", len(sections), 3)
+        return spec
+
+    def vision_spec(self, asked: ImageOptions, deepstack: int = 0) -> VisionSpec:
+        """Returns the tower's sizes; HimapError (usage) for a size that is no whole number of merged patches."""
+        tower = self.full.vision_config
+        require_supported("width of vision features", tower.out_hidden_size, self.full.text_config.hidden_size)
+        require_supported("frames of a patch", tower.temporal_patch_size, 2)
+        require_tower(tower.hidden_size, tower.num_heads, tower.hidden_act, multiple=4)  # rows and columns turn pairs
+        require_whole(asked)
+        unit = tower.patch_size * tower.spatial_merge_size
+        near = max(1, round(DEFAULT_SIDE / unit)) * unit
+        height, width = size = asked.size or (near, near)
+        if height % unit or width % unit or min(size) < unit:
+            # Halves round up: `round` would take them to the even multiple.
+            fits = [max(1, (side + unit // 2) // unit) * unit for side in size]
+            details = f"both sides must be multiples of {unit}; the nearest size is {fits[1]}x{fits[0]}"
+            raise HimapError(f"an image size of {width}x{height} does not fit", details, code=Exit.USAGE)
+        grid = (height // unit, width // unit)
+        return VisionSpec(size, tower.in_channels, grid[0] * grid[1], grid, deepstack=deepstack)
 
 
 @dataclass(frozen=True)
@@ -90,7 +114,7 @@ class Windows:
 
 
 def windows(grid: tuple[int, int], side: int) -> Windows:
-    """Windows of `side` x `side` merged tokens, the last row and column of them cut off at the picture's edge.
+    """Windows of `side` x `side` merged tokens, the last row and column of them cut off at the image's edge.
 
     As in transformers' `get_vision_window_index`, but the ragged windows come last so that each size is one batch.
     """
@@ -114,7 +138,7 @@ def patch_order(grid: tuple[int, int], merge: int, order: Array) -> Array:
 def rotary_tables(tower: Any, columns: int, patches: Array) -> tuple[Array, Array]:
     """cos and sin [N,E/2] in fp32: half of the frequencies turn by a patch's row, half by its column.
 
-    `columns` patches wide is the picture; `patches` their places in reading order. As Hugging Face's
+    `columns` patches wide is the image; `patches` their places in reading order. As Hugging Face's
     Qwen2_5_VLVisionRotaryEmbedding, whose tables hold each half twice.
     """
     rope, half = getattr(tower, "rope_parameters", None) or {}, tower.hidden_size // tower.num_heads // 2
@@ -126,7 +150,7 @@ def rotary_tables(tower: Any, columns: int, patches: Array) -> tuple[Array, Arra
 
 
 def embed(proj: Any, pixels: "torch.Tensor", order: "torch.Tensor") -> "torch.Tensor":
-    """Patches [B,N,D] in `order`, of pixels [B,3,H,W]: `proj`, a Conv3d over frames, of a picture that stands still.
+    """Patches [B,N,D] in `order`, of pixels [B,3,H,W]: `proj`, a Conv3d over frames, of an image that stands still.
 
     The frames become channels: a Conv2d over [c0,c0,c1,c1,..] adds the same products as the Conv3d over two frames.
     """

@@ -12,19 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from himap_export.exporter.families.constants import hold
+from himap_export.exporter.config import Visual
+from himap_export.exporter.families.constants import register_constants
 from himap_export.exporter.families.resize import interpolation, resized
-from himap_export.exporter.family import Config
 
 EPS = 1e-6  # of every LayerNorm
 CHANNELS = 3
 HEAD_DIM = 128  # of the resampler; config.json does not say
 POSITIONS = 256  # learned by the tower, a square; config.json does not say
-
-
-def queries(visual: Config) -> int:
-    """V, the image tokens that one picture becomes, whatever its size."""
-    return int(visual.get("n_queries", 256))
 
 
 class Attention(nn.Module):
@@ -65,9 +60,9 @@ class Resampler(nn.Module):
 
     attn: Any
 
-    def __init__(self, visual: Config) -> None:
+    def __init__(self, visual: Visual) -> None:
         super().__init__()
-        width, hidden, count = visual["width"], visual["output_dim"], queries(visual)
+        width, hidden, count = visual.width, visual.output_dim, visual.n_queries
         self.heads = hidden // HEAD_DIM
         self.pos_embed = nn.Parameter(torch.empty(count, hidden))
         self.query = nn.Parameter(torch.empty(count, hidden))
@@ -91,10 +86,10 @@ class Tower(nn.Module):
 
     transformer: Any
 
-    def __init__(self, visual: Config) -> None:
+    def __init__(self, visual: Visual) -> None:
         super().__init__()
-        width, hidden, patch = visual["width"], visual["output_dim"], visual["patch_size"]
-        blocks = [Block(width, visual["heads"], int(width * visual["mlp_ratio"])) for _ in range(visual["layers"])]
+        width, hidden, patch = visual.width, visual.output_dim, visual.patch_size
+        blocks = [Block(width, visual.heads, int(width * visual.mlp_ratio)) for _ in range(visual.layers)]
         self.conv1 = nn.Conv2d(CHANNELS, width, patch, patch, bias=False)
         self.positional_embedding = nn.Parameter(torch.empty(POSITIONS, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width, EPS), nn.LayerNorm(hidden, EPS)
@@ -116,7 +111,7 @@ class Tower(nn.Module):
 class Vision(nn.Module):
     """The tower under the name it has in the release."""
 
-    def __init__(self, visual: Config) -> None:
+    def __init__(self, visual: Visual) -> None:
         super().__init__()
         self.visual = Tower(visual)
 
@@ -125,12 +120,13 @@ class Vision(nn.Module):
         return features
 
 
-def tower(visual: Config, dtype: torch.dtype) -> Vision:
-    """config.json's "visual" as a module on the meta device; what its buffers hold is in its `constants`."""
+def tower(visual: Visual, dtype: torch.dtype) -> Vision:
+    """Returns config.json's "visual" as a module on the meta device; what its buffers hold is in its `constants`."""
     with torch.device("meta"):
         made = Vision(visual).to(dtype).eval()
-    side = visual["image_size"] // visual["patch_size"]
+    side = visual.image_size // visual.patch_size
     # Resizing is done in fp32, as the release does, whatever the model's dtype.
-    sides = {"patch_resize": isqrt(POSITIONS), "key_resize": isqrt(queries(visual))}
-    hold(made, {name: interpolation(old, side, "bicubic") for name, old in sides.items() if old != side}, "visual")
+    sides = {"patch_resize": isqrt(POSITIONS), "key_resize": isqrt(visual.n_queries)}
+    resizing = {name: interpolation(old, side) for name, old in sides.items() if old != side}
+    register_constants(made, resizing, "visual")
     return made

@@ -13,37 +13,24 @@ if TYPE_CHECKING:
     import torch
 
 
-def interpolation(old: int, new: int, mode: str) -> NDArray[np.float32]:
-    """The matrix that resizes one axis of ``old`` samples to ``new`` ones, as a grid resized in two dimensions does.
-
-    Args:
-        old: samples along the axis before resizing, at least 1.
-        new: samples along the axis after resizing, at least 1.
-        mode: "bicubic" (the only one), in the meaning of ``torch.nn.functional.interpolate(align_corners=False)``.
-
-    Returns:
-        float32 array of shape [new, old]; ``matrix @ rows @ matrix.T`` resizes a square grid.
-
-    Raises:
-        ValueError: the mode is another, or a length is below 1.
-    """
+def interpolation(old: int, new: int) -> NDArray[np.float32]:
+    """Returns the matrix [new, old] that resizes one axis of a grid bicubically: `matrix @ rows @ matrix.T` resizes a
+    square one as ``torch.nn.functional.interpolate(align_corners=False)`` does. ValueError for a length below 1."""
     import torch
     from torch.nn import functional
 
-    if mode != "bicubic":
-        raise ValueError(f"no interpolation {mode!r}: only 'bicubic'")
     if old < 1 or new < 1:
         raise ValueError(f"cannot resize {old} samples to {new}")
     # One channel per unit vector, constant along the width: the height is then resized alone.
     with torch.device("cpu"):
         units = torch.eye(old, dtype=torch.float32)[None, :, :, None]
-        columns = functional.interpolate(units, size=(new, 1), mode=mode, align_corners=False)
+        columns = functional.interpolate(units, size=(new, 1), mode="bicubic", align_corners=False)
     matrix: NDArray[np.float32] = columns[0, :, :, 0].T.contiguous().numpy()
     return matrix
 
 
 def resized(positions: "torch.Tensor", weights: "torch.Tensor | None") -> "torch.Tensor":
-    """Positions [n*n,C] of a square grid for [m*m,C]: rows, then columns, through `weights` [m,n], in fp32."""
+    """Returns positions [n*n,C] of a square grid as [m*m,C]: rows, then columns, through `weights` [m,n], in fp32."""
     if weights is None:
         return positions
     n, channels = weights.shape[1], positions.shape[-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from himap_export.engines.documents import MEGABYTE, Id, read_file, read_json
-from himap_export.exporter.family import PromptRules, only
+from himap_export.exporter.family import require_supported
 from himap_export.graphs.errors import Exit, HimapError
 
 SPACE = "\u2581"  # SentencePiece's
@@ -19,8 +19,8 @@ MOST_BYTES = 64 * MEGABYTE  # of a tokenizer.model: the largest published ones t
 MOST_LETTERS = 1000  # of a piece: all its halves are looked up
 
 
-def tokenizer(folder: Path, rules: PromptRules) -> bytes | None:
-    """tokenizer.json's content, `rules.image_text` the token behind all others; None without a tokenizer.model.
+def tokenizer_json(folder: Path, image_text: str) -> bytes | None:
+    """Returns tokenizer.json's content, `image_text` the token behind all others; None without a tokenizer.model.
 
     Special tokens that a prompt spells (`</s>`) are those tokens, and the text behind one gets a leading space, as in
     the slow tokenizer with `legacy`. HimapError for a damaged file, or a SentencePiece model unlike LLaMA's.
@@ -54,7 +54,7 @@ def tokenizer(folder: Path, rules: PromptRules) -> bytes | None:
     made.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     known = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED] + _added(folder, len(vocab))
     made.add_tokens([AddedToken(token, normalized=False) for token in known])
-    made.add_special_tokens([AddedToken(rules.image_text, normalized=False)])
+    made.add_special_tokens([AddedToken(image_text, normalized=False)])
     bos = proto.pieces[proto.trainer_spec.bos_id].piece
     made.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, proto.trainer_spec.bos_id)]
@@ -63,7 +63,7 @@ def tokenizer(folder: Path, rules: PromptRules) -> bytes | None:
 
 
 def _read(path: Path) -> Any:
-    """The ModelProto in `path`, if it is a model like LLaMA's."""
+    """Returns the ModelProto in `path`, if it is a model like LLaMA's."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from transformers.convert_slow_tokenizer import import_protobuf
 
@@ -78,14 +78,15 @@ def _read(path: Path) -> Any:
     if len({*pieces}) < len(pieces) or not all(0 < len(piece) <= MOST_LETTERS for piece in pieces):
         details = f"{path} holds pieces twice, empty ones, or some of more than {MOST_LETTERS} letters"
         raise HimapError("the checkpoint's tokenizer cannot be loaded", details)
-    only("SentencePiece model type", trained.model_type, BPE)
-    only("SentencePiece normalisation", bool(text.precompiled_charsmap or text.remove_extra_whitespaces), False)
-    only("SentencePiece without a leading space", not text.add_dummy_prefix, False)
+    require_supported("SentencePiece model type", trained.model_type, BPE)
+    changed = bool(text.precompiled_charsmap or text.remove_extra_whitespaces)
+    require_supported("SentencePiece normalisation", changed, False)
+    require_supported("SentencePiece without a leading space", not text.add_dummy_prefix, False)
     return proto
 
 
 def _added(folder: Path, first: int) -> list[str]:
-    """The tokens of added_tokens.json, whose ids follow the vocabulary's, from `first` on."""
+    """Returns the tokens of added_tokens.json, whose ids follow the vocabulary's, from `first` on."""
     path = folder / "added_tokens.json"
     if not os.path.lexists(path):
         return []

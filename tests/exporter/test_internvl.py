@@ -1,6 +1,5 @@
 """InternVL3's static vision graph sees what Hugging Face's model sees, tiles included; checkpoints' names are known."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ from safetensors import safe_open
 from transformers import InternVLForConditionalGeneration
 
 from himap_export.engines.nvinfer.edition import RTX, log_of
-from himap_export.exporter import family
 from himap_export.exporter.bind import WeightNames
-from himap_export.exporter.families.internvl import FAMILY, _full
-from himap_export.exporter.family import Picture
+from himap_export.exporter.families.internvl import InternVl
+from himap_export.exporter.family import ImageOptions
 from himap_export.exporter.vision import vision_graph
 from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import Exit, HimapError
@@ -37,7 +35,7 @@ def config(tower: dict[str, Any] | None = None, **text: Any) -> dict[str, Any]:
 
 def model(config: dict[str, Any]) -> Any:
     """With every parameter random: Hugging Face starts biases, norms and positions where mistakes would not show."""
-    made: Any = InternVLForConditionalGeneration(_full(config))
+    made: Any = InternVLForConditionalGeneration(InternVl.parse(config).full)
     generator = torch.Generator().manual_seed(7)
     for parameter in made.parameters():
         fan = parameter[0].numel() if parameter.dim() > 1 else 16
@@ -46,8 +44,9 @@ def model(config: dict[str, Any]) -> Any:
 
 
 def graph(config: dict[str, Any], tiles: int, batch: int, dtype: Dtype = "fp32", hidden: int = 48) -> StageGraph:
-    spec = FAMILY.vision(config, Picture(tiles=tiles))
-    return vision_graph("vision", FAMILY, config, spec, batch, hidden, dtype, lambda role: role)
+    family = InternVl.parse(config)
+    spec = family.vision(ImageOptions(tiles=tiles))
+    return vision_graph("vision", family, spec, batch=batch, hidden=hidden, dtype=dtype, names=lambda role: role)
 
 
 def serialized(graph: StageGraph) -> bytes:
@@ -94,12 +93,13 @@ def test_names_cover_a_saved_checkpoint(tied: bool, tmp_path: Path) -> None:
     saved.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "numpy") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, not a mapping
-    known = WeightNames(stored, partial(FAMILY.names, chosen), family.tied(chosen))
+    family = InternVl.parse(chosen)
+    known = WeightNames(stored, family.names, family.tied)
     found = {name: known(decoder_role(name)) for name in saved.state_dict()}
     assert set(found.values()) == set(stored) and len(found) == len(stored) + tied
     assert {name: tuple(saved.state_dict()[name].shape) for name in found} == {n: stored[f] for n, f in found.items()}
-    assert all(name in FAMILY.names(chosen, decoder_role(name)) for name in saved.state_dict())
-    published = WeightNames((), partial(FAMILY.names, {}), False)
+    assert all(name in family.names(decoder_role(name)) for name in saved.state_dict())
+    published = WeightNames((), InternVl.parse({}).names, False)
     assert published("lm_head.weight") == "language_model.lm_head.weight"
     assert published("layers.3.mlp.up_proj.weight") == "language_model.model.layers.3.mlp.up_proj.weight"
 
@@ -118,39 +118,39 @@ def test_tensorrt_rtx_fuses_the_attention(tower: dict[str, Any], dtype: Dtype) -
 
 
 def test_decoders_as_published() -> None:
-    spec = FAMILY.decoder(config())
+    spec = InternVl.parse(config()).decoder()
     assert (spec.qkv_bias, spec.out_bias, spec.qk_norm, spec.head_dim, spec.rope_base) == (True, False, False, 16, 1e6)
-    spec = FAMILY.decoder(config(model_type="qwen3", head_dim=24))
+    spec = InternVl.parse(config(model_type="qwen3", head_dim=24)).decoder()
     assert (spec.qkv_bias, spec.qk_norm, spec.head_dim) == (False, True, 24)
-    spec = FAMILY.decoder(config(model_type="llama", mlp_bias=True))
+    spec = InternVl.parse(config(model_type="llama", mlp_bias=True)).decoder()
     assert (spec.qkv_bias, spec.mlp_bias, spec.head_dim) == (False, True, 16)
-    assert FAMILY.prompt(config(max_position_embeddings=777)).positions == 777
+    assert InternVl.parse(config(max_position_embeddings=777)).prompt().positions == 777
 
 
 def test_tokens_of_a_published_model() -> None:
     chosen = config({"image_size": [448, 448]})
-    spec = FAMILY.vision(chosen, Picture(tiles=13))
+    spec = InternVl.parse(chosen).vision(ImageOptions(tiles=13))
     assert (spec.tokens, spec.grid, spec.tiles, spec.size) == (256 * 13, (16, 16), 13, (448, 448))
-    how = FAMILY.image(chosen, spec)
+    how = InternVl.parse(chosen).image(spec)
     assert (how.resize, how.tiles, how.resample) == ((448, 448), 13, "bicubic")
 
 
 @pytest.mark.parametrize(
     ("asked", "changed", "message"),
     [
-        (Picture(size=(168, 84)), {}, "--image-size 84x168"),
-        (Picture(tiles=0), {}, "--tiles 0"),
-        (Picture(tiles=10**6), {}, "--tiles 1000000"),
-        (Picture(), {"vision_config": {**TOWER, "image_size": [84, 112]}}, "112x84"),
-        (Picture(), {"vision_config": {**TOWER, "image_size": [70, 70]}}, "70x70"),
-        (Picture(), {"vision_feature_layer": -2}, "vision feature layer -2"),
-        (Picture(), {"vision_feature_select_strategy": "full"}, "selection full"),
-        (Picture(), {"downsample_ratio": 0.25}, "downsample ratio 0.25"),
+        (ImageOptions(size=(168, 84)), {}, "an image size of 84x168"),
+        (ImageOptions(tiles=0), {}, "0 tiles"),
+        (ImageOptions(tiles=10**6), {}, "1000000 tiles"),
+        (ImageOptions(), {"vision_config": {**TOWER, "image_size": [84, 112]}}, "112x84"),
+        (ImageOptions(), {"vision_config": {**TOWER, "image_size": [70, 70]}}, "70x70"),
+        (ImageOptions(), {"vision_feature_layer": -2}, "vision feature layer -2"),
+        (ImageOptions(), {"vision_feature_select_strategy": "full"}, "selection full"),
+        (ImageOptions(), {"downsample_ratio": 0.25}, "downsample ratio 0.25"),
     ],
 )
-def test_what_does_not_fit_is_refused(asked: Picture, changed: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_is_refused(asked: ImageOptions, changed: dict[str, Any], message: str) -> None:
     with pytest.raises(HimapError, match=message) as caught:
-        FAMILY.vision({**config(), **changed}, asked)
+        InternVl.parse({**config(), **changed}).vision(asked)
     assert caught.value.code == Exit.USAGE
 
 
@@ -159,5 +159,5 @@ def test_what_does_not_fit_is_refused(asked: Picture, changed: dict[str, Any], m
 )
 def test_other_decoders_are_refused(text: dict[str, Any]) -> None:
     with pytest.raises(HimapError, match="unsupported") as caught:
-        FAMILY.decoder(config(**text))
+        InternVl.parse(config(**text)).decoder()
     assert caught.value.code == Exit.USAGE

@@ -21,8 +21,9 @@ from transformers.convert_slow_tokenizer import import_protobuf
 
 from himap_export.engines.prompt import PromptFormat, encode
 from himap_export.exporter.families import llava
-from himap_export.exporter.families.llava_original import FAMILY, TEMPLATE
-from himap_export.exporter.family import Family, Picture
+from himap_export.exporter.families.llava_original import TEMPLATE, LlavaOriginal
+from himap_export.exporter.family import ImageOptions
+from himap_export.exporter.registry import AnyFamily
 from himap_export.exporter.vision import vision_graph
 from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import Exit, HimapError
@@ -62,12 +63,14 @@ def original(config: dict[str, Any], weights: Weights, **changes: Any) -> tuple[
     return made | changes, tensors
 
 
-def features(family: Family, config: dict[str, Any], weights: Weights, pixels: NDArray[np.float32]) -> NDArray[Any]:
+def features(kind: AnyFamily, config: dict[str, Any], weights: Weights, pixels: NDArray[np.float32]) -> NDArray[Any]:
     """What the vision graph makes of `pixels`, its weights the tensors that the family names."""
-    spec = family.vision(config, Picture())
-    hidden = family.decoder(config).hidden
-    graph = vision_graph("vision", family, config, spec, len(pixels), hidden, "fp32", lambda role: role)
-    feeds = {role: next(weights[n] for n in family.names(config, role) if n in weights) for role in graph.weights}
+    family = kind.parse(config)
+    spec, hidden = family.vision(ImageOptions()), family.decoder().hidden
+    graph = vision_graph(
+        "vision", family, spec, batch=len(pixels), hidden=hidden, dtype="fp32", names=lambda role: role
+    )
+    feeds = {role: next(weights[n] for n in family.names(role) if n in weights) for role in graph.weights}
     assert {role: value.shape for role, value in feeds.items()} == dict(graph.weights)
     found: NDArray[Any] = session(graph).run(None, {"pixel_values": pixels, **feeds})[0]
     assert found.shape == (len(pixels), spec.tokens, hidden)
@@ -82,7 +85,7 @@ def session(graph: StageGraph) -> onnxruntime.InferenceSession:
 def test_intern_vit_gives_the_authors_features() -> None:
     pixels = np.load(INTERN / "inputs.npz")["pixel_values"]
     golden = np.load(INTERN / "golden_k2_5_n288_72.npz")["image_features"]
-    np.testing.assert_allclose(features(FAMILY, intern(), intern_weights(), pixels), golden, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(features(LlavaOriginal, intern(), intern_weights(), pixels), golden, atol=1e-4, rtol=0)
 
 
 def test_intern_vit_inside_the_checkpoint_with_its_class_token() -> None:
@@ -92,23 +95,17 @@ def test_intern_vit_inside_the_checkpoint_with_its_class_token() -> None:
     pixels = np.load(INTERN / "inputs.npz")["pixel_values"]
     golden = np.load(INTERN / "golden_k2_5_n288_72.npz")["image_features"]
     config = intern(mm_vision_select_feature="cls_patch")
-    spec = FAMILY.vision(config, Picture())
+    spec = LlavaOriginal.parse(config).vision(ImageOptions())
     assert (spec.tokens, spec.grid) == (577, (24, 24))
-    found = features(FAMILY, config, weights | inside, pixels)
+    found = features(LlavaOriginal, config, weights | inside, pixels)
     np.testing.assert_allclose(found[:, 1:], golden, atol=1e-4, rtol=0)
 
 
 def test_intern_vit_has_only_the_layers_that_are_read() -> None:
-    config = intern()
+    family = LlavaOriginal.parse(intern())
+    spec = family.vision(ImageOptions())
     graph = vision_graph(
-        "vision",
-        FAMILY,
-        config,
-        FAMILY.vision(config, Picture()),
-        1,
-        64,
-        "fp16",
-        lambda role: next(FAMILY.names(config, role)),
+        "vision", family, spec, batch=1, hidden=64, dtype="fp16", names=lambda role: next(family.names(role))
     )
     prefix = "model.vision_tower.vision_tower."
     layers = {name.removeprefix(prefix).split(".")[2] for name in graph.weights if ".encoder." in name}
@@ -121,11 +118,11 @@ def test_intern_vit_has_only_the_layers_that_are_read() -> None:
 @pytest.mark.parametrize(("side", "tower"), [(336, "./intern_vit_6b"), (448, "OpenGVLab/InternViT-6B-448px")])
 def test_intern_vit_sees_the_size_that_its_name_tells(side: int, tower: str) -> None:
     config = intern(mm_vision_tower=tower)
-    spec = FAMILY.vision(config, Picture())
-    how = FAMILY.image(config, spec)
+    spec = LlavaOriginal.parse(config).vision(ImageOptions())
+    how = LlavaOriginal.parse(config).image(spec)
     assert spec.size == how.output_size == (side, side) and how.pad_color == (123, 116, 103)
     assert how.mean == (0.485, 0.456, 0.406) and how.std == (0.229, 0.224, 0.225)
-    assert FAMILY.tower(config) == tower
+    assert LlavaOriginal.parse(config).tower() == tower
 
 
 @pytest.fixture(scope="module", params=["mha", "biased", "gqa2"])
@@ -140,15 +137,23 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_clip_gives_the_same_graph_in_both_layouts(both: tuple[Any, ...]) -> None:
     inputs, config, weights = both
     made, tensors = original(config, weights)
-    wanted = features(llava.FAMILY, config, weights, inputs.pixel_values)
-    assert np.array_equal(features(FAMILY, made, tensors, inputs.pixel_values), wanted)
+    wanted = features(llava.Llava, config, weights, inputs.pixel_values)
+    assert np.array_equal(features(LlavaOriginal, made, tensors, inputs.pixel_values), wanted)
     # As openai's checkpoints store the tower by itself, with or without its text encoder's siblings.
     apart = {name.replace("model.vision_tower.vision_tower.", ""): value for name, value in tensors.items()}
     nested = made | {"vision_config": {"model_type": "clip", "vision_config": config["vision_config"]}}
-    assert np.array_equal(features(FAMILY, nested, apart, inputs.pixel_values), wanted)
+    assert np.array_equal(features(LlavaOriginal, nested, apart, inputs.pixel_values), wanted)
     graphs = [
-        vision_graph("vision", family, c, family.vision(c, Picture()), 1, wanted.shape[-1], "fp32", lambda role: role)
-        for family, c in ((llava.FAMILY, config), (FAMILY, made))
+        vision_graph(
+            "vision",
+            family,
+            family.vision(ImageOptions()),
+            batch=1,
+            hidden=wanted.shape[-1],
+            dtype="fp32",
+            names=lambda role: role,
+        )
+        for family in (llava.Llava.parse(config), LlavaOriginal.parse(made))
     ]
     kinds = ("Conv", "LayerNormalization", "Gemm", "MatMul", "Attention", "Gelu")
     counts = [[sum(node.op_type == kind for node in graph.model.graph) for kind in kinds] for graph in graphs]
@@ -158,21 +163,21 @@ def test_clip_gives_the_same_graph_in_both_layouts(both: tuple[Any, ...]) -> Non
 def test_decoder_and_prompt(both: tuple[Any, ...]) -> None:
     _, config, weights = both
     made, tensors = original(config, weights, pad_token_id=0, eos_token_id=2, image_aspect_ratio="pad")
-    assert FAMILY.decoder(made) == llava.FAMILY.decoder(config)
+    assert LlavaOriginal.parse(made).decoder() == llava.Llava.parse(config).decoder()
     for role in ("embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "norm.weight", "lm_head.weight"):
-        assert next(FAMILY.names(made, role)) in tensors
-    rules = FAMILY.prompt(made)
+        assert next(LlavaOriginal.parse(made).names(role)) in tensors
+    rules = LlavaOriginal.parse(made).prompt()
     assert (rules.image_token, rules.eos, rules.pad, rules.positions) == (-200, (2,), 0, 2048)
-    spec = FAMILY.vision(made, Picture())
-    assert FAMILY.image(made, spec).pad_color == (122, 116, 104)
-    assert FAMILY.image(made | {"image_aspect_ratio": None}, spec).pad_color is None
+    spec = LlavaOriginal.parse(made).vision(ImageOptions())
+    assert LlavaOriginal.parse(made).image(spec).pad_color == (122, 116, 104)
+    assert LlavaOriginal.parse(made | {"image_aspect_ratio": None}).image(spec).pad_color is None
 
 
 @pytest.mark.parametrize(("kind", "width"), [("linear", 64), ("mlp1x_gelu", 64), ("mlp3x_gelu", 64), ("identity", 64)])
 def test_projectors(kind: str, width: int) -> None:
     config = intern(mm_projector_type=kind)
-    spec = FAMILY.vision(config, Picture())
-    made = FAMILY.module(config, spec, torch.float16)
+    spec = LlavaOriginal.parse(config).vision(ImageOptions())
+    made = LlavaOriginal.parse(config).module(spec, torch.float16)
     found = sorted(name for name, _ in made.named_parameters() if name.startswith("mm_projector"))
     wanted = {
         "linear": ["mm_projector"],
@@ -202,9 +207,10 @@ def test_projectors(kind: str, width: int) -> None:
 def test_other_variations_are_refused(changes: dict[str, Any]) -> None:
     config = intern(**changes)
     with pytest.raises(HimapError) as caught:
-        FAMILY.prompt(config)
-        FAMILY.decoder(config)
-        FAMILY.module(config, FAMILY.vision(config, Picture()), torch.float32)
+        family = LlavaOriginal.parse(config)
+        family.prompt()
+        family.decoder()
+        family.module(family.vision(ImageOptions()), torch.float32)
     assert caught.value.code == Exit.USAGE
 
 
@@ -233,8 +239,7 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 def test_tokenizer_encodes_as_the_original(sentences: tuple[Path, Any], question: str) -> None:
     """LLaVA's `tokenizer_image_token`: BOS, then each text around the image by itself, as SentencePiece does it."""
     folder, slow = sentences
-    rules = FAMILY.prompt(intern())
-    made = FAMILY.tokenizer(folder, rules)
+    made = LlavaOriginal.parse(intern()).tokenizer(folder)
     assert made is not None
     fast, how = Tokenizer.from_buffer(made), PromptFormat(TEMPLATE, "<image>")
     image = fast.token_to_id("<image>")
@@ -248,10 +253,10 @@ def test_tokenizer_encodes_as_the_original(sentences: tuple[Path, Any], question
 
 def test_tokenizer_keeps_the_ids_of_added_tokens(sentences: tuple[Path, Any], tmp_path: Path) -> None:
     folder, slow = sentences
-    rules, count = FAMILY.prompt(intern()), slow.vocab_size()
+    family, count = LlavaOriginal.parse(intern()), slow.vocab_size()
     (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<im_end>": count + 1, "[PAD]": count}))
-    made = FAMILY.tokenizer(tmp_path, rules)
+    made = family.tokenizer(tmp_path)
     assert made is not None
     tokenizer = Tokenizer.from_buffer(made)
     found = [tokenizer.token_to_id(token) for token in ("<unk>", "<s>", "</s>", "[PAD]", "<im_end>", "<image>")]
@@ -260,20 +265,20 @@ def test_tokenizer_keeps_the_ids_of_added_tokens(sentences: tuple[Path, Any], tm
     for broken in ('{"<im_end>": 5}', "[]", "{"):
         (tmp_path / "added_tokens.json").write_text(broken)
         with pytest.raises(HimapError, match="added_tokens"):
-            FAMILY.tokenizer(tmp_path, rules)
+            family.tokenizer(tmp_path)
 
 
 def test_no_or_a_damaged_tokenizer_model(tmp_path: Path) -> None:
-    rules = FAMILY.prompt(intern())
-    assert FAMILY.tokenizer(tmp_path, rules) is None
+    family = LlavaOriginal.parse(intern())
+    assert family.tokenizer(tmp_path) is None
     for broken in (b"", b"\xff\xff not protobuf"):
         (tmp_path / "tokenizer.model").write_bytes(broken)
         with pytest.raises(HimapError, match="tokenizer cannot be loaded"):
-            FAMILY.tokenizer(tmp_path, rules)
+            family.tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").unlink()
     os.mkfifo(tmp_path / "tokenizer.model")  # as if there were none, it was once said
     with pytest.raises(HimapError, match="it is not a plain file"):
-        FAMILY.tokenizer(tmp_path, rules)
+        family.tokenizer(tmp_path)
 
 
 def test_pieces_that_cost_too_much_or_are_there_twice(sentences: tuple[Path, Any], tmp_path: Path) -> None:
@@ -284,4 +289,4 @@ def test_pieces_that_cost_too_much_or_are_there_twice(sentences: tuple[Path, Any
         model.pieces[-1].piece = change
         (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
         with pytest.raises(HimapError, match="pieces twice, empty ones, or some of more than 1000 letters"):
-            FAMILY.tokenizer(tmp_path, FAMILY.prompt(intern()))
+            LlavaOriginal.parse(intern()).tokenizer(tmp_path)

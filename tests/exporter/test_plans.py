@@ -79,9 +79,9 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "cuts and more": ("[a]\ncuts = []\npolicy = 'none'", "unknown field policy"),
     "cuts that are none": ("[a]\ncuts = 3", "Expected array, got int - at $.cuts"),
     "a cut that is none": ("[a]\ncuts = [3]", "Expected object, got int - at $.cuts[0]"),
-    "an unknown criterion": (
-        "[a]\ncuts = [{layer = 1, criterion = 'best', keep = 1}]",
-        "value 'best' - at",
+    "a criterion of no such name": (
+        "[a]\ncuts = [{layer = 1, criterion = 'The best', keep = 1}]",
+        "matching regex",
     ),
     "the name of a task": (f"[qa]\n{HIMAP}r3 = 1", "unknown field"),
 }

@@ -81,7 +81,7 @@ def as_old_flat_files(folder: Path) -> None:
 def read(folder: Path, side: int = 112, image_id: int = IMAGE_ID) -> ProcessorData:
     config = {"image_token_index": image_id}
     tower = VisionSpec((side, side), 3, IMAGE_TOKENS, (side // 14, side // 14))
-    return read_processor(folder, llava.FAMILY, config, {"": tower})
+    return read_processor(folder, llava.Llava.parse(config), {"": tower})
 
 
 def our_ids(data: ProcessorData, question: str, tmp_path: Path) -> np.ndarray:

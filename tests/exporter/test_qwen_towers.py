@@ -20,7 +20,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbe
 
 from himap_export.engines.nvinfer.edition import RTX, log_of
 from himap_export.exporter.families import qwen2_5_vl, qwen3_vl
-from himap_export.exporter.family import Family, Picture
+from himap_export.exporter.family import ImageOptions
+from himap_export.exporter.registry import AnyFamily
 from himap_export.exporter.vision import vision_graph
 from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import Exit, HimapError
@@ -73,12 +74,16 @@ def serialized(graph: StageGraph) -> bytes:
     return data
 
 
-def compared(family: Family, config: dict[str, Any], model: Any, patch: int, size: tuple[int, int], batch: int) -> None:
+def compared(
+    family: AnyFamily, config: dict[str, Any], model: Any, patch: int, size: tuple[int, int], batch: int
+) -> None:
     """Bytes through Hugging Face's processor and model against the same bytes, normalised, through the graph."""
-    spec = family.vision(config, Picture(size))
-    graph = vision_graph("vision", family, config, spec, batch, 48, "fp32", lambda role: role)
+    spec = family.parse(config).vision(ImageOptions(size))
+    graph = vision_graph(
+        "vision", family.parse(config), spec, batch=batch, hidden=48, dtype="fp32", names=lambda role: role
+    )
     pictures = np.random.default_rng(batch).integers(0, 256, (batch, *size, 3), dtype=np.uint8)
-    how = family.image(config, spec)
+    how = family.parse(config).image(spec)
     processor = Qwen2VLImageProcessorPil(
         patch_size=patch, image_mean=how.mean, image_std=how.std, size={"shortest_edge": 1, "longest_edge": 10**7}
     )
@@ -100,43 +105,47 @@ def compared(family: Family, config: dict[str, Any], model: Any, patch: int, siz
 @pytest.fixture(scope="module")
 def qwen2_5() -> Any:
     torch.manual_seed(0)
-    return randomised(Qwen2_5_VLForConditionalGeneration(qwen2_5_vl._full(CONFIG_2_5)))
+    return randomised(Qwen2_5_VLForConditionalGeneration(qwen2_5_vl.Qwen25Vl.parse(CONFIG_2_5).full))
 
 
 @pytest.fixture(scope="module")
 def qwen3() -> Any:
     torch.manual_seed(0)
-    return randomised(Qwen3VLForConditionalGeneration(qwen3_vl._full(CONFIG_3)))
+    return randomised(Qwen3VLForConditionalGeneration(qwen3_vl.Qwen3Vl.parse(CONFIG_3).full))
 
 
 # One window; whole windows; ragged at the right, at the bottom, at both; smaller than a window.
 @pytest.mark.parametrize("size", [(112, 112), (112, 448), (112, 140), (140, 112), (140, 196), (252, 168), (28, 56)])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_qwen2_5_vl(qwen2_5: Any, size: tuple[int, int], batch: int) -> None:
-    compared(qwen2_5_vl.FAMILY, CONFIG_2_5, qwen2_5, 14, size, batch)
+    compared(qwen2_5_vl.Qwen25Vl, CONFIG_2_5, qwen2_5, 14, size, batch)
 
 
 @pytest.mark.parametrize("size", [(128, 128), (96, 224), (320, 64), (32, 32)])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_qwen3_vl(qwen3: Any, size: tuple[int, int], batch: int) -> None:
-    compared(qwen3_vl.FAMILY, CONFIG_3, qwen3, 16, size, batch)
+    compared(qwen3_vl.Qwen3Vl, CONFIG_3, qwen3, 16, size, batch)
 
 
 BOTH = pytest.mark.parametrize(
-    ("family", "config"), [(qwen2_5_vl.FAMILY, CONFIG_2_5), (qwen3_vl.FAMILY, CONFIG_3)], ids=["qwen2.5-vl", "qwen3-vl"]
+    ("family", "config"),
+    [(qwen2_5_vl.Qwen25Vl, CONFIG_2_5), (qwen3_vl.Qwen3Vl, CONFIG_3)],
+    ids=["qwen2.5-vl", "qwen3-vl"],
 )
 
 
 @BOTH
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_tensorrt_rtx_builds_heads_of_the_published_width(family: Family, config: dict[str, Any], dtype: Dtype) -> None:
+def test_tensorrt_rtx_builds_heads_of_the_published_width(
+    family: AnyFamily, config: dict[str, Any], dtype: Dtype
+) -> None:
     """Ragged windows, heads of 80 (2.5) and 72 (3): fused, or the build fails. The rotary tables stay in fp32."""
-    width, layers = (80, 2) if family is qwen2_5_vl.FAMILY else (72, 1)
+    width, layers = (80, 2) if family is qwen2_5_vl.Qwen25Vl else (72, 1)
     tower = {**config["vision_config"], "hidden_size": 2 * width, "depth": layers, "num_heads": 2}
     tower |= {"fullatt_block_indexes": [1], "deepstack_visual_indexes": [0]}
     config = {**config, "vision_config": tower}
-    spec = family.vision(config, Picture((252, 168) if width == 80 else (96, 224)))
-    graph = vision_graph("vision", family, config, spec, 2, 48, dtype, lambda role: role)
+    spec = family.parse(config).vision(ImageOptions((252, 168) if width == 80 else (96, 224)))
+    graph = vision_graph("vision", family.parse(config), spec, batch=2, hidden=48, dtype=dtype, names=lambda role: role)
     tables = [value for name, value in graph.model.graph.initializers.items() if name in ("cos", "sin", "tap_weights")]
     assert tables and all(value.dtype == ir.DataType.FLOAT for value in tables)
     attentions = [node for node in graph.model.graph if node.op_type == "Attention"]
@@ -150,22 +159,22 @@ def test_tensorrt_rtx_builds_heads_of_the_published_width(family: Family, config
 
 
 @BOTH
-def test_decoder_is_read_from_config(family: Family, config: dict[str, Any]) -> None:
+def test_decoder_is_read_from_config(family: AnyFamily, config: dict[str, Any]) -> None:
     text = config.get("text_config", config)
-    spec = family.decoder(config)
+    spec = family.parse(config).decoder()
     assert (spec.layers, spec.hidden, spec.ffn, spec.heads, spec.kv_heads) == (2, 48, 40, 3, 1)
     assert (spec.head_dim, spec.vocab, spec.rope_base) == (16, 64, 5e5)
-    three = family is qwen3_vl.FAMILY
+    three = family is qwen3_vl.Qwen3Vl
     assert (spec.qkv_bias, spec.qk_norm, spec.deepstack) == ((False, True, 2) if three else (True, False, 0))
-    full = (qwen3_vl if three else qwen2_5_vl)._full(config).text_config
+    full = family.parse(config).full.text_config  # type: ignore[attr-defined]  # both have it
     rotary = (Qwen3VLTextRotaryEmbedding if three else Qwen2_5_VLRotaryEmbedding)(full)
     axes = rotary.recomposition_frequencies(torch.arange(3.0).view(3, 1, 1, 1).repeat(1, 1, 1, 8))
     assert axes.flatten()[:8].tolist() == list(spec.rope_axes)
-    assert family.prompt(config).positions == 512
+    assert family.parse(config).prompt().positions == 512
     scaled = {**text["rope_scaling"], "type": "yarn", "rope_type": "yarn", "factor": 4.0}
     changed = {**text, "rope_scaling": scaled}
     with pytest.raises(HimapError, match="unsupported rotary embedding yarn"):
-        family.decoder({**config, "text_config": changed} if three else changed)
+        family.parse({**config, "text_config": changed} if three else changed).decoder()
 
 
 def test_axes_of_published_checkpoints() -> None:
@@ -175,33 +184,33 @@ def test_axes_of_published_checkpoints() -> None:
 
 def test_sliding_windows_are_refused() -> None:
     with pytest.raises(HimapError, match="unsupported kind of layer sliding_attention"):
-        qwen2_5_vl.decoder({**CONFIG_2_5, "use_sliding_window": True})
+        qwen2_5_vl.Qwen25Vl.parse({**CONFIG_2_5, "use_sliding_window": True}).decoder()
 
 
 @BOTH
-def test_sizes(family: Family, config: dict[str, Any]) -> None:
-    unit = 32 if family is qwen3_vl.FAMILY else 28
-    spec = family.vision(config, Picture())
+def test_sizes(family: AnyFamily, config: dict[str, Any]) -> None:
+    unit = 32 if family is qwen3_vl.Qwen3Vl else 28
+    spec = family.parse(config).vision(ImageOptions())
     assert (spec.size, spec.grid) == ((448, 448), (448 // unit, 448 // unit))
     with pytest.raises(HimapError, match=rf"multiples of {unit}; the nearest size is {unit * 12}x{unit}") as caught:
-        family.vision(config, Picture((7, unit * 12 - 1)))
+        family.parse(config).vision(ImageOptions((7, unit * 12 - 1)))
     assert caught.value.code == Exit.USAGE
-    with pytest.raises(HimapError, match="--tiles 2"):
-        family.vision(config, Picture(tiles=2))
-    how = family.image(config, family.vision(config, Picture((unit, 2 * unit))))
+    with pytest.raises(HimapError, match="2 tiles"):
+        family.parse(config).vision(ImageOptions(tiles=2))
+    how = family.parse(config).image(family.parse(config).vision(ImageOptions((unit, 2 * unit))))
     assert how.output_size == (unit, 2 * unit) and how.letterbox
     assert how.pad_color == ((127, 127, 127) if unit == 32 else (122, 116, 104))
 
 
 def test_names_are_those_transformers_saves(qwen2_5: Any, qwen3: Any, tmp_path: Path) -> None:
-    rows = ((qwen2_5_vl.FAMILY, CONFIG_2_5, qwen2_5), (qwen3_vl.FAMILY, CONFIG_3, qwen3))
+    rows = ((qwen2_5_vl.Qwen25Vl, CONFIG_2_5, qwen2_5), (qwen3_vl.Qwen3Vl, CONFIG_3, qwen3))
     for family, config, model in rows:
         model.save_pretrained(tmp_path)
         with safe_open(tmp_path / "model.safetensors", "pt") as file:
             saved = set(file.keys())
-        spec = family.vision(config, Picture())
-        roles = list(dict(family.module(config, spec, torch.float16).named_parameters()))
+        spec = family.parse(config).vision(ImageOptions())
+        roles = list(dict(family.parse(config).module(spec, torch.float16).named_parameters()))
         roles += [n.removeprefix("language_model.") for n in dict(model.model.named_parameters()) if "visual" not in n]
-        assert {next(family.names(config, role)) for role in [*roles, "lm_head.weight"]} == saved
+        assert {next(family.parse(config).names(role)) for role in [*roles, "lm_head.weight"]} == saved
         modules = set(dict(model.named_parameters()))  # the names in memory, as another tool may write them
-        assert all(modules & set(family.names(config, role)) for role in [*roles, "lm_head.weight"])
+        assert all(modules & set(family.parse(config).names(role)) for role in [*roles, "lm_head.weight"])

@@ -27,9 +27,9 @@ from torch.nn import functional
 from himap_export.engines.nvinfer.edition import RTX, log_of
 from himap_export.engines.weight_file import base_name
 from himap_export.exporter.families import tiktoken as ranks_file
-from himap_export.exporter.families.qwen_vl import FAMILY
+from himap_export.exporter.families.qwen_vl import QwenVl
 from himap_export.exporter.families.resize import interpolation
-from himap_export.exporter.family import Picture
+from himap_export.exporter.family import ImageOptions
 from himap_export.exporter.vision import vision_graph
 from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import Exit, HimapError
@@ -44,8 +44,11 @@ RELEASED |= {"output_dim": 4096, "patch_size": 14, "width": 1664}
 
 def graph(visual: dict[str, Any], batch: int, dtype: Dtype) -> StageGraph:
     config = {**CONFIG, "hidden_size": visual["output_dim"], "visual": visual}
-    spec = FAMILY.vision(config, Picture())
-    return vision_graph("vision", FAMILY, config, spec, batch, visual["output_dim"], dtype, lambda role: role)
+    family = QwenVl.parse(config)
+    spec = family.vision(ImageOptions())
+    return vision_graph(
+        "vision", family, spec, batch=batch, hidden=visual["output_dim"], dtype=dtype, names=lambda role: role
+    )
 
 
 def serialized(made: StageGraph) -> bytes:
@@ -66,7 +69,7 @@ def rows(tensors: dict[str, NDArray[Any]], name: str) -> NDArray[Any]:
 def test_image_features_are_the_releases(batch: int) -> None:
     made = graph(CONFIG["visual"], batch, "fp32")
     tensors = load_file(TINY / "model.safetensors")
-    weights = {role: rows(tensors, next(FAMILY.names(CONFIG, role))) for role in made.weights}
+    weights = {role: rows(tensors, next(QwenVl.parse(CONFIG).names(role))) for role in made.weights}
     assert {role: weight.shape for role, weight in weights.items()} == dict(made.weights)
     pixels = np.load(TINY / "inputs.npz")["pixel_values"]
     session = onnxruntime.InferenceSession(serialized(made), providers=["CPUExecutionProvider"])
@@ -93,14 +96,14 @@ def test_one_attention_a_layer_and_the_resizing_in_fp32() -> None:
 
 def test_every_tensor_of_the_release_has_one_role() -> None:
     """Fused tensors are used whole, by rows that do not overlap."""
-    spec, used = FAMILY.decoder(CONFIG), Counter[str]()
+    spec, used = QwenVl.parse(CONFIG).decoder(), Counter[str]()
     tensors = load_file(TINY / "model.safetensors")
     parts = ["input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.o_proj.weight"]
     parts += [f"self_attn.{which}_proj.{kind}" for which in "qkv" for kind in ("weight", "bias")]
     parts += [f"mlp.{which}_proj.weight" for which in ("gate", "up", "down")]
     roles = [f"layers.{i}.{part}" for i in range(spec.layers) for part in parts]
     roles += ["embed_tokens.weight", "norm.weight", "lm_head.weight", *graph(CONFIG["visual"], 1, "fp32").weights]
-    names = [name for role in roles for name in FAMILY.names(CONFIG, role)]
+    names = [name for role in roles for name in QwenVl.parse(CONFIG).names(role)]
     assert len(set(names)) == len(names) == len(roles)
     for name in names:
         used[base_name(name)] += rows(tensors, name).size
@@ -118,7 +121,9 @@ def test_names_of_the_release() -> None:
         "visual.attn_pool.attn.out_proj.bias": "transformer.visual.attn_pool.attn.out_proj.bias",
         "visual.conv1.weight": "transformer.visual.conv1.weight",
     }
-    assert {role: list(FAMILY.names(config, role)) for role in wanted} == {r: [name] for r, name in wanted.items()}
+    assert {role: list(QwenVl.parse(config).names(role)) for role in wanted} == {
+        r: [name] for r, name in wanted.items()
+    }
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -134,7 +139,7 @@ def test_tensorrt_rtx_builds_heads_of_the_published_width(dtype: Dtype) -> None:
 
 
 def test_decoder() -> None:
-    spec = FAMILY.decoder(CONFIG)
+    spec = QwenVl.parse(CONFIG).decoder()
     assert (spec.layers, spec.hidden, spec.ffn, spec.heads, spec.kv_heads, spec.head_dim) == (8, 128, 256, 4, 4, 32)
     assert (spec.vocab, spec.norm_eps, spec.rope_base) == (320, 1e-6, 10000.0)
     assert spec.qkv_bias and not spec.out_bias and not spec.mlp_bias
@@ -147,7 +152,7 @@ def test_decoder() -> None:
         ({"rotary_pct": 0.5}, "unsupported part of a head that is rotated"),
         ({"hidden_size": 256}, "unsupported width of vision features 128"),
         ({"visual": {**CONFIG["visual"], "n_queries": 200}}, "200 queries are no square"),
-        ({"visual": {**CONFIG["visual"], "image_size": 225}}, "pictures of 225 pixels are no whole patches of 14"),
+        ({"visual": {**CONFIG["visual"], "image_size": 225}}, "images of 225 pixels are no whole patches of 14"),
         (
             {"visual": {**CONFIG["visual"], "output_dim": 64}, "hidden_size": 64},
             "64 channels are no whole heads of 128",
@@ -157,39 +162,37 @@ def test_decoder() -> None:
 def test_other_configurations_are_refused(change: dict[str, Any], message: str) -> None:
     config = {**CONFIG, **change}
     with pytest.raises(HimapError, match=message) as caught:
-        FAMILY.decoder(config), FAMILY.vision(config, Picture())
+        QwenVl.parse(config).decoder(), QwenVl.parse(config).vision(ImageOptions())
     assert caught.value.code == Exit.USAGE
 
 
 def test_pictures_have_one_size() -> None:
-    spec = FAMILY.vision(CONFIG, Picture())
+    spec = QwenVl.parse(CONFIG).vision(ImageOptions())
     assert (spec.size, spec.tokens, spec.grid, spec.tiles) == ((280, 280), 256, (16, 16), 1)
-    with pytest.raises(HimapError, match="--image-size 448x448"):
-        FAMILY.vision(CONFIG, Picture((448, 448)))
-    how = FAMILY.image(CONFIG, spec)
+    with pytest.raises(HimapError, match="an image size of 448x448"):
+        QwenVl.parse(CONFIG).vision(ImageOptions((448, 448)))
+    how = QwenVl.parse(CONFIG).image(spec)
     assert how.output_size == (280, 280) and how.crop is None and how.pad_color is None and how.resample == "bicubic"
 
 
 def test_prompt() -> None:
-    rules = FAMILY.prompt({**CONFIG, "visual": RELEASED})
+    rules = QwenVl.parse({**CONFIG, "visual": RELEASED}).prompt()
     assert (rules.image_token, rules.between) == (151859, (151857, 151858))
     assert (rules.eos, rules.pad, rules.positions) == ((151645, 151644, 151643), 151643, 2048)
     assert rules.template.count(rules.image_text) == rules.template.count("{prompt}") == 1
-    fixed = FAMILY.prompt({**CONFIG, "use_dynamic_ntk": False, "use_logn_attn": False})
+    fixed = QwenVl.parse({**CONFIG, "use_dynamic_ntk": False, "use_logn_attn": False}).prompt()
     assert (fixed.eos, fixed.pad, fixed.positions) == ((88, 87, 86), 86, 8192)
-    tiny = FAMILY.prompt({**CONFIG, "visual": {**CONFIG["visual"], "image_start_id": 60}})
+    tiny = QwenVl.parse({**CONFIG, "visual": {**CONFIG["visual"], "image_start_id": 60}}).prompt()
     assert (tiny.eos, tiny.pad) == ((60,), 60)
 
 
 @pytest.mark.parametrize(("old", "new"), [(16, 32), (16, 24), (16, 16), (4, 7), (32, 16), (1, 3)])
 def test_interpolation_is_torchs(old: int, new: int) -> None:
-    matrix = torch.from_numpy(interpolation(old, new, "bicubic"))
+    matrix = torch.from_numpy(interpolation(old, new))
     assert matrix.shape == (new, old) and matrix.dtype == torch.float32
     grid = torch.randn(1, 3, old, old, generator=torch.Generator().manual_seed(0))
     wanted = functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     torch.testing.assert_close(matrix @ grid @ matrix.T, wanted, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="only 'bicubic'"):
-        interpolation(old, new, "bilinear")
 
 
 TEXT = (
@@ -228,11 +231,15 @@ def both(ranks: dict[bytes, int], tmp_path_factory: pytest.TempPathFactory) -> t
     folder = tmp_path_factory.mktemp("tiktoken")
     write(folder, ranks)
     specials = {token: len(ranks) + i for i, token in enumerate(ranks_file.SPECIALS)}
-    rules = FAMILY.prompt({**CONFIG, "visual": {"image_start_id": specials["<img>"]}})
-    made = FAMILY.tokenizer(folder, rules)
+    made = starting_at(specials["<img>"]).tokenizer(folder)
     assert made is not None
     truth = tiktoken.Encoding("qwen", pat_str=ranks_file.PATTERN, mergeable_ranks=ranks, special_tokens=specials)
     return Tokenizer.from_buffer(made), truth
+
+
+def starting_at(image: int) -> QwenVl:
+    """The model whose <img> has the id `image`."""
+    return QwenVl.parse({**CONFIG, "visual": {**CONFIG["visual"], "image_start_id": image}})
 
 
 def write(folder: Path, ranks: dict[bytes, int]) -> Path:
@@ -285,12 +292,11 @@ def test_special_tokens_stand_behind_the_ranks(both: tuple[Tokenizer, tiktoken.E
 
 
 def test_damaged_ranks_are_refused(ranks: dict[bytes, int], tmp_path: Path) -> None:
-    rules = FAMILY.prompt({**CONFIG, "visual": {"image_start_id": 856 + 214}})
-    assert FAMILY.tokenizer(tmp_path, rules) is None
+    family = starting_at(856 + 214)
+    assert family.tokenizer(tmp_path) is None
     file = write(tmp_path, ranks)
     content = file.read_bytes()
-    other = FAMILY.prompt({**CONFIG, "visual": {"image_start_id": 857 + 214}})
-    refused(tmp_path, other, "<imgpad> is 1072 behind its 856 tokens, 1073 in the model's config")
+    refused(tmp_path, starting_at(857 + 214), "<imgpad> is 1072 behind its 856 tokens, 1073 in the model's config")
     half = b"\n".join(content.splitlines()[:200])
     cases = [
         (half, "56 of the 256 bytes"), (b"", "256 of the 256 bytes"), (b"version https://git-lfs", "line 1 is no"),
@@ -301,15 +307,15 @@ def test_damaged_ranks_are_refused(ranks: dict[bytes, int], tmp_path: Path) -> N
     ]  # fmt: skip
     for damaged, message in cases:
         file.write_bytes(damaged)
-        refused(tmp_path, rules, message)
+        refused(tmp_path, family, message)
     os.truncate(file, 10**9)
-    refused(tmp_path, rules, "too large")
+    refused(tmp_path, family, "too large")
     file.unlink()
     os.mkfifo(file)
-    refused(tmp_path, rules, "it is not a plain file")
+    refused(tmp_path, family, "it is not a plain file")
 
 
-def refused(folder: Path, rules: Any, message: str) -> None:
+def refused(folder: Path, family: QwenVl, message: str) -> None:
     with pytest.raises(HimapError) as caught:
-        FAMILY.tokenizer(folder, rules)
+        family.tokenizer(folder)
     assert message in str(caught.value) and "qwen.tiktoken" in str(caught.value)

@@ -35,7 +35,7 @@ def test_a_folder_inside_the_checkpoint_is_its_tower(model: Path) -> None:
         name_tower(model, named)
         found = resolve(str(model))
         assert found.tower is not None and found.tower.samefile(model / TOWER)
-        assert found.config["vision_config"]["model_type"] == "intern_vit_6b"
+        assert found.family.fields["vision_config"]["model_type"] == "intern_vit_6b"
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_a_name_with_one_slash_is_the_hubs_even_if_such_a_folder_is_here(
 def test_the_user_says_where_the_tower_is(model: Path, elsewhere: Path) -> None:
     name_tower(model, "/authors/machine/tower")
     found = resolve(str(model), vision_tower=elsewhere)
-    assert found.tower == elsewhere and found.config["vision_config"]["hidden_size"] == 64
+    assert found.tower == elsewhere and found.family.fields["vision_config"]["hidden_size"] == 64
     assert checkpoint_folder(str(model), elsewhere) == model
     reference = load_reference(model, "fp32", 1, vision_tower=elsewhere)
     assert reference.layers == 8

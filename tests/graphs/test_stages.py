@@ -16,8 +16,8 @@ from oracle import IMAGE_TOKEN, Decoded, Floats, Ints, decode
 
 from himap_export.engines.layout import ImageTokens, PromptLayout, lay_out
 from himap_export.graphs.build import Frame, StageGraph
-from himap_export.graphs.importance import SCORES, ScoringContext
-from himap_export.graphs.plan import CRITERIA, Cut, PruningPlan, TokenBudget
+from himap_export.graphs.importance import SCORES, ScoringContext, importance
+from himap_export.graphs.plan import Cut, PruningPlan, TokenBudget
 from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, SYSTEM, DecoderSpec, Dtype, stage_layers
 from himap_export.graphs.stages import StagedModel
 
@@ -123,7 +123,7 @@ def plans(draw: st.DrawFn, layers: int, visual: int) -> PruningPlan:
     himap = draw(st.booleans())
     cuts, alive = [], visual
     for n, place in enumerate(places):
-        criterion = ("instruction", "image")[min(n, 1)] if himap else draw(st.sampled_from(CRITERIA))
+        criterion = ("instruction", "image")[min(n, 1)] if himap else draw(st.sampled_from(sorted(SCORES)))
         if draw(st.booleans()):
             cut = Cut(place, criterion, remove=draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99])))
         else:
@@ -281,7 +281,7 @@ def test_scores_are_fp32_whatever_the_model_is(dtype: Dtype) -> None:
         "last": np.arange(len(token_type)) == 44, "boundary": np.arange(len(token_type)) == 36,
     }  # fmt: skip
     for name in rows:
-        f.output(name, SCORES[name](context), (1, len(token_type)), ir.DataType.FLOAT)
+        f.output(name, importance(name, context), (1, len(token_type)), ir.DataType.FLOAT)
     session = onnxruntime.InferenceSession(ir.to_proto(f.finish().model).SerializeToString())
     found = session.run(None, {"q": q, "k": k, "token_type": token_type[None], "position": position[None]})
 

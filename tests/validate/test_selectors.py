@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from himap_export.graphs import plan
 from himap_export.graphs.build import Frame
 from himap_export.graphs.gather import top_k_gather
-from himap_export.graphs.importance import SCORES, ScoringContext
-from himap_export.graphs.plan import CRITERIA, Criterion
+from himap_export.graphs.importance import SCORES, ScoringContext, importance
 from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, SYSTEM, DecoderSpec
 from himap_export.validate.reference import criteria
 from himap_export.validate.reference.criteria import State
@@ -24,7 +23,7 @@ Floats, Ints = NDArray[np.floating], NDArray[np.int64]
 SHAPES = ((16, 9, 4, 4, 4), (36, 14, 20, 4, 2), (64, 24, 1, 2, 1), (7, 3, 0, 3, 1), (12, 5, 11, 2, 2))
 
 
-def by_numpy(criterion: Criterion, attention: Floats, kind: Ints, position: Ints, keep: int, seed: int) -> list[int]:
+def by_numpy(criterion: str, attention: Floats, kind: Ints, position: Ints, keep: int, seed: int) -> list[int]:
     """Positions of the image tokens that stay, from attention [S,S] of one prompt without padding."""
     image, instruction = np.flatnonzero(kind == IMAGE), np.flatnonzero(kind == INSTRUCTION)
     rows = {"instruction": instruction, "image": image, "last": [-1], "boundary": instruction[:1]}
@@ -41,13 +40,13 @@ def by_numpy(criterion: Criterion, attention: Floats, kind: Ints, position: Ints
 
 
 @cache
-def session(criterion: Criterion, shape: tuple[int, ...]) -> onnxruntime.InferenceSession:
+def session(criterion: str, shape: tuple[int, ...]) -> onnxruntime.InferenceSession:
     """Score and gather, alone: queries and keys in, kept positions out."""
     v, t, keep, heads, groups = shape
     spec, tokens, f = DecoderSpec(4, 8, 8, heads, groups, 8, 16), v + t, Frame("selector", "fp32")
     q, k = f.input("q", (B, heads, tokens, 8)), f.input("k", (B, groups, tokens, 8))
     position, kind, seed = f.integers("position", B, tokens), f.integers("kind", B, tokens), f.integers("seed", B, 1)
-    score = SCORES[criterion](ScoringContext(f.op, spec, q, k, kind, position, seed, LAYER, v, keep, t))
+    score = importance(criterion, ScoringContext(f.op, spec, q, k, kind, position, seed, LAYER, v, keep, t))
     x = f.op.Cast(f.op.Unsqueeze(position, [2]), to=ir.DataType.FLOAT)
     _, kept, kept_kind = top_k_gather(f.op, x, score, position, kind, keep + t)
     f.output("kept", kept, (B, keep + t), ir.DataType.INT64)
@@ -79,11 +78,11 @@ def attention_of(q: Floats, k: Floats) -> Floats:
 
 
 def test_there_is_one_of_each() -> None:
-    assert set(SCORES) == set(criteria.CRITERIA) == set(CRITERIA) == {c for cs in plan.POLICIES.values() for c in cs}
+    assert set(SCORES) == set(criteria.CRITERIA) == {c for cs in plan.POLICIES.values() for c in cs}
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_graph_reference_and_numpy_keep_the_same_tokens(criterion: Criterion) -> None:
+@pytest.mark.parametrize("criterion", SCORES)
+def test_graph_reference_and_numpy_keep_the_same_tokens(criterion: str) -> None:
     random, kept_sets = np.random.default_rng(0), set()
     for case in range(CASES // B):
         shape = SHAPES[case % len(SHAPES)]

@@ -95,7 +95,7 @@ def prompter_of_checkpoint(folder: Path, vision_tower: Path | None = None) -> Pr
     (usage) without a tokenizer."""
     model = resolve(str(folder), vision_tower=vision_tower)
     _, (vision,) = describe(model)
-    found = read_processor(folder, model.family, model.config, {"": vision})
+    found = read_processor(folder, model.family, {"": vision})
     if found.prompt is None:
         raise HimapError(f"{folder} holds no tokenizer", f"expected {TOKENIZER}", code=Exit.USAGE)
     return Prompter(Tokenizer.from_buffer(found.files[TOKENIZER]), found.prompt, found.images[""], vision.tokens)

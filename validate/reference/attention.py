@@ -34,17 +34,18 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    himap_sink: list[Tensor] | None = None,
+    himap_sink: list[tuple[Tensor, Tensor, Tensor]] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention `base`; also appends the causal softmax of `query` [1,H,S,E], `key` [1,G,S,E] to `himap_sink`.
+    """The attention `base`; also appends the causal softmax of `query` [1,H,S,E] and `key` [1,G,S,E], and these two, to
+    `himap_sink`.
 
-    The probabilities are [H,S,S] fp32, from fp32 logits, whatever the model's dtype.
+    The probabilities are [S,S] fp32, averaged over heads, from fp32 logits, whatever the model's dtype.
     Eager attention returns its probabilities rounded to the model's dtype, which in fp16 is enough to flip keep sets.
     """
     if himap_sink is not None:
         keys = key[0].float().repeat_interleave(query.shape[1] // key.shape[1], dim=0)
         logits = query[0].float() @ keys.transpose(1, 2) * options["scaling"]
         future = torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device).triu(1)
-        himap_sink.append(logits.masked_fill(future, -torch.inf).softmax(-1))
+        himap_sink.append((logits.masked_fill(future, -torch.inf).softmax(-1).mean(0), query[0], key[0]))
     return base(module, query, key, value, attention_mask, **options)

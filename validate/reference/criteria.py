@@ -41,6 +41,8 @@ class State:
     alive: Tensor  # [S] int64 original positions, ascending
     image: Tensor  # [V0] int64 positions of the image tokens
     attention: Tensor | None = None  # [S,S] fp32 probabilities of layer `layer` - 1, averaged over heads, if asked for
+    query: Tensor | None = None  # [H,S,E] of layer `layer` - 1, rotated, with `attention`
+    key: Tensor | None = None  # [G,S,E]
     cache: DynamicCache | None = None  # a state without one can be advanced any number of times
     places: Tensor | None = None  # [3,S0] what M-RoPE turns by, of all tokens; None: their positions
     deepstack: tuple[Tensor, ...] = ()  # [V0,D] each, added to the image tokens behind layers 0, 1, ..
@@ -96,7 +98,8 @@ def _uniform(s: State, keep: int, seed: int) -> Tensor:
 
 # Scores [V] of the image tokens alive, from a state, how many will stay, and the request's seed. himap: instruction,
 # then image. fastv (arXiv 2403.06764): last. truncation (arXiv 2406.06579, eqs. 7-11; position Nsys + Nimg): boundary.
-CRITERIA: dict[str, Callable[[State, int, int], Tensor]] = {
+Score = Callable[[State, int, int], Tensor]
+CRITERIA: dict[str, Score] = {
     "instruction": lambda s, keep, seed: s.received(s.is_instruction),
     "image": lambda s, keep, seed: s.received(s.is_image),
     "last": lambda s, keep, seed: s.received(s.alive == s.alive[-1]),
@@ -104,3 +107,10 @@ CRITERIA: dict[str, Callable[[State, int, int], Tensor]] = {
     "random": _random,
     "uniform": _uniform,
 }
+
+
+def register_reference(criterion: str, score: Score) -> None:
+    """Lets the reference cut by `criterion`: scores [V] of the image tokens alive, in the order of their positions, of
+    which the highest stay. ValueError for a name that is taken."""
+    if CRITERIA.setdefault(criterion, score) is not score:
+        raise ValueError(f"the reference has a criterion {criterion}")

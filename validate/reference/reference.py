@@ -155,8 +155,9 @@ class Reference:
     def advance(self, state: State, layer: int, attention: bool = False) -> State:
         """`state` after the layers before `layer`, with the probabilities of the last one if `attention`."""
         layers = range(state.layer, layer)
-        hidden, probabilities = self._run(layers, state.hidden, self.turns(state), state.cache, attention, state)
-        return replace(state, layer=layer, hidden=hidden, attention=probabilities)
+        hidden, seen = self._run(layers, state.hidden, self.turns(state), state.cache, attention, state)
+        probabilities, query, key = seen or (None, None, None)
+        return replace(state, layer=layer, hidden=hidden, attention=probabilities, query=query, key=key)
 
     @torch.no_grad()
     def cut(self, state: State, cut: ReferenceCut, seed: int = 0) -> tuple[State, Tensor]:
@@ -281,7 +282,14 @@ class Reference:
         return _Row(tuple(kept), tuple(scores), (*hidden, state.hidden[0]), self.logits(state), cache, shift)
 
     def _keep(self, state: State, kept: Tensor) -> State:
-        return replace(state, hidden=state.hidden[:, torch.isin(state.alive, kept)], alive=kept, attention=None)
+        return replace(
+            state,
+            hidden=state.hidden[:, torch.isin(state.alive, kept)],
+            alive=kept,
+            attention=None,
+            query=None,
+            key=None,
+        )
 
     def _run(
         self,
@@ -291,18 +299,19 @@ class Reference:
         cache: DynamicCache | None,
         score: bool = False,
         state: State | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
         """Hugging Face's decoder `layers` on `hidden` [B,S,D], turned by `turns` [S] or [3,S], appended to `cache` if
         there is one; what `state` adds to image tokens is added.
 
-        Also the attention probabilities [S,S] fp32 of the last of the layers, averaged over the heads, if `score`.
+        Also, of the last of the layers, the attention probabilities [S,S] fp32, averaged over the heads, its queries
+        [H,S,E] and keys [G,S,E], if `score`.
         """
         rotary = self.rotary(hidden, turns)
         mask = None
         if self._eager and hidden.shape[1] > 1:  # sdpa is causal by itself where there is no mask and more than one row
             size = hidden.shape[1]
             mask = torch.full((1, 1, size, size), -torch.inf, dtype=hidden.dtype, device=hidden.device).triu(1)
-        sink: list[Tensor] = []
+        sink: list[tuple[Tensor, Tensor, Tensor]] = []
         for index in layers:
             hidden = self.decoder.layers[index](
                 hidden,
@@ -314,7 +323,7 @@ class Reference:
                 himap_sink=sink if score and index == layers[-1] else None,
             )
             hidden = hidden if state is None else state.deepened(index, hidden)
-        return hidden, sink[0].mean(0) if sink else None
+        return hidden, sink[0] if sink else None
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits [B,W] fp32 of the last row of `hidden` [B,S,D]."""
