@@ -56,7 +56,7 @@ types:
 
 # The documentation as a site: build/site/index.html.
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "documentation: build/site/index.html"
 
 bench: install

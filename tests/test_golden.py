@@ -1,6 +1,6 @@
 """Golden parity: the authors' own decoder on himap-tiny, against `himap-export` and `himap-run` in fp32.
 
-Matching these is the definition of "this is HiMAP" (design.md §2).
+Matching these is the definition of "this is HiMAP" (tests/fixtures/README.md).
 """
 
 from pathlib import Path
