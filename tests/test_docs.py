@@ -21,6 +21,7 @@ from commands import MAIN, call
 
 import himap_export
 from himap_export.exporter.aliases import ALIASES
+from himap_export.graphs.errors import MEANINGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -148,6 +149,21 @@ def test_the_plan_on_the_page_is_the_one_printed(capsys: pytest.CaptureFixture[s
 def test_every_link_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M))
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@pages
+def test_every_file_named_is_there(page: Path) -> None:
+    """But in the log, which tells of its day."""
+    named = re.findall(
+        r"`((?:graphs|engines|exporter|validate|tests|benchmarks|examples|docs)/[\w./*-]+)`", page.read_text()
+    )
+    gone = [name for name in named if "NAME" not in name and not list(ROOT.glob(name.rstrip("/")))]
+    assert gone == [] or page.name == "log.md"
+
+
+def test_the_exit_codes_on_the_page() -> None:
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", (ROOT / "docs" / "index.md").read_text(), re.M)
+    assert {int(code): meaning for code, meaning in rows} == {int(code): meaning for code, meaning in MEANINGS.items()}
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
