@@ -375,7 +375,7 @@ def test_report_overwrites_its_own_files_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (("flow", "flow"), "a figure cannot be named 'flow' (figures are files: letters, digits, . _ -, each once)"),
+        (("flow", "flow"), "a figure cannot be named 'flow': figures are files: letters, digits, . _ -, each once"),
         (("../flow", "other"), "a figure cannot be named '../flow'"),
         (("", "other"), "a figure cannot be named ''"),
     ],

@@ -33,6 +33,8 @@ class Datum:
 class Point(Datum):
     """One trade-off, named."""
 
+    x: float
+    y: float
     label: str = ""
     on_front: bool = False
 
@@ -101,9 +103,8 @@ def _chart(data: Sequence[Datum], more: Sequence[dict[str, Any]] = ()) -> Any:
     """Returns an Altair chart of the data, each with what `more` says of it."""
     import altair as alt
 
-    return alt.Chart(
-        {"values": finite([asdict(d) | extra for d, extra in zip(data, more or [{}] * len(data), strict=True)])}
-    )
+    rows = [asdict(d) | extra for d, extra in zip(data, more or [{}] * len(data), strict=True)]
+    return alt.Chart({"values": finite(rows)})
 
 
 def _key(names: Sequence[str], looks: Sequence[Any] = (), **legend: Any) -> dict[str, Any]:
