@@ -257,7 +257,7 @@ def test_exif_orientation_is_applied(orientation: int, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(ours), np.asarray(hf_load_image(str(path))))
 
 
-@pytest.mark.parametrize("picture", ["china", "hopper", "tiny", "rgba"])
+@pytest.mark.parametrize("picture", ["china", "blossom", "tiny", "rgba"])
 @pytest.mark.parametrize(
     "setting", ["llava-1.5", "odd crop", "crop beyond the picture", "pad to square", "siglip", "letterbox"]
 )

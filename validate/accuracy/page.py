@@ -14,7 +14,7 @@ from himap_export.validate.accuracy.evaluate import ALL, Cell, Summary, percent,
 from himap_export.validate.accuracy.prompter import Prompter
 from himap_export.validate.accuracy.systems import PlanSystem, request_seed
 from himap_export.validate.report.charts import Datum, bars
-from himap_export.validate.report.page import Block, Facts, Figure, Gallery, Page, Picture, Section, Table, Text, png
+from himap_export.validate.report.page import Block, Facts, Figure, Gallery, Page, Picture, Section, Table, png
 
 SHOWN, SIDE = 6, 336  # example images; pixels on which the line around a patch is still a thin one
 HOW = (
@@ -39,9 +39,9 @@ def accuracy_page(
     m, first = run.manifest, next((c for c in systems if c.pipeline.spec.plan.cuts), systems[0])
     sections = (
         Section("Accuracy", (_facts(summary, first), _plot(summary), _table(summary, systems))),
-        Section("Against the unpruned model and against chance", (_differences(summary), Text(HOW))),
+        Section("Against the unpruned model and against chance", (_differences(summary), HOW)),
         *([Section("What was kept", _examples(first, answered, data, prompter))] if first.baselines else []),
-        Section("How this was made", (Text(_plans(systems)), *made)),
+        Section("How this was made", (_plans(systems), *made)),
     )
     budget = f"{m.dtype}, {first.pipeline.backend}, text budget {run.budget.text}, batch {run.budget.batch}"
     skipped = f"; {len(data.skipped)} lines left out" if data.skipped else ""

@@ -24,7 +24,6 @@ from himap_export.validate.report.page import (
     Picture,
     Section,
     Table,
-    Text,
     png,
 )
 
@@ -80,11 +79,11 @@ def _note(flow: Flow) -> str:
 
 def flow_page(flow: Flow, model: str, dtype: str, made: tuple[Block, ...]) -> Page:
     """Returns saliency, attention, disruption, Grad-CAM, advice: one section each; `made`: what made it."""
-    advice: list[Block] = [Text("\n\n".join(flow.advice.reasons))]
+    advice: list[Block] = ["\n\n".join(flow.advice.reasons)]
     if flow.advice.k1 is not None and flow.advice.k2 is not None:
         cuts = f"--k1 {flow.advice.k1} --k2 {flow.advice.k2}"
         advice.append(Command(f"himap-export {model} {cuts} --out bundle/"))
-        advice.append(Text("`himap-tune` measures what plans around these cuts cost in accuracy and gain in time."))
+        advice.append("`himap-tune` measures what plans around these cuts cost in accuracy and gain in time.")
     k1, k2 = (("none" if k is None else f"{k}") for k in (flow.advice.k1, flow.advice.k2))
     trust = "the curves show the pattern" if flow.advice.confident else "the curves do not show the pattern clearly"
     facts = Facts((
@@ -98,7 +97,7 @@ def flow_page(flow: Flow, model: str, dtype: str, made: tuple[Block, ...]) -> Pa
         Section("Attention: where the answer looks", _attention(flow)),
         Section("Disruption: what the answer survives", _disruption(flow)),
         *([Section("Grad-CAM: which patches speak for the answer", _cams(flow))] if flow.seen else []),
-        Section("How this was made", (Text(_METHOD), *made)),
+        Section("How this was made", (_METHOD, *made)),
     )
     return Page(f"Information flow in {model}", f"PyTorch reference in {dtype}", sections)
 

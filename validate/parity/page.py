@@ -5,7 +5,7 @@ import math
 from himap_export.engines.bundle import RunSpec
 from himap_export.validate.parity.compare import Parity
 from himap_export.validate.report.charts import Datum, bars
-from himap_export.validate.report.page import Block, Facts, Figure, Page, Section, Table, Text
+from himap_export.validate.report.page import Block, Facts, Figure, Page, Section, Table
 from himap_export.validate.speed.benchmark import PHASES, Times
 from himap_export.validate.speed.measure import UNPRUNED, Speed
 
@@ -21,8 +21,8 @@ def parity_page(parity: Parity, speed: Speed | None, run: RunSpec, backend: str,
     """Returns verdict, tensors, kept sets, the times if they were measured, and what `made` the report."""
     m = run.manifest
     sections = [
-        Section("Verdict", (_facts(parity, speed, run), Text(HOW))),
-        Section("Tensors", (_tensors(parity), *map(Text, parity.notes))),
+        Section("Verdict", (_facts(parity, speed, run), HOW)),
+        Section("Tensors", (_tensors(parity), *parity.notes)),
         Section("Kept image tokens and answers", (_kept(parity),)),
     ]
     if speed is not None:
@@ -75,7 +75,7 @@ def _speed(speed: Speed) -> tuple[Block, ...]:
     over = [(f"over {name}", *(_ratio(speed.over(name, phase)) for phase in PHASES), "") for name in speed.others]
     head = ("", *PHASES, "peak memory")
     caption = "Medians with the lowest and highest round. Systems take turns; ratios are taken within a round."
-    note = (Text(speed.note),) if speed.note else ()
+    note = (speed.note,) if speed.note else ()
     return _bars(speed), Table("times", head, (*rows, *over), caption), *note
 
 

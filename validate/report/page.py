@@ -6,14 +6,13 @@ import json
 import math
 import re
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from hashlib import sha256
-from importlib.util import find_spec
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,31 +21,22 @@ from himap_export.engines.files import check_report, write_file
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.report.theme import COLOURS, chart_config
 
-LIBRARIES = ("altair", "jinja2", "vl_convert")
-PRINT_WIDTH = 824  # pixels of a PNG, before that is doubled
+PNG_WIDTH = 824  # pixels of a chart, before they are doubled
 # Draws every chart in place of its PNG, in colours that are the page's variables: they follow light, dark and paper.
 DRAW = """
 for (const figure of document.querySelectorAll("figure.chart")) {
   const spec = JSON.parse(figure.querySelector("script").text);
   const config = JSON.parse(document.querySelector("#config").text);
-  vegaEmbed(figure.querySelector("div"), spec, {config, renderer: "svg", actions: false, tooltip: {theme: "page"}});
+  const options = {config, renderer: "svg", actions: false, logLevel: 1, tooltip: {theme: "page"}};
+  vegaEmbed(figure.querySelector("div"), spec, options);
 }
 """
-
-
-@dataclass(frozen=True)
-class Text:
-    """Paragraphs, parted by blank lines; `code` in backticks."""
-
-    kind: ClassVar = "text"
-    text: str
 
 
 @dataclass(frozen=True)
 class Facts:
     """The headline numbers as cards: (label, big value, small note)."""
 
-    kind: ClassVar = "facts"
     items: tuple[tuple[str, str, str], ...]
 
 
@@ -54,18 +44,13 @@ class Facts:
 class Command:
     """One shell command."""
 
-    kind: ClassVar = "command"
     line: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows as long as `head`; the first column names a row. `strong`: indices of the rows to emphasise.
+    """Rows as long as `head`, or ValueError; the first column names a row. `strong`: indices of rows to emphasise."""
 
-    ValueError if a row has another length.
-    """
-
-    kind: ClassVar = "table"
     name: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -77,37 +62,27 @@ class Table:
             if len(row) != len(self.head):
                 raise ValueError(f"row {i} has {len(row)} cells, the head has {len(self.head)}")
 
-    @property
-    def csv(self) -> str:
-        return as_csv([self.head, *self.rows])
-
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart as Vega-Lite's JSON. `name` is its files' stem, `title` says what it shows, `how` how to read it; `data`
-    are the rows that it draws, named by `head`."""
+    """A chart as Vega-Lite's JSON. `name` is its files' stem, `title` says what it shows, `how` how to read it; it
+    draws `rows`, whose columns are `head`."""
 
-    kind: ClassVar = "figure"
     name: str
     title: str
     how: str
     spec: dict[str, Any] = field(repr=False)
     head: tuple[str, ...]
-    data: tuple[tuple[Any, ...], ...]
-
-    @property
-    def csv(self) -> str:
-        return as_csv([self.head, *self.data])
+    rows: tuple[tuple[Any, ...], ...]
 
     @cached_property
     def png(self) -> bytes:
         """The chart with its title on white paper, at twice its size."""
         import vl_convert
 
-        fit = {"type": "fit-x", "contains": "padding"}
-        spec = self.spec | {"title": self.title, "width": PRINT_WIDTH, "padding": 12, "autosize": fit}
+        spec = self.spec | {"title": self.title, "width": PNG_WIDTH, "padding": 12}
         drawn = vl_convert.vegalite_to_png(spec, scale=2, config=chart_config(variables=False))
-        return png(Image.open(io.BytesIO(drawn)).convert("RGB"), 2 * PRINT_WIDTH)
+        return png(Image.open(io.BytesIO(drawn)).convert("RGB"), 2 * PNG_WIDTH)
 
 
 @dataclass(frozen=True)
@@ -123,13 +98,12 @@ class Picture:
 class Gallery:
     """Example images in a grid that follows the window's width; `wide` ones stand one below the other."""
 
-    kind: ClassVar = "gallery"
     pictures: tuple[Picture, ...]
     caption: str = ""
     wide: bool = False
 
 
-Block = Text | Facts | Command | Table | Figure | Gallery
+Block = str | Facts | Command | Table | Figure | Gallery  # str: paragraphs, parted by blank lines; `code` in backticks
 
 
 @dataclass(frozen=True)
@@ -146,15 +120,14 @@ class Page:
 
 
 def check_libraries() -> None:
-    """HimapError (Exit.MISSING) if a library that reports need is not installed. Called before any work; loads none."""
-    for name in LIBRARIES:
-        try:
-            missing = find_spec(name) is None
-        except ImportError:
-            missing = True
-        if missing:
-            hint = "pip install 'himap-export[report]'"
-            raise HimapError(f"a report needs {name}", hint=hint, code=Exit.MISSING)
+    """HimapError (Exit.MISSING) if a library that reports need is not installed. Called before any work."""
+    try:
+        import altair  # noqa: F401
+        import jinja2  # noqa: F401
+        import vl_convert  # noqa: F401
+    except ImportError as missing:
+        hint = "pip install 'himap-export[report]'"
+        raise HimapError(f"a report needs {missing.name}", hint=hint, code=Exit.MISSING) from None
 
 
 def render(page: Page, data: str = "{}\n") -> str:
@@ -165,14 +138,15 @@ def render(page: Page, data: str = "{}\n") -> str:
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    charts = any(block.kind == "figure" for section in page.sections for block in section.blocks)
-    script = _script() if charts else ""
-    loader = PackageLoader("himap_export.validate.report")
-    jinja = Environment(autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    jinja.filters |= {"prose": _prose, "data_uri": data_uri}
-    hash_of_script = b64encode(sha256(script.encode()).digest()).decode()
+    jinja = Environment(
+        loader=PackageLoader("himap_export.validate.report"), undefined=StrictUndefined,
+        autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    jinja.filters |= {"prose": _prose, "data_uri": _data_uri, "csv": _csv, "kind": lambda block: type(block).__name__}
+    charts = any(isinstance(block, Figure) for section in page.sections for block in section.blocks)
+    script, script_hash = _script() if charts else ("", "")
     return jinja.get_template("report.html.j2").render(
-        page=page, data=data, colours=COLOURS, config=chart_config(), script=script, hash_of_script=hash_of_script
+        page=page, data=data, colours=COLOURS, config=chart_config(), script=script, script_hash=script_hash
     )
 
 
@@ -183,9 +157,15 @@ def write_report(folder: Path, page: Page, data: Mapping[str, Any], name: str = 
     HimapError (usage) if two figures share a name or one is no file stem, or as `check_report`; HimapError if a file
     cannot be written.
     """
-    images = _images(page)
-    text = json.dumps(finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    images: dict[str, Figure | Picture] = {}
+    for block in (block for section in page.sections for block in section.blocks):
+        for image in block.pictures if isinstance(block, Gallery) else [block] if isinstance(block, Figure) else []:
+            if not re.fullmatch(r"\w[\w.-]*", image.name) or f"{image.name}.png" in images:
+                details = "figures are files: letters, digits, . _ -, each once"
+                raise HimapError(f"a figure cannot be named {image.name!r}", details, code=Exit.USAGE)
+            images[f"{image.name}.png"] = image
     check_report(folder, (f"{name}.json", *images, f"{name}.html"))
+    text = json.dumps(finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     files = {f"{name}.json": text.encode(), **{file: image.png for file, image in images.items()}}
     files[f"{name}.html"] = render(page, text).encode()
     try:
@@ -210,40 +190,23 @@ def finite(value: Any) -> Any:
 
 def png(image: Image.Image, max_side: int = 640) -> bytes:
     """Returns the image as PNG, shrunk so that no side is longer than `max_side` pixels."""
-    small = image.copy()
+    small, file = image.copy(), io.BytesIO()
     small.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
     small.save(file, format="PNG", optimize=True)
     return file.getvalue()
 
 
-def as_csv(rows: Sequence[Sequence[Any]]) -> str:
-    """Returns the rows as CSV; None is an empty cell."""
+def _csv(block: Table | Figure) -> str:
+    """Returns the rows of a block below their head; None is an empty cell."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([block.head, *block.rows])
     return text.getvalue()
 
 
-def data_uri(content: str | bytes, kind: str) -> str:
+def _data_uri(content: str | bytes, kind: str) -> str:
     """Returns the content as a link that holds all of it; `kind` is its media type."""
     raw = content.encode() if isinstance(content, str) else content
     return f"data:{kind};base64,{b64encode(raw).decode()}"
-
-
-def _images(page: Page) -> dict[str, Figure | Picture]:
-    """Returns every figure and picture of the page by the name of its PNG."""
-    blocks = [block for section in page.sections for block in section.blocks]
-    shown: list[Figure | Picture] = [block for block in blocks if isinstance(block, Figure)]
-    shown += [picture for block in blocks if isinstance(block, Gallery) for picture in block.pictures]
-    images: dict[str, Figure | Picture] = {}
-    for image in shown:
-        if not re.fullmatch(r"\w[\w.-]*", image.name):
-            hint = "letters, digits, . _ -"
-            raise HimapError(f"figure name {image.name!r} is no file stem", hint=hint, code=Exit.USAGE)
-        if f"{image.name}.png" in images:
-            raise HimapError(f"two figures are named {image.name!r}", hint="each is a file of its own", code=Exit.USAGE)
-        images[f"{image.name}.png"] = image
-    return images
 
 
 def _prose(text: str) -> str:
@@ -254,9 +217,11 @@ def _prose(text: str) -> str:
 
 
 @cache
-def _script() -> str:
-    """Returns Vega, Vega-Lite, Vega-Embed and the lines that draw this page's charts, as one script."""
+def _script() -> tuple[str, str]:
+    """Returns Vega, Vega-Lite, Vega-Embed and DRAW as one script, and its sha256, by which the page's policy lets it
+    run."""
     import vl_convert
     from markupsafe import Markup
 
-    return Markup(vl_convert.javascript_bundle(DRAW))
+    script = Markup(vl_convert.javascript_bundle(DRAW))
+    return script, b64encode(sha256(script.encode()).digest()).decode()

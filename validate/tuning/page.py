@@ -9,7 +9,7 @@ from himap_export.validate.accuracy.evaluate import points as in_points
 from himap_export.validate.accuracy.systems import UNPRUNED
 from himap_export.validate.report.charts import Point, pareto
 from himap_export.validate.report.columns import aligned
-from himap_export.validate.report.page import Block, Command, Facts, Page, Section, Table, Text
+from himap_export.validate.report.page import Block, Command, Facts, Page, Section, Table
 from himap_export.validate.tuning.front import RankedPlan
 from himap_export.validate.tuning.tune import Tuned
 
@@ -84,7 +84,7 @@ def tuned_page(t: Tuned, model: str, made: tuple[Block, ...], plans: str) -> Pag
         ("unpruned", f"{t.unpruned.mean:.1%}", f"{t.unpruned.low:.1%} to {t.unpruned.high:.1%}"),
         *_chosen(t),
     ))  # fmt: skip
-    advice: list[Block] = [facts, Text(t.choice.reason)]
+    advice: list[Block] = [facts, t.choice.reason]
     if candidate is not None:
         advice.append(Command(shlex.join(["himap-export", model, "--plan", plans, "--out", "bundle/"])))
     caption = (
@@ -95,7 +95,7 @@ def tuned_page(t: Tuned, model: str, made: tuple[Block, ...], plans: str) -> Pag
         Section("The plan to take", tuple(advice)),
         Section("Accuracy against cost", _plots(t)),
         Section("The front", (Table("front", _HEAD, tuple(_rows(t)), caption),)),
-        Section("How this was made", (Text(HOW), *made)),
+        Section("How this was made", (HOW, *made)),
     )
     subtitle = f"{len(t.ranked)} plans, {t.questions} questions of up to {t.text} text tokens"
     return Page(f"Tuning the cuts of {model}", subtitle, sections)
@@ -111,7 +111,7 @@ def _chosen(t: Tuned) -> list[tuple[str, str, str]]:
 
 def _plots(t: Tuned) -> tuple[Block, ...]:
     y, u = "right answers (%)", t.unpruned
-    whole = Point(UNPRUNED, UNPRUNED, 100, 100 * u.mean, 100 * u.low, 100 * u.high, on_front=False)
+    whole = Point(UNPRUNED, 100, 100 * u.mean, 100 * u.low, 100 * u.high, label=UNPRUNED)
     by_flops = [whole, *(_point(j, j.flops) for j in t.ranked)]
     how = "up and to the left is better. The line joins the front: no other plan is at least as right for at most its"
     figures = [
@@ -133,7 +133,7 @@ def _plots(t: Tuned) -> tuple[Block, ...]:
 
 def _point(j: RankedPlan, share: float) -> Point:
     a = j.accuracy
-    return Point(j.candidate.name, "himap", 100 * share, 100 * a.mean, 100 * a.low, 100 * a.high, on_front=False)
+    return Point("himap", 100 * share, 100 * a.mean, 100 * a.low, 100 * a.high, label=j.candidate.name)
 
 
 def _fronted(points: Sequence[Point]) -> list[Point]:
