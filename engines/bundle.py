@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from himap_export.engines.checkpoint_files import stored_tensors
 from himap_export.engines.manifest import (
@@ -25,14 +25,60 @@ from himap_export.engines.weight_file import StoredTensor, check_finite, find_te
 from himap_export.graphs.errors import Exit, HimapError, suggestion
 from himap_export.graphs.plan import PruningPlan, TokenBudget
 
+if TYPE_CHECKING:
+    from himap_export.engines.session import Session
+
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle's folder and manifest; `external`: its weights, where they were brought from elsewhere."""
+    """A bundle's folder and manifest; `external`: its weights, where they were brought from `weight_folders`."""
 
     folder: Path
     manifest: Manifest
     external: Mapping[str, StoredTensor] | None = None
+    weight_folders: tuple[Path, ...] = ()
+
+    @classmethod
+    def open(cls, folder: Path | str, *, verify: bool = True, expected_digest: str | None = None) -> Self:
+        """Returns the bundle in `folder`, checked.
+
+        It holds plain files, those that its manifest lists and no others; with `verify`, the length and sha256 of each
+        are checked first. HimapError (failure) for one that is not as it was exported, or whose digest is not
+        `expected_digest`.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if expected_digest is not None and manifest.digest != expected_digest.lower():
+            hint = "it is another export, or was changed and given a new digest"
+            raise HimapError(f"{folder} is not the bundle expected", f"its sha256 is {manifest.digest}", hint)
+        _check_files(folder, manifest)
+        if verify:
+            _verify(folder, manifest)
+        return cls(folder, manifest)
+
+    def session(
+        self,
+        *,
+        plan: str | None = None,
+        text_budget: int | None = None,
+        image_size: tuple[int, int] | None = None,
+        backend: str | None = None,
+        device: str | None = None,
+        threads: int | None = None,
+    ) -> "Session":
+        """Returns a session: `with bundle.session() as s: s.ask("photo.jpg", "What is this?")`.
+
+        `plan` (by its name or its policy's), `text_budget` and `image_size` (height, width) hold it to one of the
+        bundle's; else it takes the first plan, and what fits each prompt. `backend`: the bundle's first that opens
+        here; `device`: cpu or cuda, for onnxruntime; CPU `threads`: all.
+        """
+        from himap_export.engines.backends import Opening
+        from himap_export.engines.session import Session
+
+        return Session(
+            self, plan=plan, text_budget=text_budget, image_size=image_size, backend=backend,
+            opening=Opening(threads, device),
+        )  # fmt: skip
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -75,7 +121,7 @@ class Bundle:
         found = find_tensors(stored, wanted)
         if verify:
             check_finite(found.values())
-        return replace(self, external=found)
+        return replace(self, external=found, weight_folders=tuple(folders))
 
     def path(self, file: str) -> Path:
         return self.folder / file
@@ -163,19 +209,7 @@ class RunSpec:
 
 
 def open_bundle(folder: Path, verify: bool = True, expected: str | None = None) -> Bundle:
-    """The bundle in `folder`.
-
-    It holds plain files, those that its manifest lists and no others; with `verify`, the length and sha256 of each are
-    checked first. HimapError (failure) for one that is not as it was exported, or whose digest is not `expected`.
-    """
-    manifest = read_manifest(folder)
-    if expected is not None and manifest.digest != expected.lower():
-        hint = "it is another export, or was changed and given a new digest"
-        raise HimapError(f"{folder} is not the bundle expected", f"its sha256 is {manifest.digest}", hint)
-    _check_files(folder, manifest)
-    if verify:
-        _verify(folder, manifest)
-    return Bundle(folder, manifest)
+    return Bundle.open(folder, verify=verify, expected_digest=expected)
 
 
 def skipped_checks(manifest: Manifest) -> str:

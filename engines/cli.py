@@ -1,6 +1,7 @@
 """`himap-run`: answers questions about an image with a bundle. Needs neither torch nor transformers."""
 
 import argparse
+import json
 import re
 import sys
 import time
@@ -11,10 +12,10 @@ from himap_export.engines.command import MOST_THREADS, Parser, image_size, numbe
 from himap_export.graphs.errors import Exit, HimapError
 
 if TYPE_CHECKING:
-    from himap_export.engines.answer import Answer, Question
-    from himap_export.engines.backends import Opening
-    from himap_export.engines.bundle import RunSpec
-    from himap_export.engines.pipeline import Pipeline
+    from himap_export.engines.bundle import Bundle
+    from himap_export.engines.session import Answer, AnswerStream, Request, Session
+
+STEADY = 8  # steps from which on a rate says something
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,73 +82,88 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from himap_export.engines.answer import load_question, run_arrays, show
-    from himap_export.engines.arrays import load_inputs, save_outputs
-    from himap_export.engines.backends import Opening
-    from himap_export.engines.bundle import open_bundle, skipped_checks
+    from himap_export.engines.arrays import save_outputs
     from himap_export.engines.files import check_output
-    from himap_export.engines.layout import text_tokens
-    from himap_export.engines.sampling import Sampling
 
     for file, kind in ((args.save_outputs, ".npz"), (args.show_kept, ".png")):
         if file is not None:
             check_output(file, kind, args.image, args.load_inputs)
     if args.show_kept is not None and args.image is None:
-        raise HimapError("--show-kept needs --image", "the picture is drawn over it", code=Exit.USAGE)
-    sampling = Sampling(args.temperature, args.top_p, args.seed)
-    bundle = open_bundle(args.bundle, not args.no_verify, args.expect_sha256)
+        raise HimapError("--show-kept needs --image", "the kept patches are drawn over it", code=Exit.USAGE)
+    session = _opened(args).session(
+        plan=args.plan, text_budget=args.text_budget, image_size=args.image_size, backend=args.backend,
+        device=args.device, threads=args.threads,
+    )  # fmt: skip
+    request = _request(args, session)
+    start = time.perf_counter()
+    session.pipeline(request.spec)
+    opened = time.perf_counter() - start
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    answer = _said(session.start(request, max_new_tokens=args.max_new_tokens, **sampling), args)
+    if args.save_outputs is not None:
+        save_outputs(args.save_outputs, answer.outputs)
+    if args.show_kept is not None:
+        answer.draw_kept(args.show_kept)
+    if args.json:
+        print(_as_json(answer, opened))
+    else:
+        print(_as_line(answer), file=sys.stderr)
+
+
+def _opened(args: argparse.Namespace) -> "Bundle":
+    from himap_export.engines.bundle import Bundle, skipped_checks
+
+    bundle = Bundle.open(args.bundle, verify=not args.no_verify, expected_digest=args.expect_sha256)
     if args.no_verify:
         print(f"himap-run: {skipped_checks(bundle.manifest)}", file=sys.stderr)
     if args.weights:
         bundle = bundle.with_weights(args.weights, not args.no_verify)
     bundle.weights()  # a bundle of engines only says that it needs --weights, before it looks for anything else
-    question = None
-    if args.load_inputs is None:
-        question = load_question(bundle, args.image, args.prompt, args.weights, args.image_size)
-    arrays = question.arrays if question is not None else load_inputs(args.load_inputs)
-    needed = text_tokens(arrays.input_ids, arrays.attention_mask, bundle.manifest.model.image)
-    run = bundle.select(args.plan, args.text_budget, needed, arrays.image_size)
-    if args.show_kept is not None and not run.plan.cuts:
+    return bundle
+
+
+def _request(args: argparse.Namespace, session: "Session") -> "Request":
+    from himap_export.engines.arrays import load_inputs
+
+    if args.load_inputs is not None:
+        return session.prepare_arrays(load_inputs(args.load_inputs))
+    request = session.prepare(args.image, args.prompt)
+    if args.show_kept is not None and not request.spec.plan.cuts:
         hint = "choose another plan with --plan"
-        raise HimapError(f"the plan {run.plan_name} cuts nothing", "--show-kept draws cuts", hint, Exit.USAGE)
-    new_tokens = run.budget.new if args.max_new_tokens is None else args.max_new_tokens
-    start = time.perf_counter()
-    pipeline = open_pipeline(run, args.backend, Opening(args.threads, args.device))
-    opened = time.perf_counter() - start
-    stream = None if args.json or question is None else sys.stdout
-    answer = run_arrays(pipeline, arrays, new_tokens, sampling, question, stream)
-    if args.save_outputs is not None:
-        save_outputs(args.save_outputs, answer.outputs)
-    if args.show_kept is not None:
-        assert question is not None
-        _draw(args.show_kept, run, question, answer)
-    show(answer, pipeline, opened, args.json)
+        raise HimapError(f"the plan {request.spec.plan_name} cuts nothing", "--show-kept draws cuts", hint, Exit.USAGE)
+    return request
 
 
-def _draw(file: Path, run: "RunSpec", question: "Question", answer: "Answer") -> None:
-    import numpy as np
-
-    from himap_export.engines.drawing import draw_kept, kept_patches
-    from himap_export.engines.image import tile_grid
-
-    image = np.flatnonzero(run.manifest.model.image.find(question.arrays.input_ids[0]))
-    tiles, plan = tile_grid(question.image, question.preprocessing), run.plan
-    alive = [np.isin(image, answer.outputs[f"kept_{cut}"][0]) for cut in plan.stages[1:]]
-    masks = [kept_patches(a, run.image.grid, tiles) for a in alive]
-    layers = [cut.layer for cut in plan.cuts]
-    draw_kept(file, question.image, question.preprocessing, masks, layers, question.prompt, answer.text)
+def _said(stream: "AnswerStream", args: argparse.Namespace) -> "Answer":
+    """The answer; to standard output as it comes, if it is to be text."""
+    if not args.json and args.load_inputs is None:
+        for piece in stream:
+            print(piece, end="", flush=True)
+        print()
+    return stream.answer
 
 
-def open_pipeline(run: "RunSpec", backend: str | None, opening: "Opening", command: str = "himap-run") -> "Pipeline":
-    """The pipeline on `backend`, or on the first backend of the bundle that opens on this machine."""
-    from himap_export.engines.pipeline import Pipeline
+def _as_json(answer: "Answer", opened: float) -> str:
+    spec = answer.request.spec
+    facts = {
+        "text": answer.text,
+        "tokens": answer.tokens.tolist(),
+        "device": answer.device,
+        "open_s": round(opened, 3),
+        "first_token_s": round(answer.first_token_s, 4),
+        "tokens_per_s": round(answer.tokens_per_s, 1),
+        "image_tokens": list(spec.budget.visual),
+        "plan": spec.plan_name,
+        "text_budget": spec.budget.text,
+    }
+    return json.dumps(facts)
 
-    held = tuple(run.manifest.engines)
-    for name in (backend,) if backend else held:
-        try:
-            return Pipeline(run, name, opening)
-        except HimapError as problem:
-            if backend or problem.code != Exit.MISSING or name == held[-1]:
-                raise
-            print(f"{command}: {problem}", file=sys.stderr)
-    raise HimapError(f"{run.bundle.folder} holds no engines", code=Exit.MISSING)
+
+def _as_line(answer: "Answer") -> str:
+    spec = answer.request.spec
+    speed = f"{answer.tokens_per_s:.0f} tokens/s" if answer.steps >= STEADY else f"{answer.steps + 1} tokens"
+    tokens = " -> ".join(map(str, spec.budget.visual))
+    spoken = [f"first token {answer.first_token_s * 1e3:.0f} ms", speed, f"image tokens {tokens}"]
+    if len(spec.manifest.variants) > 1:
+        spoken.append(f"plan {spec.plan_name}, text budget {spec.budget.text}")
+    return f"[{', '.join(spoken)}, {answer.backend} on {answer.device}]"

@@ -7,15 +7,17 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from himap_export.engines.extras import missing_extra
 from himap_export.engines.scratch import clear_leftovers
 from himap_export.engines.supervisor import leaves, left, supervise
-from himap_export.graphs.errors import MEANINGS, Exit, HimapError, suggestion
+from himap_export.graphs.errors import MEANINGS, Exit, HimapError, HimapWarning, suggestion
 
 # One module each in engines/backends; named here, where nothing is imported.
 BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
@@ -157,6 +159,7 @@ def run_command(name: str, body: Callable[[], Exit | None], interrupted: str = N
     leaves("")
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        warnings.showwarning = partial(_show_warning, name, warnings.showwarning)
         _check_words(sys.argv)
         clear_leftovers()
         code = body() or Exit.OK
@@ -223,6 +226,14 @@ def _say(line: str) -> None:
         print(shortened(line), file=sys.stderr, flush=True)
     except (OSError, ValueError):
         return
+
+
+def _show_warning(name: str, others: Callable[..., None], message: Warning | str, *about: Any) -> None:
+    """Ours are one line; `others` shows those of libraries."""
+    if isinstance(message, HimapWarning):
+        _say(f"{name}: {message}")
+    else:
+        others(message, *about)
 
 
 def _abandon_output() -> None:

@@ -32,6 +32,10 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+class HimapWarning(UserWarning):
+    """What went otherwise than asked, and goes on. Commands print it as one line."""
+
+
 class HimapError(Exception):
     """What was wrong (`summary`), what was found or expected (`details`), what to do about it (`hint`).
 

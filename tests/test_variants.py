@@ -50,7 +50,7 @@ def test_each_prompt_gets_what_a_bundle_of_its_own_gives(
     expected = work.answer(alone(work, plan or "wide", budget), inputs, "--max-new-tokens", "8")
     capsys.readouterr()
     found = work.answer(several, inputs, "--max-new-tokens", "8", *(("--plan", plan) if plan else ()))
-    assert f"plan {plan or 'wide'}, text budget {budget}" in capsys.readouterr().out
+    assert f"plan {plan or 'wide'}, text budget {budget}" in capsys.readouterr().err
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
 

@@ -181,7 +181,7 @@ def _validate(args: argparse.Namespace, argv: list[str]) -> Exit:
 
     _check_places(args)
     bundle, source = _opened(args)
-    inputs = user_inputs(bundle, args.load_inputs, args.image, args.prompt, args.image_size, source.folder)
+    inputs = user_inputs(bundle, args.load_inputs, args.image, args.prompt, args.image_size)
     needed = text_tokens(inputs.input_ids, inputs.attention_mask, bundle.manifest.model.image) if inputs else 0
     size = inputs.image_size if inputs else args.image_size
     run = bundle.select(next(iter(args.plan), None), args.text_budget, needed, size)
@@ -211,7 +211,7 @@ def _validate(args: argparse.Namespace, argv: list[str]) -> Exit:
 def _compare(args: argparse.Namespace, run: "RunSpec", source: "Source", inputs: "Inputs") -> tuple["Parity", str, str]:
     """The parity, and the backend and device that it is of."""
     from himap_export.engines.backends import Opening
-    from himap_export.engines.cli import open_pipeline
+    from himap_export.engines.session import open_pipeline
     from himap_export.validate.checkpoint import load_reference
     from himap_export.validate.parity.compare import compare
     from himap_export.validate.parity.limits import ParityOptions
@@ -219,7 +219,7 @@ def _compare(args: argparse.Namespace, run: "RunSpec", source: "Source", inputs:
 
     pixels = None if args.image is None else compare_pixels(inputs.pixel_values, args.image, run.image, source)
     _check_captured(args, run)
-    pipeline = open_pipeline(run, args.backend, Opening(args.threads, args.device), "himap-validate")
+    pipeline = open_pipeline(run, args.backend, Opening(args.threads, args.device))
     _save_captured(args, pipeline, inputs)
     new_tokens, outputs = min(args.max_new_tokens or 32, run.budget.new), args.save_outputs is not None
     options = ParityOptions(new_tokens, args.atol, args.rtol, outputs)

@@ -61,7 +61,7 @@ def test_drawing_has_a_panel_for_the_picture_and_for_each_cut(
     tiles = tile_grid(image, how)
     tokens = how.tiles * grid[0] * grid[1]
     masks = [kept_patches(np.arange(tokens) < tokens // n, grid, tiles) for n in (1, 2)]
-    draw_kept(tmp_path / "kept.png", image, how, masks, (2, 8), "What?", "A sea.")
+    draw_kept(tmp_path / "kept.png", image, how, masks=masks, cuts=(2, 8), question="What?", answer="A sea.")
     page = np.asarray(Image.open(tmp_path / "kept.png")).astype(int)
     blue = (page[..., 2] - page[..., 0] > 150).sum()
     assert page.shape[0] > panel[0] and page.shape[1] > panel[1]
@@ -72,4 +72,12 @@ def test_drawing_has_a_panel_for_the_picture_and_for_each_cut(
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     mask = np.ones((24, 24), np.bool_)
     with pytest.raises(HimapError, match="cannot write"):
-        draw_kept(tmp_path / "no" / "k.png", Image.new("RGB", (9, 9)), clip_preprocessing(336), [mask], (2,), "Q", "A")
+        draw_kept(
+            tmp_path / "no" / "k.png",
+            Image.new("RGB", (9, 9)),
+            clip_preprocessing(336),
+            masks=[mask],
+            cuts=(2,),
+            question="Q",
+            answer="A",
+        )

@@ -13,6 +13,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from himap_export.engines.bundle import Bundle, open_bundle
 from himap_export.engines.image import clip_preprocessing
+from himap_export.engines.processor import Processor
 from himap_export.engines.prompt import PromptFormat
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import Exit, HimapError
@@ -59,7 +60,7 @@ def word_pieces(*words: str) -> Tokenizer:
 
 
 def prompter(tokenizer: Tokenizer, template: str = "<image> {prompt} ASSISTANT:") -> Prompter:
-    return Prompter(tokenizer, PromptFormat(template, "<image>"), clip_preprocessing(16), 4)
+    return Prompter(Processor(tokenizer, PromptFormat(template, "<image>"), clip_preprocessing(16), 4))
 
 
 def test_arrays_equal_hugging_faces_processor(shapes: Prompter) -> None:
@@ -77,7 +78,7 @@ def test_arrays_equal_hugging_faces_processor(shapes: Prompter) -> None:
 def test_text_tokens_are_what_the_image_leaves(shapes: Prompter) -> None:
     for one in read_dataset(QUESTIONS).examples:
         ids = shapes.arrays(one).input_ids[0]
-        assert shapes.text_tokens(one) == np.count_nonzero(ids != shapes.tokenizer.token_to_id("<image>"))
+        assert shapes.text_tokens(one) == np.count_nonzero(ids != shapes.processor.tokenizer.token_to_id("<image>"))
 
 
 def test_the_shipped_answers_are_one_token_each(shapes: Prompter) -> None:
@@ -85,13 +86,13 @@ def test_the_shipped_answers_are_one_token_each(shapes: Prompter) -> None:
     for one in read_dataset(QUESTIONS).examples:
         label = shapes.label(one)
         assert theirs.decode([label]).strip() == one.answer
-        assert shapes.text([label, theirs.eos_token_id, label], (theirs.eos_token_id,)) == one.answer
+        assert shapes.processor.text([label, theirs.eos_token_id, label], (theirs.eos_token_id,)) == one.answer
 
 
 def test_a_bundle_and_its_checkpoint_say_the_same(shapes: Prompter, bundle: Bundle) -> None:
-    found = prompter_of_bundle(bundle, None)
-    assert (found.prompt, found.image) == (shapes.prompt, shapes.image)
-    assert found.tokenizer.to_str() == shapes.tokenizer.to_str()
+    found, expected = prompter_of_bundle(bundle).processor, shapes.processor
+    assert (found.prompt, found.image) == (expected.prompt, expected.image)
+    assert found.tokenizer.to_str() == expected.tokenizer.to_str()
 
 
 def test_a_bundle_that_knows_its_prompt_takes_the_checkpoints_tokenizer(
@@ -99,16 +100,17 @@ def test_a_bundle_that_knows_its_prompt_takes_the_checkpoints_tokenizer(
 ) -> None:
     bare = replace(bundle, manifest=structs.replace(bundle.manifest, tokenizer=None))  # as exported by an alias alone
     asked = read_dataset(QUESTIONS).examples[0]
-    found = prompter_of_bundle(bare, SHAPES).arrays(asked)
+    found = prompter_of_bundle(replace(bare, weight_folders=(tmp_path, SHAPES))).arrays(asked)
     np.testing.assert_array_equal(found.input_ids, shapes.arrays(asked).input_ids)
-    for folder in (None, tmp_path):
+    for folders in ((), (tmp_path,)):
         with pytest.raises(HimapError, match="holds no tokenizer"):
-            prompter_of_bundle(bare, folder)
+            prompter_of_bundle(replace(bare, weight_folders=folders))
 
 
 def test_nothing_to_prompt_with(work: Workshop) -> None:
     with pytest.raises(HimapError, match="holds no tokenizer") as told:
-        prompter_of_bundle(open_bundle(work.bundle("mha")), SHAPES)  # no prompt format: a tokenizer is not enough
+        found = replace(open_bundle(work.bundle("mha")), weight_folders=(SHAPES,))
+        prompter_of_bundle(found)  # no prompt format: a tokenizer is not enough
     assert told.value.code == Exit.USAGE
     with pytest.raises(HimapError, match="holds no tokenizer") as told:
         prompter_of_checkpoint(work.checkpoint("mha"))
@@ -134,10 +136,10 @@ def test_text_stops_and_loses_the_leading_space() -> None:
     words = word_pieces("▁dog", "▁cat")
     dog, cat = (words.token_to_id(w) for w in ("▁dog", "▁cat"))
     one = prompter(words)
-    assert one.text([dog, cat], ()) == "dog cat"
-    assert one.text([dog, cat, dog], (cat,)) == "dog"
-    assert one.text([cat], (cat,)) == one.text([], ()) == ""
-    assert one.text([dog, words.token_to_id("<0xC3>")], ()) == "dog\ufffd"
+    assert one.processor.text([dog, cat], ()) == "dog cat"
+    assert one.processor.text([dog, cat, dog], (cat,)) == "dog"
+    assert one.processor.text([cat], (cat,)) == one.processor.text([], ()) == ""
+    assert one.processor.text([dog, words.token_to_id("<0xC3>")], ()) == "dog\ufffd"
 
 
 def test_a_prompt_or_picture_that_cannot_be_used_is_told_by_line(tmp_path: Path, shapes: Prompter) -> None:

@@ -77,7 +77,7 @@ def run(
                 batch = asked[start : start + system.batch]
                 numbers = [n for n, _ in batch]
                 tokens = system.answer([prepared[n] for n in numbers], numbers)
-                said = [prompter.text(row, stop_tokens) for row in tokens]
+                said = [prompter.processor.text(row, stop_tokens) for row in tokens]
                 log.append([_answered(system, e, text) for (_, e), text in zip(batch, said, strict=True)])
                 progress(done := done + len(batch), total)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle, digest
-from himap_export.engines.cli import open_pipeline
 from himap_export.engines.manifest import FILE_NAME
+from himap_export.engines.session import open_pipeline
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.accuracy.answers import AnswerLog, check_count, check_log, claim, read_log
 from himap_export.validate.accuracy.dataset import Dataset, read_dataset
@@ -51,7 +51,7 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
     data = Dataset(whole.examples[: asked.limit], whole.skipped)
     for line in data.skipped:
         say(f"left out: {line}")
-    prompter = prompter_of_bundle(bundle, checkpoint)
+    prompter = prompter_of_bundle(bundle)
     held = (v.plan_name for v in bundle.manifest.variants)
     names = tuple(dict.fromkeys(bundle.plan_name(name) for name in asked.plans) or dict.fromkeys(held))
     check_count(len(data.examples) * (len(names) * (2 + asked.seeds) + 1))  # each with its baselines, and the unpruned
@@ -64,7 +64,7 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
         "text_budget": spec.budget.text, "max_new_tokens": new_tokens,
     }  # fmt: skip
     check_log(asked.report / ANSWERS, header | ({"backend": asked.backend} if asked.backend else {}))
-    first = open_pipeline(spec, asked.backend, opening, "himap-validate")
+    first = open_pipeline(spec, asked.backend, opening)
     header["backend"] = first.backend
     asked.report.mkdir(parents=True, exist_ok=True)
     with (

@@ -108,7 +108,7 @@ def curves(flows: Sequence[Sequence[LayerFlow]], disruptions: Sequence[Disruptio
 def _seen(reference: Reference, prompter: Prompter, example: Example, sample: Sample, asked: Asked) -> Seen:
     cams, image = grad_cams(reference, sample, asked.smooth, seed=asked.seed), load_image(example.image)
     sheets = {
-        name: strip([(f"layer {n}", overlay(image, prompter.image, heat)) for n, heat in enumerate(part)])
+        name: strip([(f"layer {n}", overlay(image, prompter.processor.image, heat)) for n, heat in enumerate(part)])
         for name, part in (("decoder", cams.decoder), ("tower", cams.vision))
         if len(part)
     }

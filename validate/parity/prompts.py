@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from himap_export.engines.answer import load_question
 from himap_export.engines.arrays import Inputs, load_inputs
 from himap_export.engines.bundle import Bundle, RunSpec
 from himap_export.graphs.errors import Exit, HimapError
@@ -19,14 +18,13 @@ def user_inputs(
     image: Path | None,
     prompt: str | None,
     size: tuple[int, int] | None,
-    checkpoint: Path,
 ) -> Inputs | None:
     """The prompts the user gave, as arrays or as a question about an image, made `size` if that is given; None if
     neither."""
     if arrays is not None:
         return load_inputs(arrays)
     if image is not None and prompt is not None:
-        return load_question(bundle, image, prompt, (checkpoint,), size).arrays
+        return bundle.session(image_size=size).prepare(image, prompt).inputs
     return None
 
 

@@ -125,7 +125,7 @@ def _answers(
     e: Example, tokens: Mapping[str, int], label: int, prompter: Prompter, log: AnswerLog
 ) -> Sequence[Answered]:
     return [
-        Answered(name, 0, e.line, e.id, e.type, prompter.text([token], ()), expected(e), token == label)
+        Answered(name, 0, e.line, e.id, e.type, prompter.processor.text([token], ()), expected(e), token == label)
         for name, token in tokens.items()
         if (name, 0, e.line) not in log.done
     ]

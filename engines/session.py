@@ -1,0 +1,287 @@
+"""A bundle, open: images and questions in, answers out, whole or as they come.
+
+with Bundle.open("engines/").session() as session:
+    print(session.ask("photo.jpg", "What is this?").text)
+"""
+
+import threading
+import time
+import warnings
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypedDict, Unpack
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from himap_export.engines.arrays import Inputs, as_inputs
+from himap_export.engines.backends import ANYWAY, Opening
+from himap_export.engines.bundle import Bundle, RunSpec
+from himap_export.engines.image import load_image, nearest_size, upright
+from himap_export.engines.layout import Integers, text_tokens
+from himap_export.engines.pipeline import Pipeline
+from himap_export.engines.processor import Processor, load_processor
+from himap_export.engines.prompt import Detokenizer
+from himap_export.engines.sampling import Sampling
+from himap_export.graphs.errors import Exit, HimapError, HimapWarning
+
+
+class Generation(TypedDict, total=False):
+    """How an answer is drawn: up to `max_new_tokens` (the bundle's budget) tokens, greedily at `temperature` 0 (the
+    default), else from the smallest set of probability `top_p` (1); `seed` (0) is of sampling and of random cuts."""
+
+    max_new_tokens: int | None
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a session is to answer: prompts as arrays, the variant that they fit, and what they were made from."""
+
+    inputs: Inputs
+    spec: RunSpec
+    image: Image.Image | None = None
+    prompt: str = ""
+    processor: Processor | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a bundle answers to a `request`. `text` is empty where arrays were asked.
+
+    `outputs`, over all prompts b: image_features [b,V0,D], tokens [b,N] int64 (shorter answers are filled with the
+    padding token), logits [b,W] of the first token, and by cut kept_k1, .. [b,S_i]: the original positions that stay,
+    -1 for padding. Seconds: `first_token_s` until the first token of the first batch (vision and prefill),
+    `decoding_s` for all `steps` after it.
+    """
+
+    request: Request
+    text: str
+    outputs: Mapping[str, npt.NDArray[Any]]
+    backend: str
+    device: str
+    first_token_s: float
+    decoding_s: float
+    steps: int
+
+    @property
+    def tokens(self) -> Integers:
+        """[b,N]."""
+        return self.outputs["tokens"]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of decoding; 0 for an answer of one token."""
+        return self.steps / self.decoding_s if self.steps else 0.0
+
+    def draw_kept(self, file: Path | str) -> None:
+        """Writes the image as PNG, with the patches that each cut kept. HimapError (usage) if there is no image or no
+        cut, or if something else is in the way."""
+        from himap_export.engines.drawing import draw_answer
+
+        draw_answer(Path(file), self)
+
+
+class AnswerStream(Iterator[str]):
+    """The pieces of an answer's text, as they come; `answer` is the whole."""
+
+    def __init__(self, pieces: Generator[str, None, Answer]) -> None:
+        self._pieces, self._answer = pieces, list[Answer]()
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            if end.value is not None:
+                self._answer.append(end.value)
+            raise
+
+    @property
+    def answer(self) -> Answer:
+        """The whole, when the rest has come; this waits for it."""
+        for _ in self:
+            pass
+        return self._answer[0]
+
+
+class Session:
+    """A bundle opened on one backend, for one caller at a time; made by `Bundle.session`.
+
+    Each prompt is answered by the variant that fits it: at the smallest text budget that holds it and the nearest image
+    size, unless the session is for one of them. What a variant needs is allocated when it is first asked, and kept; all
+    share one copy of the weights.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        plan: str | None = None,
+        text_budget: int | None = None,
+        image_size: tuple[int, int] | None = None,
+        backend: str | None = None,
+        opening: Opening = ANYWAY,
+    ) -> None:
+        self.bundle, self._plan, self._text_budget, self._image_size = bundle, plan, text_budget, image_size
+        self._backend, self._opening = backend, opening
+        self._pipelines: dict[tuple[str, str, int], Pipeline] = {}
+        self._busy = threading.Lock()
+
+    def __enter__(self) -> Self:
+        """Opens the engines. HimapError (missing) if no backend of the bundle opens on this machine."""
+        self.pipeline(self.bundle.select(self._plan, self._text_budget, image_size=self._image_size))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives back the engines and their memory."""
+        self._pipelines.clear()
+
+    def pipeline(self, spec: RunSpec) -> Pipeline:
+        """Returns the pipeline of a variant, opened when it is first asked for."""
+        key = spec.plan_name, spec.variant.image, spec.budget.text
+        if key not in self._pipelines:
+            opened = next(iter(self._pipelines.values()), None)
+            if opened is None:
+                self._pipelines[key] = open_pipeline(spec, self._backend, self._opening)
+            else:
+                self._pipelines[key] = Pipeline(spec, opened.backend, self._opening, opened.engines)
+        return self._pipelines[key]
+
+    def prepare(self, image: Image.Image | Path | str, prompt: str) -> Request:
+        """Returns the request of one question about one image, which is a file or Pillow's.
+
+        HimapError (usage): the image cannot be read, the bundle has no tokenizer, or nothing that fits the prompt.
+        """
+        shown = upright(image) if isinstance(image, Image.Image) else load_image(Path(image))
+        sizes = [spec.size for spec in self.bundle.manifest.images.values()]
+        size = self._image_size or nearest_size((shown.height, shown.width), sizes)
+        processor = load_processor(self.bundle, self.bundle.manifest.images[self.bundle.image_name(size)])
+        inputs = processor.inputs(shown, prompt)
+        return Request(inputs, self._fitting(inputs), image=shown, prompt=prompt, processor=processor)
+
+    def prepare_arrays(self, arrays: Inputs | Mapping[str, npt.NDArray[Any]]) -> Request:
+        """Returns the request of prompts as arrays: `input_ids` [b,S] with image placeholders expanded, `pixel_values`
+        [b*tiles,3,H,W], and `attention_mask` [b,S] if there is padding. HimapError (usage) if they are not that."""
+        inputs = arrays if isinstance(arrays, Inputs) else as_inputs(arrays)
+        return Request(inputs, self._fitting(inputs))
+
+    def _fitting(self, inputs: Inputs) -> RunSpec:
+        needed = text_tokens(inputs.input_ids, inputs.attention_mask, self.bundle.manifest.model.image)
+        return self.bundle.select(self._plan, self._text_budget, text_tokens=needed, image_size=inputs.image_size)
+
+    def start(self, request: Request, **how: Unpack[Generation]) -> AnswerStream:
+        """Begins to answer what was prepared. HimapError while one reads: a prompt that does not fit, or logits that
+        are not finite."""
+        return AnswerStream(self._answer(request, how))
+
+    def stream(self, image: Image.Image | Path | str, prompt: str, **how: Unpack[Generation]) -> AnswerStream:
+        """Returns the answer to one question about one image as it comes, piece by piece. HimapError as `prepare` and
+        `start`."""
+        return self.start(self.prepare(image, prompt), **how)
+
+    def ask(self, image: Image.Image | Path | str, prompt: str, **how: Unpack[Generation]) -> Answer:
+        """Returns the answer to one question about one image. HimapError as `prepare` and `start`."""
+        return self.stream(image, prompt, **how).answer
+
+    def generate(self, arrays: Inputs | Mapping[str, npt.NDArray[Any]], **how: Unpack[Generation]) -> Answer:
+        """Returns the answers to prompts as arrays. HimapError as `prepare_arrays` and `start`."""
+        return self.start(self.prepare_arrays(arrays), **how).answer
+
+    def _answer(self, request: Request, how: Generation) -> Generator[str, None, Answer]:
+        """Yields the text of a single question's answer, piece by piece."""
+        if not self._busy.acquire(blocking=False):
+            hint = "read its stream to the end, or open a session for each thread"
+            raise HimapError("the session is in the middle of an answer", hint=hint)
+        try:
+            drawn = _Drawn(self.pipeline(request.spec), request.inputs, how)
+            text = ""
+            if request.processor is None:
+                for _ in drawn:
+                    pass
+            else:
+                spoken = Detokenizer(request.processor.tokenizer)
+                stop = self.bundle.manifest.model.eos_tokens
+                for tokens in drawn:
+                    piece = spoken.push(int(tokens[0])) if tokens[0] not in stop else ""
+                    piece = piece if text else piece.lstrip()  # the space that tokenizers put before a word
+                    text += piece
+                    yield piece
+                rest = spoken.finish()
+                text += rest
+                yield rest
+            return drawn.answer(request, text)
+        finally:
+            self._busy.release()
+
+
+class _Drawn:
+    """The tokens [b] of prompts, B at a time, as they are drawn; the clock stands while the caller has them.
+
+    Prompt n draws its random cuts, if the plan has any, by the seed + n, and its tokens by seed and n: what it is
+    answered does not depend on the batch it stands in.
+    """
+
+    def __init__(self, pipeline: Pipeline, inputs: Inputs, how: Generation) -> None:
+        self._pipeline, self._inputs = pipeline, inputs
+        limit = how.get("max_new_tokens")
+        self._new_tokens = pipeline.spec.budget.new if limit is None else limit
+        self._sampling = Sampling(how.get("temperature", 0.0), how.get("top_p", 1.0), how.get("seed", 0))
+        self._found: dict[str, list[npt.NDArray[Any]]] = {}
+        self._first, self._decoding, self._steps = 0.0, 0.0, 0
+
+    def __iter__(self) -> Iterator[Integers]:
+        batch, done = self._pipeline.spec.budget.batch, 0
+        for part in self._inputs.batches(batch):
+            yield from self._batch(part, range(done, done := done + len(part.input_ids)))
+
+    def _batch(self, part: Inputs, requests: range) -> Iterator[Integers]:
+        p, start, answer = self._pipeline, time.perf_counter(), list[Integers]()
+        seeds = self._sampling.seed + np.array(requests, np.int64)
+        prefilled, layout = p.prefill(part.input_ids, part.pixel_values, part.attention_mask, seeds)
+        steps = p.generate(prefilled, layout, self._new_tokens, sampling=self._sampling, requests=requests)
+        while (tokens := next(steps, None)) is not None:
+            took = time.perf_counter() - start
+            if answer:
+                self._decoding, self._steps = self._decoding + took, self._steps + 1
+            elif not self._found:
+                self._first = took
+            answer.append(tokens)
+            yield tokens
+            start = time.perf_counter()
+        features = p.read("image_features")[: len(requests)]
+        outputs = {"image_features": features, **prefilled.kept, "logits": prefilled.logits}
+        for name, values in (outputs | {"tokens": np.stack(answer, axis=1)}).items():
+            self._found.setdefault(name, []).append(values)
+
+    def answer(self, request: Request, text: str) -> Answer:
+        """Returns the whole, when all tokens are drawn."""
+        pad, width = self._pipeline.manifest.model.pad_token, max(t.shape[1] for t in self._found["tokens"])
+        self._found["tokens"] = [
+            np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=pad) for t in self._found["tokens"]
+        ]
+        outputs = {name: np.concatenate(values) for name, values in self._found.items()}
+        return Answer(
+            request, text, outputs=outputs, backend=self._pipeline.backend, device=self._pipeline.engines.device,
+            first_token_s=self._first, decoding_s=self._decoding, steps=self._steps,
+        )  # fmt: skip
+
+
+def open_pipeline(spec: RunSpec, backend: str | None = None, opening: Opening = ANYWAY) -> Pipeline:
+    """Returns the variant's pipeline on `backend`, or on the first backend of the bundle that opens on this machine:
+    of one that does not a HimapWarning says why. HimapError (missing) if none does."""
+    held = tuple(spec.manifest.engines)
+    for name in (backend,) if backend else held:
+        try:
+            return Pipeline(spec, name, opening)
+        except HimapError as problem:
+            if backend or problem.code != Exit.MISSING or name == held[-1]:
+                raise
+            warnings.warn(HimapWarning(str(problem)), stacklevel=2)
+    raise HimapError(f"{spec.bundle.folder} holds no engines", code=Exit.MISSING)
