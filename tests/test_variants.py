@@ -94,6 +94,7 @@ def test_the_longest_prompt_decides_and_one_that_fits_none_is_refused(
     assert "63 text tokens" in capsys.readouterr().err
     for flags, words in (
         (("--plan", "none"), "it holds wide (himap), tight (himap)"),
+        (("--plan", "tigth"), "; did you mean tight?"),
         (("--text-budget", 13), "it holds 12, 24, 48"),
     ):
         assert call(run_main, several, "--load-inputs", file, *flags) == 2
