@@ -1,120 +1,36 @@
 """The report's page judged as a browser and a reader would: by its tags, its texts, its identifiers, its files."""
 
-import csv
 import io
 import json
 import math
 import re
-from base64 import b64decode, b64encode
+from base64 import b64encode
 from dataclasses import replace
 from hashlib import sha256
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import Workshop, blocked_python
+from pages import Seen, bar_plot, line_plot, linked, page, pareto_plot, picture, whole_page
 from PIL import Image
 
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.report.charts import Datum, Point, bars, lines, pareto
 from himap_export.validate.report.machine import cpu_and_features, provenance
 from himap_export.validate.report.page import (
-    Block,
     Command,
     Facts,
-    Figure,
     Gallery,
     Page,
-    Picture,
     Section,
     Table,
     png,
     render,
     write_report,
 )
-from himap_export.validate.report.theme import COLOURS
 
-VOID = {"meta", "img", "br", "hr", "link", "input"}
 NASTY = "<script>alert(\"1\")</script> & 'so' </script> `<b>`"
-
-
-class Seen(HTMLParser):
-    """What a file consists of; fails on a tag that closes none."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.scripts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        (self.scripts if self.open and self.open[-1] == "script" else self.texts).append(data)
-
-    def values(self, attribute: str) -> list[str]:
-        return [text for _, attributes in self.tags if (text := attributes.get(attribute)) is not None]
-
-    def policy(self) -> str:
-        found = [a["content"] for _, a in self.tags if a.get("http-equiv") == "Content-Security-Policy"]
-        assert len(found) == 1 and found[0]
-        return found[0]
-
-
-HIMAP = [Datum("HiMAP", 1, 0.5, 0.4, 0.6), Datum("HiMAP", 2, 0.75, 0.6, 0.9), Datum("HiMAP", 3, 1.0, 0.9, 1.0)]
-DATA = [*HIMAP, Datum("random <1> & more", 1, 0.25), Datum("random <1> & more", 2, None)]
-POINTS = [Point("himap", 0.3, 70, 68, 72, "k1=2 r=0.5", True), Point("himap", 0.5, 80, None, None, "k1=4 r=0.5", True)]
-POINTS += [Point("random", 0.6, 60, 55, 65, "chance", False)]
-
-
-def line_plot(name: str = "flow", title: str = "Accuracy rises.") -> Figure:
-    return lines(name, title, "up is better.", DATA, "decoder layer", "right answers, %")
-
-
-def bar_plot() -> Figure:
-    return bars("budgets", "Bars.", "tall is better.", DATA, "tokens", "right answers, %")
-
-
-def pareto_plot() -> Figure:
-    return pareto("front", "The front.", "left is better.", POINTS, "FLOPs, share", "right answers, %")
-
-
-def picture(name: str = "example", caption: str = "What colour?") -> Picture:
-    return Picture(name, png(Image.new("RGB", (8, 8), "red")), caption)
-
-
-def page(*blocks: Block, title: str = "A report") -> Page:
-    return Page(title, "of tests", (Section("Found", blocks),))
-
-
-def whole_page() -> Page:
-    table = Table("policies", ("policy", "right"), (("HiMAP", "78 %"), ("random", "82 %")), "Both.", strong=(1,))
-    blocks = (line_plot(), bar_plot(), pareto_plot(), table, Gallery((picture(),), "Six of them."))
-    words = (Facts((("speed-up", "1.92x", "of 2.01x"),)), "One.\n\nTwo `code`.", Command("himap-run a --b 'c'"))
-    return Page("A report", "of tests", tuple(Section(f"Part {n}", b) for n, b in enumerate((words, blocks, (), ()))))
-
-
-def linked(seen: Seen) -> dict[str, str]:
-    """What the links hold, by the name that they are saved under."""
-    return {
-        a["download"] or "": b64decode((a["href"] or "").partition(";base64,")[2]).decode()
-        for tag, a in seen.tags
-        if tag == "a" and "download" in a
-    }
 
 
 def test_tags_balance_and_nothing_is_left_out() -> None:
@@ -210,128 +126,15 @@ def test_identifiers_are_unique_in_a_page_of_equal_plots() -> None:
     assert len(identifiers) == len(set(identifiers)) == 2 + 4 + 1  # section and title, figures, configuration
 
 
-def channels(figure: Figure, mark: str) -> dict[str, dict[str, object]]:
-    """The encoding of the figure's layer of this mark."""
-    (layer,) = [layer for layer in figure.spec["layer"] if layer["mark"]["type"] == mark]
-    found: dict[str, dict[str, object]] = layer["encoding"]
-    return found
-
-
-@pytest.mark.parametrize(
-    ("figure", "mark", "words"),
-    [
-        (line_plot(), "point", ("HiMAP", "random <1> & more", "decoder layer", "right answers, %")),
-        (bar_plot(), "bar", ("HiMAP", "random <1> & more", "right answers, %", "tokens")),
-        (pareto_plot(), "point", ("himap", "random", "FLOPs, share", "right answers, %", "k1=2 r=0.5", "k1=4 r=0.5")),
-    ],
-)
-def test_plots_say_what_they_show(figure: Figure, mark: str, words: tuple[str, ...]) -> None:
-    """In the chart, under the pointer and as CSV; and as a PNG of the same bytes each time."""
-    told = json.dumps(figure.spec)
-    for word in words:
-        assert json.dumps(word)[1:-1] in told
-    tooltip = channels(figure, mark)["tooltip"]
-    assert [t["field"] for t in tooltip][1:] == ["x", "y", "low", "high"]  # type: ignore[index]
-    seen = linked(Seen(render(page(figure))))
-    rows = list(csv.reader(seen[f"{figure.name}.csv"].splitlines()))
-    assert rows == [["" if v is None else str(v) for v in row] for row in (figure.head, *figure.rows)]
-    assert "right answers, %" in figure.head and figure.png == replace(figure).png
-    with Image.open(io.BytesIO(figure.png)) as image:
-        assert image.width == 2 * 824 and image.convert("RGB").getpixel((image.width - 1, 0)) == (255, 255, 255)
-
-
 def test_tables_and_the_report_are_data_too() -> None:
     table = Table("t", ("a", "b, c"), (("x", 'y "z"'),))
     found = linked(Seen(render(page(table), '{"a": 1}\n')))
     assert found == {"report.json": '{"a": 1}\n', "t.csv": 'a,"b, c"\nx,"y ""z"""\n'}
 
 
-def test_plots_take_the_pages_colours_and_font() -> None:
-    """No chart names a colour: those of the configuration are variables, which the page sets for both papers."""
-    for figure in (line_plot(), bar_plot(), pareto_plot()):
-        assert re.search(r"#[0-9a-f]{3}", json.dumps(figure.spec)) is None
-    text = render(whole_page())
-    (config,) = [json.loads(s) for s in Seen(text).scripts if s.startswith("{") and '"$schema"' not in s]
-    used = re.findall(r"var\(--(\w+)\)", json.dumps(config))
-    assert {"ink", "pale", "line", *(f"s{n}" for n in range(8))} <= set(used) <= set(COLOURS)
-    assert "#" not in json.dumps(config)
-    for role, hues in COLOURS.items():
-        assert [f"--{role}: {hue};" in text for hue in hues] == [True, True]
-    assert "prefers-color-scheme: dark" in text
-
-
-def luminance(hue: str) -> float:
-    """WCAG 2.2, relative luminance."""
-    parts = [int(hue[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-@pytest.mark.parametrize("paper", [0, 1])
-@pytest.mark.parametrize(
-    ("role", "ratio"), [("ink", 7), ("pale", 4.5), ("link", 4.5), *((f"s{i}", 3) for i in range(8))]
-)
-def test_contrast_on_both_papers(role: str, ratio: float, paper: int) -> None:
-    """WCAG 2.2: 4.5 for text, 3 for what a plot draws."""
-    for ground in ("paper", "wash"):
-        dark, light = sorted((luminance(COLOURS[role][paper]), luminance(COLOURS[ground][paper])))
-        assert (light + 0.05) / (dark + 0.05) >= ratio
-
-
-def drawn(figure: Figure) -> str:
-    import vl_convert
-
-    return str(vl_convert.vegalite_to_svg(figure.spec | {"width": 400}))
-
-
-def strokes(figure: Figure) -> list[str]:
-    """The lines that are drawn of the series, as path data."""
-    described = [
-        a for tag, a in Seen(drawn(figure)).tags if tag == "path" and a.get("aria-roledescription") == "line mark"
-    ]
-    return [a.get("d") or "" for a in described]
-
-
-def test_a_missing_value_is_a_gap() -> None:
-    def of(*ys: float | None) -> Figure:
-        return lines("a", "T", "", [Datum("one", x, y) for x, y in enumerate(ys)], "x", "y")
-
-    whole, gap, infinite = of(1, 2, 3, 4, 5), of(1, 2, None, 4, 5), of(1, 2, math.inf, 4, 5)
-    assert max(path.count("L") for path in strokes(whole)) == 4
-    assert [path.count("M") for path in strokes(gap) if path.count("L") == 2] == [2]
-    assert infinite == gap and infinite.png == gap.png
-
-
-def test_bounds_are_drawn() -> None:
-    bare = [replace(d, low=None, high=None) for d in HIMAP]
-    for draw in (lines, bars):
-        with_bounds, without = (draw("b", "T", "", data, "x", "y") for data in (HIMAP, bare))
-        assert drawn(with_bounds) != drawn(without) and with_bounds.png != without.png
-
-
 def test_wrong_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="row 0 has 1 cells, the head has 2"):
         Table("t", ("a", "b"), (("c",),))
-
-
-def test_a_front_is_numbered_and_listed() -> None:
-    """However crowded it is: numbers stand for names, which the legend lists in the front's order."""
-    crowd = [
-        Point("g", 0.5 + i / 1000, 70 + i / 10, None, None, f"a plan with a long name {i}", True) for i in range(30)
-    ]
-    seen = Seen(drawn(pareto("p", "T", "", crowd[::-1], "x", "y")))
-    assert {str(i + 1) for i in range(30)} | {f"{i + 1}  {p.label}" for i, p in enumerate(crowd)} <= set(seen.texts)
-    assert "3" not in {t.split(" ")[0] for t in Seen(drawn(pareto_plot())).texts}
-
-
-def test_no_two_series_look_alike() -> None:
-    """For every kind of colour vision: what has the same of 8 colours has other dashes, or another opacity."""
-    data = [Datum(f"series {n}", x, n + x) for n in range(24) for x in range(2)]
-    for draw, mark, channel in ((lines, "line", "strokeDash"), (bars, "bar", "opacity")):
-        scale = channels(draw("n", "T", "", data, "x", "y"), mark)[channel]["scale"]
-        assert isinstance(scale, dict)
-        looks = {(n % 8, str(look)) for n, look in enumerate(scale["range"])}
-        assert len(scale["domain"]) == len(scale["range"]) == len(looks) == 24
 
 
 def test_wide_tables_show_that_they_go_on_and_narrow_windows_stack_them() -> None:
