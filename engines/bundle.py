@@ -16,7 +16,6 @@ from himap_export.engines.manifest import (
     GraphRecord,
     ImageSpec,
     Manifest,
-    TensorSpec,
     Variant,
     entries,
     read_manifest,
@@ -24,6 +23,7 @@ from himap_export.engines.manifest import (
 from himap_export.engines.weight_file import StoredTensor, check_finite, find_tensor, find_tensors, read_header
 from himap_export.graphs.errors import Exit, HimapError, suggestion
 from himap_export.graphs.plan import PruningPlan, TokenBudget
+from himap_export.graphs.ports import TensorSpec
 
 if TYPE_CHECKING:
     from himap_export.engines.session import Session

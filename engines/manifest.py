@@ -20,36 +20,32 @@ from himap_export.engines.layout import Grid, ImageTokens
 from himap_export.engines.prompt import PromptFormat
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.plan import PruningPlan, TokenBudget, Tokens
+from himap_export.graphs.ports import GraphPorts, Port, Size, TensorSpec, chain_problems, graph_problems
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
 SCHEMA = 5
 FILE_NAME = "manifest.json"
-DoorType = Literal["fp16", "bf16", "fp32", "int64"]  # of a tensor that enters or leaves a graph
 WeightForm = Literal["shared", "embedded", "absent"]
 MOST = 64 * MEGABYTE  # a hundred variants of the largest model take 20
 
 Name = Annotated[str, Meta(min_length=1, max_length=500)]
-Size = Annotated[int, Meta(ge=0, lt=2**40)]  # of one axis, or of a file in bytes
 Text = Annotated[str, Meta(max_length=100_000)]
 
 
-class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
-    """A static tensor at a graph's door."""
-
-    dtype: DoorType
-    shape: Annotated[tuple[Size, ...], Meta(max_length=8)]
-
-
 class GraphRecord(Struct, frozen=True, forbid_unknown_fields=True):
-    """One graph: its tensors in and out, and the checkpoint's weights it reads, by name.
+    """One graph: its ports and the checkpoint's weights it reads, by their names in the ONNX file.
 
     `file` is its ONNX file, empty where only engines with their weights inside are left of it.
     """
 
     file: str
-    inputs: Mapping[Name, TensorSpec]
-    outputs: Mapping[Name, TensorSpec]
+    inputs: Mapping[Name, Port]
+    outputs: Mapping[Name, Port]
     weights: Mapping[Name, TensorSpec]
+
+    @property
+    def ports(self) -> GraphPorts:
+        return GraphPorts(self.inputs, self.outputs)
 
 
 class ImageSpec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -209,6 +205,8 @@ def _problems(m: Manifest) -> Iterator[str]:
     yield from (f"the path {name!r} leads out of the bundle" for name in (*m.paths(), *m.files) if not is_plain(name))
     yield from (f"{name} is not listed among its files" for name in m.paths() if name not in m.files)
     yield from (f"{FILE_NAME} lists itself" for name in m.files if name == FILE_NAME)
+    for name, graph in m.graphs.items():
+        yield from (f"graph {name}: {problem}" for problem in graph_problems(graph.ports))
     for v in m.variants:
         yield from _variant_problems(m, v)
     for backend, engines in m.engines.items():
@@ -225,10 +223,9 @@ def _variant_problems(m: Manifest, v: Variant) -> Iterator[str]:
     stages = ("vision", *v.plan.stages, "decode")
     if set(v.graphs) != set(stages) or not set(v.graphs.values()) <= set(m.graphs):
         yield f"{what} does not name a graph for each of {', '.join(stages)}"
-    elif not (
-        "pixel_values" in m.graphs[v.graphs["vision"]].inputs and "logits" in m.graphs[v.graphs["decode"]].outputs
-    ):
-        yield f"{what} has graphs without pixel_values or logits"
+    else:
+        chain = [m.graphs[v.graphs[stage]].ports for stage in stages]
+        yield from (f"{what}: {problem}" for problem in chain_problems(chain, len(v.plan.cuts)))
     if (image := m.images.get(v.image)) is None:
         yield f"{what} is for images {v.image}, which are not there"
     elif not 1 <= prod(image.grid) * image.tiles <= image.tokens == v.budget.visual[0]:

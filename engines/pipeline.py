@@ -1,10 +1,9 @@
 """The chain: vision, the stages of prefill, then decode over KV caches that stay where they are.
 
-Every tensor of every graph is static, so all are allocated once, when a bundle is opened, and bound by name: what one
-stage writes the next one reads in place, and prefill's caches are decode's.
+Every tensor of every graph is static, so all are allocated once, when a bundle is opened, and bound by their places
+(`graphs/ports.py`): what one stage writes the next one reads in place, and prefill's caches are decode's.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -17,10 +16,10 @@ from himap_export.engines.arrays import memory_bytes
 from himap_export.engines.backends import ANYWAY, Engines, Opening, Tensor, load_backend
 from himap_export.engines.bundle import RunSpec
 from himap_export.engines.layout import Integers, PromptLayout, lay_out
-from himap_export.engines.manifest import TensorSpec
 from himap_export.engines.sampling import Sampler, Sampling
 from himap_export.engines.weight_file import NUMPY
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import Place, Port, Role
 from himap_export.graphs.spec import PADDING
 
 FP16_MAX, FP32_MAX = float(np.finfo(np.float16).max), float(np.finfo(np.float32).max)
@@ -35,13 +34,6 @@ class Prefilled:
     kept: Mapping[str, Integers]
 
 
-def tensor_name(graph: str, name: str) -> str:
-    """The tensor behind a graph's door: caches go by one name, decode's ids and positions are not the prompt's."""
-    if graph == "decode" and name in ("input_ids", "position_ids", "rope_position_ids"):
-        return f"decode.{name}"
-    return re.sub("^(past|present)_", "cache_", name)
-
-
 class Pipeline:
     """A variant of a bundle, opened on a backend, for batches of up to B prompts at a time.
 
@@ -54,7 +46,7 @@ class Pipeline:
             held = ", ".join(self.manifest.engines)
             raise HimapError(f"{spec.bundle.folder} holds no {backend} engines", f"it holds {held}", code=Exit.MISSING)
         self.engines: Engines = engines or load_backend(backend).open_engines(spec.bundle, opening)
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[Place, Tensor] = {}
         self.stages = spec.plan.stages
         self._check_memory()
         self._rope_shift = np.zeros(spec.budget.batch, np.int64)  # of the prompts that were loaded last
@@ -66,34 +58,39 @@ class Pipeline:
         """Every tensor is allocated at once: better a line now than a machine that swaps itself to death."""
         if self.engines.device != "cpu":
             return
-        named: dict[str, TensorSpec] = {}
-        for stage in self.spec.variant.graphs:
-            record = self.spec.graph(stage)
-            named |= {tensor_name(stage, name): spec for name, spec in {**record.inputs, **record.outputs}.items()}
-        needed = sum(prod(spec.shape) * np.dtype(NUMPY[spec.dtype]).itemsize for spec in named.values())
+        ports = {port.place: port for stage in self.spec.variant.graphs for port in self._ports(stage).values()}
+        needed = sum(prod(port.shape) * np.dtype(NUMPY[port.dtype]).itemsize for port in ports.values())
         if needed > memory_bytes():
             details = f"{needed / 1e9:.0f} GB for its caches and states, this machine has {memory_bytes() / 1e9:.0f}"
             raise HimapError(
                 f"{self.spec.bundle.folder} is too large for this machine", details, "export smaller budgets"
             )
 
-    def _bind(self, graph: str) -> Callable[[], None]:
-        record = self.spec.graph(graph)
-        doors: Mapping[str, TensorSpec] = {**record.inputs, **record.outputs}
-        for name, spec in doors.items():
-            shared = tensor_name(graph, name)
-            if shared not in self.tensors:
-                self.tensors[shared] = self.engines.tensor(spec)
-        return self.engines.bind(
-            self.spec.graph_name(graph), {name: self.tensors[tensor_name(graph, name)] for name in doors}
-        )
+    def _ports(self, stage: str) -> Mapping[str, Port]:
+        record = self.spec.graph(stage)
+        return {**record.inputs, **record.outputs}
 
-    def run(self, graph: str) -> None:
-        """One graph on whatever its tensors now hold."""
-        self._run[graph]()
+    def _bind(self, stage: str) -> Callable[[], None]:
+        ports = self._ports(stage)
+        for port in ports.values():
+            if port.place not in self.tensors:
+                self.tensors[port.place] = self.engines.tensor(port)
+        bound = {name: self.tensors[port.place] for name, port in ports.items()}
+        return self.engines.bind(self.spec.graph_name(stage), bound)
 
-    def read(self, name: str) -> npt.NDArray[Any]:
-        return self.tensors[name].read()
+    def run(self, stage: str) -> None:
+        """The graph of a stage on whatever its tensors now hold."""
+        self._run[stage]()
+
+    def read(self, role: Role, layer: int | None = None, cut: int | None = None) -> npt.NDArray[Any]:
+        """A copy of a tensor, in the form in which its backend holds it."""
+        return self.tensors[Place(role, layer, cut)].read()
+
+    def _write(self, values: Mapping[Role, npt.NDArray[Any]]) -> None:
+        """Those of `values` that a graph of this variant reads."""
+        for role, array in values.items():
+            if Place(role) in self.tensors:
+                self.tensors[Place(role)].write(array)
 
     def load(
         self,
@@ -110,24 +107,26 @@ class Pipeline:
         image, budget = self.spec.image, self.spec.budget
         grid = image.grid if m.decoder.rope_axes else None
         layout = lay_out(input_ids, attention_mask, m.model.image, m.decoder.vocab, budget, grid)
-        tiles, shape = image.tiles, self.spec.graph("vision").inputs["pixel_values"].shape
-        if pixel_values.shape != (wanted := (tiles * len(input_ids), *shape[1:])):
+        tiles, port = image.tiles, self.tensors[Place("pixel_values")].spec
+        if pixel_values.shape != (wanted := (tiles * len(input_ids), *port.shape[1:])):
             each = "one image" if tiles == 1 else f"{tiles} tiles"
             expected = f"expected {list(wanted)}, {each} per prompt"
             raise HimapError(f"pixel_values are {list(pixel_values.shape)}", expected, code=Exit.USAGE)
-        most = FP16_MAX if self.spec.graph("vision").inputs["pixel_values"].dtype == "fp16" else FP32_MAX
+        most = FP16_MAX if port.dtype == "fp16" else FP32_MAX
         if not np.abs(pixel_values).max() <= most:  # false for NaN, too
             details = f"expected numbers up to {most:g}, the largest is {np.abs(pixel_values).max():g}"
             raise HimapError("pixel_values are out of range", details, code=Exit.USAGE)
         missing = budget.batch - len(input_ids)
-        self.tensors["pixel_values"].write(np.concatenate([pixel_values, *[pixel_values[-tiles:]] * missing]))
-        for name in ("input_ids", "position_ids", "token_type", "rope_position_ids"):
-            if name in self.tensors:
-                self.tensors[name].write(getattr(layout, name))
+        given = np.zeros(len(input_ids), np.int64) if seeds is None else seeds
+        self._write({
+            "pixel_values": np.concatenate([pixel_values, *[pixel_values[-tiles:]] * missing]),
+            "input_ids": layout.input_ids,
+            "position_ids": layout.position_ids,
+            "token_type": layout.token_type,
+            "rope_position_ids": layout.rope_position_ids,
+            "seed": np.concatenate([given, *[given[-1:]] * missing])[:, None],
+        })  # fmt: skip
         self._rope_shift = layout.rope_shift
-        if "seed" in self.tensors:
-            given = np.zeros(len(input_ids), np.int64) if seeds is None else seeds
-            self.tensors["seed"].write(np.concatenate([given, *[given[-1:]] * missing])[:, None])
         return layout
 
     def prefill(
@@ -144,12 +143,12 @@ class Pipeline:
 
     def prefilled(self, samples: int) -> Prefilled:
         """What the tensors now hold, of the first `samples` prompts."""
-        kept = {f"kept_{cut}": self.kept(cut)[:samples] for cut in self.stages[1:]}
+        kept = {f"kept_{name}": self.kept(cut)[:samples] for cut, name in enumerate(self.stages[1:], 1)}
         return Prefilled(self.read("logits")[:samples], kept)
 
-    def kept(self, cut: str) -> Integers:
-        """Original positions [B,S_i] that `cut` (k1, ..) kept, -1 for padding."""
-        return np.where(self.read(f"type_{cut}") == PADDING, -1, self.read(f"kept_{cut}"))
+    def kept(self, cut: int) -> Integers:
+        """Original positions [B,S_i] that cut 1, 2, .. kept, -1 for padding."""
+        return np.where(self.read("kept_types", cut=cut) == PADDING, -1, self.read("kept_positions", cut=cut))
 
     def step(self, tokens: Integers, positions: Integers) -> npt.NDArray[np.float32]:
         """Appends one token [B] per sample at its original position [B]; logits [B,W]."""
@@ -159,11 +158,10 @@ class Pipeline:
 
     def feed(self, tokens: Integers, positions: Integers) -> None:
         """Writes what decode reads."""
-        self.tensors["decode.input_ids"].write(tokens[:, None])
-        self.tensors["decode.position_ids"].write(positions[:, None])
-        if "decode.rope_position_ids" in self.tensors:
-            turned = np.repeat((positions + self._rope_shift)[:, None, None], 3, axis=2)
-            self.tensors["decode.rope_position_ids"].write(turned)
+        turned = np.repeat((positions + self._rope_shift)[:, None, None], 3, axis=2)
+        self._write({
+            "next_id": tokens[:, None], "next_position": positions[:, None], "next_rope_position": turned,
+        })  # fmt: skip
 
     def generate(
         self,

@@ -8,8 +8,6 @@ from himap_export.engines.weight_file import StoredTensor, base_name, check_floa
 from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import Exit, HimapError
 
-_IR = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-
 
 class WeightNames:
     """Roles ("layers.0.mlp.up_proj.weight") to names in this checkpoint, by the candidates a family's layouts allow.
@@ -59,11 +57,11 @@ def bind(graph: StageGraph, tensors: Mapping[str, StoredTensor], location: Calla
     """
     g = graph.model.graph
     for value in [v for v in g.inputs if v.name in graph.weights]:
-        assert value.name is not None
+        assert value.name is not None and value.dtype is not None
         shape = graph.weights[value.name]
         stored = fitting(tensors, value.name, shape)
         value.const_value = ir.ExternalTensor(
-            location(stored), stored.offset, stored.nbytes, _IR[stored.dtype],
+            location(stored), stored.offset, stored.nbytes, value.dtype,
             shape=ir.Shape(shape), name=stored.name, base_dir="",
         )  # fmt: skip
         g.register_initializer(value)

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,14 +16,12 @@ from himap_export.engines.bundle import Bundle, digests
 from himap_export.engines.layout import ImageTokens
 from himap_export.engines.manifest import (
     FILE_NAME,
-    DoorType,
     EngineRecord,
     FileRecord,
     GraphRecord,
     ImageSpec,
     Manifest,
     ModelRecord,
-    TensorSpec,
     Variant,
     finalised,
     manifest_json,
@@ -37,13 +35,12 @@ from himap_export.exporter.planning import Planned
 from himap_export.exporter.processor import ProcessorData, alias_processor, read_processor
 from himap_export.exporter.store import store_weights, write_weights
 from himap_export.exporter.target import settle_target, work_folder
-from himap_export.graphs.build import IR_DTYPE, StageGraph
+from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import HimapError
+from himap_export.graphs.ports import TensorSpec
 from himap_export.graphs.stages import StagedModel
 
 _TOOLS = ("himap-export", "numpy", "onnx", "onnx-ir", "onnxscript", "torch", "transformers", "tokenizers", "pillow")
-_DTYPE: dict[ir.DataType, DoorType] = {code: name for name, code in IR_DTYPE.items()}
-_DTYPE |= {ir.DataType.INT64: "int64"}
 Progress = Callable[[str], None]
 
 
@@ -99,9 +96,8 @@ class Export:
         p = self.planned
         for name, graph in self.graphs.items():
             onnx.checker.check_model(ir.to_proto(graph.model), full_check=True)
-            doors = [v for v in graph.model.graph.inputs if v.name not in graph.weights]
             weights = {weight: TensorSpec(p.dtype, shape) for weight, shape in graph.weights.items()}
-            self.records[name] = GraphRecord(f"{name}.onnx", _specs(doors), _specs(graph.model.graph.outputs), weights)
+            self.records[name] = GraphRecord(f"{name}.onnx", *graph.ports, weights)
         if p.weights == "absent":
             for name, graph in self.graphs.items():
                 self._write(name, graph.model)
@@ -232,14 +228,6 @@ def _processor(p: Planned, checkpoint: Checkpoint) -> ProcessorData:
 
 def _location(stored: StoredTensor) -> str:
     return f"weights/{stored.file.name}"
-
-
-def _specs(values: Iterable[ir.Value]) -> dict[str, TensorSpec]:
-    specs = {}
-    for v in values:
-        assert v.name is not None and v.dtype is not None and v.shape is not None
-        specs[v.name] = TensorSpec(_DTYPE[v.dtype], tuple(int(n) for n in v.shape.numpy()))
-    return specs
 
 
 def _model_record(p: Planned, checkpoint: Checkpoint) -> ModelRecord:

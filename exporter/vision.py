@@ -16,6 +16,7 @@ from onnxscript.rewriter import pattern
 from himap_export.exporter.family import Family, VisionSpec
 from himap_export.graphs.build import IR_VERSION, OPSET, StageGraph
 from himap_export.graphs.decoder import Names
+from himap_export.graphs.ports import GraphPorts, Place, Port
 from himap_export.graphs.spec import Dtype
 
 Array = npt.NDArray[Any]
@@ -29,12 +30,14 @@ def vision_graph(
     `names` of the module's. What the module computed from its configuration alone, its `constants` by the names of
     their buffers, is written into the graph."""
     module = family.module(spec, TORCH_DTYPE[dtype])
-    pixels = torch.empty((batch * spec.tiles, spec.channels, *spec.size), dtype=TORCH_DTYPE[dtype], device="meta")
-    outputs = ["image_features", *(f"deepstack_{n}" for n in range(spec.deepstack))]
+    pixels = Port(dtype, (batch * spec.tiles, spec.channels, *spec.size), "pixel_values")
+    places = Place("image_features"), *(Place("deepstack", layer) for layer in range(spec.deepstack))
+    outputs = {place.name(): Port(dtype, (batch, spec.tokens, hidden), *place) for place in places}
+    empty = torch.empty(pixels.shape, dtype=TORCH_DTYPE[dtype], device="meta")
     with _quiet(), torch.inference_mode():
         program = torch.onnx.export(
-            module, (pixels,), dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-            input_names=["pixel_values"], output_names=outputs,
+            module, (empty,), dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
+            input_names=[pixels.role], output_names=list(outputs),
         )  # fmt: skip
     assert program is not None
     model = program.model
@@ -45,7 +48,7 @@ def vision_graph(
     pattern.RewriteRuleSet([_BiasedLinearAsGemm.rule(), _LinearAsGemm.rule()]).apply_to_model(model)
     for node in model.graph:
         node.metadata_props.clear()
-    return StageGraph(name, model, weights)
+    return StageGraph(name, model, GraphPorts({pixels.role: pixels}, outputs), weights)
 
 
 class _LinearAsGemm(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # onnxscript is untyped here

@@ -1,4 +1,4 @@
-"""The frame every graph is built in: opset, named inputs and outputs, weights as named placeholders."""
+"""The frame every graph is built in: opset, ports declared by their places, weights as named placeholders."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,22 +6,25 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
+from himap_export.graphs.ports import GraphPorts, Place, Port, PortType
 from himap_export.graphs.spec import Dtype
 
 OPSET, IR_VERSION, DOMAIN = 24, 12, "himap"
-IR_DTYPE: dict[Dtype, ir.DataType] = {
+IR_DTYPE: dict[PortType, ir.DataType] = {
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
     "fp32": ir.DataType.FLOAT,
+    "int64": ir.DataType.INT64,
 }
 
 
 @dataclass(frozen=True)
 class StageGraph:
-    """An ONNX model and which of its inputs are weights: `weights` maps each weight's name to its shape."""
+    """An ONNX model, its ports by name, and its other inputs: `weights` maps each weight's name to its shape."""
 
     name: str
     model: ir.Model
+    ports: GraphPorts
     weights: Mapping[str, tuple[int, ...]]
 
 
@@ -37,26 +40,41 @@ class Frame:
     """Collects one graph. `op` builds nodes; `weight` names a checkpoint tensor once, however often it is read."""
 
     def __init__(self, name: str, dtype: Dtype) -> None:
-        self.name, self.dtype = name, IR_DTYPE[dtype]
+        self.name, self.dtype, self._own = name, IR_DTYPE[dtype], dtype
         self.graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET, DOMAIN: 1})
         self.builder = GraphBuilder(self.graph)
         self.op = self.builder.op
+        self._inputs: dict[str, Port] = {}
+        self._outputs: dict[str, Port] = {}
         self._weights: dict[str, ir.Value] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
-    def input(self, name: str, shape: tuple[int, ...], dtype: ir.DataType | None = None) -> ir.Value:
-        """The graph's input of that name, declared when it is first asked for."""
-        known = next((value for value in self.graph.inputs if value.name == name), None)
-        return known if known is not None else self.builder.input(name, dtype or self.dtype, shape)
+    def input(self, place: Place, shape: tuple[int, ...], dtype: PortType | None = None) -> ir.Value:
+        """The graph's input of that place, declared when it is first asked for."""
+        name = place.name()
+        if name in self._inputs:
+            return next(value for value in self.graph.inputs if value.name == name)
+        self._inputs[name] = port = Port(dtype or self._own, shape, *place)
+        return self.builder.input(name, IR_DTYPE[port.dtype], shape)
 
-    def integers(self, name: str, *shape: int) -> ir.Value:
-        return self.input(name, shape, ir.DataType.INT64)
+    def integers(self, place: Place, *shape: int) -> ir.Value:
+        return self.input(place, shape, "int64")
 
-    def output(self, name: str, value: ir.Value, shape: tuple[int, ...], dtype: ir.DataType | None = None) -> None:
-        """Declare `value` as an output; an input that passes through unchanged gets an Identity of its own."""
+    def output(
+        self,
+        place: Place,
+        value: ir.Value,
+        shape: tuple[int, ...],
+        dtype: PortType | None = None,
+        updates: ir.Value | None = None,
+    ) -> None:
+        """Declare `value` as an output, which shares the memory of the input that it `updates`; an input that passes
+        through unchanged gets an Identity of its own."""
         if value.is_graph_input() or value in self.graph.outputs:
             value = self.op.Identity(value)
-        value.shape, value.type = ir.Shape(shape), ir.TensorType(dtype or self.dtype)
+        name = place.name(updates is not None)
+        self._outputs[name] = port = Port(dtype or self._own, shape, *place, updates.name if updates else None)
+        value.shape, value.type = ir.Shape(shape), ir.TensorType(IR_DTYPE[port.dtype])
         self.builder.add_output(value, name)
 
     def weight(self, name: str, *shape: int) -> ir.Value:
@@ -73,4 +91,4 @@ class Frame:
         model = ir.Model(
             self.graph, ir_version=IR_VERSION, producer_name="himap-export", functions=self.builder.functions.values()
         )
-        return StageGraph(self.name, model, self._shapes)
+        return StageGraph(self.name, model, GraphPorts(self._inputs, self._outputs), self._shapes)

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from himap_export.graphs.build import Frame, StageGraph, dim
-from himap_export.graphs.decoder import Attended, Decoder, Names, Rotary, rotary
+from himap_export.graphs.build import Frame, StageGraph
+from himap_export.graphs.decoder import Attended, Attention, Decoder, Names, Rotary, rotary
 from himap_export.graphs.gather import top_k_gather
 from himap_export.graphs.importance import ScoringContext, importance
 from himap_export.graphs.plan import PruningPlan, TokenBudget
+from himap_export.graphs.ports import Place
 from himap_export.graphs.spec import IMAGE, PADDING, DecoderSpec, Dtype, stage_layers
 
-FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+INT64 = ir.DataType.INT64
+Pair = tuple[ir.Value, ir.Value]  # of keys and values
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ class StagedModel:
         hidden = f.op.Reshape(x, list(by_token))
         if i == len(self.plan.cuts):
             self._last_logits(f, hidden, token_type)
-            f.output("hidden", hidden, by_token)
+            f.output(Place("last_hidden"), hidden, by_token)
             return f.finish()
-        f.output(f"hidden_k{i + 1}", hidden, by_token)
+        f.output(Place("hidden", cut=i + 1), hidden, by_token)
         if self.removes(i + 1):
             self._score(f, i + 1, a, token_type, position)
         return f.finish()
@@ -58,35 +60,37 @@ class StagedModel:
     def _prompt(self, f: Frame) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Embedded ids [B*S0,D] with the image features in their places, position and token_type [B,S0]."""
         b, s0, hidden = self.budget.batch, self.budget.total[0], self.spec.hidden
-        ids, position, token_type = (f.integers(n, b, s0) for n in ("input_ids", "position_ids", "token_type"))
-        features = f.input("image_features", (b, self.budget.visual[0], hidden))
+        places = Place("input_ids"), Place("position_ids"), Place("token_type")
+        ids, position, token_type = (f.integers(place, b, s0) for place in places)
+        features = f.input(Place("image_features"), (b, self.budget.visual[0], hidden))
         x = f.op.Reshape(self._merge(f, self._embed(f, ids), features, token_type), [b * s0, hidden])
         return x, position, token_type
 
     def _cut(self, f: Frame, i: int) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """The gather of cut i, from S_{i-1} to S_i tokens; outputs `kept_k*` and `type_k*`."""
+        """The gather of cut i, from S_{i-1} to S_i tokens; outputs the positions and types of those it keeps."""
         b, hidden, before, after = self.budget.batch, self.spec.hidden, *self.budget.total[i - 1 : i + 1]
-        x = f.input(f"hidden_k{i}", (b, before, hidden))
-        names = ("position_ids", "token_type") if i == 1 else (f"kept_k{i - 1}", f"type_k{i - 1}")
-        position, token_type = (f.integers(name, b, before) for name in names)
+        x = f.input(Place("hidden", cut=i), (b, before, hidden))
+        places = Place("kept_positions", cut=i - 1), Place("kept_types", cut=i - 1)
+        if i == 1:
+            places = Place("position_ids"), Place("token_type")
+        position, token_type = (f.integers(place, b, before) for place in places)
         if self.removes(i):
-            score = f.input(f"score_k{i}", (b, before), FLOAT)
+            score = f.input(Place("score", cut=i), (b, before), "fp32")
             x, position, token_type = top_k_gather(f.op, x, score, position, token_type, after)
-        f.output(f"kept_k{i}", position, (b, after), INT64)
-        f.output(f"type_k{i}", token_type, (b, after), INT64)
+        f.output(Place("kept_positions", cut=i), position, (b, after), "int64")
+        f.output(Place("kept_types", cut=i), token_type, (b, after), "int64")
         return f.op.Reshape(x, [b * after, hidden]), position, token_type
 
     def _score(self, f: Frame, i: int, a: Attended, token_type: ir.Value, position: ir.Value) -> None:
-        """Outputs `score_k*`, by which cut i ranks; a random one reads the requests' seeds."""
+        """Outputs the score by which cut i ranks; a random one reads the requests' seeds."""
         cut, (before, after) = self.plan.cuts[i - 1], self.budget.visual[i - 1 : i + 1]
-        seed = f.integers("seed", self.budget.batch, 1) if cut.criterion == "random" else None
+        seed = f.integers(Place("seed"), self.budget.batch, 1) if cut.criterion == "random" else None
         context = ScoringContext(
             f.op, self.spec, query=a.query, key=a.key, token_type=token_type, position=position, seed=seed,
             layer=cut.layer, visual=before, keep=after, text=self.budget.text,
         )  # fmt: skip
-        f.output(
-            f"score_k{i}", importance(cut.criterion, context), (self.budget.batch, self.budget.total[i - 1]), FLOAT
-        )
+        shape = self.budget.batch, self.budget.total[i - 1]
+        f.output(Place("score", cut=i), importance(cut.criterion, context), shape, "fp32")
 
     def _last_logits(self, f: Frame, hidden: ir.Value, token_type: ir.Value) -> None:
         """Of each sample's last prompt token; padding lies behind it."""
@@ -98,8 +102,8 @@ class StagedModel:
         """One token per sample through all layers, over the caches of all stages."""
         b, spec = self.budget.batch, self.spec
         f = Frame("decode", self.dtype)
-        ids, position = f.integers("input_ids", b, 1), f.integers("position_ids", b, 1)
-        rope = rotary(f, spec, f.integers("rope_position_ids", b, 1, 3) if spec.rope_axes else position)
+        ids, position = f.integers(Place("next_id"), b, 1), f.integers(Place("next_position"), b, 1)
+        rope = rotary(f, spec, f.integers(Place("next_rope_position"), b, 1, 3) if spec.rope_axes else position)
         x = f.op.Reshape(self._embed(f, ids), [b, spec.hidden])
         decoder = Decoder(f, spec, self.names, b, 1)
         for stage, layers in enumerate(stage_layers(self.plan, spec.layers)):
@@ -109,41 +113,29 @@ class StagedModel:
             seen = f.op.LessOrEqual(list(range(capacity)), f.op.Reshape(slot, [b, 1, 1, 1]))
             mask = f.op.Cast(f.op.Where(seen, 0.0, -65504.0), to=f.dtype)
             for i in layers:
-                x = self._decode_layer(f, decoder, i, x, rope, capacity, slot, mask)
+                x, _ = decoder.layer(i, x, rope, self._cached_attention(f, i, capacity, slot, mask))
         self._logits(f, x)
         return f.finish()
 
-    def _decode_layer(
-        self,
-        f: Frame,
-        decoder: Decoder,
-        i: int,
-        x: ir.Value,
-        rope: Rotary,
-        capacity: int,
-        slot: ir.Value,
-        mask: ir.Value,
-    ) -> ir.Value:
-        caches = self._caches(f, i, capacity)
+    def _cached_attention(self, f: Frame, i: int, capacity: int, slot: ir.Value, mask: ir.Value) -> Attention:
+        """Of one new token, which takes its slot in layer i's caches, over those that `mask` lets it see."""
 
         def attend(q: ir.Value, k: ir.Value, v: ir.Value) -> Attended:
-            k, v = (f.op.TensorScatter(old, new, slot, axis=2) for old, new in zip(caches, (k, v), strict=True))
+            k, v = self._cache(f, i, capacity, (k, v), slot)
             return Attended(f.op.Attention(q, k, v, mask), q, k, v)
 
-        x, a = decoder.layer(i, x, rope, attend)
-        for past, present in zip(caches, (a.key, a.value), strict=True):
-            self._present(f, past, present)
-        return x
+        return attend
 
-    def _caches(self, f: Frame, i: int, capacity: int) -> tuple[ir.Value, ir.Value]:
-        """Layer i's caches of keys and values as inputs, [B,G,C,E] each."""
+    def _cache(self, f: Frame, i: int, capacity: int, new: Pair, at: ir.Value) -> Pair:
+        """Layer i's caches of keys and values, [B,G,C,E] each, with `new` ones [B,G,n,E] from slot `at` [B] on: inputs,
+        and outputs that share their memory."""
         shape = (self.budget.batch, self.spec.kv_heads, capacity, self.spec.head_dim)
-        return f.input(f"past_key.{i}", shape), f.input(f"past_value.{i}", shape)
-
-    def _present(self, f: Frame, past: ir.Value, present: ir.Value) -> None:
-        """Declares an updated cache as the output that shares its input's memory."""
-        assert past.name is not None
-        f.output(past.name.replace("past_", "present_"), present, tuple(dim(past, axis) for axis in range(4)))
+        places = Place("key", i), Place("value", i)
+        old = f.input(places[0], shape), f.input(places[1], shape)
+        k, v = (f.op.TensorScatter(cache, value, at, axis=2) for cache, value in zip(old, new, strict=True))
+        for place, value, cache in zip(places, (k, v), old, strict=True):
+            f.output(place, value, shape, updates=cache)
+        return k, v
 
     def _prefill(
         self, f: Frame, stage: int, x: ir.Value, position: ir.Value, token_type: ir.Value
@@ -154,8 +146,7 @@ class StagedModel:
         decoder = Decoder(f, self.spec, self.names, b, tokens)
         for i in stage_layers(self.plan, self.spec.layers)[stage]:
             x, a = decoder.layer(i, x, rope, decoder.prefill_attention)
-            for past, new in zip(self._caches(f, i, capacity), (a.key, a.value), strict=True):
-                self._present(f, past, f.op.TensorScatter(past, new, first, axis=2))
+            self._cache(f, i, capacity, (a.key, a.value), first)
             if i < self.spec.deepstack:
                 x = self._add_deepstack(f, i, x, position, token_type)
         return x, a
@@ -167,7 +158,7 @@ class StagedModel:
         """
         if not self.spec.rope_axes:
             return rotary(f, self.spec, position)
-        whole = f.integers("rope_position_ids", self.budget.batch, self.budget.total[0], 3)
+        whole = f.integers(Place("rope_position_ids"), self.budget.batch, self.budget.total[0], 3)
         return rotary(f, self.spec, f.op.GatherND(whole, f.op.Unsqueeze(position, [2]), batch_dims=1))
 
     def _add_deepstack(self, f: Frame, i: int, x: ir.Value, position: ir.Value, token_type: ir.Value) -> ir.Value:
@@ -176,8 +167,8 @@ class StagedModel:
         Features are of all V0 tokens: which one is a token's own is counted in the whole prompt's types.
         """
         b, visual, hidden = self.budget.batch, self.budget.visual[0], self.spec.hidden
-        features = f.input(f"deepstack_{i}", (b, visual, hidden))
-        whole = f.integers("token_type", b, self.budget.total[0])
+        features = f.input(Place("deepstack", i), (b, visual, hidden))
+        whole = f.integers(Place("token_type"), b, self.budget.total[0])
         nth = f.op.GatherElements(self._nth_image(f, whole), position, axis=1)
         added = f.op.GatherND(features, f.op.Unsqueeze(nth, [2]), batch_dims=1)
         here = f.op.Where(f.op.Unsqueeze(f.op.Equal(token_type, IMAGE), [2]), added, f.op.CastLike(0.0, added))
@@ -199,4 +190,4 @@ class StagedModel:
         """Final norm and head over [B,D]; logits leave as [B,W] fp32."""
         decoder = Decoder(f, self.spec, self.names, self.budget.batch, 1)
         logits = decoder.linear(decoder.norm(x, "norm"), "lm_head", self.spec.vocab, bias=False)
-        f.output("logits", f.op.Cast(logits, to=FLOAT), (self.budget.batch, self.spec.vocab), FLOAT)
+        f.output(Place("logits"), f.op.Cast(logits, to=ir.DataType.FLOAT), (self.budget.batch, self.spec.vocab), "fp32")

@@ -106,7 +106,7 @@ class FakeCuda(SimpleNamespace):
 
 
 class FakeEngine:
-    """One graph's doors as TensorRT shows them; running it writes down its bound addresses, and the first token id."""
+    """One graph's ports as TensorRT shows them; running it writes down its bound addresses, and the first token id."""
 
     def __init__(self, name: str, record: GraphRecord, cuda: FakeCuda, runs: "Runs") -> None:
         self.name, self.record, self.cuda, self.runs = name, record, cuda, runs
@@ -124,8 +124,7 @@ class FakeEngine:
         return "out" if name in self.record.outputs else "in"
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
-        past = name.replace("present", "past")
-        return past if past in self.record.inputs and past != name else None
+        return self.record.outputs[name].updates
 
     def create_execution_context(self) -> "FakeEngine":
         return self
@@ -182,9 +181,8 @@ def bound(opened: Opened) -> tuple[run.NvInferEngines, list[Callable[[], None]],
     """Both graphs on tensors of their own, caches shared between past and present."""
     engines, runs, doors = open_engines(RTX, opened[0]), [], []
     for name, graph in opened[0].manifest.graphs.items():
-        specs = {**graph.inputs, **graph.outputs}
-        tensors: dict[str, Tensor] = {n: engines.tensor(s) for n, s in specs.items() if not n.startswith("present")}
-        tensors |= {n: tensors[n.replace("present", "past")] for n in specs if n.startswith("present")}
+        tensors: dict[str, Tensor] = {name: engines.tensor(port) for name, port in graph.inputs.items()}
+        tensors |= {n: tensors[p.updates] if p.updates else engines.tensor(p) for n, p in graph.outputs.items()}
         runs.append(engines.bind(name, tensors))
         doors.append(tensors)
     return engines, runs, doors

@@ -57,7 +57,7 @@ def decode(
             cut, candidates = cuts.pop(0), np.flatnonzero(is_image & alive)
             keep = len(candidates) - int((cut.remove or 0) * len(candidates)) if cut.keep is None else cut.keep
             score = ranking(cut, attention, candidates, np.flatnonzero(alive[:length]), instruction, keep, seed)
-            order = np.argsort(-score, token_type="stable")
+            order = np.argsort(-score, kind="stable")
             if 0 < keep < len(order) and score.any() and cut.criterion not in ("random", "uniform"):
                 margin = min(margin, score[order[keep - 1]] - score[order[keep]])
             alive = alive.copy()

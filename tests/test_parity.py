@@ -19,6 +19,7 @@ from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline, Prefilled
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs import plan
+from himap_export.graphs.ports import Place
 from himap_export.validate.reference.criteria import Cuts, reference_himap
 from himap_export.validate.reference.reference import Prefill
 
@@ -220,12 +221,12 @@ def prefill_by_stage(
     """The pipeline's prefill and its scores; `forced` scores replace them at the cuts."""
     pipeline.load(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
     scores = {}
-    for graph, score in (("vision", None), ("prefix", "score_k1"), ("k1", "score_k2"), ("k2", None)):
+    for graph, cut in (("vision", None), ("prefix", 1), ("k1", 2), ("k2", None)):
         pipeline.run(graph)
-        if score is not None:
-            scores[score] = pipeline.read(score)
+        if cut is not None:
+            scores[f"score_k{cut}"] = pipeline.read("score", cut=cut)
             if forced is not None:
-                pipeline.tensors[score].write(forced[score])
+                pipeline.tensors[Place("score", cut=cut)].write(forced[f"score_k{cut}"])
     return pipeline.prefilled(len(inputs.input_ids)), scores
 
 
@@ -260,9 +261,10 @@ def test_fp16_agrees_with_fp32(work: Workshop, name: str) -> None:
     theirs, exact = (work.reference(case.name, d).prefill(*arguments).logits for d in (torch.float16, torch.float32))
     assert rms_ratio(got.logits - wanted.logits, wanted.logits) < 2 * rms_ratio(theirs - exact, exact)
     # It is half precision that was measured, with scores that are still fp32.
-    assert full.tensors["hidden_k1"].spec.dtype == "fp32" and half.tensors["hidden_k1"].spec.dtype == "fp16"
+    hidden, first, second = Place("hidden", cut=1), Place("score", cut=1), Place("score", cut=2)
+    assert full.tensors[hidden].spec.dtype == "fp32" and half.tensors[hidden].spec.dtype == "fp16"
     assert not np.array_equal(got.logits, wanted.logits)
-    assert half.tensors["score_k1"].spec.dtype == half.tensors["score_k2"].spec.dtype == "fp32"
+    assert half.tensors[first].spec.dtype == half.tensors[second].spec.dtype == "fp32"
     fractions = half_scores["score_k1"][np.isfinite(half_scores["score_k1"])]
     assert not np.array_equal(fractions, fractions.astype(np.float16))
 

@@ -15,7 +15,6 @@ from safetensors.numpy import load_file
 from tiny import make_inputs
 
 from himap_export.engines.bundle import open_bundle
-from himap_export.engines.pipeline import tensor_name
 from himap_export.validate.reference.criteria import reference_himap
 
 GRAPHS = ("vision", "prefix", "k1", "k2", "decode")
@@ -99,15 +98,17 @@ def test_onnxruntime_opens_each_file_by_its_path_and_gives_the_pipelines_numbers
     pipeline.prefill(inputs.input_ids, inputs.pixel_values)
     for name in GRAPHS[:-1]:
         session = cpu_session(elsewhere / f"{name}.onnx")
-        outputs = session.run(None, {i.name: pipeline.read(tensor_name(name, i.name)) for i in session.get_inputs()})
+        held = {n: pipeline.tensors[port.place].read() for n, port in pipeline._ports(name).items()}
+        outputs = session.run(None, {i.name: held[i.name] for i in session.get_inputs()})
         for output, found in zip(session.get_outputs(), outputs, strict=True):
-            wanted = pipeline.read(tensor_name(name, output.name))
+            wanted = held[output.name]
             if found.dtype == np.float16:  # another session may fuse otherwise: a few roundings of the largest number
                 np.testing.assert_allclose(found, wanted, rtol=0, atol=8 * 2**-11 * np.abs(wanted).max())
             else:
                 np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
     decode = cpu_session(elsewhere / "decode.onnx")
-    feeds = {i.name: pipeline.read(i.name.replace("past_", "cache_")) for i in decode.get_inputs() if "past" in i.name}
+    caches = pipeline.spec.graph("decode").inputs.items()
+    feeds = {name: pipeline.read(port.role, port.layer) for name, port in caches if port.layer is not None}
     step = {"input_ids": np.array([[9]]), "position_ids": np.array([[inputs.input_ids.shape[1]]])}
     (logits,) = decode.run(["logits"], feeds | step)
     wanted = pipeline.step(np.array([9]), np.array([inputs.input_ids.shape[1]]))

@@ -13,8 +13,8 @@ from tiny import make_inputs
 
 from himap_export.engines.bundle import open_bundle
 from himap_export.engines.cli import main as run_main
-from himap_export.engines.manifest import TensorSpec
 from himap_export.exporter.cli import main as export_main
+from himap_export.graphs.ports import TensorSpec
 from himap_export.validate.cli import main as validate_main
 from himap_export.validate.reference.criteria import reference_himap
 

@@ -16,7 +16,6 @@ from himap_export.engines.manifest import (
     ImageSpec,
     Manifest,
     ModelRecord,
-    TensorSpec,
     Variant,
     WeightForm,
 )
@@ -24,15 +23,15 @@ from himap_export.engines.weight_file import read_header
 from himap_export.exporter.bind import bind
 from himap_export.exporter.families import llava
 from himap_export.exporter.family import ImageOptions
-from himap_export.graphs.build import IR_DTYPE, StageGraph
+from himap_export.graphs.build import StageGraph
 from himap_export.graphs.plan import PruningPlan, TokenBudget, himap
+from himap_export.graphs.ports import TensorSpec
 from himap_export.graphs.spec import DecoderSpec, Dtype
 from himap_export.graphs.stages import StagedModel
 
 SPEC, V, T, NEW = DecoderSpec(4, 64, 128, 4, 2, 16, 96), 16, 24, 8
 PRUNED, WHOLE = himap(1, 3, 0.5, 0.75), himap(1, 3, 0, 0)
 LAYERS = {"prefix": 1, "k1": 2, "k2": 1, "decode": 4}
-_NAMES = {code: name for name, code in IR_DTYPE.items()} | {ir.DataType.INT64: "int64"}
 
 
 def staged(dtype: Dtype, plan: PruningPlan = PRUNED) -> StagedModel:
@@ -59,25 +58,15 @@ def store(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: Dtype) -> No
     save_file({name: (0.1 * random.standard_normal(shape)).astype(kind) for name, shape in shapes.items()}, file)
 
 
-def specs(values: list[ir.Value]) -> dict[str, TensorSpec]:
-    found = {}
-    for v in values:
-        assert v.name and v.dtype and v.shape
-        found[v.name] = TensorSpec(_NAMES[v.dtype], tuple(int(n) for n in v.shape.numpy()))
-    return found
-
-
 def unsealed(folder: Path, model: StagedModel, graphs: tuple[StageGraph, ...], form: WeightForm = "shared") -> Bundle:
     """A work folder as the exporter leaves it before it compiles."""
     (folder / "weights").mkdir(parents=True)
     store(folder / "weights/w.safetensors", {n: s for g in graphs for n, s in g.weights.items()}, model.dtype)
     tensors, records = read_header(folder / "weights/w.safetensors"), {}
     for graph in graphs:
-        inputs = specs([v for v in graph.model.graph.inputs if v.name not in graph.weights])
-        outputs = specs(list(graph.model.graph.outputs))
         weights = {name: TensorSpec(model.dtype, shape) for name, shape in graph.weights.items()}
         ir.save(bind(graph, tensors, lambda t: f"weights/{t.file.name}"), folder / f"{graph.name}.onnx")
-        records[graph.name] = GraphRecord(f"{graph.name}.onnx", inputs, outputs, weights)
+        records[graph.name] = GraphRecord(f"{graph.name}.onnx", *graph.ports, weights)
     variant = Variant("qa", model.plan, model.budget, "56x56", {graph.name: graph.name for graph in graphs})
     images = {"56x56": ImageSpec((56, 56), 1, V, (4, 4), clip_preprocessing(56))}
     manifest = Manifest(

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import onnx
 import onnx_ir as ir
 
 from himap_export.exporter.bind import WeightNames
 from himap_export.exporter.family import Family, VisionSpec
 from himap_export.graphs.build import StageGraph
+from himap_export.graphs.ports import GraphPorts
 
 Make = Callable[..., StageGraph]
 
@@ -52,11 +54,13 @@ def remembering(make: Make, folder: Path) -> Make:
         if not file.exists():
             graph = make(name, family, spec, batch=batch, hidden=hidden, dtype=dtype, names=names)
             proto, part = ir.to_proto(graph.model), folder / f"{key}.{os.getpid()}"
-            onnx.helper.set_model_props(proto, {"weights": json.dumps(graph.weights)})
+            held = {"weights": graph.weights, "ports": graph.ports}
+            onnx.helper.set_model_props(proto, {k: msgspec.json.encode(v).decode() for k, v in held.items()})
             part.write_bytes(proto.SerializeToString())
             part.rename(file)
         model = ir.from_proto(onnx.load(file, load_external_data=False))
         weights = json.loads(model.metadata_props.pop("weights"))
-        return StageGraph(name, model, {weight: tuple(shape) for weight, shape in weights.items()})
+        ports = msgspec.json.decode(model.metadata_props.pop("ports"), type=GraphPorts)
+        return StageGraph(name, model, ports, {weight: tuple(shape) for weight, shape in weights.items()})
 
     return vision_graph

@@ -15,9 +15,10 @@ import numpy.typing as npt
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.command import BACKENDS, MOST_THREADS
 from himap_export.engines.isolation import isolated
-from himap_export.engines.manifest import EngineRecord, TensorSpec
+from himap_export.engines.manifest import EngineRecord
 from himap_export.engines.scratch import scratch_folder
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import TensorSpec
 
 Gather = Literal["auto", "plugin", "ops"]  # the form of the top-k gather in an engine
 

@@ -22,9 +22,10 @@ import numpy.typing as npt
 from himap_export.engines.backends import ANYWAY, Gather, Opening, Tensor
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.extras import how_to_install, required
-from himap_export.engines.manifest import EngineRecord, TensorSpec
+from himap_export.engines.manifest import EngineRecord
 from himap_export.engines.weight_file import NUMPY, as_stored, find_tensors, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import TensorSpec
 
 _RECORD = "session.record_ep_graph_assignment_info"  # else a session does not know afterwards where its nodes run
 _NAMED = 500  # characters of a list of nodes
@@ -59,7 +60,7 @@ def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
     record = bundle.manifest.graphs[graph]
     weights = {} if bundle.manifest.weight_form == "absent" else _values(bundle, record.weights, "cpu")
     _session(bundle, graph, weights, ANYWAY, "cpu")
-    form: Literal["ops", "none"] = "ops" if any(name.startswith("score_") for name in record.inputs) else "none"
+    form: Literal["ops", "none"] = "ops" if any(port.role == "score" for port in record.inputs.values()) else "none"
     return EngineRecord(record.file, round(time.perf_counter() - start, 3), form)
 
 

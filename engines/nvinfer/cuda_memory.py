@@ -15,9 +15,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.engines.manifest import TensorSpec
 from himap_export.engines.weight_file import NUMPY, StoredTensor, as_stored, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import TensorSpec
 
 PIECE = 32 << 20  # bytes of a weight on their way at once
 

@@ -14,11 +14,11 @@ import numpy as np
 
 from himap_export.engines.backends import Tensor
 from himap_export.engines.bundle import Bundle
-from himap_export.engines.manifest import TensorSpec
 from himap_export.engines.nvinfer.cuda_graph import Chain
 from himap_export.engines.nvinfer.cuda_memory import DeviceTensor, DeviceWeights, Gpu, NoGpu, cuda_runtime, first_gpu
 from himap_export.engines.nvinfer.edition import RTX, Edition, log_of, one_line
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import TensorSpec
 
 
 def open_engines(edition: Edition, bundle: Bundle) -> "NvInferEngines":
@@ -69,7 +69,7 @@ class NvInferEngines:
             assert isinstance(tensor, DeviceTensor)  # tensors come from this object's own `tensor`
             addresses[name] = tensor.address
         _check_aliases(self.edition.api(), engine, graph, addresses)
-        for name in _doors(engine):
+        for name in _port_names(engine):
             if not context.set_tensor_address(name, addresses[name]):
                 raise self.failed(f"cannot bind {name} of {graph}")
         run = _Run(self, graph, context, engine, tensors)
@@ -214,13 +214,13 @@ class _Run:
         return ask is None or bool(ask(self.engines.stream))
 
 
-def _doors(engine: Any) -> list[str]:
+def _port_names(engine: Any) -> list[str]:
     return [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
 
 
 def _check_aliases(trt: ModuleType, engine: Any, graph: str, addresses: Mapping[str, int]) -> None:
     """A cache that TensorRT updates in place must be bound as input and as output at one address."""
-    for name in _doors(engine):
+    for name in _port_names(engine):
         if engine.get_tensor_mode(name) != trt.TensorIOMode.OUTPUT:
             continue
         source = engine.get_aliased_input_tensor(name)

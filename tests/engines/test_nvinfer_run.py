@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from nvinfer_stand_ins import FakeCuda, Opened, bound, stand_ins
 
-from himap_export.engines.manifest import EngineRecord, TensorSpec
+from himap_export.engines.manifest import EngineRecord
 from himap_export.engines.nvinfer import cuda_memory, run
 from himap_export.engines.nvinfer.edition import DATACENTER, RTX, log_of
 from himap_export.engines.nvinfer.run import open_engines
 from himap_export.engines.plugin import tensorrt_rtx as plugin
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import TensorSpec
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_weights_are_uploaded_once_whole_and_in_pieces(
 
 @pytest.mark.parametrize("name", ["prefix", "decode"])
 def test_a_cache_bound_apart_is_a_bug(opened: Opened, name: str) -> None:
-    engines, graph = open_engines(RTX, opened[0]), opened[0].graph(name)
+    engines, graph = open_engines(RTX, opened[0]), opened[0].manifest.graphs[name]
     tensors = {n: engines.tensor(s) for n, s in {**graph.inputs, **graph.outputs}.items()}
     with pytest.raises(ValueError, match=rf"{name} updates past_key\.0 in place"):
         engines.bind(name, tensors)

@@ -16,6 +16,7 @@ from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.scratch import scratch_place
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import Place
 from himap_export.validate.reference.criteria import reference_himap
 
 CUTS = reference_himap(1, 3, 0.5, 0.75)
@@ -52,7 +53,9 @@ def test_device_tensors_and_weights_give_the_same_answers(work: Workshop, gpu: N
     pipelines = [
         Pipeline(open_bundle(bundle).select(), "onnxruntime", Opening(1, device)) for device in ("cpu", "cuda")
     ]
-    assert pipelines[1].engines.device == "cuda" and isinstance(pipelines[1].tensors["logits"], onnxruntime.CudaTensor)
+    assert pipelines[1].engines.device == "cuda" and isinstance(
+        pipelines[1].tensors[Place("logits")], onnxruntime.CudaTensor
+    )
     results = []
     for pipeline in pipelines:
         prefilled, layout = pipeline.prefill(inputs.input_ids, inputs.pixel_values)

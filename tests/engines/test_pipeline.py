@@ -18,9 +18,10 @@ from transformers import LlavaForConditionalGeneration
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import open_bundle
 from himap_export.engines.cli import main as run_main
-from himap_export.engines.pipeline import Pipeline, Prefilled, tensor_name
+from himap_export.engines.pipeline import Pipeline, Prefilled
 from himap_export.engines.sampling import Sampler, Sampling
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import Place
 from himap_export.validate.reference.criteria import reference_himap
 
 Ints = NDArray[np.int64]
@@ -301,20 +302,22 @@ def test_every_question_is_answered_as_if_it_were_the_first(work: Workshop, bund
 
 def test_caches_stay_where_they_are(work: Workshop, pipeline: Pipeline) -> None:
     """Each layer has one cache: prefill writes it, decode appends to it in place, and never moves it."""
-    caches = {name: t for name, t in pipeline.tensors.items() if name.startswith("cache_")}
+    caches = {place: t for place, t in pipeline.tensors.items() if place.role in ("key", "value")}
     assert len(caches) == 2 * work.tiny("gqa2").layers
-    assert tensor_name("decode", "past_key.3") == tensor_name("k1", "present_key.3") == "cache_key.3"
+    decode, stage = (pipeline.spec.graph(name) for name in ("decode", "k1"))
+    assert decode.inputs["past_key.3"].place == stage.outputs["present_key.3"].place == Place("key", 3)
+    assert stage.outputs["present_key.3"].updates == "past_key.3"
     inputs = two_prompts(work)
     prefilled, layout = pipeline.prefill(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
-    before = {name: t.read() for name, t in caches.items()}
+    before = {place: t.read() for place, t in caches.items()}
     tokens = pipeline.generate(prefilled, layout, 3)
     next(tokens), next(tokens)
-    assert {name: pipeline.tensors[name] for name in caches} == caches
+    assert {place: pipeline.tensors[place] for place in caches} == caches
     stages, removed = (range(2), range(2, 4), range(4, 6)), (0, 8, 14)
     for layers, gone in zip(stages, removed, strict=True):
-        for name in (f"cache_{what}.{i}" for i in layers for what in ("key", "value")):
-            after = caches[name].read()
-            changed = np.argwhere((after != before[name]).any(axis=(1, 3)))
+        for at in (Place(what, i) for i in layers for what in ("key", "value")):
+            after = caches[at].read()
+            changed = np.argwhere((after != before[at]).any(axis=(1, 3)))
             slots = [(sample, length - gone) for sample, length in enumerate(layout.lengths)]
             assert [tuple(place) for place in changed.tolist()] == slots  # one slot a sample: over its first padding
 

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from commands import blocked_python
+from frames import give, give_integers, take
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -188,12 +189,12 @@ def test_scores_without_ties(interpreter: Interpreter, spread: float) -> None:
 def test_agrees_with_the_standard_operators(interpreter: Interpreter) -> None:
     batch, tokens, keep, hidden = 2, 61, 30, 7
     f = Frame("gather", "fp32")
-    x, score = f.input("x", (batch, tokens, hidden)), f.input("score", (batch, tokens), ir.DataType.FLOAT)
-    position, token_type = (f.integers(name, batch, tokens) for name in ("position", "token_type"))
+    x, score = give(f, "x", (batch, tokens, hidden)), give(f, "score", (batch, tokens), ir.DataType.FLOAT)
+    position, token_type = (give_integers(f, name, batch, tokens) for name in ("position", "token_type"))
     outputs = top_k_gather(f.op, x, score, position, token_type, keep)
-    f.output("y", outputs[0], (batch, keep, hidden))
+    take(f, "y", outputs[0], (batch, keep, hidden))
     for name, value in (("kept", outputs[1]), ("kept_type", outputs[2])):
-        f.output(name, value, (batch, keep), ir.DataType.INT64)
+        take(f, name, value, (batch, keep), ir.DataType.INT64)
     session = onnxruntime.InferenceSession(ir.to_proto(f.finish().model).SerializeToString())
 
     scores = np.random.default_rng(0).choice(np.array(VALUES, np.float32), (batch, tokens))

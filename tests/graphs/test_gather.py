@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from frames import give, give_integers, take
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -23,13 +24,13 @@ INF, NAN = float("inf"), float("nan")
 @cache
 def session(batch: int, tokens: int, keep: int, dtype: Dtype) -> onnxruntime.InferenceSession:
     f = Frame("gather", dtype)
-    x = f.input("x", (batch, tokens, HIDDEN))
-    score = f.input("score", (batch, tokens), ir.DataType.FLOAT)
-    position, token_type = (f.integers(name, batch, tokens) for name in ("position", "token_type"))
+    x = give(f, "x", (batch, tokens, HIDDEN))
+    score = give(f, "score", (batch, tokens), ir.DataType.FLOAT)
+    position, token_type = (give_integers(f, name, batch, tokens) for name in ("position", "token_type"))
     outputs = top_k_gather(f.op, x, score, position, token_type, keep)
-    f.output("y", outputs[0], (batch, keep, HIDDEN))
+    take(f, "y", outputs[0], (batch, keep, HIDDEN))
     for name, value in (("kept", outputs[1]), ("kept_type", outputs[2])):
-        f.output(name, value, (batch, keep), ir.DataType.INT64)
+        take(f, name, value, (batch, keep), ir.DataType.INT64)
     graph = f.finish()
     assert [(node.domain, node.op_type) for node in graph.model.graph] == [("himap", "TopKGather")]
     options = onnxruntime.SessionOptions()
@@ -110,8 +111,8 @@ def test_the_oracle_itself() -> None:
 def test_the_node_says_what_a_plugin_needs() -> None:
     """TensorRT finds the plugin by these; without `plugin_namespace` it would always inline the function."""
     f = Frame("gather", "fp16")
-    x, score = f.input("x", (1, 8, HIDDEN)), f.input("score", (1, 8), ir.DataType.FLOAT)
-    top_k_gather(f.op, x, score, f.integers("position", 1, 8), f.integers("token_type", 1, 8), 4)
+    x, score = give(f, "x", (1, 8, HIDDEN)), give(f, "score", (1, 8), ir.DataType.FLOAT)
+    top_k_gather(f.op, x, score, give_integers(f, "position", 1, 8), give_integers(f, "token_type", 1, 8), 4)
     (node,) = f.graph
     assert {name: attribute.value for name, attribute in node.attributes.items()} == {
         "keep": 4,

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from himap_export.graphs.build import Frame, StageGraph
 from himap_export.graphs.decoder import Decoder, rotary
+from himap_export.graphs.ports import Place
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
 Floats = NDArray[np.floating]
@@ -56,14 +57,14 @@ def hugging_face(spec: DecoderSpec) -> tuple[LlamaDecoderLayer, LlamaRotaryEmbed
 
 def layer_graph(spec: DecoderSpec, batch: int, tokens: int, dtype: Dtype) -> StageGraph:
     f = Frame("layer", dtype)
-    x = f.input("x", (batch, tokens, spec.hidden))
-    position = f.integers("position", batch, tokens)
+    x = f.input(Place("hidden", cut=1), (batch, tokens, spec.hidden))
+    position = f.integers(Place("position_ids"), batch, tokens)
     decoder = Decoder(f, spec, lambda role: role, batch, tokens)
     flat = f.op.Reshape(x, [batch * tokens, spec.hidden])
     y, attended = decoder.layer(LAYER, flat, rotary(f, spec, position), decoder.prefill_attention)
-    f.output("y", f.op.Reshape(y, [batch, tokens, spec.hidden]), (batch, tokens, spec.hidden))
-    for name, value in (("key", attended.key), ("value", attended.value)):
-        f.output(name, value, (batch, spec.kv_heads, tokens, spec.head_dim))
+    f.output(Place("last_hidden"), f.op.Reshape(y, [batch, tokens, spec.hidden]), (batch, tokens, spec.hidden))
+    for place, value in ((Place("key", LAYER), attended.key), (Place("value", LAYER), attended.value)):
+        f.output(place, value, (batch, spec.kv_heads, tokens, spec.head_dim))
     return f.finish()
 
 
@@ -83,7 +84,9 @@ def both(spec: DecoderSpec, position: NDArray[np.int64], dtype: Dtype) -> tuple[
     x = np.random.default_rng(1).standard_normal((batch, tokens, spec.hidden)).astype(np.float32)
     numpy_type = np.float16 if dtype == "fp16" else np.float32
     outputs = run(
-        graph, {"x": x.astype(numpy_type), "position": position} | {k: w.astype(numpy_type) for k, w in weights.items()}
+        graph,
+        {"hidden_k1": x.astype(numpy_type), "position_ids": position}
+        | {k: w.astype(numpy_type) for k, w in weights.items()},
     )
     hidden, place = torch.from_numpy(x), torch.from_numpy(position)
     mask = torch.full((tokens, tokens), -torch.inf).triu(1)[None, None]

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from frames import give, give_integers, take
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
@@ -271,9 +272,9 @@ def test_scores_are_fp32_whatever_the_model_is(dtype: Dtype) -> None:
     q, k = (2.4 * random.standard_normal((1, heads, len(token_type), 16)) for heads in (6, 2))
     q, k = (a.astype(np.float16).astype(f.dtype.numpy()) for a in (q, k))
     inputs = (
-        f.input("q", q.shape),
-        f.input("k", k.shape),
-        *(f.integers(n, 1, len(token_type)) for n in ("token_type", "position")),
+        give(f, "q", q.shape),
+        give(f, "k", k.shape),
+        *(give_integers(f, n, 1, len(token_type)) for n in ("token_type", "position")),
     )
     context = ScoringContext(f.op, spec, *inputs, seed=None, layer=2, visual=32, keep=8, text=17)
     rows = {
@@ -281,7 +282,7 @@ def test_scores_are_fp32_whatever_the_model_is(dtype: Dtype) -> None:
         "last": np.arange(len(token_type)) == 44, "boundary": np.arange(len(token_type)) == 36,
     }  # fmt: skip
     for name in rows:
-        f.output(name, importance(name, context), (1, len(token_type)), ir.DataType.FLOAT)
+        take(f, name, importance(name, context), (1, len(token_type)), ir.DataType.FLOAT)
     session = onnxruntime.InferenceSession(ir.to_proto(f.finish().model).SerializeToString())
     found = session.run(None, {"q": q, "k": k, "token_type": token_type[None], "position": position[None]})
 

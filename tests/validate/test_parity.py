@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import open_bundle
 from himap_export.engines.pipeline import Pipeline
+from himap_export.graphs.ports import Place
 from himap_export.graphs.spec import Dtype
 from himap_export.validate.parity.compare import Load, Parity, compare
 from himap_export.validate.parity.limits import WORST, ParityOptions, limit_of
@@ -29,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class Sabotaged(Pipeline):
     """Every time `graph` has run, `tensor` is replaced by what `edit` makes of it."""
 
-    def __init__(self, bundle: Path, graph: str, tensor: str, edit: Edit) -> None:
+    def __init__(self, bundle: Path, graph: str, tensor: Place, edit: Edit) -> None:
         super().__init__(open_bundle(bundle).select(), "onnxruntime", Opening(threads=1))
         self._edit, self._runs = (graph, tensor, edit), 0
 
@@ -38,7 +39,7 @@ class Sabotaged(Pipeline):
         when, tensor, edit = self._edit
         if graph == when:
             self._runs += 1
-            self.tensors[tensor].write(edit(self.read(tensor), self._runs))
+            self.tensors[tensor].write(edit(self.read(*tensor), self._runs))
 
 
 def loader(work: Workshop, name: str) -> Load:
@@ -92,18 +93,27 @@ def on_image(change: Callable[[Floats], Floats]) -> Edit:
     return edit
 
 
+def noise(scores: Floats) -> Floats:
+    return np.random.default_rng(0).random(scores.shape)
+
+
 # What is spoiled, where, how, and the gate that must notice. Without a gate on scores the first three pass as ties: any
 # swap lies within twice the error of the scores that made it.
-SABOTAGE: dict[str, tuple[str, str, Edit, str]] = {
-    "ranked backwards": ("prefix", "score_k1", on_image(np.negative), "score k1"),
-    "ranked by noise": ("k1", "score_k2", on_image(lambda s: np.random.default_rng(0).random(s.shape)), "score k2"),
-    "scores off by one token": ("prefix", "score_k1", on_image(lambda s: np.roll(s, 1)), "score k1"),
-    "no scores": ("k1", "score_k2", on_image(lambda s: s * np.nan), "score k2"),
-    "vision off by one patch": ("vision", "image_features", lambda x, _: np.roll(x, 1, axis=1), "vision"),
-    "a stage's output scaled": ("prefix", "hidden_k1", lambda x, _: x * 1.01, "prefix"),
-    "logits of one prompt are not numbers": ("k2", "logits", lambda x, n: x * np.nan if n == 3 else x, "logits"),
+SABOTAGE: dict[str, tuple[str, Place, Edit, str]] = {
+    "ranked backwards": ("prefix", Place("score", cut=1), on_image(np.negative), "score k1"),
+    "ranked by noise": (
+        "k1",
+        Place("score", cut=2),
+        on_image(lambda s: np.random.default_rng(0).random(s.shape)),
+        "score k2",
+    ),
+    "scores off by one token": ("prefix", Place("score", cut=1), on_image(lambda s: np.roll(s, 1)), "score k1"),
+    "no scores": ("k1", Place("score", cut=2), on_image(lambda s: s * np.nan), "score k2"),
+    "vision off by one patch": ("vision", Place("image_features"), lambda x, _: np.roll(x, 1, axis=1), "vision"),
+    "a stage's output scaled": ("prefix", Place("hidden", cut=1), lambda x, _: x * 1.01, "prefix"),
+    "logits of one prompt are not numbers": ("k2", Place("logits"), lambda x, n: x * np.nan if n == 3 else x, "logits"),
     "keys of one layer lost": ("k2", "cache_key.5", lambda x, _: x * 0, "decode"),
-    "values written one slot late": ("prefix", "cache_value.0", lambda x, _: np.roll(x, 1, axis=2), "decode"),
+    "values written one slot late": ("prefix", Place("value", 0), lambda x, _: np.roll(x, 1, axis=2), "decode"),
 }
 
 
@@ -120,7 +130,7 @@ def test_a_mistake_fails_its_gate(work: Workshop, mistake: str, dtype: str) -> N
 def test_an_answer_that_cannot_be_drawn_fails_and_is_no_error(work: Workshop) -> None:
     """Logits that are no numbers: at prefill, and only behind some tokens of the bundle's own answer."""
     bundle = work.bundle("gqa2", cuts=CUTS)
-    found = judged(work, "gqa2", Sabotaged(bundle, "k2", "logits", lambda x, n: x * np.nan), prompts=1)
+    found = judged(work, "gqa2", Sabotaged(bundle, "k2", Place("logits"), lambda x, n: x * np.nan), prompts=1)
     assert {"logits", "tokens"} <= failed(found)
     np.testing.assert_array_equal(found.outputs["tokens"][:, :1], -1)
     found = judged(work, "gqa2", Later(bundle), prompts=1)
@@ -138,7 +148,7 @@ class Later(Sabotaged):
         self._runs += 1
         if self._runs == 3:
             logits[0, 5] = np.inf
-            self.tensors["logits"].write(logits)
+            self.tensors[Place("logits")].write(logits)
         return logits
 
 
@@ -152,7 +162,7 @@ def test_tokens_that_the_scores_do_not_explain_fail_the_kept_gate(work: Workshop
     image = np.flatnonzero(ids == right.manifest.model.image.token)
     swap = {int(np.intersect1d(image, kept)[0]): int(np.setdiff1d(image, kept)[0])}
     replace = np.vectorize(lambda position: swap.get(int(position), position), otypes=[np.int64])
-    wrong = Sabotaged(bundle, "k1", "kept_k1", lambda k, _: replace(k))
+    wrong = Sabotaged(bundle, "k1", Place("kept_positions", cut=1), lambda k, _: replace(k))
     found = judged(work, "gqa2", wrong, prompts=1)
     assert "kept k1" in failed(found) and found.cuts[0].verdict == "different" and found.cuts[0].swapped == 1
 
@@ -178,7 +188,7 @@ def test_a_swap_inside_the_error_is_a_tie_and_is_forced_away(work: Workshop) -> 
         score[0, [last, first]] = score[0, [first, last]]
         return score
 
-    parity = judged(work, "gqa2", Sabotaged(bundle, "prefix", "score_k1", edit), prompts=8)
+    parity = judged(work, "gqa2", Sabotaged(bundle, "prefix", Place("score", cut=1), edit), prompts=8)
     swapped = parity.cuts[0]
     assert swapped.verdict == "tie" and swapped.swapped >= 1 and swapped.error >= swapped.margin
     # Behind the cut all is compared with the reference's tokens: the same values as in a bundle that swapped none.

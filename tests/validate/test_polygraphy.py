@@ -18,7 +18,6 @@ from tiny import make_inputs
 
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.bundle import open_bundle
-from himap_export.engines.manifest import TensorSpec
 from himap_export.engines.pipeline import Pipeline
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.parity.polygraphy_json import Captured, capture, check_folders, save_inputs, save_outputs
@@ -208,7 +207,7 @@ def test_bf16_is_refused(golden: Saved) -> None:
     graph, bundle = run.graph_name("vision"), run.bundle
     record = run.graph("vision")
     record = structs.replace(
-        record, outputs={name: TensorSpec("bf16", spec.shape) for name, spec in record.outputs.items()}
+        record, outputs={name: structs.replace(port, dtype="bf16") for name, port in record.outputs.items()}
     )
     manifest = structs.replace(bundle.manifest, graphs={**bundle.manifest.graphs, graph: record})
     pipeline = cast(Pipeline, SimpleNamespace(spec=replace(run, bundle=replace(bundle, manifest=manifest))))

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from frames import give, give_integers, take
 from numpy.typing import NDArray
 
 from himap_export.graphs import plan
@@ -44,13 +45,17 @@ def session(criterion: str, shape: tuple[int, ...]) -> onnxruntime.InferenceSess
     """Score and gather, alone: queries and keys in, kept positions out."""
     v, t, keep, heads, groups = shape
     spec, tokens, f = DecoderSpec(4, 8, 8, heads, groups, 8, 16), v + t, Frame("selector", "fp32")
-    q, k = f.input("q", (B, heads, tokens, 8)), f.input("k", (B, groups, tokens, 8))
-    position, kind, seed = f.integers("position", B, tokens), f.integers("kind", B, tokens), f.integers("seed", B, 1)
+    q, k = give(f, "q", (B, heads, tokens, 8)), give(f, "k", (B, groups, tokens, 8))
+    position, kind, seed = (
+        give_integers(f, "position", B, tokens),
+        give_integers(f, "kind", B, tokens),
+        give_integers(f, "seed", B, 1),
+    )
     score = importance(criterion, ScoringContext(f.op, spec, q, k, kind, position, seed, LAYER, v, keep, t))
     x = f.op.Cast(f.op.Unsqueeze(position, [2]), to=ir.DataType.FLOAT)
     _, kept, kept_kind = top_k_gather(f.op, x, score, position, kind, keep + t)
-    f.output("kept", kept, (B, keep + t), ir.DataType.INT64)
-    f.output("kept_kind", kept_kind, (B, keep + t), ir.DataType.INT64)
+    take(f, "kept", kept, (B, keep + t), ir.DataType.INT64)
+    take(f, "kept_kind", kept_kind, (B, keep + t), ir.DataType.INT64)
     return onnxruntime.InferenceSession(ir.to_proto(f.finish().model).SerializeToString())
 
 

@@ -20,8 +20,9 @@ from himap_export.engines.arrays import Inputs
 from himap_export.engines.bundle import RunSpec
 from himap_export.engines.extras import required
 from himap_export.engines.files import check_report, write_file
-from himap_export.engines.pipeline import Pipeline, tensor_name
+from himap_export.engines.pipeline import Pipeline
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import Port
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -60,9 +61,9 @@ def capture(pipeline: Pipeline, arrays: Inputs) -> dict[str, Captured]:
         if stage == "decode":
             pipeline.feed(pipeline.read("logits").argmax(axis=-1), layout.lengths)
         record = pipeline.spec.graph(stage)
-        inputs = _read(pipeline, stage, record.inputs)
+        inputs = _read(pipeline, record.inputs)
         pipeline.run(stage)
-        captured[graph] = Captured(inputs, _read(pipeline, stage, record.outputs))
+        captured[graph] = Captured(inputs, _read(pipeline, record.outputs))
     return captured
 
 
@@ -82,8 +83,8 @@ def save_outputs(folder: Path, captured: Mapping[str, Captured], runner_name: st
     _write(folder, results)
 
 
-def _read(pipeline: Pipeline, stage: str, names: Mapping[str, object]) -> Arrays:
-    return {name: pipeline.read(tensor_name(stage, name)) for name in names}
+def _read(pipeline: Pipeline, ports: Mapping[str, Port]) -> Arrays:
+    return {name: pipeline.tensors[port.place].read() for name, port in ports.items()}
 
 
 def _refuse_bf16(run: RunSpec) -> None:

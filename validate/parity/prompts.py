@@ -42,7 +42,7 @@ def drawn_inputs(run: RunSpec, prompts: int, seed: int, fill: bool = False) -> I
     if budget < 1 or not len(words):
         summary = f"no prompt can be drawn for {run.bundle.folder}"
         raise HimapError(summary, f"{budget} text tokens of {len(words)} words", "give --load-inputs", Exit.USAGE)
-    shape = prompts * run.image.tiles, *run.graph("vision").inputs["pixel_values"].shape[1:]
+    shape = prompts * run.image.tiles, 3, *run.image.size
     if (size := 4 * math.prod(shape) + 16 * prompts * slots) > MOST_BYTES:
         summary, details = f"{prompts} prompts are too many", f"they take {size} bytes, at most {MOST_BYTES} are drawn"
         raise HimapError(summary, details, "give fewer --prompts", Exit.USAGE)

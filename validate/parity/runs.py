@@ -18,6 +18,7 @@ from himap_export.engines.layout import PromptLayout
 from himap_export.engines.pipeline import Pipeline
 from himap_export.graphs.errors import HimapError
 from himap_export.graphs.plan import PruningPlan, Visual
+from himap_export.graphs.ports import Place
 from himap_export.graphs.spec import IMAGE
 from himap_export.validate.parity.tensors import Floats, Integers, Tensors
 from himap_export.validate.reference.criteria import ReferenceCut
@@ -98,7 +99,7 @@ def run_reference(
         name: list(features.float().cpu().numpy()) for name, features in zip(_vision(pipeline), seen, strict=True)
     }
     for stage, name in enumerate(pipeline.stages):
-        if f"score_{name}" in pipeline.tensors:
+        if Place("score", cut=stage) in pipeline.tensors:
             tensors[f"score {name}"] = list(start.scores[stage - 1])
         tensors[name] = list(start.hidden[stage])
     tensors["logits"] = list(start.logits)
@@ -130,7 +131,7 @@ def run_engine(pipeline: Pipeline, prompts: Prompts, reference: ReferenceRun, ne
     inputs, rows = prompts.inputs, len(prompts)
     layout = pipeline.load(inputs.input_ids, inputs.pixel_values, inputs.attention_mask, prompts.seeds)
     pipeline.run("vision")
-    tensors = {name: _copies(pipeline.read(tensor)[:rows]) for name, tensor in _vision(pipeline).items()}
+    tensors = {name: _copies(pipeline.read(*place)[:rows]) for name, place in _vision(pipeline).items()}
     cuts: list[RankedCut] = []
     for stage, name in enumerate(pipeline.stages):
         pipeline.run(name)
@@ -138,7 +139,8 @@ def run_engine(pipeline: Pipeline, prompts: Prompts, reference: ReferenceRun, ne
             cut, scores = _cut(pipeline, stage, reference.kept[stage - 1])
             cuts.append(cut)
             tensors |= {f"score {name}": scores} if scores else {}
-        hidden = pipeline.read("hidden" if name == pipeline.stages[-1] else f"hidden_{pipeline.stages[stage + 1]}")
+        last = name == pipeline.stages[-1]
+        hidden = pipeline.read("last_hidden") if last else pipeline.read("hidden", cut=stage + 1)
         tensors[name] = _copies(hidden[row, : len(tokens)] for row, tokens in enumerate(reference.tensors[name]))
     tensors["logits"] = _copies(pipeline.read("logits")[:rows])
     engine_tokens = _answer(pipeline, layout, rows, new_tokens)
@@ -150,22 +152,24 @@ def run_engine(pipeline: Pipeline, prompts: Prompts, reference: ReferenceRun, ne
 def _cut(pipeline: Pipeline, stage: int, expected: Integers) -> tuple[RankedCut, list[Floats]]:
     """What opened `stage`, and the scores [V] of each prompt that decided it, none if nothing had to leave. Forces what
     the reference kept, the positions `expected`, and runs the stage again, if image tokens differ."""
-    name, before, rows = pipeline.stages[stage], pipeline.stages[stage - 1], len(expected)
-    read = ("token_type", "position_ids") if stage == 1 else (f"type_{before}", f"kept_{before}")
-    types, positions = (pipeline.read(tensor)[:rows] for tensor in read)
+    name, score, rows = pipeline.stages[stage], pipeline.tensors.get(Place("score", cut=stage)), len(expected)
+    read = Place("kept_types", cut=stage - 1), Place("kept_positions", cut=stage - 1)
+    if stage == 1:
+        read = Place("token_type"), Place("position_ids")
+    types, positions = (pipeline.read(*place)[:rows] for place in read)
     images = [row == IMAGE for row in types]  # [S] each
     candidates = tuple(row[image] for row, image in zip(positions, images, strict=True))
-    kept, score = pipeline.kept(name)[:rows], f"score_{name}"
-    cut = RankedCut(name, kept, candidates, score in pipeline.tensors)
-    if not cut.ranked:
+    kept = pipeline.kept(stage)[:rows]
+    cut = RankedCut(name, kept, candidates, score is not None)
+    if score is None:
         return cut, []
-    scores = pipeline.read(score)
+    scores = score.read()
     found = [scores[row][image] for row, image in enumerate(images)]
     chosen = [np.isin(tokens, row) for tokens, row in zip(candidates, expected, strict=True)]
     if any((np.isin(c, k) != e).any() for c, k, e in zip(candidates, kept, chosen, strict=True)):
         for row, image in enumerate(images):  # 1 for what the reference kept, 0 for the other image tokens
             scores[row][image] = chosen[row]
-        pipeline.tensors[score].write(scores)
+        score.write(scores)
         pipeline.run(name)
     return cut, found
 
@@ -196,10 +200,10 @@ def _replay(pipeline: Pipeline, layout: PromptLayout, tokens: Integers) -> list[
     return list(np.stack(steps, axis=1))
 
 
-def _vision(pipeline: Pipeline) -> dict[str, str]:
-    """The vision graph's outputs: their names in a comparison and in the pipeline."""
-    deepstack = range(pipeline.manifest.decoder.deepstack)
-    return {"vision": "image_features"} | {f"vision {i}": f"deepstack_{i}" for i in deepstack}
+def _vision(pipeline: Pipeline) -> dict[str, Place]:
+    """The vision graph's outputs by their names in a comparison."""
+    places = [port.place for port in pipeline.spec.graph("vision").outputs.values()]
+    return {"vision" if place.layer is None else f"vision {place.layer}": place for place in places}
 
 
 def _copies(rows: Iterable[Floats]) -> list[Floats]:

@@ -1,0 +1,136 @@
+"""The tensors that enter and leave a bundle's graphs, and what the graphs promise each other about them.
+
+Each is a port with a role. Ports of one `Place` (role, layer, cut) are one tensor: it is allocated once, and what one
+graph writes there the next one reads in place. So how stages connect follows from their ports, and from nothing else:
+
+    role                                              written by                    read by
+    pixel_values                                      the caller                    vision
+    image_features, deepstack of a layer              vision                        the stages
+    input_ids, position_ids, token_type,
+      rope_position_ids, seed                         the caller, of the prompt     the stages
+    hidden, score of a cut                            the stage before the cut      the stage that it opens
+    kept_positions, kept_types of a cut               the stage that it opens       the stage behind that
+    key, value of a layer: its cache                  its stage and decode, which update it in place
+    next_id, next_position, next_rope_position        the caller, of each token     decode
+    last_hidden                                       the last stage                the caller
+    logits                                            the last stage and decode     the caller
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple
+
+from msgspec import Meta, Struct
+
+from himap_export.graphs.spec import Dtype
+
+PortType = Literal[Dtype, "int64"]
+Role = Literal[
+    "pixel_values", "image_features", "deepstack", "input_ids", "position_ids", "token_type", "rope_position_ids",
+    "seed", "hidden", "score", "kept_positions", "kept_types", "key", "value", "next_id", "next_position",
+    "next_rope_position", "last_hidden", "logits",
+]  # fmt: skip
+# What ports are called in ONNX files that are not called by their role: `{layer}` and `{cut}` are theirs to say.
+_NAMES: Mapping[Role, str] = {
+    "deepstack": "deepstack_{layer}", "hidden": "hidden_k{cut}", "score": "score_k{cut}", "last_hidden": "hidden",
+    "kept_positions": "kept_k{cut}", "kept_types": "type_k{cut}", "key": "past_key.{layer}",
+    "value": "past_value.{layer}", "next_id": "input_ids", "next_position": "position_ids",
+    "next_rope_position": "rope_position_ids",
+}  # fmt: skip
+_UPDATED: Mapping[Role, str] = {"key": "present_key.{layer}", "value": "present_value.{layer}"}  # the caches' outputs
+_CALLER: tuple[Role, ...] = (
+    "pixel_values", "input_ids", "position_ids", "token_type", "rope_position_ids", "seed", "next_id", "next_position",
+    "next_rope_position",
+)  # fmt: skip
+_ALWAYS: tuple[Role, ...] = (
+    "pixel_values", "image_features", "input_ids", "position_ids", "token_type", "next_id", "next_position",
+    "last_hidden", "logits",
+)  # fmt: skip
+
+Size = Annotated[int, Meta(ge=0, lt=2**40)]  # of one axis, or of a file in bytes
+Index = Annotated[int, Meta(ge=0, le=1024)]
+
+
+class Place(NamedTuple):
+    """Which tensor of a bundle: what it is, and of which layer or cut (1, 2, ..) if there are several."""
+
+    role: Role
+    layer: int | None = None
+    cut: int | None = None
+
+    def name(self, updated: bool = False) -> str:
+        """Returns what its port is called in ONNX files: `updated`, the output of a cache that is updated."""
+        form = _UPDATED[self.role] if updated else _NAMES.get(self.role, self.role)
+        return form.format(layer=self.layer, cut=self.cut)
+
+    def fits(self) -> bool:
+        """Whether it says of which layer or cut it is, as its role wants it."""
+        form = _NAMES.get(self.role, self.role)
+        return ("{layer}" in form, "{cut}" in form) == (self.layer is not None, self.cut is not None)
+
+
+class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """A static tensor."""
+
+    dtype: PortType
+    shape: Annotated[tuple[Size, ...], Meta(max_length=8)]
+
+
+class Port(TensorSpec, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A tensor that enters or leaves a graph. `updates`: the input whose memory this output shares."""
+
+    role: Role
+    layer: Index | None = None
+    cut: Index | None = None
+    updates: Annotated[str, Meta(max_length=500)] | None = None
+
+    @property
+    def place(self) -> Place:
+        return Place(self.role, self.layer, self.cut)
+
+
+class GraphPorts(NamedTuple):
+    """What one graph reads and writes, by the names in its ONNX file."""
+
+    inputs: Mapping[str, Port]
+    outputs: Mapping[str, Port]
+
+
+def graph_problems(graph: GraphPorts) -> Iterator[str]:
+    """What the ports of one graph say that cannot be so."""
+    for name, port in (*graph.inputs.items(), *graph.outputs.items()):
+        if not port.place.fits():
+            yield f"{name} is {port.role} of layer {port.layer} and cut {port.cut}"
+    for name in (name for name, port in graph.inputs.items() if port.updates is not None or name in graph.outputs):
+        yield f"{name} is an output, too"
+    for name, port in graph.outputs.items():
+        if (port.updates is not None) != (port.role in _UPDATED):
+            yield f"{name} updates {port.updates or 'no input'}"
+        elif port.updates is not None:
+            old = graph.inputs.get(port.updates)
+            if old is None or (old.place, old.dtype, old.shape) != (port.place, port.dtype, port.shape):
+                yield f"{name} updates {port.updates}, which is no such input"
+    for ports in graph:
+        if len({port.place for port in ports.values()}) < len(ports):
+            yield f"two of {', '.join(ports)} are one"
+
+
+def chain_problems(chain: Sequence[GraphPorts], cuts: int) -> Iterator[str]:
+    """What vision, the stages of prefill and decode, in their order, promise each other and do not keep."""
+    decode, known, written = chain[-1], dict[Place, Port](), set[Place]()
+    for graph in chain:
+        for name, port in (*graph.inputs.items(), *graph.outputs.items()):
+            first = known.setdefault(port.place, port)
+            if (first.dtype, first.shape) != (port.dtype, port.shape):
+                yield f"{name} is {port.dtype}{list(port.shape)} and {first.dtype}{list(first.shape)}"
+        for name, port in graph.inputs.items():
+            own = port.role in _UPDATED and graph is not decode
+            if port.role not in _CALLER and not own and port.place not in written:
+                yield f"nothing writes {name} before it is read"
+        for name, port in graph.outputs.items():
+            if port.role in _CALLER or (port.place in written and graph is not decode):
+                yield f"two write {name}"
+        written |= {port.place for port in graph.outputs.values()}
+    at_cuts: tuple[Role, ...] = ("hidden", "kept_positions", "kept_types")
+    wanted = [Place(role) for role in _ALWAYS]
+    wanted += [Place(role, cut=cut) for cut in range(1, cuts + 1) for role in at_cuts]
+    yield from (f"no graph has {place.name()}" for place in wanted if place not in known)
