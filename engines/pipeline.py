@@ -59,8 +59,7 @@ class Pipeline:
         self._check_memory()
         self._rope_shift = np.zeros(spec.budget.batch, np.int64)  # of the prompts that were loaded last
         self._run = {name: self._bind(name) for name in ("vision", *self.stages, "decode")}
-        self._prefill = self.engines.chain([self._run[name] for name in ("vision", *self.stages)])
-        self._decode = self.engines.chain([self._run["decode"]])
+        self._prefill, self._decode = self.chained("vision", *self.stages), self.chained("decode")
 
     def _check_memory(self) -> None:
         """Every tensor is allocated at once: better a line now than a machine that swaps itself to death."""
@@ -87,6 +86,10 @@ class Pipeline:
         return self.engines.bind(
             self.spec.graph_name(graph), {name: self.tensors[tensor_name(graph, name)] for name in doors}
         )
+
+    def chained(self, *graphs: str) -> Callable[[], None]:
+        """What runs `graphs` one after the other, on a GPU by one launch."""
+        return self.engines.chain([self._run[name] for name in graphs])
 
     def run(self, graph: str) -> None:
         """One graph on whatever its tensors now hold."""

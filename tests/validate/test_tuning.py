@@ -155,7 +155,7 @@ def test_a_chosen_plan_is_told_of_though_another_dominates_it(
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("tune") / "out"
-    flags = ("--dataset", IMAGES / "questions.jsonl", "--out", out, *SMALL, "--rounds", 2, "--min-accuracy", 0.1)
+    flags = ("--dataset", IMAGES / "questions.jsonl", "--out", out, *SMALL, "--iterations", 2, "--min-accuracy", 0.1)
     assert call(main, "shapes", *flags) == 0
     yield out
 
@@ -201,7 +201,7 @@ def test_options_are_bounded_before_any_work(tmp_path: Path, capsys: pytest.Capt
         ("--limit", 0, "'0' is not a whole number"),
         ("--workers", 100_000, "'100000' is not a whole number from 1 to "),
         ("--threads", 100_000, "'100000' is not a whole number from 1 to "),
-        ("--rounds", 10**9, "is not a whole number from 1 to 1000"),
+        ("--iterations", 10**9, "is not a whole number from 1 to 1000"),
         ("--seed", -1, "'-1' is not a whole number"),
     ):
         assert call(main, "shapes", "--dataset", "none", "--out", tmp_path / "a", f"{option}={value}") == 2

@@ -98,10 +98,10 @@ def summarise(answered: Sequence[Answered], dataset: Dataset, baselines: Mapping
         cells[name] = {}
         for kind in types:
             here = np.ones(len(kinds), bool) if kind == ALL else kinds == kind
-            mine = right[name][:, here]
-            over = {other: paired_difference(mine, right[other][:, here]) for other in others}
-            spread = over_seeds(mine) if len(mine) > 1 else None
-            cells[name][kind] = Cell(int(here.sum()), accuracy_interval(mine), over, spread)
+            own = right[name][:, here]
+            over = {other: paired_difference(own, right[other][:, here]) for other in others}
+            spread = over_seeds(own) if len(own) > 1 else None
+            cells[name][kind] = Cell(int(here.sum()), accuracy_interval(own), over, spread)
     return Summary(types, cells)
 
 

@@ -69,7 +69,15 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
     asked.report.mkdir(parents=True, exist_ok=True)
     with (
         AnswerLog(asked.report / ANSWERS, header) as log,
-        open_systems(first, checkpoint, opening, names, asked.seeds, new_tokens, asked.vision_tower) as systems,
+        open_systems(
+            first,
+            checkpoint,
+            opening,
+            names,
+            seeds=asked.seeds,
+            new_tokens=new_tokens,
+            vision_tower=asked.vision_tower,
+        ) as systems,  # fmt: skip
     ):
         with counted("answers") as count:
             run(systems, data, prompter, log, bundle.manifest.model.eos_tokens, count)

@@ -83,6 +83,7 @@ def open_systems(
     checkpoint: Path,
     opening: Opening,
     names: Sequence[str],
+    *,
     seeds: int,
     new_tokens: int,
     vision_tower: Path | None = None,
@@ -97,8 +98,10 @@ def open_systems(
     with scratch_folder("baselines") as folder:
         pipelines = [first, *(Pipeline(r, backend, opening, first.engines) for r in here[1:])]
         if baselines := missing_baselines(plans):
-            out, dtype, image = folder / "bundle", run.manifest.dtype, run.image
-            baseline = export_baseline(checkpoint, run.budget, dtype, backend, baselines, out, image, vision_tower)
+            baseline = export_baseline(
+                checkpoint, run.budget, dtype=run.manifest.dtype, backend=backend, plans=baselines,
+                out=folder / "bundle", image=run.image, vision_tower=vision_tower,
+            )  # fmt: skip
             beside: list[Pipeline] = []
             for name in baselines:  # over one copy of the weights
                 beside.append(Pipeline(baseline.select(name), backend, opening, beside[0].engines if beside else None))

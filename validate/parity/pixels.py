@@ -18,9 +18,9 @@ from PIL import Image
 from himap_export.engines.documents import MEGABYTE, read_file
 from himap_export.engines.manifest import ImageSpec
 from himap_export.graphs.errors import Exit
+from himap_export.validate.checkpoint import Source
 from himap_export.validate.parity.compare import Gate, Parity
 from himap_export.validate.parity.tensors import TensorDiff, tensor_diff
-from himap_export.validate.source import Source
 
 Pixels = npt.NDArray[np.float32]
 FILES = ("processor_config.json", "preprocessor_config.json")

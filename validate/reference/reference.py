@@ -40,6 +40,7 @@ from himap_export.validate.reference.criteria import CRITERIA, Cuts, ReferenceCu
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Item = TypeVar("Item", bound=np.generic)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
