@@ -122,8 +122,8 @@ def summary_lines(summary: Summary) -> list[str]:
     differences = [("", "over", "points, with their 95 % interval")]
     for name, cells in summary.cells.items():
         differences += [(name, other, points(i)) for other, i in cells[ALL].over.items()]
-    told = "right answers in percent, with their 95 % interval; paired differences on all questions:"
-    return [*lines, "", told, *aligned(differences)]
+    title = "right answers in percent, with their 95 % interval; paired differences on all questions:"
+    return [*lines, "", title, *aligned(differences)]
 
 
 def percent(i: Interval) -> str:

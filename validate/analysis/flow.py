@@ -50,7 +50,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Seen:
+class GradCamSheets:
     """One question's Grad-CAM over its image: contact sheets by name, of the decoder's layers and, where its patches
     lie as the image tokens do, of the tower's."""
 
@@ -68,7 +68,7 @@ class Flow:
     flows: list[tuple[LayerFlow, ...]]
     shares: list[tuple[LayerShares, ...]]
     disruptions: tuple[Disruption, ...]
-    seen: tuple[Seen, ...]
+    seen: tuple[GradCamSheets, ...]
     advice: Recommendation
 
 
@@ -105,11 +105,13 @@ def curves(flows: Sequence[Sequence[LayerFlow]], disruptions: Sequence[Disruptio
     )
 
 
-def _seen(reference: Reference, prompter: Prompter, example: Example, sample: Sample, options: AnalysisOptions) -> Seen:
+def _seen(
+    reference: Reference, prompter: Prompter, example: Example, sample: Sample, options: AnalysisOptions
+) -> GradCamSheets:
     cams, image = grad_cams(reference, sample, options.smooth, seed=options.seed), load_image(example.image)
     sheets = {
         name: strip([(f"layer {n}", overlay(image, prompter.image, heat)) for n, heat in enumerate(part)])
         for name, part in (("decoder", cams.decoder), ("tower", cams.vision))
         if len(part)
     }
-    return Seen(example.question, expected(example), sheets)
+    return GradCamSheets(example.question, expected(example), sheets)

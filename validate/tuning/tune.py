@@ -135,5 +135,7 @@ def _right(file: Path, data: Dataset) -> dict[str, Right]:
     for a in read_log(file):
         found.setdefault(a.policy, {})[a.line] = a.right
     return {
-        name: np.array([told[line] for line in lines]) for name, told in found.items() if all(n in told for n in lines)
+        name: np.array([by_line[line] for line in lines])
+        for name, by_line in found.items()
+        if all(n in by_line for n in lines)
     }
