@@ -36,9 +36,11 @@ def export_baseline(
     model = resolve(str(checkpoint), vision_tower=vision_tower)
     decoder, (vision,) = describe(model, ImageOptions(image.size, image.tiles) if image else ImageOptions())
     variants = tuple(
-        PlannedVariant(name, plan, TokenBudget(visual, like.text, like.new, like.batch), visual, vision)
+        PlannedVariant(
+            name, plan, budget=TokenBudget(visual, like.text, like.new, like.batch), asked=visual, vision=vision
+        )
         for name, (plan, visual) in plans.items()
     )
-    planned = Planned(model, decoder, variants, dtype, (backend,), allow_overflow=True)
-    export(planned, out, ("himap-validate",), False, lambda line: None)
+    planned = Planned(model, decoder, variants=variants, dtype=dtype, backends=(backend,), allow_overflow=True)
+    export(planned, out, command=("himap-validate",), overwrite=False, progress=lambda line: None)
     return open_bundle(out, verify=False)

@@ -72,7 +72,9 @@ def load_reference(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        return reference.Reference(checkpoint, reference.DTYPES[dtype], attention, device, vision_tower)
+        return reference.Reference(
+            checkpoint, reference.DTYPES[dtype], attn_implementation=attention, device=device, vision_tower=vision_tower
+        )
     except (MemoryError, ImportError):
         raise
     except Exception as problem:  # transformers checks configurations and weights with errors of many kinds

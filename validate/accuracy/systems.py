@@ -108,7 +108,7 @@ def open_systems(
             pipelines += beside
         everyone = {p.spec.plan_name: (p.spec.plan, p.spec.budget.visual) for p in pipelines}
         yield [
-            PlanSystem(name, seed, p, new_tokens, _baselines(name, everyone))
+            PlanSystem(name, seed, pipeline=p, new_tokens=new_tokens, baselines=_baselines(name, everyone))
             for p in pipelines
             for name in [p.spec.plan_name]
             for seed in range(seeds if p.spec.plan.policy == "random" else 1)

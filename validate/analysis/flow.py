@@ -83,10 +83,12 @@ def analyze(reference: Reference, prompter: Prompter, examples: Sequence[Example
         flows = saliency(reference, samples, count)
     with counted("attention shares") as count:
         looks = shares(reference, samples, count)
-    seen = tuple(_seen(reference, prompter, e, samples.of(e), options) for e in examples[: options.cams])
+    seen = tuple(
+        _seen(reference, prompter, example=e, sample=samples.of(e), options=options) for e in examples[: options.cams]
+    )
     advice = recommend(curves(flows, disrupted, reference.layers))
     tokens = int(reference.adapter.is_image(torch.as_tensor(samples.of(examples[0]).input_ids)).sum())
-    return Flow(reference.layers, tokens, flows, looks, disrupted, seen, advice)
+    return Flow(reference.layers, tokens, flows=flows, shares=looks, disruptions=disrupted, seen=seen, advice=advice)
 
 
 def curves(flows: Sequence[Sequence[LayerFlow]], disruptions: Sequence[Disruption], layers: int) -> Curves:
@@ -99,9 +101,9 @@ def curves(flows: Sequence[Sequence[LayerFlow]], disruptions: Sequence[Disruptio
     return Curves(
         changes["image-to-text"],
         changes["image-to-image"],
-        changes["random"],
-        tuple(f.visual_to_visual for f in means),
-        tuple(f.visual_to_text for f in means),
+        random_changes=changes["random"],
+        visual_to_visual=tuple(f.visual_to_visual for f in means),
+        visual_to_text=tuple(f.visual_to_text for f in means),
     )
 
 

@@ -26,7 +26,7 @@ def user_inputs(
     if arrays is not None:
         return load_inputs(arrays)
     if image is not None and prompt is not None:
-        return load_question(bundle, image, prompt, (checkpoint,), size).arrays
+        return load_question(bundle, image, prompt=prompt, weights=(checkpoint,), size=size).arrays
     return None
 
 

@@ -62,7 +62,13 @@ def load_adapter(
     release says. ValueError or OSError if a weight is missing or does not fit."""
     named = json.loads((folder / "config.json").read_text()).get("architectures") or [""]
     if named[0] == "LlavaLlamaForCausalLM":
-        return _llava_original(folder, dtype, decoder_attention, vision_attention, vision_tower)
+        return _llava_original(
+            folder,
+            dtype,
+            decoder_attention=decoder_attention,
+            vision_attention=vision_attention,
+            vision_tower=vision_tower,
+        )
     load = _qwen_vl if named[0] == "QWenLMHeadModel" else _hugging_face
     return load(folder, dtype, decoder_attention, vision_attention)
 

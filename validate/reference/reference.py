@@ -84,7 +84,13 @@ class Reference:
 
         `vision_tower`: the folder of its tower, for a release that has it apart."""
         decoder_attention = register(attn_implementation)
-        self.adapter = load_adapter(folder, dtype, decoder_attention, attn_implementation, vision_tower)
+        self.adapter = load_adapter(
+            folder,
+            dtype,
+            decoder_attention=decoder_attention,
+            vision_attention=attn_implementation,
+            vision_tower=vision_tower,
+        )
         self.adapter.whole.to(device)
         self.decoder: Any = self.adapter.decoder
         self.layers = len(self.decoder.layers)
@@ -136,7 +142,9 @@ class Reference:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        start = self.prefill(input_ids, pixel_values, attention_mask, cuts, forced, seeds)
+        start = self.prefill(
+            input_ids, pixel_values, attention_mask=attention_mask, cuts=cuts, forced=forced, seeds=seeds
+        )
         rows = []
         samples = zip(start.logits, start.caches, start.lengths.tolist(), start.shifts, strict=True)
         for logits, cache, length, shift in samples:
@@ -282,7 +290,14 @@ class Reference:
             kept.append(state.alive)
             scores.append(score)
         state = self.advance(state, self.layers)
-        return _Row(tuple(kept), tuple(scores), (*hidden, state.hidden[0]), self.logits(state), cache, shift)
+        return _Row(
+            tuple(kept),
+            tuple(scores),
+            hidden=(*hidden, state.hidden[0]),
+            logits=self.logits(state),
+            cache=cache,
+            shift=shift,
+        )
 
     def _keep(self, state: State, kept: Tensor) -> State:
         return replace(

@@ -45,7 +45,7 @@ def rank(
             for o in candidates
         )  # fmt: skip
         accuracy, loss = accuracy_interval(right[c.name]), paired_difference(unpruned, right[c.name])
-        found.append(RankedPlan(c, flops[c.name], accuracy, loss, not beaten))
+        found.append(RankedPlan(c, flops[c.name], accuracy=accuracy, loss=loss, on_front=not beaten))
     return tuple(found)
 
 

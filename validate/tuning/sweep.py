@@ -36,7 +36,7 @@ def first_tokens(
     found[UNPRUNED] = _last(reference, state)
     for (k1, r1), group in groupby(candidates, key=lambda c: (c.k1, c.r1)):
         kept, _ = reference.cut(at[k1], ReferenceCut(k1, first, r1), seed)
-        found |= _second(reference, kept, list(group), CRITERIA[policy][1], seed)
+        found |= _second(reference, kept, candidates=list(group), criterion=CRITERIA[policy][1], seed=seed)
     return found
 
 
@@ -84,7 +84,7 @@ def _answering(job: Job) -> Callable[[tuple[int, Example]], SweptExample]:
     def answer(task: tuple[int, Example]) -> SweptExample:
         number, example = task
         inputs, seed = prompter.arrays(example), request_seed(job.seed, number)
-        tokens = first_tokens(reference, inputs, job.candidates, job.policy, seed)
+        tokens = first_tokens(reference, inputs, candidates=job.candidates, policy=job.policy, seed=seed)
         return example, tokens, prompter.label(example)
 
     return answer

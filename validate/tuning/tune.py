@@ -68,8 +68,10 @@ def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, op
     text = max(prompter.text_tokens(e) for e in data.examples)
     flops = {c.name: _ratio(spec, c, tokens, text) for c in options.candidates}
     with AnswerLog(log_file, _header(checkpoint, dataset_file, options)) as log:
-        job = Job(checkpoint, options.dtype, 1, options.candidates, "himap", options.seed)
-        _answer(job, data, log, prompter, options.workers)
+        job = Job(
+            checkpoint, options.dtype, threads=1, candidates=options.candidates, policy="himap", seed=options.seed
+        )
+        _answer(job, data, log=log, prompter=prompter, workers=options.workers)
         right = _right(log.file, data)
         unpruned = accuracy_interval(right[UNPRUNED])
         ranked = rank(options.candidates, flops, right, right[UNPRUNED])
@@ -78,7 +80,13 @@ def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, op
         plans = tuple(sorted(j.candidate for j in front))
         over: dict[str, Interval] = {}
         if options.baseline:
-            _answer(replace(job, candidates=plans, policy="random"), data, log, prompter, options.workers)
+            _answer(
+                replace(job, candidates=plans, policy="random"),
+                data,
+                log=log,
+                prompter=prompter,
+                workers=options.workers,
+            )
             right = _right(log.file, data)
             over = {c.name: paired_difference(right[c.name], right[BASELINE + c.name]) for c in plans}
     times: dict[str, Timed] = {}
@@ -88,7 +96,17 @@ def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, op
             checkpoint, named, image_tokens=tokens, text=text, dtype=options.dtype, threads=options.threads,
             iterations=options.iterations,
         )  # fmt: skip
-    return Tuned(len(data.examples), tokens, text, unpruned, ranked, front, over, times, choice)
+    return Tuned(
+        len(data.examples),
+        tokens,
+        text=text,
+        unpruned=unpruned,
+        ranked=ranked,
+        front=front,
+        over_random=over,
+        times=times,
+        choice=choice,
+    )
 
 
 def _header(checkpoint: Path, dataset_file: Path, options: TuneOptions) -> dict[str, Any]:
@@ -115,7 +133,7 @@ def _answer(job: Job, data: Dataset, log: AnswerLog, prompter: Prompter, workers
         count(done := len(data.examples) - len(todo), len(data.examples))
         for example, tokens, label in sweep(job, todo, workers):
             wanted = {prefix + name: token for name, token in tokens.items() if not prefix or name != UNPRUNED}
-            log.append(_answers(example, wanted, label, prompter, log))
+            log.append(_answers(example, wanted, label=label, prompter=prompter, log=log))
             count(done := done + 1, len(data.examples))
 
 
@@ -123,7 +141,16 @@ def _answers(
     e: Example, tokens: Mapping[str, int], label: int, prompter: Prompter, log: AnswerLog
 ) -> Sequence[Answered]:
     return [
-        Answered(name, 0, e.line, e.id, e.type, prompter.text([token], ()), expected(e), token == label)
+        Answered(
+            name,
+            0,
+            line=e.line,
+            id=e.id,
+            type=e.type,
+            said=prompter.text([token], ()),
+            expected=expected(e),
+            right=token == label,
+        )
         for name, token in tokens.items()
         if (name, 0, e.line) not in log.done
     ]
