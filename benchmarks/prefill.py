@@ -1,4 +1,4 @@
-"""CPU prefill at LLaVA's layout: staged and pruned, the same backend unpruned, and PyTorch, taking turns in one run.
+"""CPU prefill at LLaVA's layout: staged and pruned, the same backend unpruned, and PyTorch, interleaved in one run.
 
 A random LLaVA with 16 decoder layers of 1024 (about 200 M parameters in them) and 35 + 576 + 135 prompt tokens. It is
 random because times do not depend on weights; scoring and gather are included, the vision tower is timed apart.
@@ -93,7 +93,9 @@ def main() -> None:
         stored = sum(t.nbytes for t in run.bundle.tensors.values())
         print(f"prompt 35 + 576 + 135 tokens, S = {list(run.budget.total)}, {args.threads} threads, fp32")
         print(f"FLOPs allow {ceiling(run):.2f}x over unpruned prefill; weights on disk {stored / 2**20:.0f} MiB, once")
-        speed = measure(run, model, "onnxruntime", "cpu", args.iterations, args.warm_up, args.threads)
+        speed = measure(
+            run, model, "onnxruntime", "cpu", iterations=args.iterations, warm_up=args.warm_up, threads=args.threads
+        )
     print("\n".join(speed_lines(speed)))
     torch = speed.others[-1]
     found = (

@@ -55,7 +55,7 @@ def as_inputs(arrays: Mapping[str, npt.NDArray[Any]], where: str = "the inputs")
     if "image_grid_thw" in arrays and "pixel_values" in arrays and arrays["pixel_values"].ndim == 2:
         _check(where, arrays, name="image_grid_thw", rank=2, kinds="i")
         _check(where, arrays, name="pixel_values", rank=2, kinds="f")
-        arrays["pixel_values"] = _images(where, arrays["pixel_values"], arrays["image_grid_thw"])
+        arrays["pixel_values"] = images_of_patches(where, arrays["pixel_values"], arrays["image_grid_thw"])
     for name, rank, kinds in (("input_ids", 2, "i"), ("pixel_values", 4, "f"), ("attention_mask", 2, "ib")):
         _check(where, arrays, name=name, rank=rank, kinds=kinds)
     ids, mask = arrays["input_ids"].astype(np.int64), arrays.get("attention_mask")
@@ -111,9 +111,9 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _images(where: str, patches: npt.NDArray[Any], grids: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Images [n,3,H,W] from patches [N,3*2*p*p] in the order of Qwen2VLImageProcessor: blocks of 2 x 2 patches that
-    will be merged, each patch in two equal frames. HimapError (usage) for films, or images of different sizes."""
+def images_of_patches(where: str, patches: npt.NDArray[Any], grids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Returns images [n,3,H,W] of patches [N,3*2*p*p] in the order of Qwen2VLImageProcessor: blocks of 2 x 2 patches
+    that will be merged, each patch in two equal frames. HimapError (usage) for films, or images of different sizes."""
     side, sizes = math.isqrt(patches.shape[1] // 6), {tuple(grid) for grid in grids.tolist()}
     frames, rows, columns = next((size for size in sizes if len(size) == 3), (0, 0, 0))
     whole_blocks = rows % 2 == columns % 2 == 0 and min(rows, columns, side) > 0

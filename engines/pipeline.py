@@ -51,8 +51,7 @@ class Pipeline:
         self._check_memory()
         self._rope_shift = np.zeros(spec.budget.batch, np.int64)  # of the prompts that were loaded last
         self._run = {name: self._bind(name) for name in ("vision", *self.stages, "decode")}
-        self._prefill = self.engines.chain([self._run[name] for name in ("vision", *self.stages)])
-        self._decode = self.engines.chain([self._run["decode"]])
+        self._prefill, self._decode = self.chained("vision", *self.stages), self.chained("decode")
 
     def _check_memory(self) -> None:
         """Every tensor is allocated at once: better a line now than a machine that swaps itself to death."""
@@ -77,6 +76,10 @@ class Pipeline:
                 self.tensors[port.place] = self.engines.tensor(port)
         bound = {name: self.tensors[port.place] for name, port in ports.items()}
         return self.engines.bind(self.spec.graph_name(stage), bound)
+
+    def chained(self, *graphs: str) -> Callable[[], None]:
+        """What runs `graphs` one after the other, on a GPU by one launch."""
+        return self.engines.chain([self._run[name] for name in graphs])
 
     def run(self, stage: str) -> None:
         """The graph of a stage on whatever its tensors now hold."""

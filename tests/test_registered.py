@@ -22,13 +22,13 @@ from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.importance import ScoringContext, register_score
 from himap_export.validate.cli import main as validate_main
 from himap_export.validate.reference import criteria
-from himap_export.validate.reference.criteria import Cut, State, register_reference
+from himap_export.validate.reference.criteria import ReferenceCut, State, register_reference
 
 PLAN = """
 [mine]
 cuts = [{layer = 2, criterion = "key-norm", remove = 0.5}, {layer = 4, criterion = "image", remove = 0.5}]
 """
-CUTS = (Cut(2, "key-norm", 0.5), Cut(4, "image", 0.5))
+CUTS = (ReferenceCut(2, "key-norm", 0.5), ReferenceCut(4, "image", 0.5))
 
 
 def key_norm(s: ScoringContext) -> ir.Value:
@@ -67,7 +67,9 @@ def test_a_criterion_of_ones_own_is_exported_and_judged(
     inputs = make_inputs(work.tiny("gqa2"), [9], [5], seed=4)
     found = work.answer(bundle, inputs, "--max-new-tokens", 4)
     truth = work.reference("gqa2").prefill(inputs.input_ids, inputs.pixel_values, cuts=CUTS)
-    by_image = work.reference("gqa2").prefill(inputs.input_ids, inputs.pixel_values, cuts=(Cut(2, "image", 0.5),))
+    by_image = work.reference("gqa2").prefill(
+        inputs.input_ids, inputs.pixel_values, cuts=(ReferenceCut(2, "image", 0.5),)
+    )
     np.testing.assert_array_equal(found["kept_k1"], padded(truth.kept[0], found["kept_k1"].shape[1]))
     assert truth.kept[0].tolist() != by_image.kept[0].tolist()
     np.testing.assert_allclose(found["logits"], truth.logits, atol=1e-3)

@@ -14,6 +14,7 @@ Kept = tuple[PruningPlan, Visual]  # a plan, and how many image tokens its bundl
 def export_baseline(
     checkpoint: Path,
     like: TokenBudget,
+    *,
     dtype: Dtype,
     backend: str,
     plans: Mapping[str, Kept],
@@ -21,9 +22,12 @@ def export_baseline(
     image: ImageSpec | None = None,
     vision_tower: Path | None = None,
 ) -> Bundle:
-    """A bundle of `plans`, by name, at the text budget, new tokens and batch of `like`, for images as `image` or, if
-    None, the model's own. Weights that overflow are saturated: the user has allowed it, or the bundle that is
-    compared would not be there. `vision_tower`: the folder of the tower, if the checkpoint lacks it."""
+    """Exports and returns a bundle of `plans`, by name, at the text budget, new tokens and batch of `like`, for
+    images as `image` or, if None, the model's own.
+
+    Weights that overflow are saturated: the user has allowed it, or the bundle that is compared would not be there.
+    `vision_tower`: the folder of the tower, if the checkpoint lacks it.
+    """
     from himap_export.exporter.export import export
     from himap_export.exporter.family import ImageOptions
     from himap_export.exporter.planning import Planned, PlannedVariant, describe
@@ -32,9 +36,11 @@ def export_baseline(
     model = resolve(str(checkpoint), vision_tower=vision_tower)
     decoder, (vision,) = describe(model, ImageOptions(image.size, image.tiles) if image else ImageOptions())
     variants = tuple(
-        PlannedVariant(name, plan, TokenBudget(visual, like.text, like.new, like.batch), visual, vision)
+        PlannedVariant(
+            name, plan, budget=TokenBudget(visual, like.text, like.new, like.batch), asked=visual, vision=vision
+        )
         for name, (plan, visual) in plans.items()
     )
-    planned = Planned(model, decoder, variants, dtype, (backend,), allow_overflow=True)
-    export(planned, out, ("himap-validate",), False, lambda line: None)
+    planned = Planned(model, decoder, variants=variants, dtype=dtype, backends=(backend,), allow_overflow=True)
+    export(planned, out, command=("himap-validate",), overwrite=False, progress=lambda line: None)
     return open_bundle(out, verify=False)

@@ -1,45 +1,123 @@
-"""The checkpoint a bundle is judged against, and the PyTorch reference of it."""
+"""The checkpoint that a bundle is judged by: there, complete, of the bundle's sizes; and PyTorch's model of it."""
 
+from dataclasses import dataclass
+from os.path import isdir
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from himap_export.graphs.errors import HimapError
+from himap_export.engines.bundle import Bundle
+from himap_export.exporter.checkpoint import open_checkpoint
+from himap_export.exporter.family import ImageOptions
+from himap_export.exporter.planning import describe
+from himap_export.exporter.registry import Model, resolve
+from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import Dtype
 
 if TYPE_CHECKING:
     from himap_export.validate.reference.reference import Reference
 
+SIZES = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "deepstack")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's folder, and that of its vision tower if it lies apart. `own_image`: the release prepares pictures
+    by code of its own, whatever a processor's file in the folder says."""
+
+    folder: Path
+    tower: Path | None
+    own_image: bool
+
 
 def checkpoint_folder(model: str, vision_tower: Path | None = None) -> Path:
-    """The folder of an alias, a Hugging Face id or a folder, with weights; `vision_tower` as for `resolve`. HimapError
-    as `resolve`."""
-    from himap_export.exporter.checkpoint import open_checkpoint
-    from himap_export.exporter.registry import resolve
+    """Returns the folder of an alias, a Hugging Face id or a folder, with weights; `vision_tower` as for `resolve`.
+    HimapError as `resolve`."""
+    return _complete(model, vision_tower)[1]
 
-    found = resolve(model, vision_tower=vision_tower)
-    assert found.folder is not None  # `resolve` fetches weights unless told not to
-    open_checkpoint(found.folder, tower=found.tower)
-    return found.folder
+
+def source_of(bundle: Bundle, named: str | None, vision_tower: Path | None = None) -> Source:
+    """Returns the checkpoint `named`, else the one that the bundle says it was made from.
+
+    HimapError: missing if it is not there or lacks weights, usage as `resolve`, or if the bundle is not of its sizes.
+    """
+    source = bundle.manifest.model.source if named is None else named
+    try:
+        model, folder = _complete(source, vision_tower)
+    except HimapError as problem:
+        if named is not None or problem.code == Exit.MISSING or isdir(source):  # noqa: PTH112  # which raises for no name
+            raise
+        hint = "give it with --model"
+        raise HimapError(f"the model of {bundle.folder} is not at {source}", hint=hint, code=Exit.MISSING) from None
+    _check_sizes(bundle, model)
+    _check_criteria(bundle)
+    return Source(folder, model.tower, model.family.own_image)
 
 
 def load_reference(
-    checkpoint: Path, dtype: Dtype, threads: int, attention: str = "eager", vision_tower: Path | None = None
+    checkpoint: Path,
+    dtype: Dtype,
+    threads: int,
+    attention: str = "eager",
+    device: str = "cpu",
+    vision_tower: Path | None = None,
 ) -> "Reference":
-    """PyTorch's model, `threads` CPU threads; its vision tower in `vision_tower` or where it says. HimapError if
-    transformers cannot load it."""
+    """Returns PyTorch's model on `device`, with `threads` CPU threads; its vision tower in `vision_tower` or where it
+    says. HimapError if transformers cannot load it."""
     import torch
     from transformers.utils import logging
 
-    from himap_export.validate.reference.reference import Reference
+    from himap_export.validate.reference import reference
 
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     try:
-        return Reference(checkpoint, kinds[dtype], attention, vision_tower=vision_tower)
+        return reference.Reference(
+            checkpoint, reference.DTYPES[dtype], attn_implementation=attention, device=device, vision_tower=vision_tower
+        )
     except (MemoryError, ImportError):
         raise
     except Exception as problem:  # transformers checks configurations and weights with errors of many kinds
         details = " ".join(str(problem).split())[:500] or type(problem).__name__
         raise HimapError(f"PyTorch cannot load {checkpoint}", details) from None
+
+
+def _complete(model: str, vision_tower: Path | None) -> tuple[Model, Path]:
+    """The model, and its folder, in which every weight is."""
+    found = resolve(model, vision_tower=vision_tower)
+    assert found.folder is not None  # `resolve` fetches weights unless told not to
+    open_checkpoint(found.folder, tower=found.tower)
+    return found, found.folder
+
+
+def _check_criteria(bundle: Bundle) -> None:
+    from himap_export.validate.reference.criteria import CRITERIA  # torch: seconds to import
+
+    for variant in bundle.manifest.variants:
+        for cut in variant.plan.cuts:
+            if cut.criterion not in CRITERIA:
+                details = f"known: {', '.join(CRITERIA)}"
+                hint = "one of your own is registered with its reference before"
+                summary = f"{bundle.folder} is cut by {cut.criterion}, which no reference ranks by"
+                raise HimapError(summary, details, hint, Exit.USAGE)
+
+
+def _check_sizes(bundle: Bundle, model: Model) -> None:
+    own = bundle.manifest.images[bundle.image_name()]
+    try:
+        decoder, (vision,) = describe(model, ImageOptions(own.size, own.tiles))
+        rules = model.family.prompt()
+    except HimapError as problem:
+        raise _misfit(bundle, model, str(problem)) from None
+    actual, expected = ({name: getattr(spec, name) for name in SIZES} for spec in (bundle.manifest.decoder, decoder))
+    image = bundle.manifest.model.image
+    actual |= {"image tokens": own.tokens, "an image token's id": image.token, "between": image.between}
+    expected |= {"image tokens": vision.tokens, "an image token's id": rules.image_token, "between": rules.between}
+    for name, size in actual.items():
+        if expected[name] != size:
+            raise _misfit(bundle, model, f"{name}: {expected[name]}, in the bundle {size}")
+
+
+def _misfit(bundle: Bundle, model: Model, details: str) -> HimapError:
+    hint = "--model takes the one that it was made from"
+    return HimapError(f"{model.name} is not the model of {bundle.folder}", details, hint, Exit.USAGE)

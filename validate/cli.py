@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from himap_export.engines.arrays import Inputs
     from himap_export.engines.bundle import Bundle, RunSpec
     from himap_export.engines.pipeline import Pipeline
+    from himap_export.validate.checkpoint import Source
     from himap_export.validate.parity.compare import Parity
-    from himap_export.validate.source import Source
     from himap_export.validate.speed.measure import Speed
 
 
@@ -63,10 +63,8 @@ def _parser() -> Parser:
     p.add_argument("--atol", type=number(0, 1e6), help="allowed difference of logits (default: by dtype)")
     p.add_argument("--rtol", type=number(0, 1), help="the same, as a share of the largest logit; added to --atol")
     p.add_argument("--no-speed", action="store_true", help="parity only")
-    p.add_argument(
-        "--iterations", type=whole(1, 10_000), default=10, help="rounds of the speed comparison (default: 10)"
-    )
-    p.add_argument("--warm-up", type=whole(0, 10_000), default=2, help="rounds not counted (default: 2)")
+    p.add_argument("--iterations", type=whole(1, 10_000), default=10, help="repetitions of each phase (default: 10)")
+    p.add_argument("--warm-up", type=whole(0, 10_000), default=2, help="repetitions not counted (default: 2)")
     p.add_argument(
         "--threads",
         type=whole(1, MOST_THREADS),
@@ -143,7 +141,7 @@ def _check_places(args: argparse.Namespace) -> None:
 def _opened(args: argparse.Namespace) -> tuple["Bundle", "Source"]:
     """The bundle, and the checkpoint it is judged by."""
     from himap_export.engines.bundle import open_bundle
-    from himap_export.validate.source import source_of
+    from himap_export.validate.checkpoint import source_of
 
     bundle = open_bundle(args.bundle)
     source = source_of(bundle, args.model, args.vision_tower)
@@ -256,9 +254,14 @@ def _speed(args: argparse.Namespace, run: "RunSpec", source: "Source", backend: 
     from himap_export.validate.speed.results import speed_lines
 
     _say(args, [f"\nspeed: FLOPs allow {ceiling(run):.2f}x over the unpruned decoder prefill"])
-    say(f"exporting the unpruned baseline; then {args.warm_up} + {args.iterations} rounds of three processes, {device}")
-    times = args.iterations, args.warm_up, args.threads
-    speed = measure(run, source.folder, backend, device, *times, source.tower)
+    say(
+        f"exporting the unpruned baseline; then {args.warm_up} + {args.iterations} repetitions by three processes, "
+        f"on {device}"
+    )
+    speed = measure(
+        run, source.folder, backend, device, iterations=args.iterations, warm_up=args.warm_up, threads=args.threads,
+        vision_tower=source.tower,
+    )  # fmt: skip
     _say(args, speed_lines(speed))
     return speed
 

@@ -144,8 +144,8 @@ from himap_export.graphs.plan import TokenBudget, himap
 from himap_export.validate.baseline import export_baseline
 from himap_export.validate.checkpoint import checkpoint_folder
 plan, budget = himap(1, 3, 0.5, 0.5), TokenBudget((64,), 16, 4)
-plans = {"himap": (plan, plan.kept(64))}
-bundle = export_baseline(checkpoint_folder("shapes"), budget, "fp16", "tensorrt-rtx", plans, Path("bundle"))
+kinds = {"dtype": "fp16", "backend": "tensorrt-rtx", "plans": {"himap": (plan, plan.kept(64))}}
+bundle = export_baseline(checkpoint_folder("shapes"), budget, out=Path("bundle"), **kinds)
 print(len(bundle.manifest.engines["tensorrt-rtx"]))
 """
 

@@ -1,4 +1,4 @@
-"""The speed race: everyone on the device and in the dtype that was asked for, and what becomes of who cannot run."""
+"""The interleaved benchmark: everyone on the device and in the dtype asked for, and what becomes of who cannot run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from himap_export.validate.parity.page import _speed as blocks_of
 from himap_export.validate.reference import reference
 from himap_export.validate.reference.criteria import reference_himap
 from himap_export.validate.speed import measure as speed
-from himap_export.validate.speed.benchmark import PHASES, System, Times, _doing, race
+from himap_export.validate.speed.benchmark import PHASES, System, Times, _doing, benchmark
 from himap_export.validate.speed.measure import Speed, measure, torch_device
 from himap_export.validate.speed.results import speed_json, speed_lines
 
@@ -30,7 +30,7 @@ def test_the_bundle_is_opened_on_the_device_asked_for(work: Workshop) -> None:
     """This machine's onnxruntime has no CUDA: who asks for it must be told, not timed on the CPU."""
     system = System("pruned", "bundle", bundle_of(work), work.checkpoint("gqa2"), "onnxruntime", "cuda")
     with pytest.raises(HimapError, match="no CUDA provider") as refused:
-        race([system], 1, 0, 1, ("prefill",))
+        benchmark([system], iterations=1, warm_up=0, threads=1, phases=("prefill",))
     assert refused.value.code == Exit.MISSING
 
 
@@ -56,7 +56,7 @@ def test_pytorch_computes_in_the_bundles_dtype_on_its_device(
 def test_a_bug_in_a_system_is_told_as_what_it_is(work: Workshop, capfd: pytest.CaptureFixture[str]) -> None:
     system = System("pruned", "bundle", bundle_of(work), work.checkpoint("gqa2"), "onnxruntime", "cpu")
     with pytest.raises(HimapError, match=r"timing pruned failed: KeyError: 'dance'") as told:
-        race([system], 1, 0, 1, ("dance",))
+        benchmark([system], iterations=1, warm_up=0, threads=1, phases=("dance",))
     assert "memory" not in str(told.value) and "Traceback" in capfd.readouterr().err
 
 
@@ -76,21 +76,25 @@ def test_pytorch_follows_the_engines_where_it_can(monkeypatch: pytest.MonkeyPatc
         ("cuda", False, "cuda", "PyTorch SDPA fp16, cpu", "PyTorch has no CUDA here: it ran on the CPU"),
     ],
 )
-def test_who_races_where_and_what_is_said_of_it(
+def test_who_is_timed_where_and_what_is_said_of_it(
     work: Workshop, monkeypatch: pytest.MonkeyPatch, device: str, cuda: bool, asked: str | None, name: str, note: str
 ) -> None:
-    raced: list[System] = []
+    timed: list[System] = []
 
-    def no_race(systems: Sequence[System], *rounds: int) -> list[Times]:
-        raced.extend(systems)
+    def no_benchmark(systems: Sequence[System], **repetitions: int) -> list[Times]:
+        timed.extend(systems)
         return [Times(c.name, dict.fromkeys(PHASES, (1.0, 2.0)), 2**20) for c in systems]
 
     place: list[Path] = []
-    monkeypatch.setattr(speed, "export_baseline", lambda *a: place.append(a[5]) or bundle_of(work, "fp16").bundle)
-    monkeypatch.setattr(speed, "race", no_race)
+    monkeypatch.setattr(
+        speed, "export_baseline", lambda *a, **named: place.append(named["out"]) or bundle_of(work, "fp16").bundle
+    )
+    monkeypatch.setattr(speed, "benchmark", no_benchmark)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    found = measure(bundle_of(work, "fp16"), work.checkpoint("gqa2"), "onnxruntime", device, 1, 0, 1)
-    assert [c.device for c in raced] == [asked, asked, name.split()[-1]]
+    found = measure(
+        bundle_of(work, "fp16"), work.checkpoint("gqa2"), "onnxruntime", device, iterations=1, warm_up=0, threads=1
+    )
+    assert [c.device for c in timed] == [asked, asked, name.split()[-1]]
     assert found.others == ("unpruned", name) and found.note.startswith(note) and bool(found.note) == bool(note)
     assert scratch_place() in place[0].parents  # where a killed command's leftovers are cleared away
     assert list(speed_json(found)["systems"]) == ["pruned", "unpruned", name]

@@ -16,10 +16,10 @@ from sklearn.datasets import load_sample_images
 from himap_export.engines.bundle import open_bundle
 from himap_export.engines.image import ImagePreprocessing, load_image, preprocess
 from himap_export.engines.manifest import ImageSpec
+from himap_export.validate.checkpoint import Source
 from himap_export.validate.cli import main
 from himap_export.validate.parity.compare import Answers, Parity
 from himap_export.validate.parity.pixels import PixelParity, compare_pixels, with_pixels
-from himap_export.validate.source import Source
 
 SHAPES = Path(__file__).parents[2] / "exporter" / "shapes"
 SOURCE = Source(SHAPES, None, False)

@@ -41,7 +41,7 @@ def test_baselines_of_an_aligned_plan_keep_what_it_keeps() -> None:
 def systems(work: Workshop, tmp_path_factory: pytest.TempPathFactory) -> list[PlanSystem]:
     bundle = work.bundle("gqa2", "--k1", 1, "--k2", 3, "--batch", 2)
     first = work.pipeline(bundle)
-    with open_systems(first, work.checkpoint("gqa2"), Opening(threads=1), ["custom"], 2, 5) as found:
+    with open_systems(first, work.checkpoint("gqa2"), Opening(threads=1), ["custom"], seeds=2, new_tokens=5) as found:
         return found
 
 

@@ -25,7 +25,7 @@ from himap_export.validate.report.page import Figure
 from himap_export.validate.tuning.cli import main
 from himap_export.validate.tuning.front import RankedPlan, choose, rank
 from himap_export.validate.tuning.grid import Candidate, defaults, grid
-from himap_export.validate.tuning.sweep import Job, Told, first_tokens
+from himap_export.validate.tuning.sweep import Job, SweptExample, first_tokens
 
 IMAGES = Path(__file__).parents[2] / "examples" / "shapes" / "images"
 SMALL = ("--k1", "1,2", "--k2", "4", "--r1", "0.5", "--r2", "0.5,0.75", "--workers", 1)
@@ -127,7 +127,7 @@ def test_a_chosen_plan_is_told_of_though_another_dominates_it(
     right = {"none": "11100", "k1-r0_5-k4-r0_9": "01110", "k1-r0_5-k4-r0_5": "11100"}
     points: list[Point] = []
 
-    def sweep(job: Job, examples: Sequence[tuple[int, Example]], workers: int) -> Iterator[Told]:
+    def sweep(job: Job, examples: Sequence[tuple[int, Example]], workers: int) -> Iterator[SweptExample]:
         assert job.policy == "himap" or {c.name for c in job.candidates} == set(right) - {"none"}
         for n, example in examples:
             yield example, {name: int(row[n]) for name, row in right.items()}, 1
@@ -155,7 +155,7 @@ def test_a_chosen_plan_is_told_of_though_another_dominates_it(
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("tune") / "out"
-    flags = ("--dataset", IMAGES / "questions.jsonl", "--out", out, *SMALL, "--rounds", 2, "--min-accuracy", 0.1)
+    flags = ("--dataset", IMAGES / "questions.jsonl", "--out", out, *SMALL, "--iterations", 2, "--min-accuracy", 0.1)
     assert call(main, "shapes", *flags) == 0
     yield out
 
@@ -201,7 +201,7 @@ def test_options_are_bounded_before_any_work(tmp_path: Path, capsys: pytest.Capt
         ("--limit", 0, "'0' is not a whole number"),
         ("--workers", 100_000, "'100000' is not a whole number from 1 to "),
         ("--threads", 100_000, "'100000' is not a whole number from 1 to "),
-        ("--rounds", 10**9, "is not a whole number from 1 to 1000"),
+        ("--iterations", 10**9, "is not a whole number from 1 to 1000"),
         ("--seed", -1, "'-1' is not a whole number"),
     ):
         assert call(main, "shapes", "--dataset", "none", "--out", tmp_path / "a", f"{option}={value}") == 2

@@ -134,7 +134,15 @@ def _example(line: bytes, number: int, folder: Path) -> Example:
     elif not isinstance(answer, str) or not answer.strip():
         raise HimapError(f'"answer" is {answer!r:.80}, expected text')
     name = str(number if found.id is None else found.id)
-    return Example(number, name, folder / found.image, found.question, answer, found.type, options)
+    return Example(
+        number,
+        name,
+        image=folder / found.image,
+        question=found.question,
+        answer=answer,
+        type=found.type,
+        options=options,
+    )
 
 
 def _option(answer: str | int, options: tuple[str, ...]) -> int:

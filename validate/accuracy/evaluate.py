@@ -84,7 +84,9 @@ def run(
 
 def _answered(system: System, e: Example, said: str) -> Answered:
     right = is_right(e, said)
-    return Answered(system.name, system.seed, e.line, e.id, e.type, said, expected(e), right)
+    return Answered(
+        system.name, system.seed, line=e.line, id=e.id, type=e.type, said=said, expected=expected(e), right=right
+    )
 
 
 def summarise(answered: Sequence[Answered], dataset: Dataset, baselines: Mapping[str, Sequence[str]]) -> Summary:
@@ -98,10 +100,10 @@ def summarise(answered: Sequence[Answered], dataset: Dataset, baselines: Mapping
         cells[name] = {}
         for kind in types:
             here = np.ones(len(kinds), bool) if kind == ALL else kinds == kind
-            mine = right[name][:, here]
-            over = {other: paired_difference(mine, right[other][:, here]) for other in others}
-            spread = over_seeds(mine) if len(mine) > 1 else None
-            cells[name][kind] = Cell(int(here.sum()), accuracy_interval(mine), over, spread)
+            own = right[name][:, here]
+            over = {other: paired_difference(own, right[other][:, here]) for other in others}
+            spread = over_seeds(own) if len(own) > 1 else None
+            cells[name][kind] = Cell(int(here.sum()), accuracy_interval(own), over, spread)
     return Summary(types, cells)
 
 
@@ -122,8 +124,8 @@ def summary_lines(summary: Summary) -> list[str]:
     differences = [("", "over", "points, with their 95 % interval")]
     for name, cells in summary.cells.items():
         differences += [(name, other, points(i)) for other, i in cells[ALL].over.items()]
-    told = "right answers in percent, with their 95 % interval; paired differences on all questions:"
-    return [*lines, "", told, *aligned(differences)]
+    title = "right answers in percent, with their 95 % interval; paired differences on all questions:"
+    return [*lines, "", title, *aligned(differences)]
 
 
 def percent(i: Interval) -> str:

@@ -56,7 +56,7 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
     names = tuple(dict.fromkeys(bundle.plan_name(name) for name in asked.plans) or dict.fromkeys(held))
     check_count(len(data.examples) * (len(names) * (2 + asked.seeds) + 1))  # each with its baselines, and the unpruned
     # What is measured does not depend on --limit: who asked a few questions can go on with all.
-    spec = bundle.select(names[0], asked.text_budget, _longest(prompter, whole, data, bundle, asked))
+    spec = bundle.select(names[0], asked.text_budget, _longest(prompter, whole, data=data, bundle=bundle, asked=asked))
     longest = max(len(prompter.answer(e)) + 1 for e in whole.examples)  # and the token that ends it
     new_tokens = min(asked.new_tokens or max(SHORT, longest), spec.budget.new)
     header: dict[str, Any] = {
@@ -69,10 +69,18 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
     asked.report.mkdir(parents=True, exist_ok=True)
     with (
         AnswerLog(asked.report / ANSWERS, header) as log,
-        open_systems(first, checkpoint, opening, names, asked.seeds, new_tokens, asked.vision_tower) as systems,
+        open_systems(
+            first,
+            checkpoint,
+            opening,
+            names,
+            seeds=asked.seeds,
+            new_tokens=new_tokens,
+            vision_tower=asked.vision_tower,
+        ) as systems,  # fmt: skip
     ):
         with counted("answers") as count:
-            run(systems, data, prompter, log, bundle.manifest.model.eos_tokens, count)
+            run(systems, data, prompter, log, stop_tokens=bundle.manifest.model.eos_tokens, progress=count)
         wanted = {(c.name, c.seed) for c in systems}
         lines = {e.line for e in data.examples}
         answered = [a for a in read_log(log.file) if (a.policy, a.seed) in wanted and a.line in lines]
@@ -81,7 +89,7 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
         facts |= summary_json(summary)
         digests = {"bundle's digest": bundle.manifest.digest, "data set's sha256": header["dataset"]}
         made = provenance("himap-validate", asked.argv, digests)
-        page = accuracy_page(summary, answered, systems, data, prompter, spec, made)
+        page = accuracy_page(summary, answered, systems=systems, data=data, prompter=prompter, run=spec, made=made)
     written = write_report(asked.report, page, facts)
     return [*summary_lines(summary), "", f"report: {written}"], facts
 

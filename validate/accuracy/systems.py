@@ -83,6 +83,7 @@ def open_systems(
     checkpoint: Path,
     opening: Opening,
     names: Sequence[str],
+    *,
     seeds: int,
     new_tokens: int,
     vision_tower: Path | None = None,
@@ -97,15 +98,17 @@ def open_systems(
     with scratch_folder("baselines") as folder:
         pipelines = [first, *(Pipeline(r, backend, opening, first.engines) for r in here[1:])]
         if baselines := missing_baselines(plans):
-            out, dtype, image = folder / "bundle", run.manifest.dtype, run.image
-            baseline = export_baseline(checkpoint, run.budget, dtype, backend, baselines, out, image, vision_tower)
+            baseline = export_baseline(
+                checkpoint, run.budget, dtype=run.manifest.dtype, backend=backend, plans=baselines,
+                out=folder / "bundle", image=run.image, vision_tower=vision_tower,
+            )  # fmt: skip
             beside: list[Pipeline] = []
             for name in baselines:  # over one copy of the weights
                 beside.append(Pipeline(baseline.select(name), backend, opening, beside[0].engines if beside else None))
             pipelines += beside
         everyone = {p.spec.plan_name: (p.spec.plan, p.spec.budget.visual) for p in pipelines}
         yield [
-            PlanSystem(name, seed, p, new_tokens, _baselines(name, everyone))
+            PlanSystem(name, seed, pipeline=p, new_tokens=new_tokens, baselines=_baselines(name, everyone))
             for p in pipelines
             for name in [p.spec.plan_name]
             for seed in range(seeds if p.spec.plan.policy == "random" else 1)

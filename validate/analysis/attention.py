@@ -31,7 +31,7 @@ class Prompt:
         size, device = self.embeds.shape[1], self.embeds.device
         self._positions = torch.arange(size, device=device)[None]
         with torch.no_grad():
-            self._rotary = reference.rotary(self.embeds, reference.turns(self._state))
+            self._rotary = reference.rotary(self.embeds, reference.rope_positions(self._state))
         self.causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
 
     def run(self, layer: int, hidden: Tensor, allowed: Tensor | None = None) -> Tensor:

@@ -43,7 +43,7 @@ def _analyze(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.engines.files import check_report
     from himap_export.validate.accuracy.dataset import read_dataset
     from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
-    from himap_export.validate.analysis.flow import Asked, analyze
+    from himap_export.validate.analysis.flow import AnalysisOptions, analyze
     from himap_export.validate.analysis.page import flow_json, flow_lines, flow_page, report_files
     from himap_export.validate.checkpoint import checkpoint_folder, load_reference
     from himap_export.validate.report.machine import provenance
@@ -60,8 +60,8 @@ def _analyze(args: argparse.Namespace, argv: list[str]) -> None:
     folder = checkpoint_folder(args.model)
     prompter = prompter_of_checkpoint(folder)
     reference = load_reference(folder, args.dtype, args.threads)
-    asked = Asked(args.width, args.cams, args.smooth, args.seed)
-    flow = analyze(reference, prompter, dataset.examples[: args.limit], asked)
+    options = AnalysisOptions(args.width, args.cams, args.smooth, args.seed)
+    flow = analyze(reference, prompter, dataset.examples[: args.limit], options)
     facts = finite(flow_json(flow) | {"model": args.model, "dataset": str(args.dataset), "dtype": args.dtype})
     made = provenance("himap-analyze", argv, {"data set's sha256": digest(args.dataset).sha256})
     page = write_report(args.out, flow_page(flow, args.model, args.dtype, made), facts)

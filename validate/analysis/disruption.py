@@ -70,9 +70,14 @@ def disruption(
             plain = prompt.logits(states[-1])
             for kind, first in kept:
                 allowed = allowed_by(kind, prompt.spans, np.random.default_rng((seed, index, first)))
-                kept[kind, first].append(agreement(plain, _disturbed(prompt, states[first], first, width, allowed)))
+                kept[kind, first].append(
+                    agreement(plain, _disturbed(prompt, states[first], first=first, width=width, allowed=allowed))
+                )
     means = ((*case, *np.mean(pairs, axis=0).tolist()) for case, pairs in kept.items())
-    return tuple(Disruption(kind, first, width, label, score, len(samples)) for kind, first, label, score in means)
+    return tuple(
+        Disruption(kind, first, width=width, label_consistency=label, score_consistency=score, samples=len(samples))
+        for kind, first, label, score in means
+    )
 
 
 def allowed_by(kind: str, spans: Spans, random: np.random.Generator) -> NDArray[np.bool_]:

@@ -21,7 +21,7 @@ from himap_export.validate.reference.reference import Reference
 
 
 @dataclass(frozen=True)
-class Asked:
+class AnalysisOptions:
     """`width` layers disrupted together; Grad-CAM of the first `cams` questions, `smooth` noisy copies each."""
 
     width: int
@@ -50,7 +50,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Seen:
+class GradCamSheets:
     """One question's Grad-CAM over its image: contact sheets by name, of the decoder's layers and, where its patches
     lie as the image tokens do, of the tower's."""
 
@@ -68,25 +68,27 @@ class Flow:
     flows: list[tuple[LayerFlow, ...]]
     shares: list[tuple[LayerShares, ...]]
     disruptions: tuple[Disruption, ...]
-    seen: tuple[Seen, ...]
+    seen: tuple[GradCamSheets, ...]
     advice: Recommendation
 
 
-def analyze(reference: Reference, prompter: Prompter, examples: Sequence[Example], asked: Asked) -> Flow:
+def analyze(reference: Reference, prompter: Prompter, examples: Sequence[Example], options: AnalysisOptions) -> Flow:
     """Saliency, attention shares, disruption and Grad-CAM of `examples`, and the cuts that follow from them."""
     samples = Samples(prompter, examples)
     for _ in samples:  # one that cannot be read is refused now, not behind hours of work
         pass
     with counted("disruption") as count:
-        disrupted = disruption(reference, samples, width=asked.width, seed=asked.seed, progress=count)
+        disrupted = disruption(reference, samples, width=options.width, seed=options.seed, progress=count)
     with counted("saliency") as count:
         flows = saliency(reference, samples, count)
     with counted("attention shares") as count:
         looks = shares(reference, samples, count)
-    seen = tuple(_seen(reference, prompter, e, samples.of(e), asked) for e in examples[: asked.cams])
+    seen = tuple(
+        _seen(reference, prompter, example=e, sample=samples.of(e), options=options) for e in examples[: options.cams]
+    )
     advice = recommend(curves(flows, disrupted, reference.layers))
     tokens = int(reference.adapter.is_image(torch.as_tensor(samples.of(examples[0]).input_ids)).sum())
-    return Flow(reference.layers, tokens, flows, looks, disrupted, seen, advice)
+    return Flow(reference.layers, tokens, flows=flows, shares=looks, disruptions=disrupted, seen=seen, advice=advice)
 
 
 def curves(flows: Sequence[Sequence[LayerFlow]], disruptions: Sequence[Disruption], layers: int) -> Curves:
@@ -99,17 +101,19 @@ def curves(flows: Sequence[Sequence[LayerFlow]], disruptions: Sequence[Disruptio
     return Curves(
         changes["image-to-text"],
         changes["image-to-image"],
-        changes["random"],
-        tuple(f.visual_to_visual for f in means),
-        tuple(f.visual_to_text for f in means),
+        random_changes=changes["random"],
+        visual_to_visual=tuple(f.visual_to_visual for f in means),
+        visual_to_text=tuple(f.visual_to_text for f in means),
     )
 
 
-def _seen(reference: Reference, prompter: Prompter, example: Example, sample: Sample, asked: Asked) -> Seen:
-    cams, image = grad_cams(reference, sample, asked.smooth, seed=asked.seed), load_image(example.image)
+def _seen(
+    reference: Reference, prompter: Prompter, example: Example, sample: Sample, options: AnalysisOptions
+) -> GradCamSheets:
+    cams, image = grad_cams(reference, sample, options.smooth, seed=options.seed), load_image(example.image)
     sheets = {
         name: strip([(f"layer {n}", overlay(image, prompter.processor.image, heat)) for n, heat in enumerate(part)])
         for name, part in (("decoder", cams.decoder), ("tower", cams.vision))
         if len(part)
     }
-    return Seen(example.question, expected(example), sheets)
+    return GradCamSheets(example.question, expected(example), sheets)

@@ -132,7 +132,11 @@ def compare(
         progress("PyTorch reference in fp32")
         reference = load("fp32")
         for prompts, file in zip(batches, files, strict=True):
-            found.append(_compare_batch(reference, pipeline, prompts, options, None if dtype == "fp32" else file))
+            found.append(
+                _compare_batch(
+                    reference, pipeline, prompts=prompts, options=options, file=None if dtype == "fp32" else file
+                )
+            )
             progress(f"compared {sum(c.prompts for c in found)} of {total} prompts")
         if dtype != "fp32":
             del reference
@@ -187,7 +191,7 @@ def _cut_parity(n: int, actual: EngineRun, expected: ReferenceRun) -> CutParity:
     chosen = [np.isin(tokens, row) for tokens, row in zip(cut.candidates, expected.kept[n], strict=True)]
     total = sum(int(row.sum()) for row in chosen)
     if not cut.ranked:
-        return CutParity(cut.name, total, 0, 0, inf, 0.0, VERDICTS[0])
+        return CutParity(cut.name, total, swapped=0, outside=0, margin=inf, error=0.0, verdict=VERDICTS[0])
     swapped, outside, margins, errors, name = 0, 0, list[float](), list[float](), f"score {cut.name}"
     for row, in_expected in enumerate(chosen):
         differs = np.isin(cut.candidates[row], cut.kept[row]) != in_expected
@@ -199,7 +203,9 @@ def _cut_parity(n: int, actual: EngineRun, expected: ReferenceRun) -> CutParity:
         # A swap needs the gap between two scores to be closed by an error in each of them.
         outside += int((np.abs(score[differs] - threshold) > 2 * errors[-1]).sum())
     verdict = VERDICTS[3 if outside else 2 if swapped else 1]
-    return CutParity(cut.name, total, swapped, outside, min(margins), max(errors), verdict)
+    return CutParity(
+        cut.name, total, swapped=swapped, outside=outside, margin=min(margins), error=max(errors), verdict=verdict
+    )
 
 
 def _answers(actual: EngineRun, expected: ReferenceRun, pad_token: int) -> Answers:
@@ -238,7 +244,9 @@ def _conclude(pipeline: Pipeline, found: Sequence[Compared], rounding: Sums, opt
     for name in found[0].outputs:
         rows = _as_wide([c.outputs[name] for c in found], pad_token if name.endswith("tokens") else -1)
         outputs[name] = np.concatenate(rows)
-    return Parity(sum(c.prompts for c in found), tensors, cuts, answers, tuple(gates), outputs)
+    return Parity(
+        sum(c.prompts for c in found), tensors, cuts=cuts, answers=answers, gates=tuple(gates), outputs=outputs
+    )
 
 
 def _merged_cuts(parts: Sequence[CutParity]) -> CutParity:

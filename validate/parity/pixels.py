@@ -1,13 +1,13 @@
-"""The pixels of a picture, as the bundle makes them and as Hugging Face's own image processor does.
+"""The pixels of an image, as the bundle makes them and as Hugging Face's own image processor does.
 
 Everything else in a validation is fed by our preprocessing on both sides, so nothing behind it can judge it. Theirs is
-computed from the picture's file, by transformers' PIL classes, whose arithmetic ours repeats.
+computed from the image's file, by transformers' PIL classes, whose arithmetic ours repeats.
 """
 
 import warnings
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import inf, isqrt
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,20 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from himap_export.engines.arrays import images_of_patches
 from himap_export.engines.documents import MEGABYTE, read_file
 from himap_export.engines.manifest import ImageSpec
 from himap_export.graphs.errors import Exit
+from himap_export.validate.checkpoint import Source
 from himap_export.validate.parity.compare import Gate, Parity
 from himap_export.validate.parity.tensors import TensorDiff, tensor_diff
-from himap_export.validate.source import Source
 
 Pixels = npt.NDArray[np.float32]
 FILES = ("processor_config.json", "preprocessor_config.json")
 # Of the largest value. Equal arithmetic gives equal bits. Where a library rounds otherwise, the three operations behind
 # the bytes (rescale, subtract, divide) may each err by 2^-24; the least mistake, one grey level, is 2^-8 of the range.
 LIMIT = 2.0**-20
-MOST_AREA = 2**25  # pixels; published processors that follow the picture's size stop at 2^24
+MOST_AREA = 2**25  # pixels; published processors that follow the image's size stop at 2^24
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class PixelParity:
     note: str = ""
 
 
-def compare_pixels(ours: Pixels, image_file: Path, picture: ImageSpec, source: Source) -> PixelParity:
-    """Compares `ours` [tiles,3,H,W], made for `picture`, with what the processor of `source` makes of the file.
+def compare_pixels(ours: Pixels, image_file: Path, spec: ImageSpec, source: Source) -> PixelParity:
+    """Compares `ours` [tiles,3,H,W], made for `spec`, with what the processor of `source` makes of the file.
 
     HimapError (usage) for a processor's file that cannot be read.
     """
@@ -50,24 +51,22 @@ def compare_pixels(ours: Pixels, image_file: Path, picture: ImageSpec, source: S
         return _not_compared(f"{folder} holds no image processor")
     for file in held:
         read_file(file, "image processor", MEGABYTE, Exit.USAGE)
-    height, width = picture.size
+    height, width = spec.size
     try:
-        image, processor = _image(image_file), _processor(folder, 4 * max(picture.size))
-        by_patches = "image_grid_thw" in processor.model_input_names  # of the picture's own size, more or less
-        if by_patches and not _fills(image, picture):
+        image, processor = _image(image_file), _processor(folder, 4 * max(spec.size))
+        by_patches = "image_grid_thw" in processor.model_input_names  # of the image's own size, more or less
+        if by_patches and not _fills(image, spec):
             return _not_compared(f"{image.width}x{image.height} is letterboxed to {width}x{height}, by design")
-        theirs = processor(images=image, return_tensors="np", **_static(processor, picture.tiles))
+        theirs = processor(images=image, return_tensors="np", **_static(processor, spec.tiles))
+        made = np.asarray(theirs["pixel_values"], np.float32)
+        if by_patches:
+            made = images_of_patches(str(folder), made, np.asarray(theirs["image_grid_thw"]))
     except Exception as problem:  # transformers raises all kinds, for files of all kinds
         reason = " ".join(str(problem).split())[:200] or type(problem).__name__
         return _not_compared(f"transformers cannot use the processor in {folder}: {reason}")
-    pixels = np.asarray(theirs["pixel_values"], np.float32)
-    if not by_patches:
-        return _compared(ours, pixels[: len(ours)] if picture.tiles == 2 else pixels)  # their thumbnail is a third
-    rows, columns = np.asarray(theirs["image_grid_thw"])[0, 1:].tolist()
-    side = isqrt(pixels.shape[1] // 6)
-    if (rows * side, columns * side) != picture.size:
-        return _not_compared(f"the processor makes {columns * side}x{rows * side} of it, the bundle {width}x{height}")
-    return _compared(ours, pictures(pixels, rows, columns, side))
+    if by_patches and made.shape[2:] != spec.size:
+        return _not_compared(f"the processor makes {made.shape[3]}x{made.shape[2]} of it, the bundle {width}x{height}")
+    return _compared(ours, made[: len(ours)] if spec.tiles == 2 else made)  # their thumbnail is a third
 
 
 def with_pixels(parity: Parity, pixels: PixelParity) -> Parity:
@@ -77,15 +76,6 @@ def with_pixels(parity: Parity, pixels: PixelParity) -> Parity:
         return replace(parity, notes=notes)
     gate = Gate(pixels.found.name, pixels.found.max_abs, LIMIT * pixels.found.scale)
     return replace(parity, tensors=(pixels.found, *parity.tensors), gates=(gate, *parity.gates), notes=notes)
-
-
-def pictures(patches: Pixels, rows: int, columns: int, side: int) -> Pixels:
-    """[1,3,H,W] from patches [rows*columns, 3*2*side*side] in the order of Qwen2VLImageProcessor: blocks of 2 x 2
-    patches that will be merged, each patch in two equal frames."""
-    # block row, block column, row and column in the block, channel, frame, y, x
-    blocks = patches.reshape(rows // 2, columns // 2, 2, 2, 3, 2, side, side)[:, :, :, :, :, 0]
-    found: Pixels = blocks.transpose(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, rows * side, columns * side)
-    return found
 
 
 def _not_compared(why: str) -> PixelParity:
@@ -100,13 +90,13 @@ def _compared(ours: Pixels, theirs: Pixels) -> PixelParity:
 
 
 def _processor(folder: Path, most_side: int) -> Any:
-    """Hugging Face's, in the class that computes with PIL; ValueError for a size that no picture should get."""
+    """Hugging Face's, in the class that computes with PIL; ValueError for a size that no image should get."""
     from transformers import AutoImageProcessor
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     found = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True, backend="pil")
-    areas = "image_grid_thw" in found.model_input_names  # whose edges count all pixels of a picture
+    areas = "image_grid_thw" in found.model_input_names  # whose edges count all pixels of an image
     for name in ("size", "crop_size"):
         for key, side in dict(getattr(found, name, None) or {}).items():
             most = MOST_AREA if areas and key.endswith(("_edge", "_pixels")) else most_side
@@ -132,8 +122,8 @@ def _image(file: Path) -> Image.Image:
         return found
 
 
-def _fills(image: Image.Image, picture: ImageSpec) -> bool:
-    """Whether the letterboxed picture has no border."""
-    height, width = picture.size
+def _fills(image: Image.Image, spec: ImageSpec) -> bool:
+    """Whether the letterboxed image has no border."""
+    height, width = spec.size
     shrink = min(Fraction(height, image.height), Fraction(width, image.width))
-    return (round(image.height * shrink), round(image.width * shrink)) == picture.size
+    return (round(image.height * shrink), round(image.width * shrink)) == spec.size

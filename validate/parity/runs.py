@@ -87,7 +87,7 @@ def run_reference(
     arrays = prompts.inputs.input_ids, prompts.inputs.pixel_values, prompts.inputs.attention_mask
     cuts = reference_cuts(pipeline.spec.plan, pipeline.spec.budget.visual)
     seeds = prompts.seeds.tolist()
-    # Before the prefill: there is one prompt's cache at a time.
+    # Before the prefill, so that there is one answer's caches at a time.
     tokens = (
         same.reference_tokens
         if same is not None

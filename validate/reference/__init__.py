@@ -1,1 +1,1 @@
-"""PyTorch references: Hugging Face's own modules, run layer by layer. It shares no code with the rooms it judges."""
+"""PyTorch references: Hugging Face's own modules, run layer by layer. They share no code with the other rooms."""

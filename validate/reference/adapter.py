@@ -1,7 +1,7 @@
 """Hugging Face's own modules for one checkpoint, whatever its family: what `reference.py` runs layer by layer.
 
 Where transformers knows the architecture, it loads the checkpoint. Releases that it does not know are put into its
-modules by `originals/`. Nothing here is shared with the rooms that are judged.
+modules by `legacy/`. Nothing here is shared with the rooms that are compared with it.
 
 Shape letters as in reference.py; P image patches before they are merged, m the side of a merged block.
 """
@@ -21,7 +21,7 @@ from himap_export.validate.reference.legacy import llava_original, qwen_vl
 
 
 @dataclass(frozen=True)
-class Seen:
+class VisionFeatures:
     """What the tower makes of images: `features` [V,D] of all of them, one behind the other; `deepstack`: as many more
     features, added to the image tokens behind the first layers (Qwen3-VL)."""
 
@@ -33,22 +33,22 @@ class Seen:
 class ModelAdapter:
     """`whole` holds all parameters; `decoder` has embed_tokens, layers, norm, rotary_emb.
 
-    `see`: pixels [n,3,H,W] to what the tower makes of them. `is_image`: which of ids [S] are image tokens. `places`: of
-    ids [S] whose image is [H,W] pixels, what M-RoPE turns by [3,S]; None for models with one position a token. `grid`:
-    rows and columns of the tokens of an image of [H,W] pixels. `vision_layers`: those of the tower whose patches lie
-    as these tokens do, in front of them a class token if there is one.
+    `see`: pixels [n,3,H,W] to what the tower makes of them. `is_image`: which of ids [S] are image tokens.
+    `rope_positions`: M-RoPE's [3,S] for ids [S] whose image is [H,W] pixels; None for models with one position a token.
+    `grid`: rows and columns of the tokens of an image of [H,W] pixels. `vision_layers`: those of the tower whose
+    patches lie as these tokens do, in front of them a class token if there is one.
     """
 
     whole: torch.nn.Module
     decoder: Any
     head: Callable[[Tensor], Tensor]
-    see: Callable[[Tensor], Seen]
+    see: Callable[[Tensor], VisionFeatures]
     is_image: Callable[[Tensor], Tensor]
     stop_tokens: tuple[int, ...]
     pad_token: int
     grid: Callable[[tuple[int, int]], tuple[int, int]]
     vision_layers: Sequence[torch.nn.Module] = ()
-    places: Callable[[Tensor, tuple[int, int]], Tensor] | None = None
+    rope_positions: Callable[[Tensor, tuple[int, int]], Tensor] | None = None
 
 
 def load_adapter(
@@ -62,7 +62,13 @@ def load_adapter(
     release says. ValueError or OSError if a weight is missing or does not fit."""
     named = json.loads((folder / "config.json").read_text()).get("architectures") or [""]
     if named[0] == "LlavaLlamaForCausalLM":
-        return _llava_original(folder, dtype, decoder_attention, vision_attention, vision_tower)
+        return _llava_original(
+            folder,
+            dtype,
+            decoder_attention=decoder_attention,
+            vision_attention=vision_attention,
+            vision_tower=vision_tower,
+        )
     load = _qwen_vl if named[0] == "QWenLMHeadModel" else _hugging_face
     return load(folder, dtype, decoder_attention, vision_attention)
 
@@ -106,16 +112,18 @@ def _hugging_face(folder: Path, dtype: torch.dtype, decoder_attention: str, visi
         pad_token=pad if pad is not None else next(iter(stop_tokens), 0),
         grid=lambda size: (size[0] // side, size[1] // side),
         vision_layers=() if clip is None else clip.encoder.layers,
-        places=None if merged is None else (lambda ids, size: _places(model, ids, size)),
+        rope_positions=None if merged is None else (lambda ids, size: _rope_positions(model, ids, size)),
     )
 
 
-def _see(model: Any, pixels: Tensor) -> Seen:
+def _see(model: Any, pixels: Tensor) -> VisionFeatures:
     """Towers that take pictures: LLaVA's, InternVL's."""
-    return Seen(torch.cat(list(model.model.get_image_features(pixel_values=pixels).pooler_output)).flatten(0, -2))
+    return VisionFeatures(
+        torch.cat(list(model.model.get_image_features(pixel_values=pixels).pooler_output)).flatten(0, -2)
+    )
 
 
-def _see_patches(model: Any, pixels: Tensor) -> Seen:
+def _see_patches(model: Any, pixels: Tensor) -> VisionFeatures:
     """Towers that take patches [P, 3*2*p*p], in the order of Qwen2VLImageProcessor: m x m blocks that will be merged,
     a picture counted as a film of two equal frames."""
     vision = model.config.vision_config
@@ -129,20 +137,20 @@ def _see_patches(model: Any, pixels: Tensor) -> Seen:
         pixel_values=film.reshape(n * rows * columns, -1), image_grid_thw=grid, return_dict=True
     )
     deepstack = getattr(found, "deepstack_features", None) or ()
-    return Seen(torch.cat(list(found.pooler_output)), tuple(torch.cat(list(parts)) for parts in deepstack))
+    return VisionFeatures(torch.cat(list(found.pooler_output)), tuple(torch.cat(list(parts)) for parts in deepstack))
 
 
-def _places(model: Any, ids: Tensor, size: tuple[int, int]) -> Tensor:
+def _rope_positions(model: Any, ids: Tensor, size: tuple[int, int]) -> Tensor:
     """Hugging Face's own count of time, row and column."""
     p = model.config.vision_config.patch_size
     grid = torch.tensor([[1, size[0] // p, size[1] // p]], device=ids.device)
     kinds = (ids == model.config.image_token_id).to(torch.int32)
-    places, _ = model.model.get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grid)
-    found: Tensor = places[:, 0]
+    positions, _ = model.model.get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grid)
+    found: Tensor = positions[:, 0]
     return found
 
 
-_MERGED: Mapping[str, Callable[[Any, Tensor], Seen]] = {"qwen2_5_vl": _see_patches, "qwen3_vl": _see_patches}
+_MERGED: Mapping[str, Callable[[Any, Tensor], VisionFeatures]] = {"qwen2_5_vl": _see_patches, "qwen3_vl": _see_patches}
 
 
 def _llava_original(
@@ -169,7 +177,7 @@ def _original(
         whole=found,
         decoder=found.causal.model,
         head=found.causal.lm_head,
-        see=lambda pixels: Seen(found.image_features(pixels).flatten(0, 1)),
+        see=lambda pixels: VisionFeatures(found.image_features(pixels).flatten(0, 1)),
         is_image=found.is_image,
         stop_tokens=found.stop_tokens,
         pad_token=found.pad_token,

@@ -1,6 +1,6 @@
 """What the reference ranks image tokens by: a restatement of every selector on plain attention maps.
 
-It shares no code with the graphs that it judges. Letters as in reference.py.
+It shares no code with the graphs that are compared with it. Letters as in reference.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ class State:
     query: Tensor | None = None  # [H,S,E] of layer `layer` - 1, rotated, with `attention`
     key: Tensor | None = None  # [G,S,E]
     cache: DynamicCache | None = None  # a state without one can be advanced any number of times
-    places: Tensor | None = None  # [3,S0] what M-RoPE turns by, of all tokens; None: their positions
+    rope_positions: Tensor | None = None  # [3,S0] of all tokens, under M-RoPE; None: their original positions
     deepstack: tuple[Tensor, ...] = ()  # [V0,D] each, added to the image tokens behind layers 0, 1, ..
 
     @property

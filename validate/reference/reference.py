@@ -1,4 +1,4 @@
-"""The PyTorch reference of HiMAP (arXiv 2503.13108) and of what it is compared with: the judge of every bundle.
+"""The PyTorch reference of HiMAP (arXiv 2503.13108) and of its baselines: what every bundle is compared with.
 
 Hugging Face's own modules compute everything that pruning leaves alone (tower, projector, embedding, decoder layers,
 rotary embedding, norm, head). This file only decides which tokens enter which layers, as the authors' `himap.py` does:
@@ -14,7 +14,7 @@ Unlike the authors, who rank again at every generated token because they run wit
 prefill, and every layer caches the keys and values of the tokens that it saw. The first generated token is the same.
 
 Samples are computed one by one and without padding, so nothing here can depend on where padding lies. It shares no code
-with the rooms it judges, not even their errors: misuse is a ValueError.
+with the rooms that are compared with it, not even their errors: misuse is a ValueError.
 
 Shape letters: B batch, S tokens of a stage (S0, S1, ..), V image tokens that are candidates at a cut (V0, V1, ..),
 D hidden, H query heads, G kv heads, E head dim, L layers, W vocabulary, N generated tokens.
@@ -33,13 +33,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from himap_export.validate.reference.adapter import Seen, load_adapter
+from himap_export.validate.reference.adapter import VisionFeatures, load_adapter
 from himap_export.validate.reference.attention import register
 from himap_export.validate.reference.criteria import CRITERIA, Cuts, ReferenceCut, State
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Item = TypeVar("Item", bound=np.generic)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Prefill:
     logits: Floats  # [B,W] at the last prompt token
     caches: tuple[DynamicCache, ...]  # per sample; layer i holds keys (rotated) and values [1,G,S of its stage,E].
     # Decoding appends to the caches: the one thing in here that is not a constant.
-    shifts: tuple[int, ...]  # per sample; under M-RoPE what a position behind the prompt has to be moved by
+    shifts: tuple[int, ...]  # per sample; under M-RoPE what is added to a position behind the prompt
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,13 @@ class Reference:
 
         `vision_tower`: the folder of its tower, for a release that has it apart."""
         decoder_attention = register(attn_implementation)
-        self.adapter = load_adapter(folder, dtype, decoder_attention, attn_implementation, vision_tower)
+        self.adapter = load_adapter(
+            folder,
+            dtype,
+            decoder_attention=decoder_attention,
+            vision_attention=attn_implementation,
+            vision_tower=vision_tower,
+        )
         self.adapter.whole.to(device)
         self.decoder: Any = self.adapter.decoder
         self.layers = len(self.decoder.layers)
@@ -135,7 +142,9 @@ class Reference:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        start = self.prefill(input_ids, pixel_values, attention_mask, cuts, forced, seeds)
+        start = self.prefill(
+            input_ids, pixel_values, attention_mask=attention_mask, cuts=cuts, forced=forced, seeds=seeds
+        )
         rows = []
         samples = zip(start.logits, start.caches, start.lengths.tolist(), start.shifts, strict=True)
         for logits, cache, length, shift in samples:
@@ -155,7 +164,9 @@ class Reference:
     def advance(self, state: State, layer: int, attention: bool = False) -> State:
         """`state` after the layers before `layer`, with the probabilities of the last one if `attention`."""
         layers = range(state.layer, layer)
-        hidden, seen = self._run(layers, state.hidden, self.turns(state), state.cache, attention, state)
+        hidden, seen = self._run(
+            layers, state.hidden, self.rope_positions(state), state.cache, score=attention, state=state
+        )
         probabilities, query, key = seen or (None, None, None)
         return replace(state, layer=layer, hidden=hidden, attention=probabilities, query=query, key=key)
 
@@ -195,9 +206,9 @@ class Reference:
     def step(self, tokens: Tensor, position: int, cache: DynamicCache, shift: int = 0) -> Tensor:
         """One decode step: `tokens` [B] at `position`, appended to `cache`; logits [B,W] fp32."""
         hidden = self.decoder.embed_tokens(tokens.to(self.device)[:, None])
-        turn = torch.tensor([position + shift], device=self.device)
+        at = torch.tensor([position + shift], device=self.device)
         # No mask: a single row may see all that is cached, and each layer has cached only what was alive in its stage.
-        hidden, _ = self._run(range(self.layers), hidden, turn.expand(3, 1) if self.adapter.places else turn, cache)
+        hidden, _ = self._run(range(self.layers), hidden, at.expand(3, 1) if self.adapter.rope_positions else at, cache)
         return self._logits(hidden)
 
     @torch.no_grad()
@@ -214,10 +225,10 @@ class Reference:
     def forward(self, state: State) -> tuple[Tensor, DynamicCache]:
         """The unpruned decoder on what `embed` gives: logits [B,W] fp32 at the last token, and the cache."""
         cache = DynamicCache(config=self.decoder.config)
-        hidden, _ = self._run(range(self.layers), state.hidden, self.turns(state), cache, state=state)
+        hidden, _ = self._run(range(self.layers), state.hidden, self.rope_positions(state), cache, state=state)
         return self._logits(hidden), cache
 
-    def see(self, pixel_values: Floats) -> Seen:
+    def see(self, pixel_values: Floats) -> VisionFeatures:
         """What the tower makes of `pixel_values` [images,3,H,W]."""
         return self.adapter.see(torch.as_tensor(pixel_values).to(self.device, self.dtype))
 
@@ -228,9 +239,9 @@ class Reference:
         seen = self.see(pixel_values)
         return tuple(f.reshape(prompts or len(pixel_values), -1, f.shape[-1]) for f in (seen.features, *seen.deepstack))
 
-    def turns(self, state: State) -> Tensor:
-        """What the rotary embedding turns the tokens of `state` by: positions [S], under M-RoPE [3,S]."""
-        return state.alive if state.places is None else state.places[:, state.alive]
+    def rope_positions(self, state: State) -> Tensor:
+        """Returns the positions that the rotary embedding reads for the tokens of `state`: [S], under M-RoPE [3,S]."""
+        return state.alive if state.rope_positions is None else state.rope_positions[:, state.alive]
 
     def _embed(self, input_ids: Ints, pixel_values: Floats | None, attention_mask: Ints | None) -> Iterator[State]:
         """Each sample, embedded, before layer 0."""
@@ -249,15 +260,15 @@ class Reference:
         for ids, image in zip(samples, images, strict=True):
             own = slice(used, used := used + len(image))
             embeds: Tensor = self.decoder.embed_tokens(ids.index_fill(0, image, 0))
-            places, deepstack = None, tuple[Tensor, ...]()
+            rope, deepstack = None, tuple[Tensor, ...]()
             if seen is not None and pixel_values is not None:
                 embeds = embeds.index_copy(0, image, seen.features[own].to(embeds.dtype))
                 deepstack = tuple(features[own] for features in seen.deepstack)
-            if self.adapter.places is not None:
+            if self.adapter.rope_positions is not None:
                 size = (0, 0) if pixel_values is None else (pixel_values.shape[2], pixel_values.shape[3])
-                places = self.adapter.places(ids, size)
+                rope = self.adapter.rope_positions(ids, size)
             alive = torch.arange(len(ids), device=self.device)
-            yield State(0, embeds[None], alive, image, places=places, deepstack=deepstack)
+            yield State(0, embeds[None], alive, image, rope_positions=rope, deepstack=deepstack)
 
     def _check(self, cuts: Cuts) -> None:
         layers = [0, *(cut.layer for cut in cuts), self.layers]
@@ -269,7 +280,7 @@ class Reference:
         """One stage more than there are cuts."""
         cache = DynamicCache(config=self.decoder.config)
         state = replace(state, cache=cache)
-        shift = 0 if state.places is None else int(state.places.max()) + 1 - len(state.alive)
+        shift = 0 if state.rope_positions is None else int(state.rope_positions.max()) + 1 - len(state.alive)
         kept, scores, hidden = [], [], []
         for n, cut in enumerate(cuts):
             state = self.advance(state, cut.layer, attention=True)
@@ -279,7 +290,14 @@ class Reference:
             kept.append(state.alive)
             scores.append(score)
         state = self.advance(state, self.layers)
-        return _Row(tuple(kept), tuple(scores), (*hidden, state.hidden[0]), self.logits(state), cache, shift)
+        return _Row(
+            tuple(kept),
+            tuple(scores),
+            hidden=(*hidden, state.hidden[0]),
+            logits=self.logits(state),
+            cache=cache,
+            shift=shift,
+        )
 
     def _keep(self, state: State, kept: Tensor) -> State:
         return replace(
@@ -295,18 +313,18 @@ class Reference:
         self,
         layers: range,
         hidden: Tensor,
-        turns: Tensor,
+        positions: Tensor,
         cache: DynamicCache | None,
         score: bool = False,
         state: State | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-        """Hugging Face's decoder `layers` on `hidden` [B,S,D], turned by `turns` [S] or [3,S], appended to `cache` if
+        """Hugging Face's decoder `layers` on `hidden` [B,S,D], at `positions` [S] or [3,S], appended to `cache` if
         there is one; what `state` adds to image tokens is added.
 
         Also, of the last of the layers, the attention probabilities [S,S] fp32, averaged over the heads, its queries
         [H,S,E] and keys [G,S,E], if `score`.
         """
-        rotary = self.rotary(hidden, turns)
+        rotary = self.rotary(hidden, positions)
         mask = None
         if self._eager and hidden.shape[1] > 1:  # sdpa is causal by itself where there is no mask and more than one row
             size = hidden.shape[1]
@@ -316,7 +334,7 @@ class Reference:
             hidden = self.decoder.layers[index](
                 hidden,
                 attention_mask=mask,
-                position_ids=turns.reshape(-1, turns.shape[-1])[:1],
+                position_ids=positions.reshape(-1, positions.shape[-1])[:1],
                 past_key_values=cache,
                 use_cache=cache is not None,
                 position_embeddings=rotary,
@@ -329,9 +347,11 @@ class Reference:
         """Logits [B,W] fp32 of the last row of `hidden` [B,S,D]."""
         return self.adapter.head(self.decoder.norm(hidden[:, -1])).float()
 
-    def rotary(self, hidden: Tensor, turns: Tensor) -> Any:
-        """Hugging Face's cos and sin for `turns` [S] or [3,S], as its layers take them."""
-        return self.decoder.rotary_emb(hidden, position_ids=turns[None] if turns.ndim == 1 else turns[:, None])
+    def rotary(self, hidden: Tensor, positions: Tensor) -> Any:
+        """Returns Hugging Face's cos and sin for `positions` [S] or [3,S], as its layers take them."""
+        return self.decoder.rotary_emb(
+            hidden, position_ids=positions[None] if positions.ndim == 1 else positions[:, None]
+        )
 
 
 def _winners(scores: Tensor, keep: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""Timing that can be compared: one process per system, taking turns.
+"""An interleaved benchmark: timing that can be compared, one process per system.
 
-A runtime's spinning threads slow its neighbours, so each system lives alone in a process; the machine's speed
-drifts, so they take turns, round by round, and ratios are taken within a round. All compute in one dtype, on one device
-where they can.
+A runtime's spinning threads slow its neighbours, so each system lives alone in a process; the machine's speed drifts,
+so each repetition of a phase is done by all, one after the other, and ratios are taken within a repetition. All compute
+in one dtype, on one device where they can.
 """
 
 import statistics
@@ -18,8 +18,8 @@ from himap_export.engines.isolation import Child, child
 PHASES = ("vision", "prefill", "decode")
 MEMORY = "memory"
 DECODE_STEPS = 16
-TURN = 0.1  # seconds that a turn lasts at least
-Acts = Mapping[str, Callable[[], float]]  # by name, what does it and says how many seconds it took
+LEAST_SECONDS = 0.1  # that a repetition takes
+Phases = Mapping[str, Callable[[], float]]  # by name, what does one repetition and returns its seconds
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class System:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per round by phase, of one system, and its peak resident memory in bytes."""
+    """Seconds of each repetition by phase, of one system, and its peak resident memory in bytes."""
 
     name: str
     seconds: dict[str, tuple[float, ...]]
@@ -52,33 +52,30 @@ class Times:
 
 
 def ratios(a: Times, b: Times, phase: str) -> tuple[float, float, float]:
-    """How many times faster `a` is than `b`, within each round: median, lowest, highest."""
-    found = [his / mine for mine, his in zip(a.seconds[phase], b.seconds[phase], strict=True)]
+    """Returns how many times faster `a` is than `b`, within each repetition: median, lowest, highest."""
+    found = [slow / fast for fast, slow in zip(a.seconds[phase], b.seconds[phase], strict=True)]
     return statistics.median(found), min(found), max(found)
 
 
-def race(
-    systems: Sequence[System], iterations: int, warm_up: int, threads: int, phases: Sequence[str] = PHASES
+def benchmark(
+    systems: Sequence[System], *, iterations: int, warm_up: int, threads: int, phases: Sequence[str] = PHASES
 ) -> list[Times]:
-    """Every system does every phase `iterations` times, one after the other within a round.
+    """Returns the times of all systems over `iterations` repetitions of every phase, those of `warm_up` not counted.
 
     HimapError if one cannot be opened, or its process dies.
     """
     with ExitStack() as stack:
-        children = [stack.enter_context(_child(c, threads)) for c in systems]
+        children = [stack.enter_context(_child(system, threads)) for system in systems]
         for one in children:
             one.ask(MEMORY)  # all are open before any is timed
-        rounds: list[dict[str, list[float]]] = [{phase: [] for phase in phases} for _ in systems]
-        for phase in phases:
-            for n in range(warm_up + iterations):
-                for one, times in zip(children, rounds, strict=True):
-                    seconds = one.ask(phase)
-                    if n >= warm_up:
-                        times[phase].append(seconds)
-        return [
-            Times(c.name, {phase: tuple(s) for phase, s in times.items()}, int(one.ask(MEMORY)))
-            for c, one, times in zip(systems, children, rounds, strict=True)
-        ]
+        repeated = {
+            phase: [[one.ask(phase) for one in children] for _ in range(warm_up + iterations)] for phase in phases
+        }
+        found = []
+        for n, (system, one) in enumerate(zip(systems, children, strict=True)):
+            seconds = {phase: tuple(row[n] for row in rows[warm_up:]) for phase, rows in repeated.items()}
+            found.append(Times(system.name, seconds, int(one.ask(MEMORY))))
+        return found
 
 
 def _child(system: System, threads: int) -> AbstractContextManager[Child[str, float]]:
@@ -87,7 +84,7 @@ def _child(system: System, threads: int) -> AbstractContextManager[Child[str, fl
 
 
 def _doing(system: System, threads: int) -> Callable[[str], float]:
-    """Does a phase and says how many seconds it took; asked for MEMORY, how many bytes everything took."""
+    """Returns what does one repetition of a phase and returns its seconds; asked for MEMORY, bytes of all till then."""
     phases = (_bundle if system.kind == "bundle" else _torch)(system, threads)
     return lambda asked: _peak_bytes() if asked == MEMORY else phases[asked]()
 
@@ -108,10 +105,11 @@ def _clock(work: Callable[[], object], times: int = 1) -> float:
     return (time.perf_counter() - start) / times
 
 
-def _turn(work: Callable[[], object]) -> Callable[[], float]:
-    """Seconds of one `work`, over as many as fill a turn: what takes 2 ms alone measures who else is on the machine.
+def _repeated(work: Callable[[], object]) -> Callable[[], float]:
+    """What returns the seconds of one `work`, over as many as take LEAST_SECONDS: what takes 2 ms alone measures who
+    else is on the machine.
 
-    How many that are is found in the first turn, which is warm-up.
+    How many that are is found in the first repetition, which is warm-up.
     """
     times = 0
 
@@ -119,13 +117,14 @@ def _turn(work: Callable[[], object]) -> Callable[[], float]:
         nonlocal times
         work()  # wakes the runtime's threads
         once = _clock(work)
-        times = times or 1 + int(TURN / once)
+        times = times or 1 + int(LEAST_SECONDS / once)
         return _clock(work, times) if times > 1 else once
 
     return timed
 
 
-def _bundle(system: System, threads: int) -> Acts:
+def _bundle(system: System, threads: int) -> Phases:
+    """Prefill and decode run as they do in an answer: the stages of prefill chained, on a GPU by one launch."""
     from himap_export.engines.backends import Opening
     from himap_export.engines.pipeline import Pipeline
     from himap_export.validate.parity.prompts import drawn_inputs
@@ -135,11 +134,10 @@ def _bundle(system: System, threads: int) -> Acts:
     inputs = drawn_inputs(run, run.budget.batch, 0, fill=True)
     prefilled, layout = pipeline.prefill(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
     tokens = prefilled.logits.argmax(axis=1)
-    steps = min(DECODE_STEPS, run.budget.new)
+    steps, chained = min(DECODE_STEPS, run.budget.new), pipeline.chained(*pipeline.stages)
 
     def prefill() -> None:
-        for stage in pipeline.stages:
-            pipeline.run(stage)
+        chained()
         pipeline.read("logits")
 
     def decode() -> float:
@@ -149,46 +147,35 @@ def _bundle(system: System, threads: int) -> Acts:
         pipeline.run("vision")
         pipeline.read("image_features")
 
-    return {"vision": _turn(vision), "prefill": _turn(prefill), "decode": decode}
+    return {"vision": _repeated(vision), "prefill": _repeated(prefill), "decode": decode}
 
 
-def _torch(system: System, threads: int) -> Acts:
+def _torch(system: System, threads: int) -> Phases:
     """Every phase ends with its result in the host's memory, as the bundle's do: nobody's clock stops while a GPU
     is at work."""
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
+    from himap_export.validate.checkpoint import load_reference
     from himap_export.validate.parity.prompts import drawn_inputs
-    from himap_export.validate.reference.reference import Reference
 
-    torch.set_num_threads(threads)
-    disable_progress_bar()
     run, device = system.run, system.device or "cpu"
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[run.manifest.dtype]
     inputs = drawn_inputs(run, run.budget.batch, 0, fill=True)
-    model = Reference(system.checkpoint, dtype, "sdpa", device, system.vision_tower)
-    with torch.inference_mode():
-        pixels = torch.as_tensor(inputs.pixel_values).to(device, dtype)
-        prompts = model.embed(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
-        steps, length = min(DECODE_STEPS, run.budget.new), prompts.hidden.shape[1]
+    model = load_reference(
+        system.checkpoint, run.manifest.dtype, threads,
+        attention="sdpa", device=device, vision_tower=system.vision_tower,
+    )  # fmt: skip
+    quiet = torch.inference_mode()  # as a decorator
+    prompts = quiet(model.embed)(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
+    steps, length = min(DECODE_STEPS, run.budget.new), prompts.hidden.shape[1]
 
-        def decode() -> float:
-            logits, cache = model.forward(prompts)
-            tokens = logits.cpu().argmax(-1)
-            with torch.inference_mode():
-                return _clock(lambda: [model.step(tokens, length + i, cache).cpu() for i in range(steps)]) / steps
+    def decode() -> float:
+        logits, cache = model.forward(prompts)
+        tokens = logits.cpu().argmax(-1)
+        return _clock(lambda: [model.step(tokens, length + i, cache).cpu() for i in range(steps)]) / steps
 
-    def quiet(work: Callable[[], object]) -> Callable[[], float]:
-        turn = _turn(work)
-
-        def timed() -> float:
-            with torch.inference_mode():
-                return turn()
-
-        return timed
-
+    pixels = torch.as_tensor(inputs.pixel_values).to(device, model.dtype)
     return {
-        "vision": quiet(lambda: model.adapter.see(pixels).features.cpu()),
-        "prefill": quiet(lambda: model.forward(prompts)[0].cpu()),
-        "decode": decode,
+        "vision": quiet(_repeated(lambda: model.adapter.see(pixels).features.cpu())),
+        "prefill": quiet(_repeated(lambda: model.forward(prompts)[0].cpu())),
+        "decode": quiet(decode),
     }

@@ -8,7 +8,7 @@ from himap_export.engines.scratch import scratch_folder
 from himap_export.graphs.flops import true_ratio
 from himap_export.graphs.plan import PruningPlan
 from himap_export.validate.baseline import export_baseline
-from himap_export.validate.speed.benchmark import System, Times, race, ratios
+from himap_export.validate.speed.benchmark import System, Times, benchmark, ratios
 
 PRUNED, UNPRUNED, TORCH = "pruned", "unpruned", "PyTorch SDPA"
 
@@ -28,7 +28,7 @@ class Speed:
         return tuple(t.name for t in self.times[1:])
 
     def over(self, name: str, phase: str) -> tuple[float, float, float]:
-        """Speed-up of the bundle over system `name`: median, lowest, highest of all rounds."""
+        """Speed-up of the bundle over system `name`: median, lowest, highest of all repetitions."""
         return ratios(self.times[0], next(t for t in self.times if t.name == name), phase)
 
 
@@ -42,12 +42,13 @@ def measure(
     checkpoint: Path,
     backend: str,
     device: str,
+    *,
     iterations: int,
     warm_up: int,
     threads: int,
     vision_tower: Path | None = None,
 ) -> Speed:
-    """Exports the unpruned baseline, then lets all three take turns, in the bundle's dtype.
+    """Returns the times of the bundle, of its unpruned baseline, exported for it, and of PyTorch, in one dtype.
 
     `device` is what the backend's engines say they run on: "cpu", "cuda", or a GPU's name. `vision_tower` as for
     `export_baseline`.
@@ -56,15 +57,18 @@ def measure(
     asked = device if device in ("cpu", "cuda") else None  # a GPU's name: the backend knows no other device
     torchs = torch_device(device)
     with scratch_folder("unpruned") as folder:
-        unpruned = {"none": (PruningPlan(), run.budget.visual[:1])}
-        out, picture, tower = folder / "bundle", run.image, vision_tower
-        baseline = export_baseline(checkpoint, run.budget, dtype, backend, unpruned, out, picture, tower)
+        plans = {"none": (PruningPlan(), run.budget.visual[:1])}
+        unpruned = export_baseline(
+            checkpoint, run.budget, dtype=dtype, backend=backend, plans=plans, out=folder / "bundle",
+            image=run.image, vision_tower=vision_tower,
+        )  # fmt: skip
+        torch_name = f"{TORCH} {dtype}, {torchs}"
         systems = (
-            System(PRUNED, "bundle", run, checkpoint, backend, asked),
-            System(UNPRUNED, "bundle", baseline.select(), checkpoint, backend, asked),
-            System(f"{TORCH} {dtype}, {torchs}", "torch", run, checkpoint, "", torchs, tower),
+            System(PRUNED, "bundle", run, checkpoint, backend=backend, device=asked),
+            System(UNPRUNED, "bundle", unpruned.select(), checkpoint, backend=backend, device=asked),
+            System(torch_name, "torch", run, checkpoint, device=torchs, vision_tower=vision_tower),
         )
-        times = tuple(race(systems, iterations, warm_up, threads))
+        times = tuple(benchmark(systems, iterations=iterations, warm_up=warm_up, threads=threads))
     apart = device != "cpu" and torchs == "cpu"
     note = f"PyTorch has no CUDA here: it ran on the CPU, the engines on {device}" if apart else ""
     return Speed(ceiling(run), times, note)

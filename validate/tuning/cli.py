@@ -49,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         help="processes (default: one a CPU)",
     )  # fmt: skip
     p.add_argument(
-        "--rounds", type=whole(1, 1000), default=10, metavar="N",
-        help="in which the plans of the front are timed (default: 10)",
+        "--iterations", type=whole(1, 1000), default=10, metavar="N",
+        help="repetitions in which the plans of the front are timed (default: 10)",
     )  # fmt: skip
     p.add_argument(
         "--threads", type=whole(1, MOST_THREADS), default=1, metavar="N",
@@ -87,7 +87,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.validate.tuning.grid import defaults, grid
     from himap_export.validate.tuning.page import toml, tuned_json, tuned_lines, tuned_page
     from himap_export.validate.tuning.timing import BACKEND
-    from himap_export.validate.tuning.tune import Asked, tune
+    from himap_export.validate.tuning.tune import TuneOptions, tune
 
     claim(args.out, LOG, PLANS)
     data = read_dataset(args.dataset, args.skip_bad)
@@ -104,12 +104,12 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     check_count((len(candidates) + 1) * len(data.examples))
     say(f"{len(candidates)} plans, {len(data.examples)} questions, up to {args.workers} at a time")
     args.out.mkdir(parents=True, exist_ok=True)
-    rounds = 0 if args.no_time else args.rounds
-    asked = Asked(
+    iterations = 0 if args.no_time else args.iterations
+    options = TuneOptions(
         candidates=candidates, workers=args.workers, dtype=args.dtype, seed=args.seed, keep=args.min_accuracy,
-        rounds=rounds, threads=args.threads, baseline=args.baseline != "none",
+        iterations=iterations, threads=args.threads, baseline=args.baseline != "none",
     )  # fmt: skip
-    tuned = tune(folder, args.dataset, data, args.out / LOG, asked)
+    tuned = tune(folder, args.dataset, data, args.out / LOG, options)
     about = {"model": args.model, "dataset": str(args.dataset), "dtype": args.dtype, "seed": args.seed}
     plans, facts = args.out / PLANS, finite(about | tuned_json(tuned))
     write_file(plans, methodcaller("write", toml(tuned).encode()))

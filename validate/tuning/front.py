@@ -45,7 +45,7 @@ def rank(
             for o in candidates
         )  # fmt: skip
         accuracy, loss = accuracy_interval(right[c.name]), paired_difference(unpruned, right[c.name])
-        found.append(RankedPlan(c, flops[c.name], accuracy, loss, not beaten))
+        found.append(RankedPlan(c, flops[c.name], accuracy=accuracy, loss=loss, on_front=not beaten))
     return tuple(found)
 
 
@@ -55,18 +55,18 @@ def choose(ranked: Sequence[RankedPlan], unpruned: float, keep: float) -> Choice
     allowed = (1 - keep) * unpruned
     for j in ranked:
         if j.loss.high <= allowed:
-            told = (
+            reason = (
                 f"{j.candidate.name} is the cheapest plan whose loss, by its 95 % interval, leaves at least {keep:.0%} "
                 f"of the unpruned accuracy: it is right in {j.accuracy.mean:.1%} against {unpruned:.1%}, loses "
                 f"{percent(j.loss)} points, and takes {j.flops:.0%} of the FLOPs. {CAUTION}"
             )
-            return Choice(j.candidate, told)
+            return Choice(j.candidate, reason)
     least = min(ranked, key=lambda j: j.loss.high)
-    told = (
+    reason = (
         f"No plan's 95 % interval leaves at least {keep:.0%} of the unpruned accuracy of {unpruned:.1%}: "
         f"{least.candidate.name} comes nearest, and may lose {100 * least.loss.high:.1f} points. {_advice(allowed)}"
     )
-    return Choice(None, told)
+    return Choice(None, reason)
 
 
 # The best of many plans looks better than it is.

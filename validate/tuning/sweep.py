@@ -20,7 +20,7 @@ from himap_export.validate.reference.criteria import ReferenceCut, State
 from himap_export.validate.reference.reference import Reference
 from himap_export.validate.tuning.grid import Candidate
 
-Told = tuple[Example, Mapping[str, int], int]  # an example, the first token by plan, and the right one
+SweptExample = tuple[Example, Mapping[str, int], int]  # an example, the first token by plan, and the right one
 CRITERIA = {"himap": ("instruction", "image"), "random": ("random", "random")}
 
 
@@ -36,7 +36,7 @@ def first_tokens(
     found[UNPRUNED] = _last(reference, state)
     for (k1, r1), group in groupby(candidates, key=lambda c: (c.k1, c.r1)):
         kept, _ = reference.cut(at[k1], ReferenceCut(k1, first, r1), seed)
-        found |= _second(reference, kept, list(group), CRITERIA[policy][1], seed)
+        found |= _second(reference, kept, candidates=list(group), criterion=CRITERIA[policy][1], seed=seed)
     return found
 
 
@@ -69,7 +69,7 @@ class Job:
     seed: int
 
 
-def sweep(job: Job, examples: Sequence[tuple[int, Example]], workers: int) -> Iterator[Told]:
+def sweep(job: Job, examples: Sequence[tuple[int, Example]], workers: int) -> Iterator[SweptExample]:
     """What `workers` processes find for numbered examples, in the order in which they are done.
 
     A HimapError of theirs is raised here, and one is if a process dies. Whoever stops early does not wait for them.
@@ -77,14 +77,14 @@ def sweep(job: Job, examples: Sequence[tuple[int, Example]], workers: int) -> It
     return pooled("sweeping plans", workers, examples, _answering, job, hint=f"{MEMORY} try --workers 1")
 
 
-def _answering(job: Job) -> Callable[[tuple[int, Example]], Told]:
+def _answering(job: Job) -> Callable[[tuple[int, Example]], SweptExample]:
     reference = load_reference(job.checkpoint, job.dtype, job.threads)
     prompter = prompter_of_checkpoint(job.checkpoint)
 
-    def answer(task: tuple[int, Example]) -> Told:
+    def answer(task: tuple[int, Example]) -> SweptExample:
         number, example = task
         inputs, seed = prompter.arrays(example), request_seed(job.seed, number)
-        tokens = first_tokens(reference, inputs, job.candidates, job.policy, seed)
+        tokens = first_tokens(reference, inputs, candidates=job.candidates, policy=job.policy, seed=seed)
         return example, tokens, prompter.label(example)
 
     return answer

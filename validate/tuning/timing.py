@@ -1,4 +1,4 @@
-"""How long prefill takes: each plan as engines in a process of its own, taking turns with the unpruned model."""
+"""How long prefill takes: each plan as engines in a process of its own, interleaved with the unpruned model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,29 +9,35 @@ from himap_export.graphs.plan import PruningPlan, TokenBudget
 from himap_export.graphs.spec import Dtype
 from himap_export.validate.accuracy.systems import UNPRUNED
 from himap_export.validate.baseline import export_baseline
-from himap_export.validate.speed.benchmark import System, race, ratios
+from himap_export.validate.speed.benchmark import System, benchmark, ratios
 
 BACKEND, WARM_UP = "onnxruntime", 2
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Prefill's median seconds, and its speed-up over unpruned within a round: median, lowest, highest."""
+    """Prefill's median seconds, and its speed-up over unpruned within a repetition: median, lowest, highest."""
 
     seconds: float
     speed_up: tuple[float, float, float]
 
 
 def measure(
-    checkpoint: Path, plans: Mapping[str, PruningPlan], image_tokens: int, text: int, dtype: Dtype, threads: int,
-    rounds: int,
-) -> dict[str, Timed]:  # fmt: skip
-    """By name; the unpruned model is one of them. Every slot of the text budget is filled."""
+    checkpoint: Path,
+    plans: Mapping[str, PruningPlan],
+    *,
+    image_tokens: int,
+    text: int,
+    dtype: Dtype,
+    threads: int,
+    iterations: int,
+) -> dict[str, Timed]:
+    """Returns the times by name; the unpruned model is one of them. Every slot of the text budget is filled."""
     everyone = {UNPRUNED: PruningPlan(), **plans}
     kept = {name: (plan, plan.kept(image_tokens)) for name, plan in everyone.items()}
     with scratch_folder("tune") as folder:
         budget, out = TokenBudget((image_tokens,), text, 1), folder / "bundle"
-        bundle = export_baseline(checkpoint, budget, dtype, BACKEND, kept, out)
-        systems = [System(name, "bundle", bundle.select(name), checkpoint, BACKEND) for name in everyone]
-        times = race(systems, rounds, WARM_UP, threads, ("prefill",))
+        bundle = export_baseline(checkpoint, budget, dtype=dtype, backend=BACKEND, plans=kept, out=out)
+        systems = [System(name, "bundle", bundle.select(name), checkpoint, backend=BACKEND) for name in everyone]
+        times = benchmark(systems, iterations=iterations, warm_up=WARM_UP, threads=threads, phases=("prefill",))
     return {t.name: Timed(t.median("prefill"), ratios(t, times[0], "prefill")) for t in times}

@@ -11,7 +11,6 @@ from himap_export.engines.bundle import digest
 from himap_export.exporter.planning import describe
 from himap_export.exporter.registry import resolve
 from himap_export.graphs.flops import true_ratio
-from himap_export.graphs.plan import Visual
 from himap_export.graphs.spec import DecoderSpec, Dtype
 from himap_export.validate.accuracy.answers import Answered, AnswerLog, read_log
 from himap_export.validate.accuracy.dataset import Dataset, Example, expected
@@ -28,8 +27,8 @@ BASELINE = "random-"  # before a plan's name in the log: its cuts, ranked by cha
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How to sweep. `keep`: the fraction of the unpruned accuracy that a plan must keep; 0 `rounds`: no times.
+class TuneOptions:
+    """How to sweep. `keep`: the fraction of the unpruned accuracy that a plan must keep; 0 `iterations`: no times.
 
     `threads`: of the engines that are timed; `baseline`: whether chance answers too, at the cuts of the front.
     """
@@ -39,7 +38,7 @@ class Asked:
     dtype: Dtype
     seed: int
     keep: float
-    rounds: int
+    iterations: int
     threads: int
     baseline: bool
 
@@ -61,49 +60,66 @@ class Tuned:
     choice: Choice
 
 
-def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, asked: Asked) -> Tuned:
+def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, options: TuneOptions) -> Tuned:
     """Answers what the log does not hold yet, then judges; HimapError as `sweep`, or if the log is another sweep's."""
     prompter = prompter_of_checkpoint(checkpoint)
     spec, (vision,) = describe(resolve(str(checkpoint)))
     tokens = vision.tokens
     text = max(prompter.text_tokens(e) for e in data.examples)
-    flops = {c.name: _ratio(spec, c, tokens, text) for c in asked.candidates}
-    with AnswerLog(log_file, _header(checkpoint, dataset_file, asked)) as log:
-        job = Job(checkpoint, asked.dtype, 1, asked.candidates, "himap", asked.seed)
-        _answer(job, data, log, prompter, asked.workers)
+    flops = {c.name: _ratio(spec, c, tokens, text) for c in options.candidates}
+    with AnswerLog(log_file, _header(checkpoint, dataset_file, options)) as log:
+        job = Job(
+            checkpoint, options.dtype, threads=1, candidates=options.candidates, policy="himap", seed=options.seed
+        )
+        _answer(job, data, log=log, prompter=prompter, workers=options.workers)
         right = _right(log.file, data)
         unpruned = accuracy_interval(right[UNPRUNED])
-        ranked = rank(asked.candidates, flops, right, right[UNPRUNED])
-        choice = choose(ranked, unpruned.mean, asked.keep)
+        ranked = rank(options.candidates, flops, right, right[UNPRUNED])
+        choice = choose(ranked, unpruned.mean, options.keep)
         front = tuple(j for j in ranked if j.on_front or j.candidate == choice.candidate)
         plans = tuple(sorted(j.candidate for j in front))
         over: dict[str, Interval] = {}
-        if asked.baseline:
-            _answer(replace(job, candidates=plans, policy="random"), data, log, prompter, asked.workers)
+        if options.baseline:
+            _answer(
+                replace(job, candidates=plans, policy="random"),
+                data,
+                log=log,
+                prompter=prompter,
+                workers=options.workers,
+            )
             right = _right(log.file, data)
             over = {c.name: paired_difference(right[c.name], right[BASELINE + c.name]) for c in plans}
     times: dict[str, Timed] = {}
-    if asked.rounds:
+    if options.iterations:
         named = {c.name: c.plan for c in plans}
-        times = measure(checkpoint, named, tokens, text, asked.dtype, asked.threads, asked.rounds)
-    return Tuned(len(data.examples), tokens, text, unpruned, ranked, front, over, times, choice)
+        times = measure(
+            checkpoint, named, image_tokens=tokens, text=text, dtype=options.dtype, threads=options.threads,
+            iterations=options.iterations,
+        )  # fmt: skip
+    return Tuned(
+        len(data.examples),
+        tokens,
+        text=text,
+        unpruned=unpruned,
+        ranked=ranked,
+        front=front,
+        over_random=over,
+        times=times,
+        choice=choice,
+    )
 
 
-def _header(checkpoint: Path, dataset_file: Path, asked: Asked) -> dict[str, Any]:
+def _header(checkpoint: Path, dataset_file: Path, options: TuneOptions) -> dict[str, Any]:
     """What a log has to agree on to go on. The folder too: fine-tuned models share their config.json."""
-    grid = {field: sorted({getattr(c, field) for c in asked.candidates}) for field in ("k1", "r1", "k2", "r2")}
+    grid = {field: sorted({getattr(c, field) for c in options.candidates}) for field in ("k1", "r1", "k2", "r2")}
     return {
         "model": str(checkpoint.resolve()), "config": digest(checkpoint / "config.json").sha256,
-        "dataset": digest(dataset_file).sha256, "dtype": asked.dtype, "seed": asked.seed, "grid": grid,
+        "dataset": digest(dataset_file).sha256, "dtype": options.dtype, "seed": options.seed, "grid": grid,
     }  # fmt: skip
 
 
-def visual_of(candidate: Candidate, image_tokens: int) -> Visual:
-    return candidate.plan.kept(image_tokens)
-
-
 def _ratio(spec: DecoderSpec, c: Candidate, tokens: int, text: int) -> float:
-    return true_ratio(spec, c.plan, visual_of(c, tokens), text)
+    return true_ratio(spec, c.plan, c.plan.kept(tokens), text)
 
 
 def _answer(job: Job, data: Dataset, log: AnswerLog, prompter: Prompter, workers: int) -> None:
@@ -117,7 +133,7 @@ def _answer(job: Job, data: Dataset, log: AnswerLog, prompter: Prompter, workers
         count(done := len(data.examples) - len(todo), len(data.examples))
         for example, tokens, label in sweep(job, todo, workers):
             wanted = {prefix + name: token for name, token in tokens.items() if not prefix or name != UNPRUNED}
-            log.append(_answers(example, wanted, label, prompter, log))
+            log.append(_answers(example, wanted, label=label, prompter=prompter, log=log))
             count(done := done + 1, len(data.examples))
 
 
@@ -125,7 +141,16 @@ def _answers(
     e: Example, tokens: Mapping[str, int], label: int, prompter: Prompter, log: AnswerLog
 ) -> Sequence[Answered]:
     return [
-        Answered(name, 0, e.line, e.id, e.type, prompter.processor.text([token], ()), expected(e), token == label)
+        Answered(
+            name,
+            0,
+            line=e.line,
+            id=e.id,
+            type=e.type,
+            said=prompter.processor.text([token], ()),
+            expected=expected(e),
+            right=token == label,
+        )
         for name, token in tokens.items()
         if (name, 0, e.line) not in log.done
     ]
@@ -137,5 +162,7 @@ def _right(file: Path, data: Dataset) -> dict[str, Right]:
     for a in read_log(file):
         found.setdefault(a.policy, {})[a.line] = a.right
     return {
-        name: np.array([told[line] for line in lines]) for name, told in found.items() if all(n in told for n in lines)
+        name: np.array([by_line[line] for line in lines])
+        for name, by_line in found.items()
+        if all(n in by_line for n in lines)
     }

@@ -73,11 +73,18 @@ def load(
     """
     config = json.loads((folder / "config.json").read_text())
     text = LlamaConfig(**{name: value for name, value in config.items() if name != "model_type"})
-    causal = _filled(LlamaForCausalLM, text, folder, None, dtype, attn_implementation)
+    causal = _filled(LlamaForCausalLM, text, folder=folder, state=None, dtype=dtype, attention=attn_implementation)
     tensors = _names(folder)
     home = _tower_folder(folder, config) if vision_tower is None else vision_tower
     inside = {name.removeprefix(_INSIDE): file for name, file in tensors.items() if name.startswith(_INSIDE)}
-    tower = _tower(config, home, inside or _names(home), _INSIDE if inside else "", dtype, vision_attention)
+    tower = _tower(
+        config,
+        home,
+        files=inside or _names(home),
+        prefix=_INSIDE if inside else "",
+        dtype=dtype,
+        attention=vision_attention,
+    )
     projector = _projector(config, tower.config.hidden_size)
     found = {name.removeprefix(_PROJECTOR): file for name, file in tensors.items() if name.startswith(_PROJECTOR)}
     try:
@@ -166,12 +173,12 @@ def _tower(
     layers = range(depth + 1)[select]  # hidden state 0 goes into the first layer
     state = _read({name: file for name, file in files.items() if _is_read(name, layers)}, prefix)
     if intern:
-        return _intern(config, vision, layers, state, dtype, attention)
+        return _intern(config, vision, layers=layers, state=state, dtype=dtype, attention=attention)
     full.num_hidden_layers = layers
     state = {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
     # Normalises a state that nobody reads.
     state |= {f"post_layernorm.{name}": torch.ones(full.hidden_size) for name in ("weight", "bias")}
-    return _filled(CLIPVisionModel, full, None, state, dtype, attention)
+    return _filled(CLIPVisionModel, full, folder=None, state=state, dtype=dtype, attention=attention)
 
 
 def _is_read(name: str, layers: int) -> bool:
@@ -216,7 +223,7 @@ def _intern(
     positions = "embeddings.position_embeddings"
     if positions in renamed:
         renamed[positions] = _resized(renamed[positions], side // vision["patch_size"])
-    tower = _filled(InternVLVisionModel, full, None, renamed, dtype, attention)
+    tower = _filled(InternVLVisionModel, full, folder=None, state=renamed, dtype=dtype, attention=attention)
     for module in tower.modules():  # those of queries and keys are made with Hugging Face's default
         if hasattr(module, "variance_epsilon"):
             module.variance_epsilon = eps

@@ -62,18 +62,18 @@ class Tower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.conv1(pixels)
         size = patches.shape[-2:]
-        x = self.ln_pre(patches.flatten(2).transpose(1, 2) + places(self.positional_embedding, size))
+        x = self.ln_pre(patches.flatten(2).transpose(1, 2) + resized(self.positional_embedding, size))
         for block in self.blocks:
             x = block(x, attention_mask=None)
         pool = self.attn_pool
         x = pool.ln_kv(pool.kv_proj(x))
         asked = (pool.ln_q(pool.query) + pool.pos_embed).expand(len(x), -1, -1)
-        pooled, _ = pool.attn(asked, x + places(pool.pos_embed, size), x, need_weights=self.eager)
+        pooled, _ = pool.attn(asked, x + resized(pool.pos_embed, size), x, need_weights=self.eager)
         features: Tensor = self.ln_post(pooled) @ self.proj
         return features
 
 
-def places(learned: Tensor, size: tuple[int, int]) -> Tensor:
+def resized(learned: Tensor, size: tuple[int, int]) -> Tensor:
     """Positions [m*m,C] of a square resized to `size` (rows, columns), in reading order: [rows*columns,C]."""
     side = isqrt(len(learned))
     if size == (side, side):
