@@ -4,22 +4,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from himap_export.engines.command import MOST_THREADS, Parser, image_size, number, run_command, whole
 from himap_export.graphs.errors import Exit
 from himap_export.validate.progress import RESUMED, say
-
-if TYPE_CHECKING:
-    from himap_export.engines.arrays import Inputs
-    from himap_export.engines.bundle import Bundle, RunSpec
-    from himap_export.engines.pipeline import Pipeline
-    from himap_export.validate.checkpoint import Source
-    from himap_export.validate.parity.compare import Parity
-    from himap_export.validate.speed.measure import Speed
 
 
 def _parser() -> Parser:
@@ -123,43 +114,18 @@ def _folder_of_outputs(args: argparse.Namespace) -> Path | None:
     return None if folder is None or folder.suffix == ".npz" else folder
 
 
-def _check_places(args: argparse.Namespace) -> None:
-    """What can be known of outputs before a bundle is read."""
-    from himap_export.engines.files import check_output, check_report
-    from himap_export.validate.report.page import check_libraries
-
-    if args.report is not None:
-        check_report(args.report, ("report.html", "report.json", "speed.png"))
-        check_libraries()
-    if args.save_outputs is not None and _folder_of_outputs(args) is None:
-        check_output(args.save_outputs, ".npz", args.load_inputs, args.image)
-    for folder in (args.save_inputs, _folder_of_outputs(args)):
-        if folder is not None:
-            check_report(folder, ())
-
-
-def _opened(args: argparse.Namespace) -> tuple["Bundle", "Source"]:
-    """The bundle, and the checkpoint it is judged by."""
-    from himap_export.engines.bundle import open_bundle
-    from himap_export.validate.checkpoint import source_of
-
-    bundle = open_bundle(args.bundle)
-    source = source_of(bundle, args.model, args.vision_tower)
-    if bundle.manifest.weight_form == "absent":
-        bundle = bundle.with_weights([folder for folder in (source.folder, source.tower) if folder is not None])
-    return bundle, source
-
-
 def _score(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.engines.backends import Opening
+    from himap_export.engines.bundle import Bundle
     from himap_export.validate.accuracy.scoring import Scoring, score
+    from himap_export.validate.validation import judged_bundle
 
-    bundle, source = _opened(args)
+    bundle, source = judged_bundle(Bundle.open(args.bundle), args.model, args.vision_tower)
     report = args.report or Path(f"{args.bundle.resolve().name}-{args.dataset.stem}")
     asked = Scoring(
         dataset=args.dataset, report=report, plans=tuple(args.plan), text_budget=args.text_budget, backend=args.backend,
         seeds=args.seeds, limit=args.limit, new_tokens=args.max_new_tokens, skip_bad=args.skip_bad,
-        argv=tuple(argv), vision_tower=source.tower,
+        command=("himap-validate", *argv), vision_tower=source.tower,
     )  # fmt: skip
     lines, facts = score(bundle, source.folder, Opening(args.threads, args.device), asked)
     if args.json:
@@ -168,104 +134,32 @@ def _score(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _validate(args: argparse.Namespace, argv: list[str]) -> Exit:
-    from himap_export.engines.arrays import save_outputs
-    from himap_export.engines.layout import text_tokens
-    from himap_export.validate.parity.page import parity_page
-    from himap_export.validate.parity.prompts import drawn_inputs, user_inputs
-    from himap_export.validate.parity.results import gates_json, parity_json, parity_lines
-    from himap_export.validate.report.machine import provenance
-    from himap_export.validate.report.page import finite, write_report
-    from himap_export.validate.speed.results import speed_json
+    from himap_export.engines.arrays import load_inputs
+    from himap_export.engines.bundle import Bundle
+    from himap_export.validate.validation import check_places, validate
 
-    _check_places(args)
-    bundle, source = _opened(args)
-    inputs = user_inputs(bundle, args.load_inputs, args.image, args.prompt, args.image_size)
-    needed = text_tokens(inputs.input_ids, inputs.attention_mask, bundle.manifest.model.image) if inputs else 0
-    size = inputs.image_size if inputs else args.image_size
-    run = bundle.select(next(iter(args.plan), None), args.text_budget, needed, size)
-    inputs = inputs or drawn_inputs(run, args.prompts, args.seed)
-    parity, backend, device = _compare(args, run, source, inputs)
-    result: dict[str, Any] = {"bundle": str(args.bundle), "backend": backend, "device": device}
-    result |= {"dtype": bundle.manifest.dtype, "plan": run.plan_name, "text_budget": run.budget.text}
-    result |= {"passed": parity.passed, "parity": parity_json(parity), "gates": gates_json(parity)}
-    _say(args, parity_lines(parity, bundle, backend))
-    if args.save_outputs is not None and _folder_of_outputs(args) is None:
-        save_outputs(args.save_outputs, parity.outputs)
-    speed = None if args.no_speed else _speed(args, run, source, backend, device)
-    if speed is not None:
-        result["speed"] = speed_json(speed)
-    if args.report is not None:
-        made = provenance("himap-validate", argv, {"bundle's digest": bundle.manifest.digest, "device": device})
-        page = parity_page(parity, speed, run, backend, made)
-        _say(args, ["", f"report: {write_report(args.report, page, result)}"])
-    if args.json:
-        print(json.dumps(finite(result), indent=1))
-    failed = [gate.name for gate in parity.gates if not gate.passed]
-    if failed:
-        print(f"himap-validate: gates failed: {', '.join(failed)}", file=sys.stderr)
-    return Exit.GATE if failed else Exit.OK
-
-
-def _compare(args: argparse.Namespace, run: "RunSpec", source: "Source", inputs: "Inputs") -> tuple["Parity", str, str]:
-    """The parity, and the backend and device that it is of."""
-    from himap_export.engines.backends import Opening
-    from himap_export.engines.session import open_pipeline
-    from himap_export.validate.checkpoint import load_reference
-    from himap_export.validate.parity.compare import compare
-    from himap_export.validate.parity.limits import ParityOptions
-    from himap_export.validate.parity.pixels import compare_pixels, with_pixels
-
-    pixels = None if args.image is None else compare_pixels(inputs.pixel_values, args.image, run.image, source)
-    _check_captured(args, run)
-    pipeline = open_pipeline(run, args.backend, Opening(args.threads, args.device))
-    _save_captured(args, pipeline, inputs)
-    new_tokens, outputs = min(args.max_new_tokens or 32, run.budget.new), args.save_outputs is not None
-    options = ParityOptions(new_tokens, args.atol, args.rtol, outputs)
-    say(f"judged by the checkpoint in {source.folder}")
-    load = partial(load_reference, source.folder, threads=args.threads, vision_tower=source.tower)
-    parity = compare(pipeline, load, inputs, options, progress=say)
-    return with_pixels(parity, pixels) if pixels else parity, pipeline.backend, pipeline.engines.device
-
-
-def _check_captured(args: argparse.Namespace, run: "RunSpec") -> None:
-    folders = [folder for folder in (args.save_inputs, _folder_of_outputs(args)) if folder is not None]
-    if folders:
-        from himap_export.validate.parity.polygraphy_json import check_folders
-
-        check_folders(run, *folders)
-
-
-def _save_captured(args: argparse.Namespace, pipeline: "Pipeline", inputs: "Inputs") -> None:
-    """What each graph reads and writes, as polygraphy's JSON, where folders were asked for."""
     folder = _folder_of_outputs(args)
-    if args.save_inputs is None and folder is None:
-        return
-    from himap_export.validate.parity import polygraphy_json
-
-    captured = polygraphy_json.capture(pipeline, inputs)
-    if args.save_inputs is not None:
-        polygraphy_json.save_inputs(args.save_inputs, captured)
-    if folder is not None:
-        polygraphy_json.save_outputs(folder, captured, "himap-validate")
-
-
-def _speed(args: argparse.Namespace, run: "RunSpec", source: "Source", backend: str, device: str) -> "Speed":
-    from himap_export.validate.speed.measure import ceiling, measure
-    from himap_export.validate.speed.results import speed_lines
-
-    _say(args, [f"\nspeed: FLOPs allow {ceiling(run):.2f}x over the unpruned decoder prefill"])
-    say(
-        f"exporting the unpruned baseline; then {args.warm_up} + {args.iterations} repetitions by three processes, "
-        f"on {device}"
-    )
-    speed = measure(
-        run, source.folder, backend, device, iterations=args.iterations, warm_up=args.warm_up, threads=args.threads,
-        vision_tower=source.tower,
+    outputs = None if folder is not None else args.save_outputs
+    named = {"inputs": args.save_inputs, "outputs": folder}
+    captures = {what: place for what, place in named.items() if place is not None}
+    check_places(args.report, outputs, captures, args.load_inputs, args.image)
+    found = validate(
+        Bundle.open(args.bundle), model=args.model, vision_tower=args.vision_tower, plan=next(iter(args.plan), None),
+        text_budget=args.text_budget, image_size=args.image_size, image=args.image, prompt=args.prompt,
+        inputs=None if args.load_inputs is None else load_inputs(args.load_inputs), prompts=args.prompts,
+        seed=args.seed, max_new_tokens=args.max_new_tokens, atol=args.atol, rtol=args.rtol, speed=not args.no_speed,
+        iterations=args.iterations, warm_up=args.warm_up, backend=args.backend, device=args.device,
+        threads=args.threads, outputs=outputs, captures=captures, tell=partial(_say, args), progress=say,
     )  # fmt: skip
-    _say(args, speed_lines(speed))
-    return speed
+    if args.report is not None:
+        _say(args, ["", f"report: {found.write(args.report, ('himap-validate', *argv))}"])
+    if args.json:
+        print(json.dumps(found.to_json(), indent=1))
+    if found.failed:
+        print(f"himap-validate: gates failed: {', '.join(found.failed)}", file=sys.stderr)
+    return Exit.GATE if found.failed else Exit.OK
 
 
-def _say(args: argparse.Namespace, lines: list[str]) -> None:
+def _say(args: argparse.Namespace, lines: Sequence[str]) -> None:
     if not args.json:
         print("\n".join(lines), flush=True)

@@ -218,7 +218,7 @@ def test_png_shrinks_and_never_grows() -> None:
 
 
 def test_a_report_says_what_made_it() -> None:
-    command, table = provenance("himap-validate", ["b/", "--prompt", "what's in it?"], {"bundle's digest": "3f0c"})
+    command, table = provenance(["himap-validate", "b/", "--prompt", "what's in it?"], {"bundle's digest": "3f0c"})
     assert command == Command("""himap-validate b/ --prompt 'what'"'"'s in it?'""")  # as a shell takes it
     assert isinstance(table, Table)
     rows = dict(table.rows)

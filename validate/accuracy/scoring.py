@@ -36,7 +36,7 @@ class Scoring:
     limit: int | None
     new_tokens: int | None
     skip_bad: bool
-    argv: tuple[str, ...]
+    command: tuple[str, ...]
     vision_tower: Path | None = None  # of the checkpoint, where that names one outside its folder
 
 
@@ -88,7 +88,7 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
         facts = header | {"flops_kept": {c.name: c.flops for c in systems}, "skipped": list(data.skipped)}
         facts |= summary_json(summary)
         digests = {"bundle's digest": bundle.manifest.digest, "data set's sha256": header["dataset"]}
-        made = provenance("himap-validate", asked.argv, digests)
+        made = provenance(asked.command, digests)
         page = accuracy_page(summary, answered, systems=systems, data=data, prompter=prompter, run=spec, made=made)
     written = write_report(asked.report, page, facts)
     return [*summary_lines(summary), "", f"report: {written}"], facts

@@ -63,7 +63,7 @@ def _analyze(args: argparse.Namespace, argv: list[str]) -> None:
     options = AnalysisOptions(args.width, args.cams, args.smooth, args.seed)
     flow = analyze(reference, prompter, dataset.examples[: args.limit], options)
     facts = finite(flow_json(flow) | {"model": args.model, "dataset": str(args.dataset), "dtype": args.dtype})
-    made = provenance("himap-analyze", argv, {"data set's sha256": digest(args.dataset).sha256})
+    made = provenance(["himap-analyze", *argv], {"data set's sha256": digest(args.dataset).sha256})
     page = write_report(args.out, flow_page(flow, args.model, args.dtype, made), facts)
     if args.json:
         print(json.dumps(facts, indent=1))

@@ -1,31 +1,14 @@
 """What a bundle is judged on: the user's inputs, or prompts drawn from a seed."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 
-from himap_export.engines.arrays import Inputs, load_inputs
-from himap_export.engines.bundle import Bundle, RunSpec
+from himap_export.engines.arrays import Inputs
+from himap_export.engines.bundle import RunSpec
 from himap_export.graphs.errors import Exit, HimapError
 
 MOST_BYTES = 2**32  # of drawn prompts: a few hundred at the sizes of published models
-
-
-def user_inputs(
-    bundle: Bundle,
-    arrays: Path | None,
-    image: Path | None,
-    prompt: str | None,
-    size: tuple[int, int] | None,
-) -> Inputs | None:
-    """The prompts the user gave, as arrays or as a question about an image, made `size` if that is given; None if
-    neither."""
-    if arrays is not None:
-        return load_inputs(arrays)
-    if image is not None and prompt is not None:
-        return bundle.session(image_size=size).prepare(image, prompt).inputs
-    return None
 
 
 def drawn_inputs(run: RunSpec, prompts: int, seed: int, fill: bool = False) -> Inputs:

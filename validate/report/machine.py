@@ -21,7 +21,7 @@ PACKAGES = {
 }  # fmt: skip
 
 
-def provenance(program: str, argv: Sequence[str], facts: Mapping[str, str]) -> tuple[Block, ...]:
+def provenance(command: Sequence[str], facts: Mapping[str, str]) -> tuple[Block, ...]:
     """Returns the command as a shell takes it, and a table of when, where and with what it ran; `facts` lead it."""
     cpu, features = cpu_and_features(Path("/proc/cpuinfo"))
     rows = {
@@ -34,7 +34,7 @@ def provenance(program: str, argv: Sequence[str], facts: Mapping[str, str]) -> t
             *sorted({f"{d.name} {d.version}" for d in distributions() if d.name in PACKAGES}),
         ]),
     }  # fmt: skip
-    return Command(shlex.join([program, *argv])), Table("made", ("", ""), tuple(rows.items()))
+    return Command(shlex.join(command)), Table("made", ("", ""), tuple(rows.items()))
 
 
 def cpu_and_features(cpuinfo: Path) -> tuple[str, str]:

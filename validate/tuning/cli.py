@@ -113,7 +113,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     about = {"model": args.model, "dataset": str(args.dataset), "dtype": args.dtype, "seed": args.seed}
     plans, facts = args.out / PLANS, finite(about | tuned_json(tuned))
     write_file(plans, methodcaller("write", toml(tuned).encode()))
-    made = provenance("himap-tune", argv, {"data set's sha256": digest(args.dataset).sha256})
+    made = provenance(["himap-tune", *argv], {"data set's sha256": digest(args.dataset).sha256})
     page = tuned_page(tuned, args.model, made, str(plans))
     report = write_report(args.out, page, facts)
     if args.json:

@@ -1,0 +1,206 @@
+"""One validation: a bundle's parity with the PyTorch reference, and its speed beside the ceiling."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+from PIL import Image
+
+from himap_export.engines.arrays import Inputs, as_inputs, save_outputs
+from himap_export.engines.backends import Opening
+from himap_export.engines.bundle import Bundle, RunSpec
+from himap_export.engines.files import check_output, check_report
+from himap_export.engines.layout import text_tokens
+from himap_export.engines.pipeline import Pipeline
+from himap_export.engines.session import open_pipeline
+from himap_export.validate.checkpoint import Source, load_reference, source_of
+from himap_export.validate.parity.compare import Parity, compare
+from himap_export.validate.parity.limits import ParityOptions
+from himap_export.validate.parity.pixels import compare_pixels, with_pixels
+from himap_export.validate.parity.prompts import drawn_inputs
+from himap_export.validate.parity.results import gates_json, parity_json, parity_lines
+from himap_export.validate.report.page import check_libraries, finite, write_report
+from himap_export.validate.speed.measure import Speed, ceiling, measure
+from himap_export.validate.speed.results import speed_json, speed_lines
+
+Lines = Callable[[Sequence[str]], None]
+Progress = Callable[[str], None]
+ANSWER = 32  # tokens that are compared unless asked otherwise
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a validation found; `speed` is None where it was not measured."""
+
+    run: RunSpec
+    backend: str
+    device: str
+    parity: Parity
+    speed: Speed | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate of parity did."""
+        return self.parity.passed
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The names of the gates that did not pass."""
+        return tuple(gate.name for gate in self.parity.gates if not gate.passed)
+
+    def lines(self) -> list[str]:
+        """Returns what was found, for people."""
+        return parity_lines(self.parity, self.run.bundle, self.backend) + (
+            speed_lines(self.speed) if self.speed else []
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what was found, for programs; NaN and infinity are None."""
+        found: dict[str, Any] = {
+            "bundle": str(self.run.bundle.folder), "backend": self.backend, "device": self.device,
+            "dtype": self.run.manifest.dtype, "plan": self.run.plan_name, "text_budget": self.run.budget.text,
+            "passed": self.passed, "parity": parity_json(self.parity), "gates": gates_json(self.parity),
+        }  # fmt: skip
+        if self.speed is not None:
+            found["speed"] = speed_json(self.speed)
+        return finite(found)  # type: ignore[no-any-return]
+
+    def write(self, folder: Path | str, command: Sequence[str] = ()) -> Path:
+        """Writes report.html, report.json and the charts into `folder`, with the `command` that made them; returns the
+        HTML's path. HimapError (missing) without the libraries of reports, or as `write_report`."""
+        from himap_export.validate.parity.page import parity_page
+        from himap_export.validate.report.machine import provenance
+
+        check_libraries()
+        facts = {"bundle's digest": self.run.manifest.digest, "device": self.device}
+        page = parity_page(self.parity, self.speed, self.run, self.backend, made=provenance(command, facts))
+        return write_report(Path(folder), page, self.to_json())
+
+
+def validate(
+    bundle: Bundle,
+    *,
+    model: str | None = None,
+    vision_tower: Path | None = None,
+    plan: str | None = None,
+    text_budget: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    image: Path | Image.Image | None = None,
+    prompt: str | None = None,
+    inputs: Inputs | Mapping[str, npt.NDArray[Any]] | None = None,
+    prompts: int = 4,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    speed: bool = True,
+    iterations: int = 10,
+    warm_up: int = 2,
+    backend: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    outputs: Path | None = None,
+    captures: Mapping[str, Path] | None = None,
+    tell: Lines = lambda lines: None,
+    progress: Progress = lambda line: None,
+) -> Report:
+    """Compares a bundle with PyTorch's model of the checkpoint it was made from, and returns what it found.
+
+    The checkpoint is `model`, as for an export, with its `vision_tower`; if not given, the one the bundle names. What
+    is run is chosen as for a session: `plan`, `text_budget`, `image_size`, `backend`, `device`, CPU `threads`. Both are
+    asked the `prompt` about the `image`, or `inputs` as arrays, or as many `prompts` as drawn from `seed`; answers of
+    `max_new_tokens` (32) are compared. `atol` and `rtol` replace the tolerance of logits. `speed`: whether prefill and
+    decode are timed beside the unpruned model and PyTorch, `iterations` times after `warm_up`. All arrays are saved to
+    the .npz `outputs`, what each graph read and wrote into the folders `captures`["inputs" and "outputs"], as
+    polygraphy's JSON. `tell` hears of results as they come, `progress` of what goes on.
+
+    HimapError: usage for what does not fit the bundle, missing for what is not there; a gate that fails is no error.
+    """
+    bundle, source = judged_bundle(bundle, model, vision_tower)
+    if image is not None and prompt is not None:
+        inputs = bundle.session(image_size=image_size).prepare(image, prompt).inputs
+    given = inputs if inputs is None or isinstance(inputs, Inputs) else as_inputs(inputs)
+    run = _fitting(bundle, given, plan=plan, text_budget=text_budget, image_size=image_size)
+    given = given or drawn_inputs(run, prompts, seed)
+    pixels = compare_pixels(given.pixel_values, image, run.image, source) if isinstance(image, Path) else None
+    threads = threads or len(os.sched_getaffinity(0))
+    _check_captures(run, captures or {})
+    pipeline = open_pipeline(run, backend, Opening(threads, device))
+    _save_captures(pipeline, given, captures or {})
+    progress(f"judged by the checkpoint in {source.folder}")
+    options = ParityOptions(min(max_new_tokens or ANSWER, run.budget.new), atol, rtol, outputs is not None)
+    load = partial(load_reference, source.folder, threads=threads, vision_tower=source.tower)
+    parity = compare(pipeline, load, given, options, progress=progress)
+    parity = with_pixels(parity, pixels) if pixels else parity
+    tell(parity_lines(parity, bundle, pipeline.backend))
+    if outputs is not None:
+        save_outputs(outputs, parity.outputs)
+    found = Report(run, pipeline.backend, pipeline.engines.device, parity=parity, speed=None)
+    del pipeline  # its memory, while others are timed
+    return _timed(found, source, iterations, warm_up, threads=threads, tell=tell, progress=progress) if speed else found
+
+
+def _timed(
+    report: Report, source: Source, iterations: int, warm_up: int, *, threads: int, tell: Lines, progress: Progress
+) -> Report:
+    tell(["", f"speed: FLOPs allow {ceiling(report.run):.2f}x over the unpruned decoder prefill"])
+    progress(
+        f"exporting the unpruned baseline; then {warm_up} + {iterations} repetitions by three processes, "
+        f"on {report.device}"
+    )
+    speed = measure(
+        report.run, source.folder, report.backend, report.device, iterations=iterations, warm_up=warm_up,
+        threads=threads, vision_tower=source.tower,
+    )  # fmt: skip
+    tell(speed_lines(speed))
+    return replace(report, speed=speed)
+
+
+def judged_bundle(bundle: Bundle, model: str | None, vision_tower: Path | None) -> tuple[Bundle, Source]:
+    """Returns the bundle with its weights, and the checkpoint that it is judged by. HimapError as `source_of`."""
+    source = source_of(bundle, model, vision_tower)
+    if bundle.manifest.weight_form == "absent":
+        bundle = bundle.with_weights([folder for folder in (source.folder, source.tower) if folder is not None])
+    return bundle, source
+
+
+def _fitting(bundle: Bundle, inputs: Inputs | None, **chosen: Any) -> RunSpec:
+    if inputs is None:
+        return bundle.select(**chosen)
+    needed = text_tokens(inputs.input_ids, inputs.attention_mask, bundle.manifest.model.image)
+    return bundle.select(**chosen | {"text_tokens": needed, "image_size": inputs.image_size})
+
+
+def check_places(report: Path | None, outputs: Path | None, captures: Mapping[str, Path], *read: Path | None) -> None:
+    """Checks what can be known of a validation's outputs before a bundle is opened; `read`: files that it reads.
+    HimapError (usage) if one cannot be written, (missing) without the libraries of reports."""
+    if report is not None:
+        check_report(report, ("report.html", "report.json", "speed.png"))
+        check_libraries()
+    if outputs is not None:
+        check_output(outputs, ".npz", *read)
+    for folder in captures.values():
+        check_report(folder, ())
+
+
+def _check_captures(run: RunSpec, captures: Mapping[str, Path]) -> None:
+    if captures:
+        from himap_export.validate.parity.polygraphy_json import check_folders
+
+        check_folders(run, *captures.values())
+
+
+def _save_captures(pipeline: Pipeline, inputs: Inputs, captures: Mapping[str, Path]) -> None:
+    if not captures:
+        return
+    from himap_export.validate.parity import polygraphy_json
+
+    captured = polygraphy_json.capture(pipeline, inputs)
+    if (folder := captures.get("inputs")) is not None:
+        polygraphy_json.save_inputs(folder, captured)
+    if (folder := captures.get("outputs")) is not None:
+        polygraphy_json.save_outputs(folder, captured, "himap-validate")
