@@ -26,7 +26,7 @@ def export_baseline(
     compared would not be there. `vision_tower`: the folder of the tower, if the checkpoint lacks it."""
     from himap_export.exporter.export import export
     from himap_export.exporter.family import ImageOptions
-    from himap_export.exporter.planning import Planned, PlannedVariant, describe
+    from himap_export.exporter.planning import Planned, PlannedVariant, Request, describe
     from himap_export.exporter.registry import resolve
 
     model = resolve(str(checkpoint), vision_tower=vision_tower)
@@ -35,6 +35,6 @@ def export_baseline(
         PlannedVariant(name, plan, TokenBudget(visual, like.text, like.new, like.batch), visual, vision)
         for name, (plan, visual) in plans.items()
     )
-    planned = Planned(model, decoder, variants, dtype, (backend,), allow_overflow=True)
+    planned = Planned(model, decoder, variants, dtype, Request(backends=(backend,), allow_overflow=True))
     export(planned, out, ("himap-validate",), False, lambda line: None)
     return open_bundle(out, verify=False)
