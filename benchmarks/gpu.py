@@ -108,7 +108,7 @@ def export(model: Path, work: Path, batch: int, backend: str, form: str) -> Path
     out = work / f"{backend}-{batch}-{form}"
     plans = gpu_parts.plan_file(work / "plans.toml", PruningPlan())
     command = ["himap-export", model, "--plan", plans, "--batch", str(batch), "--backend", backend, "--dtype", "fp16"]
-    command += ["--hard-link"] if form == "shared" else ["--weights", form]
+    command += ["--hard-link"] if form == "shared" else ["--weight-form", form]
     done = subprocess.run([*command, "--overwrite", "--out", out], capture_output=True, text=True, check=False)
     if done.returncode:
         raise HimapError(f"{backend} was not exported", done.stderr.strip().splitlines()[-1])

@@ -207,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=("llava-7b", "llava-13b"), default="llava-7b")
     parser.add_argument("--backend", action="append", help="repeatable (default: onnxruntime and tensorrt-rtx)")
-    parser.add_argument("--weights", choices=("shared", "embedded"), default="shared")
+    parser.add_argument("--weight-form", choices=("shared", "embedded"), default="shared")
     parser.add_argument("--hard-link", action="store_true")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the model here for the next run")
     args = parser.parse_args()
@@ -222,13 +222,13 @@ def main() -> None:
         command = ["himap-export", str(model), "--out", str(out), "--overwrite"]
         for backend in args.backend or ["onnxruntime", "tensorrt-rtx"]:
             command += ["--backend", backend]
-        command += ["--hard-link"] if args.hard_link else ["--weights", args.weights]
+        command += ["--hard-link"] if args.hard_link else ["--weight-form", args.weight_form]
         print("himap-export", args.model, *command[5:])
         try:
             phases, total = export(command)
         finally:
             shutil.rmtree(out, ignore_errors=True)
-        print(json.dumps(report(phases, total, bound, bare_interpreter(), args.weights)))
+        print(json.dumps(report(phases, total, bound, bare_interpreter(), args.weight_form)))
 
 
 if __name__ == "__main__":

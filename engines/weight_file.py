@@ -87,7 +87,9 @@ def _placed(file: Path, header: Mapping[str, Any], data: int, size: int) -> dict
         if 8 * (end - begin) != _bits(entry.dtype) * prod(entry.shape):
             raise ValueError(f"tensor {name[:100]} does not fill its bytes")
         kind = _OURS.get(entry.dtype, entry.dtype)
-        found[name] = StoredTensor(name, file, kind, entry.shape, data + begin, end - begin)
+        found[name] = StoredTensor(
+            name=name, file=file, dtype=kind, shape=entry.shape, offset=data + begin, nbytes=end - begin
+        )
         places.append((begin, end, name))
     at = 0
     for begin, end, name in sorted(places):
@@ -126,7 +128,14 @@ def find_tensor(stored: Mapping[str, StoredTensor], name: str) -> StoredTensor |
     start, stop = int(found["start"]), int(found["stop"])
     row = whole.nbytes // whole.shape[0] if whole.shape[0] else 0
     rows = max(0, min(stop, whole.shape[0]) - start)  # a tensor that is too short shows as a shape that does not fit
-    return StoredTensor(name, whole.file, whole.dtype, (rows, *whole.shape[1:]), whole.offset + start * row, rows * row)
+    return StoredTensor(
+        name=name,
+        file=whole.file,
+        dtype=whole.dtype,
+        shape=(rows, *whole.shape[1:]),
+        offset=whole.offset + start * row,
+        nbytes=rows * row,
+    )
 
 
 def find_tensors(stored: Mapping[str, StoredTensor], names: Iterable[str]) -> dict[str, StoredTensor]:

@@ -60,4 +60,6 @@ def open_checkpoint(folder: Path, weights: bool = True, tower: Path | None = Non
     folders = [folder] if tower is None or any(".vision_tower." in name for name in own) else [folder, tower]
     tensors = stored_tensors(folders) if weights else {}
     names = own.union(*map(tensor_names, folders[1:]))
-    return Checkpoint(folder, config, msgspec.to_builtins(generation), tensors, names)
+    return Checkpoint(
+        folder=folder, config=config, generation=msgspec.to_builtins(generation), tensors=tensors, names=names
+    )

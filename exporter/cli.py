@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     weights = p.add_argument_group("weights").add_mutually_exclusive_group()
     weights.add_argument(
-        "--weights", choices=("shared", "embedded"), default="shared",
+        "--weight-form", choices=("shared", "embedded"), default="shared",
         help="one copy for all engines (default), or each engine its own",
     )  # fmt: skip
     weights.add_argument("--engines-only", action="store_true", help="no weights: himap-run --weights brings them")
@@ -106,25 +106,37 @@ def _export(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.exporter.report import plan_json, plan_table
     from himap_export.exporter.target import settle_target
 
-    same = ("task", "k1", "k2", "r1", "r2", "keep", "tiles", "max_new_tokens", "batch", "align", "dtype", "gather")
     request = Request(
-        **{name: getattr(args, name) for name in same},
+        task=args.task,
+        policies=tuple(args.policy),
+        k1=args.k1,
+        k2=args.k2,
+        r1=args.r1,
+        r2=args.r2,
+        keep=args.keep,
+        plans=tuple(args.plan),
+        image_sizes=tuple(args.image_size),
+        tiles=args.tiles,
+        text_budgets=tuple(args.text_budget),
+        max_new_tokens=args.max_new_tokens,
+        batch=args.batch,
+        align=args.align,
+        dtype=args.dtype,
+        backends=tuple(dict.fromkeys(args.backend or ("onnxruntime",))),
+        gather=args.gather,
+        weight_form="absent" if args.engines_only else args.weight_form,
         hard_link=args.hard_link,
         allow_overflow=args.allow_overflow,
-        policies=tuple(args.policy),
-        plans=tuple(args.plan),
-        text_budgets=tuple(args.text_budget),
-        image_sizes=tuple(args.image_size),
-        backends=tuple(dict.fromkeys(args.backend or ("onnxruntime",))),
-        weights="absent" if args.engines_only else args.weights,
     )
     out = None if args.dry_run else settle_target(args.out, args.overwrite)
     weights = not (args.dry_run or args.engines_only)
-    model = resolve(args.model, args.revision, weights, args.checkpoint, args.vision_tower)
+    model = resolve(
+        args.model, args.revision, weights=weights, checkpoint=args.checkpoint, vision_tower=args.vision_tower
+    )
     planned = plan_export(model, request)
     if not args.json:
         print(plan_table(planned))
-    if planned.dtype == "fp16" and "onnxruntime" in planned.backends:
+    if planned.dtype == "fp16" and "onnxruntime" in planned.asked.backends:
         print("himap-export: fp16 is for parity only on a CPU; --dtype fp32 is fast there", file=sys.stderr)
     result = plan_json(planned)
     if out is not None:
@@ -139,7 +151,7 @@ def _build(planned: "Planned", out: Path, args: argparse.Namespace, argv: list[s
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    manifest = export(planned, out, ("himap-export", *argv), args.overwrite, progress)
+    manifest = export(planned, out, command=("himap-export", *argv), overwrite=args.overwrite, progress=progress)
     if not args.json:
         weights = " --weights CHECKPOINT" if manifest.weight_form == "absent" else ""
         print(f"\nsha256: {manifest.digest}   pin it with: himap-run --expect-sha256")

@@ -81,13 +81,17 @@ class Export:
         p, known = self.planned, dict[bytes, str]()
         for v in p.variants:
             played = {"vision": self._vision_name(v.image)}
-            for graph in StagedModel(p.decoder, v.plan, v.budget, p.dtype, self.names).graphs():
+            for graph in StagedModel(
+                spec=p.decoder, plan=v.plan, budget=v.budget, dtype=p.dtype, names=self.names
+            ).graphs():
                 content = ir.to_proto(graph.model).SerializeToString(deterministic=True)
                 own = graph.name if len(p.variants) == 1 else f"{graph.name}-{p.variant_name(v)}"
                 name = known.setdefault(content, own)
                 self.graphs.setdefault(name, graph)
                 played[graph.name] = name
-            self.variants.append(Variant(v.plan_name, v.plan, v.budget, v.image, played))
+            self.variants.append(
+                Variant(plan_name=v.plan_name, plan=v.plan, budget=v.budget, image=v.image, graphs=played)
+            )
         totals = ", ".join(str(list(v.budget.total)) for v in p.variants)
         return f"{len(self.graphs)} graphs, S = {totals}"
 
@@ -98,7 +102,7 @@ class Export:
             onnx.checker.check_model(ir.to_proto(graph.model), full_check=True)
             weights = {weight: TensorSpec(p.dtype, shape) for weight, shape in graph.weights.items()}
             self.records[name] = GraphRecord(f"{name}.onnx", *graph.ports, weights)
-        if p.weights == "absent":
+        if p.asked.weight_form == "absent":
             for name, graph in self.graphs.items():
                 self._write(name, graph.model)
             return "none: engines take them as inputs"
@@ -106,8 +110,10 @@ class Export:
         used = {name: fitting(self.checkpoint.tensors, name, shape) for name, shape in wanted.items()}
         check_finite(used.values())
         folder = self.work / "weights"
-        if p.weights == "shared":
-            self.files = store_weights(used.values(), folder, p.dtype, p.hard_link, allow_overflow=p.allow_overflow)
+        if p.asked.weight_form == "shared":
+            self.files = store_weights(
+                used.values(), folder, p.dtype, p.asked.hard_link, allow_overflow=p.asked.allow_overflow
+            )
             stored = {name: t for file in self.files for name, t in read_header(folder / file).items()}
             for name, graph in self.graphs.items():
                 self._write(name, bind(graph, stored, _location))
@@ -115,7 +121,7 @@ class Export:
         folder.mkdir()
         for name, graph in self.graphs.items():
             file = folder / f"{name}.safetensors"
-            write_weights([used[w] for w in graph.weights], file, p.dtype, allow_overflow=p.allow_overflow)
+            write_weights([used[w] for w in graph.weights], file, p.dtype, allow_overflow=p.asked.allow_overflow)
             self._write(name, bind(graph, read_header(file), _location))
         self.files = [f"{name}.safetensors" for name in self.graphs]
         return f"{sum((folder / file).stat().st_size for file in self.files) / 1e6:.1f} MB, each graph its own"
@@ -127,13 +133,13 @@ class Export:
         """Every graph on every backend. Where weights are embedded, one at a time, and what is compiled in goes."""
         p = self.planned
         bundle = Bundle(self.work, self.manifest())
-        self.engines = {backend: {} for backend in p.backends}
-        for graphs in [[g] for g in self.records] if p.weights == "embedded" else [list(self.records)]:
-            for backend in p.backends:
-                self.engines[backend] |= build_all(backend, bundle, graphs, p.gather)
-            if p.weights == "embedded" and "onnxruntime" not in p.backends:
+        self.engines = {backend: {} for backend in p.asked.backends}
+        for graphs in [[g] for g in self.records] if p.asked.weight_form == "embedded" else [list(self.records)]:
+            for backend in p.asked.backends:
+                self.engines[backend] |= build_all(backend, bundle, graphs, p.asked.gather)
+            if p.asked.weight_form == "embedded" and "onnxruntime" not in p.asked.backends:
                 self._drop_graph(graphs[0])
-        if p.weights == "embedded" and not self.files:
+        if p.asked.weight_form == "embedded" and not self.files:
             (self.work / "weights").rmdir()
         seconds = {name: sum(e.seconds for e in built.values()) for name, built in self.engines.items()}
         return ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
@@ -164,15 +170,21 @@ class Export:
             dtype=p.dtype,
             graphs=self.records,
             engines=self.engines,
-            weight_form=p.weights,
+            weight_form=p.asked.weight_form,
             weights=tuple(f"weights/{file}" for file in self.files),
             images={
-                name: ImageSpec(spec.size, spec.tiles, spec.tokens, spec.grid, processor.images[name])
+                name: ImageSpec(
+                    size=spec.size,
+                    tiles=spec.tiles,
+                    tokens=spec.tokens,
+                    grid=spec.grid,
+                    preprocessing=processor.images[name],
+                )
                 for name, spec in p.images.items()
             },
             prompt=processor.prompt,
             tokenizer=TOKENIZER if TOKENIZER in processor.files else None,
-            toolchain=_toolchain(p.backends),
+            toolchain=_toolchain(p.asked.backends),
             command=self.command,
             files=self.hashes,
         )
@@ -181,15 +193,17 @@ class Export:
 def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: bool, progress: Progress) -> Manifest:
     """Writes the bundle of `planned` to `out` and returns its manifest; on any failure `out` is as it was."""
     out = settle_target(out, overwrite)
-    for name in planned.backends:
-        load_backend(name).check(planned.dtype, planned.gather)
+    for name in planned.asked.backends:
+        load_backend(name).check(planned.dtype, planned.asked.gather)
     checkpoint = _checkpoint(planned)
     family = planned.model.family
     names = WeightNames(checkpoint.names, family.names, family.tied)
     _check_weights(planned, checkpoint, names)
     processor = _processor(planned, checkpoint)
     with work_folder(out, overwrite) as work:
-        state = Export(planned, checkpoint, processor, names, work, command)
+        state = Export(
+            planned=planned, checkpoint=checkpoint, processor=processor, names=names, work=work, command=command
+        )
         for phase in (state.vision, state.stages, state.weights, state.compile, state.finalise):
             start = time.perf_counter()
             result = phase()
@@ -200,16 +214,20 @@ def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: boo
 def _checkpoint(p: Planned) -> Checkpoint:
     """The checkpoint's folder opened; for an alias without one, what the registry knows of it."""
     if p.model.folder is None:
-        return Checkpoint(Path(), p.model.family.fields, {}, {}, frozenset())
-    return open_checkpoint(p.model.folder, p.weights != "absent", p.model.tower)
+        return Checkpoint(folder=Path(), config=p.model.family.fields, generation={}, tensors={}, names=frozenset())
+    return open_checkpoint(p.model.folder, p.asked.weight_form != "absent", p.model.tower)
 
 
 def _check_weights(p: Planned, checkpoint: Checkpoint, names: WeightNames) -> None:
     """That the checkpoint is the model's, before anything is built: decode reads every weight of the decoder."""
-    if p.weights == "absent":
+    if p.asked.weight_form == "absent":
         return
     v, missing = p.variants[0], list[HimapError]()
-    for role, shape in StagedModel(p.decoder, v.plan, v.budget, p.dtype, lambda role: role).decode().weights.items():
+    for role, shape in (
+        StagedModel(spec=p.decoder, plan=v.plan, budget=v.budget, dtype=p.dtype, names=lambda role: role)
+        .decode()
+        .weights.items()
+    ):
         try:
             name = names(role)
         except HimapError as problem:
@@ -239,7 +257,14 @@ def _model_record(p: Planned, checkpoint: Checkpoint) -> ModelRecord:
     eos_tokens = tuple(dict.fromkeys((*(eos if isinstance(eos, list) else (eos,)), *rules.stop)))
     image = ImageTokens(rules.image_token, rules.between)
     pad = eos_tokens[0] if pad is None else pad
-    return ModelRecord(p.model.name, p.model.source, p.model.family.architecture, image, eos_tokens, pad)
+    return ModelRecord(
+        name=p.model.name,
+        source=p.model.source,
+        architecture=p.model.family.architecture,
+        image=image,
+        eos_tokens=eos_tokens,
+        pad_token=pad,
+    )
 
 
 def _toolchain(backends: tuple[str, ...]) -> dict[str, str]:

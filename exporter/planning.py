@@ -48,7 +48,7 @@ class Request:
     dtype: Dtype | None = None
     backends: tuple[str, ...] = ("onnxruntime",)
     gather: Gather = "auto"
-    weights: WeightForm = "shared"
+    weight_form: WeightForm = "shared"
     hard_link: bool = False
     allow_overflow: bool = False
 
@@ -77,12 +77,7 @@ class Planned:
     decoder: DecoderSpec
     variants: tuple[PlannedVariant, ...]
     dtype: Dtype
-    backends: tuple[str, ...]
-    gather: Gather = "auto"
-    weights: WeightForm = "shared"
-    hard_link: bool = False
-    align: int | None = None
-    allow_overflow: bool = False
+    asked: Request
 
     @property
     def images(self) -> dict[str, VisionSpec]:
@@ -121,9 +116,8 @@ def plan_export(model: Model, asked: Request) -> Planned:
                 budget = TokenBudget(visual, text, asked.max_new_tokens, asked.batch)
                 _check_positions(model, budget)
                 typed(msgspec.to_builtins(budget), TokenBudget, "the budget")
-                variants.append(PlannedVariant(name, plan, budget, kept, vision))
-    same = (asked.backends, asked.gather, asked.weights, asked.hard_link, asked.align, asked.allow_overflow)
-    return Planned(model, decoder, tuple(variants), dtype, *same)
+                variants.append(PlannedVariant(plan_name=name, plan=plan, budget=budget, asked=kept, vision=vision))
+    return Planned(model=model, decoder=decoder, variants=tuple(variants), dtype=dtype, asked=asked)
 
 
 def describe(model: Model, *images: ImageOptions) -> tuple[DecoderSpec, tuple[VisionSpec, ...]]:

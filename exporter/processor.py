@@ -129,7 +129,7 @@ def read_processor(folder: Path, family: Family[Any], images: Mapping[str, Visio
     prompt = _own_prompt(family)
     if os.path.lexists(folder / TOKENIZER):
         tokenizer = _load_tokenizer(folder, family.model_type)
-        prompt = _told_prompt(folder, processor, tokenizer, family.prompt(), prompt)
+        prompt = _told_prompt(folder, processor, tokenizer=tokenizer, rules=family.prompt(), default=prompt)
         # Written from what transformers loaded: it may add tokens and BOS rules that the file itself does not hold.
         return ProcessorData(how, prompt, {TOKENIZER: tokenizer.backend_tokenizer.to_str().encode()})
     made = family.tokenizer(folder)

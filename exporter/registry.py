@@ -85,7 +85,14 @@ def resolve(
         raise HimapError(f"{name[:80]} is no alias", f"aliases: {', '.join(ALIASES)}", hint, Exit.USAGE)
     if _is_folder(Path(source)):
         own = read_config(Path(source))
-        return _model(name, source, own | alias.config if alias else own, Path(source), weights, vision_tower)
+        return _model(
+            name,
+            source,
+            config=own | alias.config if alias else own,
+            folder=Path(source),
+            weights=weights,
+            vision_tower=vision_tower,
+        )
     if checkpoint:
         raise HimapError(f"{checkpoint} is no folder", "--checkpoint holds the weights of an alias", code=Exit.USAGE)
     if alias and not weights:
@@ -97,7 +104,7 @@ def resolve(
     own = read_config(folder)
     if alias and "mm_vision_tower" in alias.config:  # releases name a folder on their authors' machines
         own["mm_vision_tower"] = alias.config["mm_vision_tower"]
-    return _model(name, source, own, folder, weights, vision_tower)
+    return _model(name, source, config=own, folder=folder, weights=weights, vision_tower=vision_tower)
 
 
 def _model(name: str, source: str, config: Config, folder: Path, weights: bool, vision_tower: Path | None) -> Model:
@@ -115,7 +122,13 @@ def _model(name: str, source: str, config: Config, folder: Path, weights: bool, 
         details = details if tower is None else f"{tower} is no folder"
         hint = "give the folder of the tower's checkpoint with --vision-tower DIR"
         raise HimapError(f"{name}: the vision tower's folder is not there", details, hint, Exit.MISSING)
-    return Model(name, source, family.with_tower(read_config(tower), f"{tower}: config.json"), folder, tower)
+    return Model(
+        name=name,
+        source=source,
+        family=family.with_tower(read_config(tower), f"{tower}: config.json"),
+        folder=folder,
+        tower=tower,
+    )
 
 
 def _inside(folder: Path, named: str) -> Path | None:

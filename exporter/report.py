@@ -26,7 +26,7 @@ def _variant_json(p: Planned, v: PlannedVariant) -> dict[str, Any]:
             "text": v.budget.text,
             "max_new_tokens": v.budget.new,
             "batch": v.budget.batch,
-            "align": p.align,
+            "align": p.asked.align,
         },
         "flops": {"paper_ratio": round(paper, 3), "ratio": round(true, 3), "prefill": sum(c.flops for c in costs)},
         "stages": [
@@ -89,7 +89,7 @@ def _cuts(v: PlannedVariant) -> str:
 
 def _alignment(p: Planned, v: PlannedVariant) -> list[str]:
     """What `--align` cost and gained: FLOPs, and image tokens that the same tiles of rows now hold."""
-    if p.align is None:
+    if p.asked.align is None:
         return []
     before, after = p.ratios(v, v.asked)[1], p.ratios(v)[1]
     tokens = ", ".join(
@@ -98,8 +98,8 @@ def _alignment(p: Planned, v: PlannedVariant) -> list[str]:
     )
     gained = " and ".join(f"{new - old}" for old, new in zip(v.asked[1:], v.budget.visual[1:], strict=True))
     return [
-        f"aligned to {p.align}: tokens {tokens}; {before:.1%} -> {after:.1%} of the FLOPs for {gained} image "
-        f"tokens more in as many tiles of {p.align} rows"
+        f"aligned to {p.asked.align}: tokens {tokens}; {before:.1%} -> {after:.1%} of the FLOPs for {gained} image "
+        f"tokens more in as many tiles of {p.asked.align} rows"
     ]
 
 

@@ -51,7 +51,7 @@ def store_weights(
                 details = f"{unlike[0].name} is {unlike[0].dtype}, the bundle wants {dtype}"
                 raise HimapError("cannot hard-link the weights", details, "leave --hard-link out", Exit.USAGE)
             if unlike:
-                write_weights(used, folder / targets[file], dtype, bar, allow_overflow)
+                write_weights(used, folder / targets[file], dtype=dtype, bar=bar, allow_overflow=allow_overflow)
             elif hard_link:
                 _link(file, folder / targets[file])
             else:

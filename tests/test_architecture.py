@@ -149,3 +149,33 @@ def test_all_four_rooms_are_installed_as_one_namespace() -> None:
     declared = {*setup["packages"], *elsewhere}  # a room's folder may be installed in another namespace: optimum's
     found = {".".join(("himap_export", *path.parent.relative_to(ROOT).parts)) for path in SOURCES}
     assert found <= declared, "a folder with modules is missing in [tool.setuptools] packages"
+
+
+KEYWORDED = ("exporter", "engines/nvinfer", "engines/plugin")
+
+
+def parameters_by_name() -> dict[str, list[int]]:
+    """How many arguments our functions and classes take by position, by name; none of one that takes any number."""
+    found: dict[str, list[int]] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                own = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+                count = len(own) - (own[:1] in (["self"], ["cls"]))
+                found.setdefault(node.name, []).append(0 if node.args.vararg else count)
+            elif isinstance(node, ast.ClassDef):
+                fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
+                found.setdefault(node.name, []).append(len(fields))
+    return found
+
+
+def test_no_call_of_ours_has_more_than_four_positional_arguments() -> None:
+    """A call is ours if every function and class of its name is, and takes so many."""
+    ours, long = parameters_by_name(), []
+    for path in (path for path in SOURCES if path.relative_to(ROOT).as_posix().startswith(KEYWORDED)):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and len(node.args) > 4:
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                if min(ours.get(name, [0])) >= len(node.args):
+                    long.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}")
+    assert long == []

@@ -124,9 +124,9 @@ def test_patches_as_hugging_face_gives_them(work: Workshop, tmp_path: Path, name
     ("name", "flags", "told"),
     [
         ("qwen2.5-vl", ("--image-size", "100x84"), "multiples of 28"),
-        ("qwen2.5-vl", ("--tiles", "2"), "--tiles 2"),
+        ("qwen2.5-vl", ("--tiles", "2"), "2 tiles do not fit"),
         ("llava", ("--image-size", "84x84"), "56x56"),
-        ("llava", ("--tiles", "4"), "--tiles 4"),
+        ("llava", ("--tiles", "4"), "4 tiles do not fit"),
         ("internvl", ("--image-size", "84x84"), "56x56"),
         ("internvl", ("--tiles", "0"), "--tiles: '0' is not"),
         ("llava", ("--image-size", "84by84"), "WIDTHxHEIGHT"),

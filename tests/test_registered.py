@@ -92,7 +92,7 @@ def test_a_bundle_runs_where_its_criterion_is_unknown_and_is_not_judged_there(
     known = work.answer(bundle, inputs)["tokens"]
     monkeypatch.delitem(criteria.CRITERIA, "key-norm")
     monkeypatch.delitem(importance.SCORES, "key-norm")
-    assert open_bundle(bundle).plan.cuts[0].criterion == "key-norm"
+    assert open_bundle(bundle).select().plan.cuts[0].criterion == "key-norm"
     np.testing.assert_array_equal(work.answer(bundle, inputs)["tokens"], known)
     capsys.readouterr()
     assert call(validate_main, bundle, "--model", work.checkpoint("gqa2")) == Exit.USAGE

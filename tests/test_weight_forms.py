@@ -27,7 +27,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def test_embedded_weights_give_the_same_answers(work: Workshop, name: str) -> None:
-    shared, embedded = work.bundle(name, cuts=CUTS), work.bundle(name, "--weights", "embedded", cuts=CUTS)
+    shared, embedded = work.bundle(name, cuts=CUTS), work.bundle(name, "--weight-form", "embedded", cuts=CUTS)
     inputs = make_inputs(work.tiny(name), [9], [5])
     one, other = (work.answer(bundle, inputs, "--max-new-tokens", "16") for bundle in (shared, embedded))
     for what in ("kept_k1", "kept_k2", "tokens"):
@@ -42,7 +42,7 @@ def test_embedded_weights_give_the_same_answers(work: Workshop, name: str) -> No
 def test_an_embedded_graph_needs_no_file_of_another(work: Workshop, tmp_path: Path) -> None:
     import onnxruntime
 
-    bundle = work.bundle("gqa2", "--weights", "embedded", cuts=CUTS)
+    bundle = work.bundle("gqa2", "--weight-form", "embedded", cuts=CUTS)
     (tmp_path / "weights").mkdir()
     for file in ("k2.onnx", "weights/k2.safetensors"):
         shutil.copy(bundle / file, tmp_path / file)
@@ -51,7 +51,7 @@ def test_an_embedded_graph_needs_no_file_of_another(work: Workshop, tmp_path: Pa
 
 def test_engines_hold_embedded_weights_and_nothing_else_is_left(work: Workshop, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    flags = ("--backend", "tensorrt-rtx", "--weights", "embedded", "--k1", 1, "--k2", 3, "--text-budget", 24)
+    flags = ("--backend", "tensorrt-rtx", "--weight-form", "embedded", "--k1", 1, "--k2", 3, "--text-budget", 24)
     assert call(export_main, Path("exporter/shapes").absolute(), *flags, "--out", out) == 0
     bundle = open_bundle(out)
     assert {p.name for p in out.iterdir()} == {"manifest.json", "tensorrt-rtx", "tokenizer.json"}
@@ -137,7 +137,7 @@ def test_hard_links_are_made_on_request(work: Workshop, tmp_path: Path, capsys: 
 
 
 def test_flags_that_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
-    for flags in (("--engines-only", "--hard-link"), ("--engines-only", "--weights", "embedded")):
+    for flags in (("--engines-only", "--hard-link"), ("--engines-only", "--weight-form", "embedded")):
         assert call(export_main, "shapes", *flags, "--dry-run") == 2
         assert "not allowed with" in capsys.readouterr().err
 

@@ -30,7 +30,7 @@ def export_baseline(
     """
     from himap_export.exporter.export import export
     from himap_export.exporter.family import ImageOptions
-    from himap_export.exporter.planning import Planned, PlannedVariant, describe
+    from himap_export.exporter.planning import Planned, PlannedVariant, Request, describe
     from himap_export.exporter.registry import resolve
 
     model = resolve(str(checkpoint), vision_tower=vision_tower)
@@ -41,6 +41,7 @@ def export_baseline(
         )
         for name, (plan, visual) in plans.items()
     )
-    planned = Planned(model, decoder, variants=variants, dtype=dtype, backends=(backend,), allow_overflow=True)
+    request = Request(backends=(backend,), allow_overflow=True)
+    planned = Planned(model, decoder, variants=variants, dtype=dtype, request=request)
     export(planned, out, command=("himap-validate",), overwrite=False, progress=lambda line: None)
     return open_bundle(out, verify=False)

@@ -12,12 +12,12 @@ from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import EngineRecord
 from himap_export.engines.nvinfer import build as builder
 from himap_export.engines.nvinfer import run
-from himap_export.engines.nvinfer.edition import DATACENTER as FLAVOUR
+from himap_export.engines.nvinfer.edition import DATACENTER as EDITION
 from himap_export.engines.plugin import tensorrt as plugin
 
 
 def check(dtype: str, gather: Gather) -> None:
-    builder.check(FLAVOUR, dtype)
+    builder.check(EDITION, dtype)
     if gather != "ops":
         plugin.check()
 
@@ -28,16 +28,16 @@ def environment(gather: Gather, scratch: Path) -> Mapping[str, str]:
 
 
 def version() -> dict[str, str]:
-    return {FLAVOUR.name: FLAVOUR.version()}
+    return {EDITION.name: EDITION.version()}
 
 
 def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
     """With the plugin unless asked otherwise: the engine holds its kernel, and loads without it."""
     if gather == "ops":
-        return builder.build(FLAVOUR, bundle, graph, "ops")
+        return builder.build(EDITION, bundle, graph, "ops")
     plugin.register()
-    return builder.build(FLAVOUR, bundle, graph, "plugin")
+    return builder.build(EDITION, bundle, graph, "plugin")
 
 
 def open_engines(bundle: Bundle, opening: Opening = ANYWAY) -> run.NvInferEngines:
-    return run.open_engines(FLAVOUR, bundle)
+    return run.open_engines(EDITION, bundle)

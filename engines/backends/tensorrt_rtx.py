@@ -9,12 +9,12 @@ from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import EngineRecord
 from himap_export.engines.nvinfer import build as builder
 from himap_export.engines.nvinfer import run
-from himap_export.engines.nvinfer.edition import RTX as FLAVOUR
+from himap_export.engines.nvinfer.edition import RTX as EDITION
 from himap_export.engines.plugin import tensorrt_rtx as plugin
 
 
 def check(dtype: str, gather: Gather) -> None:
-    builder.check(FLAVOUR, dtype)
+    builder.check(EDITION, dtype)
     if gather == "plugin":
         plugin.check()
 
@@ -29,7 +29,7 @@ def environment(gather: Gather, scratch: Path) -> Mapping[str, str]:
 
 
 def version() -> dict[str, str]:
-    return {FLAVOUR.name: FLAVOUR.version()}
+    return {EDITION.name: EDITION.version()}
 
 
 def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
@@ -37,10 +37,10 @@ def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
     if gather == "plugin":
         plugin.check_library()
         plugin.register()
-        return builder.build(FLAVOUR, bundle, graph, "plugin")
+        return builder.build(EDITION, bundle, graph, "plugin")
     plugin.unregister()
-    return builder.build(FLAVOUR, bundle, graph, "ops")
+    return builder.build(EDITION, bundle, graph, "ops")
 
 
 def open_engines(bundle: Bundle, opening: Opening = ANYWAY) -> run.NvInferEngines:
-    return run.open_engines(FLAVOUR, bundle)
+    return run.open_engines(EDITION, bundle)

@@ -16,6 +16,8 @@ class Edition:
     """`name` as users write it, `title` as NVIDIA does, `module` as Python imports it.
 
     `capabilities`: compute capabilities that an engine is built for ahead of time; empty: for the GPU at hand only.
+    `plugin`: the module whose `register` a process calls before it opens an engine with the gather's plugin; empty: it
+    needs none.
     """
 
     name: str
@@ -23,6 +25,7 @@ class Edition:
     module: str
     capabilities: tuple[int, ...]
     install: str
+    plugin: str = ""
 
     def api(self) -> ModuleType:
         """The Python bindings; HimapError (missing) if they, or the libraries behind them, are not there."""
@@ -47,6 +50,7 @@ RTX = Edition(
     # All that it knows but Turing (75), which has neither bf16 nor the scores' fp32 products; it knows no Hopper.
     capabilities=(80, 86, 89, 120, 121),
     install=f"{how_to_install('tensorrt-rtx')}; building engines needs no GPU",
+    plugin="himap_export.engines.plugin.tensorrt_rtx",
 )
 DATACENTER = Edition(
     name="tensorrt",

@@ -6,6 +6,7 @@ Not run on hardware yet: written from the API's documentation, tested over stand
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from himap_export.engines.backends import Tensor
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.nvinfer.cuda_graph import Chain
 from himap_export.engines.nvinfer.cuda_memory import DeviceTensor, DeviceWeights, Gpu, NoGpu, cuda_runtime, first_gpu
-from himap_export.engines.nvinfer.edition import RTX, Edition, log_of, one_line
+from himap_export.engines.nvinfer.edition import Edition, log_of, one_line
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import TensorSpec
 
@@ -37,7 +38,7 @@ def open_engines(edition: Edition, bundle: Bundle) -> "NvInferEngines":
         raise HimapError(f"{edition.title} does not support this GPU", details, _elsewhere(bundle), Exit.MISSING)
     runtime = edition.api().Runtime(log_of(edition))
     check_engines(edition, bundle, runtime, capability)
-    return NvInferEngines(edition, bundle, runtime, Gpu(cuda), f"cuda:0 {name}")
+    return NvInferEngines(edition=edition, bundle=bundle, runtime=runtime, gpu=Gpu(cuda), device=f"cuda:0 {name}")
 
 
 def _elsewhere(bundle: Bundle) -> str:
@@ -72,7 +73,7 @@ class NvInferEngines:
         for name in _port_names(engine):
             if not context.set_tensor_address(name, addresses[name]):
                 raise self.failed(f"cannot bind {name} of {graph}")
-        run = _Run(self, graph, context, engine, tensors)
+        run = _Run(engines=self, graph=graph, context=context, engine=engine, tensors=tensors)
         self._gpu.count(int(engine.device_memory_size_v2), run)
         return run
 
@@ -94,10 +95,8 @@ class NvInferEngines:
         """Loaded once, however often it is bound."""
         if graph not in self._engines:
             record = self._bundle.manifest.engines[self.edition.name][graph]
-            if record.gather == "plugin" and self.edition is RTX:  # TensorRT's engines carry their plugin's kernel
-                from himap_export.engines.plugin import tensorrt_rtx as plugin
-
-                plugin.register()
+            if record.gather == "plugin" and self.edition.plugin:
+                import_module(self.edition.plugin).register()
             self._engines[graph] = engine = self._load(self._bundle.path(record.file))
             # What of the weights is inside: all of them in an embedded bundle.
             self._gpu.count(int(engine.get_engine_stat(self.edition.api().EngineStat.TOTAL_WEIGHTS_SIZE)), self)
@@ -128,7 +127,7 @@ def check_engines(edition: Edition, bundle: Bundle, runtime: Any, capability: in
         header = _header(path, int(runtime.engine_header_size) if tells else 1)
         problem = _mismatch(edition, bundle.manifest.toolchain, capability, version=not tells)
         if tells and not problem:
-            problem = _told(edition, bundle.manifest.toolchain, runtime, capability, header)
+            problem = _told(edition, bundle.manifest.toolchain, runtime=runtime, capability=capability, header=header)
         if problem:
             details, hint = problem
             raise HimapError(f"{edition.title} cannot run {path} here", one_line(details), hint, Exit.MISSING)

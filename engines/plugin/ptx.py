@@ -88,7 +88,9 @@ def compile_gather(shape: GatherShape) -> GatherKernel:
         compiled = triton.compile(source, GPUTarget("cuda", TARGET, 32), options)
     metadata = compiled.metadata
     ptx = without_hidden_parameters(compiled.asm["ptx"], len(POINTERS))
-    return GatherKernel(metadata.name, ptx, plan.grid, (32 * metadata.num_warps, 1, 1), metadata.shared)
+    return GatherKernel(
+        name=metadata.name, ptx=ptx, grid=plan.grid, block=(32 * metadata.num_warps, 1, 1), shared_bytes=metadata.shared
+    )
 
 
 def without_hidden_parameters(ptx: str, count: int) -> str:

@@ -54,7 +54,7 @@ def register() -> None:
         tactic: int,
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
         """The kernel's name, PTX and launch; no scalars between its inputs and outputs: all sizes are compiled in."""
-        kernel = compile_gather(_shape(x, score, position, token_type, keep))
+        kernel = compile_gather(_shape(x, score, position=position, token_type=token_type, keep=keep))
         launch = trtp.KernelLaunchParams(*kernel.grid, *kernel.block, kernel.shared_bytes)
         return kernel.name, kernel.ptx, launch, trtp.SymIntExprs(0)
 
@@ -79,4 +79,4 @@ def _shape(x: Any, score: Any, position: Any, token_type: Any, keep: int) -> Gat
         details = f"x is {list(wide)}, score, position and token_type are {', '.join(str(list(s)) for s in flat)}"
         raise HimapError(f"TensorRT's top-k gather cannot keep {keep} tokens of these inputs", details)
     batch, tokens, hidden = wide
-    return GatherShape(batch, tokens, keep, hidden, dtype)
+    return GatherShape(batch=batch, tokens=tokens, keep=keep, hidden=hidden, dtype=dtype)

@@ -97,7 +97,13 @@ def _creator() -> Any:
 def _kernel(stored: dict[str, Any]) -> GatherKernel:
     name, ptx = (bytes(stored[field].astype(np.uint8)).decode() for field in ("name", "ptx"))
     sizes = [int(n) for n in stored["launch"]]
-    return GatherKernel(name, ptx, (sizes[0], sizes[1], sizes[2]), (sizes[3], sizes[4], sizes[5]), sizes[6])
+    return GatherKernel(
+        name=name,
+        ptx=ptx,
+        grid=(sizes[0], sizes[1], sizes[2]),
+        block=(sizes[3], sizes[4], sizes[5]),
+        shared_bytes=sizes[6],
+    )
 
 
 def _stored(keep: int, kernel: GatherKernel) -> dict[str, npt.NDArray[Any]]:
@@ -156,7 +162,9 @@ class _Gather:
         """Sizes are static, so the kernel is compiled here, once, for exactly them."""
         batch, tokens, hidden = (int(n) for n in inputs[0].desc.dims)
         dtype = _DTYPES[inputs[0].desc.type.name]
-        self.kernel = compile_gather(GatherShape(batch, tokens, self.keep, hidden, dtype))
+        self.kernel = compile_gather(
+            GatherShape(batch=batch, tokens=tokens, keep=self.keep, hidden=hidden, dtype=dtype)
+        )
 
     def get_fields_to_serialize(self) -> Any:
         self.stored = _stored(self.keep, self.kernel) if self.kernel else {}

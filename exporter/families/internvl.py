@@ -82,7 +82,9 @@ class InternVl(Family[schemas.InternVl]):
         if not 1 <= tiles <= most:
             details = f"a tile is {side**2} of the model's {positions} positions: 1 to {most}"
             raise HimapError(f"{tiles} tiles do not fit", details, code=Exit.USAGE)
-        return VisionSpec(size, tower.num_channels, tiles * side**2, (side, side), tiles)
+        return VisionSpec(
+            size=size, channels=tower.num_channels, tokens=tiles * side**2, grid=(side, side), tiles=tiles
+        )
 
     def prompt(self) -> PromptRules:
         return PromptRules(

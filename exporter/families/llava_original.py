@@ -77,10 +77,22 @@ class LlavaOriginal(Family[schemas.LlavaOriginal]):
         if tower := self.intern:
             # Trained at 224 px; its authors' CLIPVisionTower chooses by the tower's name.
             side = 448 if "448" in (self.tower() or "") else 336
-            return _Sizes(side, tower.patch_size, tower.hidden_size, tower.num_hidden_layers, tower.num_channels)
+            return _Sizes(
+                side=side,
+                patch=tower.patch_size,
+                width=tower.hidden_size,
+                depth=tower.num_hidden_layers,
+                channels=tower.num_channels,
+            )
         clip = self.clip
         require_tower(clip.hidden_size, clip.num_attention_heads, clip.hidden_act)
-        return _Sizes(clip.image_size, clip.patch_size, clip.hidden_size, clip.num_hidden_layers, clip.num_channels)
+        return _Sizes(
+            side=clip.image_size,
+            patch=clip.patch_size,
+            width=clip.hidden_size,
+            depth=clip.num_hidden_layers,
+            channels=clip.num_channels,
+        )
 
     @cached_property
     def clip(self) -> "CLIPVisionConfig":

@@ -80,7 +80,9 @@ class Qwen25Vl(qwen_vision.QwenFamily[schemas.Qwen25Vl]):
                 x = qwen_vision.embed(visual.patch_embed.proj, pixel_values, self.patches)
                 for i, block in enumerate(visual.blocks):
                     groups = whole if i in tower.fullatt_block_indexes else windows
-                    x = x + qwen_vision.attend(block.attn, norm(x, block.norm1), self.cos, self.sin, groups)
+                    x = x + qwen_vision.attend(
+                        block.attn, norm(x, block.norm1), cos=self.cos, sin=self.sin, groups=groups
+                    )
                     x = x + block.mlp(norm(x, block.norm2))
                 merged = norm(x, visual.merger.ln_q).reshape(x.shape[0], spec.tokens, -1)
                 features: torch.Tensor = visual.merger.mlp(merged)[:, self.reading_order]

@@ -98,7 +98,7 @@ class Qwen3Vl(qwen_vision.QwenFamily[schemas.Qwen3Vl]):
                 x = x + (visual.pos_embed(self.taps) * self.tap_weights).sum(1).to(dtype)  # summed in fp32
                 deepstack = []
                 for i, block in enumerate(visual.blocks):
-                    x = x + qwen_vision.attend(block.attn, block.norm1(x), self.cos, self.sin, whole)
+                    x = x + qwen_vision.attend(block.attn, block.norm1(x), cos=self.cos, sin=self.sin, groups=whole)
                     x = x + block.mlp(block.norm2(x))
                     if i in layers:
                         deepstack.append(visual.deepstack_merger_list[layers.index(i)](x).reshape(shape))

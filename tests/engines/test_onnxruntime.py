@@ -47,7 +47,7 @@ def test_sessions_refuse_memory_that_a_value_owns() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate provider")  # the CPU's, which plays both
-@pytest.mark.parametrize("form", [(), ("--weights", "embedded")])
+@pytest.mark.parametrize("form", [(), ("--weight-form", "embedded")])
 def test_device_tensors_and_weights_give_the_same_answers(work: Workshop, gpu: None, form: tuple[str, ...]) -> None:
     bundle, inputs = work.bundle("gqa2", *form, cuts=CUTS), make_inputs(work.tiny("gqa2"), [9], [5])
     pipelines = [

@@ -75,7 +75,7 @@ def test_every_option_is_offered() -> None:
         "--r1 .50 --r2 1e-1 --k1 2 --k2 007",
         "--text-budget 24 48 96 --align 64 --batch 2",
         "--plan qa --plan caption --backend onnxruntime --backend tensorrt-rtx --gather plugin",
-        "--weights embedded --dtype fp16 --overwrite --json",
+        "--weight-form embedded --dtype fp16 --overwrite --json",
         "--engines-only --revision main --task caption",
         "--hard-link --max-new-tokens 8",
     ],

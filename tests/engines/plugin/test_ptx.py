@@ -90,7 +90,7 @@ def test_what_the_launch_is_told(shape: GatherShape) -> None:
 
 
 def test_parameters_are_the_kernels() -> None:
-    """In its order, which test_plugin_kernel.py proves; sizes follow, and none is left to run time."""
+    """In its order, which test_kernel.py proves; sizes follow, and none is left to run time."""
     from himap_export.engines.plugin.kernel import top_k_gather
 
     assert top_k_gather.arg_names == [*POINTERS, *tiling(LLAVA).constants]
