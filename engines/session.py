@@ -212,10 +212,11 @@ class Session:
                     piece = spoken.push(int(tokens[0])) if tokens[0] not in stop else ""
                     piece = piece if text else piece.lstrip()  # the space that tokenizers put before a word
                     text += piece
-                    yield piece
-                rest = spoken.finish()
-                text += rest
-                yield rest
+                    if piece:
+                        yield piece
+                if rest := spoken.finish():
+                    text += rest
+                    yield rest
             return drawn.answer(request, text)
         finally:
             self._busy.release()

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,39 +102,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _export(args: argparse.Namespace, argv: list[str]) -> None:
-    from himap_export.exporter.planning import Request, plan_export
-    from himap_export.exporter.registry import resolve
+    from himap_export.exporter.api import plan
     from himap_export.exporter.report import plan_json, plan_table
     from himap_export.exporter.target import settle_target
 
-    request = Request(
-        task=args.task,
-        policies=tuple(args.policy),
-        k1=args.k1,
-        k2=args.k2,
-        r1=args.r1,
-        r2=args.r2,
-        keep=args.keep,
-        plans=tuple(args.plan),
-        image_sizes=tuple(args.image_size),
-        tiles=args.tiles,
-        text_budgets=tuple(args.text_budget),
-        max_new_tokens=args.max_new_tokens,
-        batch=args.batch,
-        align=args.align,
-        dtype=args.dtype,
-        backends=tuple(dict.fromkeys(args.backend or ("onnxruntime",))),
-        gather=args.gather,
-        weight_form="absent" if args.engines_only else args.weight_form,
-        hard_link=args.hard_link,
-        allow_overflow=args.allow_overflow,
-    )
     out = None if args.dry_run else settle_target(args.out, args.overwrite)
-    weights = not (args.dry_run or args.engines_only)
-    model = resolve(
-        args.model, args.revision, weights=weights, checkpoint=args.checkpoint, vision_tower=args.vision_tower
-    )
-    planned = plan_export(model, request)
+    planned = plan(
+        args.model, weights=not (args.dry_run or args.engines_only), task=args.task, plan=args.plan, policy=args.policy,
+        k1=args.k1, k2=args.k2, r1=args.r1, r2=args.r2, keep=args.keep, text_budget=args.text_budget,
+        max_new_tokens=args.max_new_tokens, batch=args.batch, align=args.align, image_size=args.image_size,
+        tiles=args.tiles, backend=args.backend or "onnxruntime", dtype=args.dtype, gather=args.gather,
+        weight_form="absent" if args.engines_only else args.weight_form, hard_link=args.hard_link,
+        allow_overflow=args.allow_overflow, revision=args.revision, checkpoint=args.checkpoint,
+        vision_tower=args.vision_tower,
+    )  # fmt: skip
     if not args.json:
         print(plan_table(planned))
     if planned.dtype == "fp16" and "onnxruntime" in planned.asked.backends:
@@ -146,12 +128,10 @@ def _export(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _build(planned: "Planned", out: Path, args: argparse.Namespace, argv: list[str]) -> dict[str, object]:
-    from himap_export.exporter.export import export
+    from himap_export.exporter.api import build
 
-    def progress(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    manifest = export(planned, out, command=("himap-export", *argv), overwrite=args.overwrite, progress=progress)
+    say = partial(print, file=sys.stderr, flush=True)
+    manifest = build(planned, out, command=("himap-export", *argv), overwrite=args.overwrite, progress=say).manifest
     if not args.json:
         weights = " --weights CHECKPOINT" if manifest.weight_form == "absent" else ""
         print(f"\nsha256: {manifest.digest}   pin it with: himap-run --expect-sha256")

@@ -11,7 +11,7 @@ from himap_export.engines.documents import typed
 from himap_export.engines.image import MAX_PIXELS, MAX_SIDE
 from himap_export.engines.manifest import WeightForm
 from himap_export.exporter.family import ImageOptions, PromptRules, VisionSpec, require
-from himap_export.exporter.plans import KEYS, flag_plans, named_plans
+from himap_export.exporter.plans import KEYS, Source, flag_plans, named_plans
 from himap_export.exporter.registry import Model
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.flops import StageCost, paper_ratio, stage_costs, true_ratio
@@ -25,10 +25,10 @@ MOST_VARIANTS = 256  # each has graphs of its own, seconds to build
 
 @dataclass(frozen=True)
 class Request:
-    """The command's arguments; None where the user left the choice to us. `image_sizes` are (height, width).
+    """What an export is asked for; None where the user left the choice to us. `image_sizes` are (height, width).
 
-    `plans` holds names of the authors' tasks and TOML files; empty: each of `policies` (none named: himap), the
-    `task`'s cuts changed by `k1`, `k2`, `r1`, `r2`, `keep`.
+    `plans` holds names of the authors' tasks, TOML files, plans and plans by name; empty: each of `policies` (none
+    named: himap), the `task`'s cuts changed by `k1`, `k2`, `r1`, `r2`, `keep`.
     """
 
     task: str = "qa"
@@ -38,7 +38,7 @@ class Request:
     r1: float | None = None
     r2: float | None = None
     keep: int | None = None
-    plans: tuple[str, ...] = ()
+    plans: tuple[Source, ...] = ()
     image_sizes: tuple[tuple[int, int], ...] = ()
     tiles: int | None = None
     text_budgets: tuple[int, ...] = (192,)

@@ -14,6 +14,8 @@ from himap_export.graphs.errors import Exit, HimapError, suggestion
 from himap_export.graphs.plan import POLICIES, TASKS, Cut, PruningPlan, Tokens
 
 Values = Mapping[str, Any]  # k1, k2, r1, r2, keep, as far as they were given
+Source = str | Path | PruningPlan | Mapping[str, PruningPlan]  # of TASKS; a TOML file; a plan; plans by name
+NAME = re.compile(r"[\w-]{1,64}")
 KEYS = ("k1", "k2", "r1", "r2", "keep")
 FASTV = PruningPlan((Cut(2, "last", 0.5),))  # its authors' own K and R
 MOST_PLANS = 64  # in one file: each is a variant of the bundle, with graphs of its own
@@ -60,14 +62,30 @@ def flag_plans(policies: Sequence[str], task: str, values: Values) -> dict[str, 
     return found
 
 
-def named_plans(sources: Sequence[str]) -> dict[str, PruningPlan]:
-    """Every plan by its name, in the order asked for; a source is one of TASKS or a TOML file."""
+def named_plans(sources: Sequence[Source]) -> dict[str, PruningPlan]:
+    """Returns every plan by its name, in the order asked for. HimapError (usage) for a name that is taken, or cannot be
+    part of a file's."""
     found: dict[str, PruningPlan] = {}
     for source in sources:
-        for name, plan in {source: TASKS[source]}.items() if source in TASKS else _read(Path(source)):
+        for name, plan in _plans_of(source):
             if found.setdefault(name, plan) != plan:
                 raise HimapError(f"two plans are named {name}", hint="rename one", code=Exit.USAGE)
     return found
+
+
+def _plans_of(source: Source) -> Iterator[tuple[str, PruningPlan]]:
+    if isinstance(source, PruningPlan):
+        yield "custom", source
+    elif isinstance(source, Mapping):
+        for name, plan in source.items():
+            if not NAME.fullmatch(name):
+                hint = "up to 64 letters, digits, - and _"
+                raise HimapError(f"{name[:80]!r} is no name for a plan", hint=hint, code=Exit.USAGE)
+            yield name, plan
+    elif str(source) in TASKS:
+        yield str(source), TASKS[str(source)]
+    else:
+        yield from _read(Path(source))
 
 
 def _default(policy: str, task: str) -> PruningPlan | None:
@@ -117,7 +135,7 @@ def _read(file: Path) -> Iterator[tuple[str, PruningPlan]]:
     if len(tables) > MOST_PLANS:
         raise HimapError(f"{file} holds {len(tables)} plans", f"at most {MOST_PLANS} are read", code=Exit.USAGE)
     for name, table in tables.items():
-        if not re.fullmatch(r"[\w-]{1,64}", name) or not isinstance(table, dict):
+        if not NAME.fullmatch(name) or not isinstance(table, dict):
             hint = "one table each, named with up to 64 letters, digits, - and _"
             raise HimapError(f"{file}: {name[:80]} is not a plan", hint=hint, code=Exit.USAGE)
         yield name, _plan(f"{file}: plan {name}", table)
