@@ -15,7 +15,7 @@ EXTRAS = {
     "polygraphy": "polygraphy",
     "optimum": "optimum",
     "shtab": "completion",
-} | dict.fromkeys(("matplotlib", "altair", "jinja2", "vl_convert"), "report")
+} | dict.fromkeys(("altair", "jinja2", "vl_convert"), "report")
 EXTRAS |= dict.fromkeys(
     ("huggingface_hub", "onnx", "onnx_ir", "onnxscript", "safetensors", "tiktoken", "torch", "tqdm", "transformers"),
     "export",

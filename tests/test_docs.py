@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 from commands import MAIN, call
@@ -50,7 +51,10 @@ class Block:
 
 def blocks(page: Path) -> list[Block]:
     """The fenced blocks of `page`, in order; what stands in a `text` block right behind one is its output."""
-    found = re.findall(r"^```([^\n]*)\n(.*?)^```\n(?=\n?(?:```text\n(.*?)^```)?)", page.read_text(), re.S | re.M)
+    text = re.sub(
+        r"^    ```.*?^    ```$", lambda item: dedent(item[0]), page.read_text(), flags=re.S | re.M
+    )  # in lists
+    found = re.findall(r"^```([^\n]*)\n(.*?)^```\n(?=\n?(?:```text\n(.*?)^```)?)", text, re.S | re.M)
     return [Block(head.split()[0] if head.split() else "", text, shown) for head, text, shown in found]
 
 

@@ -33,6 +33,7 @@ def test_every_extra_is_one_of_the_package() -> None:
         ("himap-validate", ("BUNDLE", "--no-speed"), TRANSFORMERS, "export"),
         ("himap-validate", ("BUNDLE", "--no-speed"), {"onnxruntime"}, "onnxruntime"),
         ("himap-analyze", ("shapes", "--dataset", DATA, "--out", "OUT"), TRANSFORMERS, "export"),
+        ("himap-analyze", ("shapes", "--dataset", DATA, "--out", "OUT"), {"altair"}, "report"),
         ("himap-analyze", ("shapes", "--dataset", DATA, "--out", "OUT"), {"torch"}, "export"),
         ("himap-tune", ("shapes", "--dataset", DATA, "--out", "OUT"), TRANSFORMERS, "export"),
         ("himap-tune", ("shapes", "--dataset", DATA, "--out", "OUT", "--no-time"), {"torch"}, "export"),

@@ -251,4 +251,5 @@ except HimapError as problem:
 """
     done = blocked_python(code, [library])
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"a report needs {library} (pip install 'himap-export[report]') 4\n"
+    hint = "pip install 'himap-export[report]'; in a checkout: pip install -e '.[report]'"
+    assert done.stdout == f"a report needs {library} ({hint}) 4\n"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from himap_export.engines.extras import how_to_install
 from himap_export.engines.files import check_report, write_file
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.report.theme import COLOURS, chart_config
@@ -126,7 +127,7 @@ def check_libraries() -> None:
         import jinja2  # noqa: F401
         import vl_convert  # noqa: F401
     except ImportError as missing:
-        hint = "pip install 'himap-export[report]'"
+        hint = how_to_install("report")
         raise HimapError(f"a report needs {missing.name}", hint=hint, code=Exit.MISSING) from None
 
 
