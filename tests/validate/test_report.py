@@ -165,6 +165,25 @@ def test_report_is_written_with_its_parts(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == names
 
 
+def test_where_charts_cannot_be_drawn_the_numbers_are_kept(tmp_path: Path) -> None:
+    """The engine of Vega ends a process that may not reserve its addresses, so it is not asked to."""
+    code = f"""
+import resource
+from pathlib import Path
+from himap_export.graphs.errors import HimapError
+from himap_export.validate.report import charts, page
+resource.setrlimit(resource.RLIMIT_AS, (16 * 10**9, 16 * 10**9))
+bars = charts.bars("a", "t", "", [charts.Datum("s", "x", 1.0)], "x", "y")
+try:
+    page.write_report(Path({str(tmp_path)!r}), page.Page("t", "s", (page.Section("f", (bars,)),)), {{"a": 1}})
+except HimapError as problem:
+    print(problem, int(problem.code))
+"""
+    done = blocked_python(code, [])
+    assert done.returncode == 0 and "(lift the limit: ulimit -v unlimited) 4\n" in done.stdout, done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
 def test_report_overwrites_its_own_files_only(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "flow.png").write_text("old")

@@ -15,6 +15,9 @@ from himap_export.validate.report.theme import SERIES
 Value = float | None
 SHAPES = ("circle", "square", "diamond", "cross", "triangle-up", "triangle-down", "triangle-left", "triangle-right")
 DASHES = ([1, 0], [5, 2], [2, 2], [7, 2, 2, 2], [3, 1, 1, 1, 1, 1])  # with 8 colours: 40 series, no two alike
+# Pixels between a chart's axes. `width` itself changes while Vega lays out a chart, which then cuts off what grew; here
+# it only says that the window has changed.
+ROOM = "((containerSize()[0] || width) - 60 + 0 * width)"
 FADED = tuple(level for level in (1.0, 0.6, 0.35) for _ in SERIES)  # of bars, whose colours come again
 
 
@@ -62,7 +65,7 @@ def bars(name: str, title: str, how: str, data: Sequence[Datum], x_label: str, y
 
     names, groups = [d.series for d in data], list(dict.fromkeys(str(d.x) for d in data))
     longest = 7 * max(map(len, groups), default=0)  # pixels, about
-    slanted = alt.ExprRef(f"width / {len(groups) or 1} < {longest} ? -35 : 0")
+    slanted = alt.ExprRef(f"{ROOM} / {len(groups) or 1} < {longest} ? -35 : 0")
     base = _chart(data).encode(
         alt.X("x:N", sort=groups, title=None, axis=alt.Axis(labelAngle=slanted)),
         xOffset=alt.XOffset("series:N", sort=list(dict.fromkeys(names)), scale=alt.Scale(paddingInner=0.12)),
@@ -114,7 +117,7 @@ def _key(names: Sequence[str], looks: Sequence[Any] = (), **legend: Any) -> dict
     domain = list(dict.fromkeys(names))
     scale: dict[str, Any] = {"type": "ordinal", "range": list(islice(cycle(looks), len(domain)))} if looks else {}
     entry = 40 + 7 * max(map(len, domain), default=0)  # pixels; the legend has as many columns as the window allows
-    columns = alt.ExprRef(f"max(1, floor(width / {entry}))")
+    columns = alt.ExprRef(f"max(1, floor({ROOM} / {entry}))")
     return {"scale": alt.Scale(domain=domain, **scale), "legend": alt.Legend(columns=columns, **legend)}
 
 

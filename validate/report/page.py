@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import resource
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from himap_export.engines.files import check_report, write_file
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.report.theme import COLOURS, chart_config
 
+ADDRESSES = 80 * 10**9  # bytes that the engine of Vega reserves, though it uses few; refused them, it aborts
 PNG_WIDTH = 824  # pixels of a chart, before they are doubled
 # Draws every chart in place of its PNG, in colours that are the page's variables: they follow light, dark and paper.
 DRAW = """
@@ -79,10 +81,8 @@ class Figure:
     @cached_property
     def png(self) -> bytes:
         """The chart with its title on white paper, at twice its size."""
-        import vl_convert
-
         spec = self.spec | {"title": self.title, "width": PNG_WIDTH, "padding": 12}
-        drawn = vl_convert.vegalite_to_png(spec, scale=2, config=chart_config(variables=False))
+        drawn = _vega().vegalite_to_png(spec, scale=2, config=chart_config(variables=False))
         return png(Image.open(io.BytesIO(drawn)).convert("RGB"), 2 * PNG_WIDTH)
 
 
@@ -166,15 +166,15 @@ def write_report(folder: Path, page: Page, data: Mapping[str, Any], name: str = 
                 raise HimapError(f"a figure cannot be named {image.name!r}", details, code=Exit.USAGE)
             images[f"{image.name}.png"] = image
     check_report(folder, (f"{name}.json", *images, f"{name}.html"))
-    text = json.dumps(finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    files = {f"{name}.json": text.encode(), **{file: image.png for file, image in images.items()}}
-    files[f"{name}.html"] = render(page, text).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise HimapError(f"cannot write a report to {folder}", problem.strerror or str(problem)) from None
-    for file, content in files.items():
-        write_file(folder / file, methodcaller("write", content))
+    text = json.dumps(finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_file(folder / f"{name}.json", methodcaller("write", text.encode()))  # first: whatever a chart meets
+    for file, image in images.items():
+        write_file(folder / file, methodcaller("write", image.png))
+    write_file(folder / f"{name}.html", methodcaller("write", render(page, text).encode()))
     return folder / f"{name}.html"
 
 
@@ -217,12 +217,25 @@ def _prose(text: str) -> str:
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
+def _vega() -> Any:
+    """Returns the library that draws and bundles. HimapError (Exit.MISSING) where this process may not reserve the
+    addresses that it needs."""
+    import vl_convert
+
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY and most < ADDRESSES:
+        details = f"they need {ADDRESSES // 10**9} GB of addresses, of which few are used; {most / 1e9:.0f} are allowed"
+        raise HimapError(
+            "a report's charts cannot be drawn", details, "lift the limit: ulimit -v unlimited", Exit.MISSING
+        )
+    return vl_convert
+
+
 @cache
 def _script() -> tuple[str, str]:
     """Returns Vega, Vega-Lite, Vega-Embed and DRAW as one script, and its sha256, by which the page's policy lets it
     run."""
-    import vl_convert
     from markupsafe import Markup
 
-    script = Markup(vl_convert.javascript_bundle(DRAW))
+    script = Markup(_vega().javascript_bundle(DRAW))
     return script, b64encode(sha256(script.encode()).digest()).decode()
