@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from himap_export.graphs.plan import PruningPlan, TokenBudget, himap
-from himap_export.graphs.ports import GraphPorts, Place, Port, chain_problems, graph_problems
+from himap_export.graphs.ports import GraphPorts, Place, Port, WeightRef, chain_problems, graph_problems
 from himap_export.graphs.spec import DecoderSpec
 from himap_export.graphs.stages import StagedModel
 
@@ -24,7 +24,7 @@ Chain = dict[str, GraphPorts]
 
 def chain(plan: PruningPlan = PLAN) -> Chain:
     budget = TokenBudget(plan.kept(V), 4, 2)
-    graphs = StagedModel(SPEC, plan, budget, "fp32", lambda role: role).graphs()
+    graphs = StagedModel(SPEC, plan, budget, "fp32", WeightRef).graphs()
     return {"vision": VISION} | {graph.name: graph.ports for graph in graphs}
 
 
@@ -39,7 +39,7 @@ def test_what_the_builder_makes_keeps_its_promises(plan: PruningPlan) -> None:
 
 
 def test_ports_are_declared_as_the_graph_has_them() -> None:
-    for graph in StagedModel(SPEC, PLAN, TokenBudget((V, 8, 4), 4, 2), "fp16", lambda r: r).graphs():
+    for graph in StagedModel(SPEC, PLAN, TokenBudget((V, 8, 4), 4, 2), "fp16", WeightRef).graphs():
         given = {v.name: v for v in graph.model.graph.inputs if v.name not in graph.weights}
         for values, ports in (
             (given, graph.ports.inputs),
