@@ -96,7 +96,7 @@ class Bundle:
         """Those of `tensors` that a graph of the bundle reads; HimapError if one is not what the manifest says."""
         wanted = self.manifest.wanted()
         for name, spec in wanted.items() if self.manifest.weight_form == "shared" else ():
-            if problem := _misfit(name, find_tensor(self.tensors, name), spec):
+            if problem := _misfit(name, find_tensor(self.tensors, name, spec.rows), spec):
                 hint = "copy or export the bundle again"
                 raise HimapError(f"the weights of {self.folder} are not its manifest's", problem, hint)
         return find_tensors(self.tensors, wanted)
@@ -113,8 +113,8 @@ class Bundle:
             raise HimapError(f"{self.folder} has its own weights", hint="leave --weights out", code=Exit.USAGE)
         stored = stored_tensors(folders, Exit.USAGE)
         wanted = self.manifest.wanted()
-        problems = [p for name, spec in wanted.items() if (p := _misfit(name, find_tensor(stored, name), spec))]
-        if problems:
+        problems = [_misfit(name, find_tensor(stored, name, spec.rows), spec) for name, spec in wanted.items()]
+        if problems := [problem for problem in problems if problem]:
             more = f"; {len(problems) - 1} more of {len(wanted)} do not fit" if len(problems) > 1 else ""
             hint, named = f"the engines were made for {self.manifest.model.source}", " and ".join(map(str, folders))
             raise HimapError(f"{named} does not hold this bundle's weights", problems[0] + more, hint, Exit.USAGE)

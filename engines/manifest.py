@@ -20,7 +20,7 @@ from himap_export.engines.layout import Grid, ImageTokens
 from himap_export.engines.prompt import PromptFormat
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.plan import PruningPlan, TokenBudget, Tokens
-from himap_export.graphs.ports import GraphPorts, Port, Size, TensorSpec, chain_problems, graph_problems
+from himap_export.graphs.ports import GraphPorts, Port, Size, WeightSpec, chain_problems, graph_problems
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
 SCHEMA = 5
@@ -41,7 +41,7 @@ class GraphRecord(Struct, frozen=True, forbid_unknown_fields=True):
     file: str
     inputs: Mapping[Name, Port]
     outputs: Mapping[Name, Port]
-    weights: Mapping[Name, TensorSpec]
+    weights: Mapping[Name, WeightSpec]
 
     @property
     def ports(self) -> GraphPorts:
@@ -126,8 +126,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     files: Mapping[Name, FileRecord] = {}  # msgspec copies it
     digest: str = ""
 
-    def wanted(self) -> dict[str, TensorSpec]:
-        """Every weight that a graph reads, by its checkpoint name."""
+    def wanted(self) -> dict[str, WeightSpec]:
+        """Every weight that a graph reads, by name."""
         return {name: spec for graph in self.graphs.values() for name, spec in graph.weights.items()}
 
     def paths(self) -> Iterator[str]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from himap_export.engines.documents import MEGABYTE, open_file, parse_json, typed
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import Rows, WeightSpec
 
 # safetensors' names of element types, and ours of those that a graph knows; the others keep theirs.
 _OURS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "I64": "int64", "I32": "int32", "BOOL": "bool"}
@@ -106,41 +107,28 @@ def _bits(dtype: str) -> int:
     return int(found[0]) if found else 8  # BOOL
 
 
-_ROWS = re.compile(r"(?P<name>.+)\[(?P<start>\d{1,12}):(?P<stop>\d{1,12})\]", re.ASCII | re.DOTALL)
-
-
-def base_name(name: str) -> str:
-    """The stored tensor that "NAME[a:b]" takes rows of; any other name is its own."""
-    found = _ROWS.fullmatch(name)
-    return found["name"] if found else name
-
-
-def find_tensor(stored: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:
-    """The tensor `name` of `stored`; "NAME[a:b]" is rows a to b of NAME, which lie in one piece. None if absent."""
-    if name in stored:
-        return stored[name]
-    found = _ROWS.fullmatch(name)
-    whole = stored.get(found["name"]) if found else None
-    if found is None or whole is None:
-        return None
+def find_tensor(stored: Mapping[str, StoredTensor], name: str, rows: Rows | None = None) -> StoredTensor | None:
+    """The tensor `name` of `stored`, else as many `rows` of another as that one has, which lie in one piece. None if
+    absent."""
+    whole = stored.get(rows.tensor) if rows is not None else None
+    if name in stored or rows is None or whole is None:
+        return stored.get(name)
     if not whole.shape:  # it has no rows: a shape that does not fit
         return replace(whole, name=name)
-    start, stop = int(found["start"]), int(found["stop"])
     row = whole.nbytes // whole.shape[0] if whole.shape[0] else 0
-    rows = max(0, min(stop, whole.shape[0]) - start)  # a tensor that is too short shows as a shape that does not fit
-    return StoredTensor(
+    count = max(0, min(rows.stop, whole.shape[0]) - rows.start)  # of a tensor too short: a shape that does not fit
+    return replace(
+        whole,
         name=name,
-        file=whole.file,
-        dtype=whole.dtype,
-        shape=(rows, *whole.shape[1:]),
-        offset=whole.offset + start * row,
-        nbytes=rows * row,
+        shape=(count, *whole.shape[1:]),
+        offset=whole.offset + rows.start * row,
+        nbytes=count * row,
     )
 
 
-def find_tensors(stored: Mapping[str, StoredTensor], names: Iterable[str]) -> dict[str, StoredTensor]:
-    """Those of `names` that `find_tensor` finds, in their order."""
-    found = ((name, find_tensor(stored, name)) for name in dict.fromkeys(names))
+def find_tensors(stored: Mapping[str, StoredTensor], wanted: Mapping[str, WeightSpec]) -> dict[str, StoredTensor]:
+    """Those of the weights `wanted` that `find_tensor` finds, in their order."""
+    found = ((name, find_tensor(stored, name, spec.rows)) for name, spec in wanted.items())
     return {name: t for name, t in found if t is not None}
 
 

@@ -4,9 +4,12 @@ from collections.abc import Callable, Container, Iterator, Mapping
 
 import onnx_ir as ir
 
-from himap_export.engines.weight_file import StoredTensor, base_name, check_float, find_tensor
+from himap_export.engines.weight_file import StoredTensor, check_float, find_tensor
 from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import Rows, WeightRef
+
+RowsOf = Callable[[str], tuple[int, int] | None]  # of a role
 
 
 class WeightNames:
@@ -15,18 +18,24 @@ class WeightNames:
     If none of its `names` are known, to those of the published checkpoints: the first candidate.
     """
 
-    def __init__(self, names: Container[str], candidates: Callable[[str], Iterator[str]], tied: bool) -> None:
-        self._names, self._candidates, self._tied = names, candidates, tied
+    def __init__(
+        self, names: Container[str], candidates: Callable[[str], Iterator[str]], tied: bool, rows: RowsOf
+    ) -> None:
+        self._names, self._candidates, self._tied, self._rows = names, candidates, tied, rows
 
-    def __call__(self, role: str) -> str:
-        """The name under which the checkpoint stores `role`; HimapError if it does not."""
+    def __call__(self, role: str) -> WeightRef:
+        """The weight as which the checkpoint stores `role`; HimapError if it does not."""
+        name, rows = self._name(role), self._rows(role)
+        return WeightRef(name) if rows is None else WeightRef(f"{name}[{rows[0]}:{rows[1]}]", Rows(name, *rows))
+
+    def _name(self, role: str) -> str:
         if not self._names:
             return next(self._candidates("embed_tokens.weight" if self._is_tied(role) else role))
         for name in self._candidates(role):
-            if base_name(name) in self._names:
+            if name in self._names:
                 return name
         if self._is_tied(role):
-            return self("embed_tokens.weight")
+            return self._name("embed_tokens.weight")
         tried = ", ".join(self._candidates(role))
         hint = "is this the checkpoint that config.json describes?"
         raise HimapError(f"the checkpoint holds no tensor {role}", f"looked for {tried}", hint, Exit.MISSING)
@@ -35,10 +44,12 @@ class WeightNames:
         return role == "lm_head.weight" and self._tied
 
 
-def fitting(tensors: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...]) -> StoredTensor:
+def fitting(
+    tensors: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...], rows: Rows | None = None
+) -> StoredTensor:
     """The tensor `name`, which `WeightNames` has found; HimapError (usage) if it is of no type that a weight may have,
     or its shape is not the configuration's."""
-    stored = find_tensor(tensors, name)
+    stored = find_tensor(tensors, name, rows)
     assert stored is not None, name
     check_float(stored)
     if stored.shape != shape:
@@ -58,11 +69,11 @@ def bind(graph: StageGraph, tensors: Mapping[str, StoredTensor], location: Calla
     g = graph.model.graph
     for value in [v for v in g.inputs if v.name in graph.weights]:
         assert value.name is not None and value.dtype is not None
-        shape = graph.weights[value.name]
-        stored = fitting(tensors, value.name, shape)
+        spec = graph.weights[value.name]
+        stored = fitting(tensors, value.name, spec.shape, spec.rows)
         value.const_value = ir.ExternalTensor(
             location(stored), stored.offset, stored.nbytes, value.dtype,
-            shape=ir.Shape(shape), name=stored.name, base_dir="",
+            shape=ir.Shape(spec.shape), name=stored.name, base_dir="",
         )  # fmt: skip
         g.register_initializer(value)
     return graph.model

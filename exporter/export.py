@@ -37,7 +37,7 @@ from himap_export.exporter.store import store_weights, write_weights
 from himap_export.exporter.target import settle_target, work_folder
 from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import HimapError
-from himap_export.graphs.ports import TensorSpec
+from himap_export.graphs.ports import WeightRef
 from himap_export.graphs.stages import StagedModel
 
 _TOOLS = ("himap-export", "numpy", "onnx", "onnx-ir", "onnxscript", "torch", "transformers", "tokenizers", "pillow")
@@ -100,14 +100,13 @@ class Export:
         p = self.planned
         for name, graph in self.graphs.items():
             onnx.checker.check_model(ir.to_proto(graph.model), full_check=True)
-            weights = {weight: TensorSpec(p.dtype, shape) for weight, shape in graph.weights.items()}
-            self.records[name] = GraphRecord(f"{name}.onnx", *graph.ports, weights)
+            self.records[name] = GraphRecord(f"{name}.onnx", *graph.ports, graph.weights)
         if p.asked.weight_form == "absent":
             for name, graph in self.graphs.items():
                 self._write(name, graph.model)
             return "none: engines take them as inputs"
-        wanted = {name: shape for graph in self.graphs.values() for name, shape in graph.weights.items()}
-        used = {name: fitting(self.checkpoint.tensors, name, shape) for name, shape in wanted.items()}
+        wanted = {name: spec for graph in self.graphs.values() for name, spec in graph.weights.items()}
+        used = {name: fitting(self.checkpoint.tensors, name, spec.shape, spec.rows) for name, spec in wanted.items()}
         check_finite(used.values())
         folder = self.work / "weights"
         if p.asked.weight_form == "shared":
@@ -197,7 +196,7 @@ def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: boo
         load_backend(name).check(planned.dtype, planned.asked.gather)
     checkpoint = _checkpoint(planned)
     family = planned.model.family
-    names = WeightNames(checkpoint.names, family.names, family.tied)
+    names = WeightNames(checkpoint.names, family.names, family.tied, family.rows)
     _check_weights(planned, checkpoint, names)
     processor = _processor(planned, checkpoint)
     with work_folder(out, overwrite) as work:
@@ -223,17 +222,14 @@ def _check_weights(p: Planned, checkpoint: Checkpoint, names: WeightNames) -> No
     if p.asked.weight_form == "absent":
         return
     v, missing = p.variants[0], list[HimapError]()
-    for role, shape in (
-        StagedModel(spec=p.decoder, plan=v.plan, budget=v.budget, dtype=p.dtype, names=lambda role: role)
-        .decode()
-        .weights.items()
-    ):
+    decode = StagedModel(spec=p.decoder, plan=v.plan, budget=v.budget, dtype=p.dtype, names=WeightRef).decode()
+    for role, spec in decode.weights.items():
         try:
-            name = names(role)
+            name, rows = names(role)
         except HimapError as problem:
             missing.append(problem)
         else:
-            fitting(checkpoint.tensors, name, shape)  # says more about a wrong model than a layer it has not
+            fitting(checkpoint.tensors, name, spec.shape, rows)  # says more about a wrong model than a layer it has not
     if missing:
         raise missing[0]
 

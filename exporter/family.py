@@ -141,13 +141,17 @@ class Family(ABC, Generic[S]):
         """Yields the names under which checkpoints store a tensor, the published checkpoints' first.
 
         `role` is a decoder name as in `graphs` ("layers.0.self_attn.q_proj.weight", "lm_head.weight") or a parameter's
-        name in `module`. A name with `[a:b]` behind it is those rows of a fused tensor.
+        name in `module`.
         """
         if role == "lm_head.weight":
             yield from self.head_names
         else:
             prefixes = self.decoder_prefixes if role.startswith(DECODER_ROLES) else self.vision_prefixes
             yield from (prefix + role for prefix in prefixes)
+
+    def rows(self, role: str) -> tuple[int, int] | None:
+        """Returns which rows (start, stop) of the stored tensor `role` is, where it is fused; None: all of it."""
+        return None
 
     def tokenizer(self, folder: Path) -> bytes | None:
         """Returns tokenizer.json's content for a checkpoint folder that has none; None if it cannot be made."""

@@ -16,7 +16,7 @@ from onnxscript.rewriter import pattern
 from himap_export.exporter.family import Family, VisionSpec
 from himap_export.graphs.build import IR_VERSION, OPSET, StageGraph
 from himap_export.graphs.decoder import Names
-from himap_export.graphs.ports import GraphPorts, Place, Port
+from himap_export.graphs.ports import GraphPorts, Place, Port, WeightSpec
 from himap_export.graphs.spec import Dtype
 
 Array = npt.NDArray[Any]
@@ -44,7 +44,7 @@ def vision_graph(
     model.ir_version, model.producer_name, model.graph.name = IR_VERSION, "himap-export", name
     for output in model.graph.outputs:
         output.shape = ir.Shape([batch, spec.tokens, hidden])
-    weights = _free_weights(model.graph, names, getattr(module, "constants", {}))
+    weights = _free_weights(model.graph, names, getattr(module, "constants", {}), dtype)
     pattern.RewriteRuleSet([_BiasedLinearAsGemm.rule(), _LinearAsGemm.rule()]).apply_to_model(model)
     for node in model.graph:
         node.metadata_props.clear()
@@ -86,9 +86,9 @@ def _gemm(op: OpBuilder, x: ir.Value, w: ir.Value) -> ir.Value:
     return made
 
 
-def _free_weights(graph: ir.Graph, names: Names, constants: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+def _free_weights(graph: ir.Graph, names: Names, constants: Mapping[str, Array], dtype: Dtype) -> dict[str, WeightSpec]:
     """Turns parameters, initializers without storage, into inputs; `constants` are filled in."""
-    weights: dict[str, tuple[int, ...]] = {}
+    weights: dict[str, WeightSpec] = {}
     for name, value in list(graph.initializers.items()):
         assert value.shape is not None
         shape = tuple(int(n) for n in value.shape.numpy())
@@ -97,9 +97,10 @@ def _free_weights(graph: ir.Graph, names: Names, constants: Mapping[str, Array])
             value.const_value = ir.tensor(constants[name].astype(value.dtype.numpy()), name=name)
             continue
         del graph.initializers[name]
-        value.const_value, value.name = None, names(name)
+        value.name, rows = names(name)
+        value.const_value = None
         graph.inputs.append(value)
-        weights[value.name] = shape
+        weights[value.name] = WeightSpec(dtype, shape, rows)
     return weights
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from himap_export.graphs.ports import GraphPorts, Place, Port, PortType
+from himap_export.graphs.ports import GraphPorts, Place, Port, PortType, WeightRef, WeightSpec
 from himap_export.graphs.spec import Dtype
 
 OPSET, IR_VERSION, DOMAIN = 24, 12, "himap"
@@ -20,12 +20,12 @@ IR_DTYPE: dict[PortType, ir.DataType] = {
 
 @dataclass(frozen=True)
 class StageGraph:
-    """An ONNX model, its ports by name, and its other inputs: `weights` maps each weight's name to its shape."""
+    """An ONNX model, its ports by name, and its other inputs, the `weights` by name."""
 
     name: str
     model: ir.Model
     ports: GraphPorts
-    weights: Mapping[str, tuple[int, ...]]
+    weights: Mapping[str, WeightSpec]
 
 
 def dim(value: ir.Value, axis: int) -> int:
@@ -37,7 +37,7 @@ def dim(value: ir.Value, axis: int) -> int:
 
 
 class Frame:
-    """Collects one graph. `op` builds nodes; `weight` names a checkpoint tensor once, however often it is read."""
+    """Collects one graph. `op` builds nodes; `weight` declares a weight once, however often it is read."""
 
     def __init__(self, name: str, dtype: Dtype) -> None:
         self.name, self.dtype, self._own = name, IR_DTYPE[dtype], dtype
@@ -47,7 +47,7 @@ class Frame:
         self._inputs: dict[str, Port] = {}
         self._outputs: dict[str, Port] = {}
         self._weights: dict[str, ir.Value] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._specs: dict[str, WeightSpec] = {}
 
     def input(self, place: Place, shape: tuple[int, ...], dtype: PortType | None = None) -> ir.Value:
         """The graph's input of that place, declared when it is first asked for."""
@@ -77,9 +77,11 @@ class Frame:
         value.shape, value.type = ir.Shape(shape), ir.TensorType(IR_DTYPE[port.dtype])
         self.builder.add_output(value, name)
 
-    def weight(self, name: str, *shape: int) -> ir.Value:
+    def weight(self, ref: WeightRef, *shape: int) -> ir.Value:
+        """The weight's input, declared when it is first asked for."""
+        name, rows = ref
         if name not in self._weights:
-            self._shapes[name] = shape
+            self._specs[name] = WeightSpec(self._own, shape, rows)
             self._weights[name] = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(self.dtype))
         return self._weights[name]
 
@@ -91,4 +93,4 @@ class Frame:
         model = ir.Model(
             self.graph, ir_version=IR_VERSION, producer_name="himap-export", functions=self.builder.functions.values()
         )
-        return StageGraph(self.name, model, GraphPorts(self._inputs, self._outputs), self._shapes)
+        return StageGraph(self.name, model, GraphPorts(self._inputs, self._outputs), self._specs)

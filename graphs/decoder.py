@@ -12,9 +12,10 @@ import numpy as np
 import onnx_ir as ir
 
 from himap_export.graphs.build import Frame, dim
+from himap_export.graphs.ports import WeightRef
 from himap_export.graphs.spec import DecoderSpec
 
-Names = Callable[[str], str]
+Names = Callable[[str], WeightRef]
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,27 @@ class Port(TensorSpec, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
         return Place(self.role, self.layer, self.cut)
 
 
+class Rows(Struct, frozen=True, forbid_unknown_fields=True):
+    """Rows `start` to `stop` of a stored tensor: what is one weight to a graph and a part of a fused one on disk."""
+
+    tensor: Annotated[str, Meta(min_length=1, max_length=500)]
+    start: Size
+    stop: Size
+
+
+class WeightSpec(TensorSpec, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A weight that a graph reads: the stored tensor of its name, or `rows` of another."""
+
+    rows: Rows | None = None
+
+
+class WeightRef(NamedTuple):
+    """What a weight is called in graphs, and which rows of a stored tensor it is, if not the tensor of that name."""
+
+    name: str
+    rows: Rows | None = None
+
+
 class GraphPorts(NamedTuple):
     """What one graph reads and writes, by the names in its ONNX file."""
 

@@ -14,7 +14,7 @@ from tiny import make_inputs
 from himap_export.engines.bundle import open_bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.exporter.cli import main as export_main
-from himap_export.graphs.ports import TensorSpec
+from himap_export.graphs.ports import WeightSpec
 from himap_export.validate.cli import main as validate_main
 from himap_export.validate.reference.criteria import reference_himap
 
@@ -81,7 +81,7 @@ def test_engines_only_are_completed_by_the_checkpoint(work: Workshop, name: str,
 
 def test_the_manifest_lists_every_weight_an_engine_binds(work: Workshop) -> None:
     bundle = open_bundle(work.bundle("gqa2", cuts=CUTS))
-    stored = {name: TensorSpec(t.dtype, t.shape) for name, t in bundle.tensors.items()}
+    stored = {name: WeightSpec(t.dtype, t.shape) for name, t in bundle.tensors.items()}
     for graph in bundle.manifest.graphs.values():
         assert graph.weights and all(stored[name] == spec for name, spec in graph.weights.items())
 
@@ -113,11 +113,11 @@ def test_an_alias_needs_no_network(tmp_path: Path) -> None:
     assert call(export_main, "llava-7b", "--engines-only", "--out", out) == 0
     manifest = open_bundle(out).manifest
     wanted = manifest.graphs["k2"].weights
-    assert wanted["language_model.model.layers.31.mlp.down_proj.weight"] == TensorSpec("fp16", (4096, 11008))
-    assert wanted["language_model.lm_head.weight"] == TensorSpec("fp16", (32064, 4096))
+    assert wanted["language_model.model.layers.31.mlp.down_proj.weight"] == WeightSpec("fp16", (4096, 11008))
+    assert wanted["language_model.lm_head.weight"] == WeightSpec("fp16", (32064, 4096))
     vision = manifest.graphs["vision"].weights
-    assert vision["multi_modal_projector.linear_1.weight"] == TensorSpec("fp16", (4096, 1024))
-    assert vision["vision_tower.vision_model.embeddings.class_embedding"] == TensorSpec("fp16", (1024,))
+    assert vision["multi_modal_projector.linear_1.weight"] == WeightSpec("fp16", (4096, 1024))
+    assert vision["vision_tower.vision_model.embeddings.class_embedding"] == WeightSpec("fp16", (1024,))
     assert manifest.prompt and manifest.tokenizer is None and manifest.model.pad_token == 32001
     assert sum(f.bytes for f in manifest.files.values()) < 10e6
 

@@ -25,7 +25,7 @@ from himap_export.exporter.families import llava
 from himap_export.exporter.family import ImageOptions
 from himap_export.graphs.build import StageGraph
 from himap_export.graphs.plan import PruningPlan, TokenBudget, himap
-from himap_export.graphs.ports import TensorSpec
+from himap_export.graphs.ports import WeightRef
 from himap_export.graphs.spec import DecoderSpec, Dtype
 from himap_export.graphs.stages import StagedModel
 
@@ -35,7 +35,7 @@ LAYERS = {"prefix": 1, "k1": 2, "k2": 1, "decode": 4}
 
 
 def staged(dtype: Dtype, plan: PruningPlan = PRUNED) -> StagedModel:
-    return StagedModel(SPEC, plan, TokenBudget(plan.kept(V), T, NEW), dtype, lambda role: f"model.{role}")
+    return StagedModel(SPEC, plan, TokenBudget(plan.kept(V), T, NEW), dtype, lambda role: WeightRef(f"model.{role}"))
 
 
 def vision(dtype: Dtype) -> StageGraph:
@@ -49,7 +49,7 @@ def vision(dtype: Dtype) -> StageGraph:
     config = {"model_type": "llava", "image_token_index": 95, "text_config": text, "vision_config": tower}
     family = llava.Llava.parse(config)
     spec = family.vision(ImageOptions())
-    return vision_graph("vision", family, spec, batch=1, hidden=SPEC.hidden, dtype=dtype, names=lambda name: name)
+    return vision_graph("vision", family, spec, batch=1, hidden=SPEC.hidden, dtype=dtype, names=WeightRef)
 
 
 def store(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: Dtype) -> None:
@@ -61,12 +61,11 @@ def store(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: Dtype) -> No
 def unsealed(folder: Path, model: StagedModel, graphs: tuple[StageGraph, ...], form: WeightForm = "shared") -> Bundle:
     """A work folder as the exporter leaves it before it compiles."""
     (folder / "weights").mkdir(parents=True)
-    store(folder / "weights/w.safetensors", {n: s for g in graphs for n, s in g.weights.items()}, model.dtype)
+    store(folder / "weights/w.safetensors", {n: s.shape for g in graphs for n, s in g.weights.items()}, model.dtype)
     tensors, records = read_header(folder / "weights/w.safetensors"), {}
     for graph in graphs:
-        weights = {name: TensorSpec(model.dtype, shape) for name, shape in graph.weights.items()}
         ir.save(bind(graph, tensors, lambda t: f"weights/{t.file.name}"), folder / f"{graph.name}.onnx")
-        records[graph.name] = GraphRecord(f"{graph.name}.onnx", *graph.ports, weights)
+        records[graph.name] = GraphRecord(f"{graph.name}.onnx", *graph.ports, graph.weights)
     variant = Variant("qa", model.plan, model.budget, "56x56", {graph.name: graph.name for graph in graphs})
     images = {"56x56": ImageSpec((56, 56), 1, V, (4, 4), clip_preprocessing(56))}
     manifest = Manifest(

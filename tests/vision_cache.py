@@ -18,7 +18,7 @@ import onnx_ir as ir
 from himap_export.exporter.bind import WeightNames
 from himap_export.exporter.family import Family, VisionSpec
 from himap_export.graphs.build import StageGraph
-from himap_export.graphs.ports import GraphPorts
+from himap_export.graphs.ports import GraphPorts, WeightSpec
 
 Make = Callable[..., StageGraph]
 
@@ -59,8 +59,8 @@ def remembering(make: Make, folder: Path) -> Make:
             part.write_bytes(proto.SerializeToString())
             part.rename(file)
         model = ir.from_proto(onnx.load(file, load_external_data=False))
-        weights = json.loads(model.metadata_props.pop("weights"))
+        weights = msgspec.json.decode(model.metadata_props.pop("weights"), type=dict[str, WeightSpec])
         ports = msgspec.json.decode(model.metadata_props.pop("ports"), type=GraphPorts)
-        return StageGraph(name, model, ports, {weight: tuple(shape) for weight, shape in weights.items()})
+        return StageGraph(name, model, ports, weights)
 
     return vision_graph

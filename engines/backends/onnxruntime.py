@@ -11,7 +11,7 @@ of them might refuse sound graphs. So each is named on standard error.
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from himap_export.engines.backends import ANYWAY, Gather, Opening, Tensor
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.extras import how_to_install, required
 from himap_export.engines.manifest import EngineRecord
-from himap_export.engines.weight_file import NUMPY, as_stored, find_tensors, map_tensors
+from himap_export.engines.weight_file import NUMPY, StoredTensor, as_stored, find_tensors, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import TensorSpec
 
@@ -58,8 +58,8 @@ def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
     """Opens the graph once: proof that every node has a kernel. The ONNX file itself is the engine."""
     start = time.perf_counter()
     record = bundle.manifest.graphs[graph]
-    weights = {} if bundle.manifest.weight_form == "absent" else _values(bundle, record.weights, "cpu")
-    _session(bundle, graph, weights, ANYWAY, "cpu")
+    held = {} if bundle.manifest.weight_form == "absent" else find_tensors(bundle.tensors, record.weights)
+    _session(bundle, graph, _values(held, "cpu"), ANYWAY, "cpu")
     form: Literal["ops", "none"] = "ops" if any(port.role == "score" for port in record.inputs.values()) else "none"
     return EngineRecord(record.file, round(time.perf_counter() - start, 3), form)
 
@@ -77,9 +77,9 @@ def _device(asked: str | None) -> str:
     return asked or ("cuda" if held else "cpu")
 
 
-def _values(bundle: Bundle, names: Iterable[str], device: str) -> dict[str, Any]:
+def _values(tensors: Mapping[str, StoredTensor], device: str) -> dict[str, Any]:
     """Weights as OrtValues: on the CPU over the mapped files' pages, on a GPU copied there one by one."""
-    arrays = map_tensors(find_tensors(bundle.tensors, names).values())
+    arrays = map_tensors(tensors.values())
     if device == "cpu":
         made = _onnxruntime().OrtValue.ortvalue_from_numpy
         return {name: made(array) for name, array in arrays.items()}
@@ -169,7 +169,7 @@ class OnnxRuntime:
     def __init__(self, bundle: Bundle, opening: Opening) -> None:
         self._bundle, self._opening, self.device = bundle, opening, _device(opening.device)
         form = bundle.manifest.weight_form
-        self._weights = {} if form == "embedded" else _values(bundle, bundle.weights(), self.device)
+        self._weights = {} if form == "embedded" else _values(bundle.weights(), self.device)
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         return HostTensor(spec) if self.device == "cpu" else CudaTensor(spec)

@@ -4,6 +4,7 @@ What config.json leaves out is from the release's modeling_qwen.py, visual.py, t
 qwen_generation_utils.py, none of which ever runs here.
 """
 
+import re
 from collections.abc import Iterator
 from math import isqrt
 from pathlib import Path
@@ -96,23 +97,25 @@ class QwenVl(Family[schemas.QwenVl]):
 
     def names(self, role: str) -> Iterator[str]:
         """Yields the name in the release's one layout."""
-        if role.startswith("visual.attn_pool.attn.") and role.split(".")[3] in ("q_proj", "k_proj", "v_proj"):
-            _, _, _, part, kind = role.split(".")
-            rows = _third("qkv".index(part[0]), self.config.visual.output_dim)
-            yield f"transformer.visual.attn_pool.attn.in_proj_{kind}{rows}"
+        kind = role.rpartition(".")[2]
+        if role.startswith("visual.") and _fused(role):
+            yield f"transformer.visual.attn_pool.attn.in_proj_{kind}"
         elif role.startswith("visual."):
             yield f"transformer.{role}"
         elif role in _OUTSIDE:
             yield _OUTSIDE[role]
         else:
             _, index, rest = role.split(".", 2)
-            place, _, kind = rest.rpartition(".")
-            if place in _LAYER:
-                yield f"transformer.h.{index}.{_LAYER[place]}.{kind}"
-            else:  # self_attn.q_proj, k_proj, v_proj
-                width = self.config.kv_channels * self.config.num_attention_heads
-                rows = _third("qkv".index(place.removeprefix("self_attn.")[0]), width)
-                yield f"transformer.h.{index}.attn.c_attn.{kind}{rows}"
+            place = "attn.c_attn" if _fused(role) else _LAYER[rest.rpartition(".")[0]]
+            yield f"transformer.h.{index}.{place}.{kind}"
+
+    def rows(self, role: str) -> tuple[int, int] | None:
+        """Returns a third of a fused projection for query, key and value each."""
+        if (part := _fused(role)) is None:
+            return None
+        vision, width = role.startswith("visual."), self.config.kv_channels * self.config.num_attention_heads
+        size, nth = self.config.visual.output_dim if vision else width, "qkv".index(part)
+        return nth * size, (nth + 1) * size
 
     def prompt(self) -> PromptRules:
         """Returns the release's chat of one turn; it ends at whichever of its three markers comes first.
@@ -146,5 +149,7 @@ class QwenVl(Family[schemas.QwenVl]):
         return tiktoken.tokenizer_json(folder / "qwen.tiktoken", {"<imgpad>": self.prompt().image_token})
 
 
-def _third(which: int, size: int) -> str:
-    return f"[{which * size}:{(which + 1) * size}]"
+def _fused(role: str) -> str | None:
+    """q, k or v, if `role` is of a projection that the release stores with the two others."""
+    found = re.search(r"(?:self_attn|attn_pool\.attn)\.([qkv])_proj\.", role)
+    return found[1] if found else None

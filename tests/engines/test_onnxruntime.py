@@ -115,7 +115,7 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 def test_a_session_tells_where_its_nodes_run(work: Workshop, gpu: None) -> None:
     """The real one: should a version of onnxruntime stop telling, this is where it shows."""
     bundle = open_bundle(work.bundle("gqa2", cuts=CUTS))
-    weights = onnxruntime._values(bundle, bundle.weights(), "cuda")
+    weights = onnxruntime._values(bundle.weights(), "cuda")
     session = onnxruntime._session(bundle, "k1", weights, Opening(1), "cuda")
     parts = session.get_provider_graph_assignment_info()
     nodes = [node for part in parts for node in part.get_nodes()]

@@ -30,6 +30,7 @@ from himap_export.engines.weight_file import (
     read_header,
 )
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import Rows
 
 KINDS = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "fp32": np.float32}
 CODES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
@@ -244,11 +245,15 @@ def test_a_spoiled_header_is_read_as_the_library_reads_it_or_refused(
 def test_rows_beyond_reason_are_no_tensor(tmp_path: Path) -> None:
     (whole,) = saved(tmp_path / "w.safetensors", "fp16", np.arange(12).reshape(3, 4))
     stored = {"t0": whole}
-    rows = find_tensor(stored, "t0[1:3]")
-    assert rows is not None and map_tensors([rows])["t0[1:3]"].tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
-    assert find_tensor(stored, f"t0[0:{'9' * 5000}]") is None
+    rows = find_tensor(stored, "some", Rows("t0", 1, 3))
+    assert rows is not None and map_tensors([rows])["some"].tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
+    assert find_tensor(stored, "t0[1:3]") is None and find_tensor(stored, "some", Rows("t1", 1, 3)) is None
+    rows = find_tensor(stored, "some", Rows("t0", 2, 9**12))
+    assert rows is not None and rows.shape == (1, 4)  # what there is: a shape that does not fit
+    rows = find_tensor(stored, "some", Rows("t0", 7, 9))
+    assert rows is not None and rows.shape == (0, 4)
     (scalar,) = saved(tmp_path / "w.safetensors", "fp16", 1.0)
-    rows = find_tensor({"t0": scalar}, "t0[0:1]")
+    rows = find_tensor({"t0": scalar}, "some", Rows("t0", 0, 1))
     assert rows is not None and rows.shape == ()  # there, and of a shape that no matrix has
 
 

@@ -14,6 +14,7 @@ from himap_export.engines.weight_file import StoredTensor, map_tensors
 from himap_export.exporter.bind import fitting
 from himap_export.exporter.checkpoint import open_checkpoint, read_config
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import Rows
 
 
 def save(folder: Path, file: str, **values: float) -> None:
@@ -236,4 +237,4 @@ def test_a_weight_is_of_a_float_type_that_graphs_have(tmp_path: Path, kind: type
 def test_rows_of_a_scalar_do_not_fit(tmp_path: Path) -> None:
     save_file({"a": np.array(1, np.float32)}, tmp_path / SINGLE)
     with pytest.raises(HimapError, match=r"does not fit: its shape is \[\]"):
-        fitting(stored_tensors([tmp_path]), "a[0:2]", (2, 3))
+        fitting(stored_tensors([tmp_path]), "part", (2, 3), Rows("a", 0, 2))

@@ -18,6 +18,7 @@ from himap_export.exporter.family import ImageOptions
 from himap_export.exporter.vision import vision_graph
 from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import WeightRef
 from himap_export.graphs.spec import Dtype
 
 TEXT: dict[str, Any] = {"model_type": "qwen2", "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2}
@@ -46,7 +47,7 @@ def model(config: dict[str, Any]) -> Any:
 def graph(config: dict[str, Any], tiles: int, batch: int, dtype: Dtype = "fp32", hidden: int = 48) -> StageGraph:
     family = InternVl.parse(config)
     spec = family.vision(ImageOptions(tiles=tiles))
-    return vision_graph("vision", family, spec, batch=batch, hidden=hidden, dtype=dtype, names=lambda role: role)
+    return vision_graph("vision", family, spec, batch=batch, hidden=hidden, dtype=dtype, names=WeightRef)
 
 
 def serialized(graph: StageGraph) -> bytes:
@@ -65,7 +66,9 @@ def test_features_equal_hugging_face(tower: dict[str, Any], tiles: int, batch: i
     with torch.inference_mode():
         wanted = theirs.get_image_features(torch.from_numpy(pixels)).pooler_output.numpy()
     weights = {name: value.numpy() for name, value in theirs.model.state_dict().items()}
-    assert {name: weights[name].shape for name in ours.weights} == dict(ours.weights)
+    assert {name: weights[name].shape for name in ours.weights} == {
+        name: spec.shape for name, spec in ours.weights.items()
+    }
     assert set(ours.weights) == {name for name in weights if not name.startswith("language_model.")}
     session = onnxruntime.InferenceSession(serialized(ours), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"pixel_values": pixels, **{name: weights[name] for name in ours.weights}})
@@ -94,14 +97,14 @@ def test_names_cover_a_saved_checkpoint(tied: bool, tmp_path: Path) -> None:
     with safe_open(tmp_path / "model.safetensors", "numpy") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, not a mapping
     family = InternVl.parse(chosen)
-    known = WeightNames(stored, family.names, family.tied)
-    found = {name: known(decoder_role(name)) for name in saved.state_dict()}
+    known = WeightNames(stored, family.names, family.tied, family.rows)
+    found = {name: known(decoder_role(name)).name for name in saved.state_dict()}
     assert set(found.values()) == set(stored) and len(found) == len(stored) + tied
     assert {name: tuple(saved.state_dict()[name].shape) for name in found} == {n: stored[f] for n, f in found.items()}
     assert all(name in family.names(decoder_role(name)) for name in saved.state_dict())
-    published = WeightNames((), InternVl.parse({}).names, False)
-    assert published("lm_head.weight") == "language_model.lm_head.weight"
-    assert published("layers.3.mlp.up_proj.weight") == "language_model.model.layers.3.mlp.up_proj.weight"
+    published = WeightNames((), InternVl.parse({}).names, False, family.rows)
+    assert published("lm_head.weight").name == "language_model.lm_head.weight"
+    assert published("layers.3.mlp.up_proj.weight").name == "language_model.model.layers.3.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

@@ -27,6 +27,7 @@ from himap_export.exporter.registry import AnyFamily
 from himap_export.exporter.vision import vision_graph
 from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import WeightRef
 
 INTERN = Path(__file__).parents[1] / "fixtures/internvl-v1-tiny"
 TOWER = INTERN / "vision_tower_intern_vit_6b"
@@ -67,11 +68,11 @@ def features(kind: AnyFamily, config: dict[str, Any], weights: Weights, pixels: 
     """What the vision graph makes of `pixels`, its weights the tensors that the family names."""
     family = kind.parse(config)
     spec, hidden = family.vision(ImageOptions()), family.decoder().hidden
-    graph = vision_graph(
-        "vision", family, spec, batch=len(pixels), hidden=hidden, dtype="fp32", names=lambda role: role
-    )
+    graph = vision_graph("vision", family, spec, batch=len(pixels), hidden=hidden, dtype="fp32", names=WeightRef)
     feeds = {role: next(weights[n] for n in family.names(role) if n in weights) for role in graph.weights}
-    assert {role: value.shape for role, value in feeds.items()} == dict(graph.weights)
+    assert {role: value.shape for role, value in feeds.items()} == {
+        name: spec.shape for name, spec in graph.weights.items()
+    }
     found: NDArray[Any] = session(graph).run(None, {"pixel_values": pixels, **feeds})[0]
     assert found.shape == (len(pixels), spec.tokens, hidden)
     return found
@@ -151,7 +152,7 @@ def test_clip_gives_the_same_graph_in_both_layouts(both: tuple[Any, ...]) -> Non
             batch=1,
             hidden=wanted.shape[-1],
             dtype="fp32",
-            names=lambda role: role,
+            names=WeightRef,
         )
         for family in (llava.Llava.parse(config), LlavaOriginal.parse(made))
     ]

@@ -25,6 +25,7 @@ from himap_export.exporter.registry import AnyFamily
 from himap_export.exporter.vision import vision_graph
 from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import WeightRef
 from himap_export.graphs.spec import Dtype
 
 TEXT: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -61,7 +62,9 @@ def randomised(model: Any) -> Any:
 def features(graph: StageGraph, model: Any, pixels: NDArray[np.float32]) -> list[NDArray[np.float32]]:
     """The graph's outputs in onnxruntime, its weights the tensors of the same names in `model`."""
     weights = {name: value.numpy() for name, value in model.model.state_dict().items()}
-    assert {name: weights[name].shape for name in graph.weights} == dict(graph.weights)
+    assert {name: weights[name].shape for name in graph.weights} == {
+        name: spec.shape for name, spec in graph.weights.items()
+    }
     session = onnxruntime.InferenceSession(serialized(graph), providers=["CPUExecutionProvider"])
     found: list[NDArray[np.float32]] = session.run(
         None, {"pixel_values": pixels, **{name: weights[name] for name in graph.weights}}
@@ -79,9 +82,7 @@ def compared(
 ) -> None:
     """Bytes through Hugging Face's processor and model against the same bytes, normalised, through the graph."""
     spec = family.parse(config).vision(ImageOptions(size))
-    graph = vision_graph(
-        "vision", family.parse(config), spec, batch=batch, hidden=48, dtype="fp32", names=lambda role: role
-    )
+    graph = vision_graph("vision", family.parse(config), spec, batch=batch, hidden=48, dtype="fp32", names=WeightRef)
     pictures = np.random.default_rng(batch).integers(0, 256, (batch, *size, 3), dtype=np.uint8)
     how = family.parse(config).image(spec)
     processor = Qwen2VLImageProcessorPil(
@@ -145,7 +146,7 @@ def test_tensorrt_rtx_builds_heads_of_the_published_width(
     tower |= {"fullatt_block_indexes": [1], "deepstack_visual_indexes": [0]}
     config = {**config, "vision_config": tower}
     spec = family.parse(config).vision(ImageOptions((252, 168) if width == 80 else (96, 224)))
-    graph = vision_graph("vision", family.parse(config), spec, batch=2, hidden=48, dtype=dtype, names=lambda role: role)
+    graph = vision_graph("vision", family.parse(config), spec, batch=2, hidden=48, dtype=dtype, names=WeightRef)
     tables = [value for name, value in graph.model.graph.initializers.items() if name in ("cos", "sin", "tap_weights")]
     assert tables and all(value.dtype == ir.DataType.FLOAT for value in tables)
     attentions = [node for node in graph.model.graph if node.op_type == "Attention"]

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional
 
 from himap_export.engines.nvinfer.edition import RTX, log_of
-from himap_export.engines.weight_file import base_name
+from himap_export.exporter.bind import WeightNames
 from himap_export.exporter.families import tiktoken as ranks_file
 from himap_export.exporter.families.qwen_vl import QwenVl
 from himap_export.exporter.families.resize import interpolation
@@ -33,6 +33,7 @@ from himap_export.exporter.family import ImageOptions
 from himap_export.exporter.vision import vision_graph
 from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import Rows, WeightRef
 from himap_export.graphs.spec import Dtype
 
 TINY = Path(__file__).parents[1] / "fixtures/qwen-vl-tiny"
@@ -46,9 +47,7 @@ def graph(visual: dict[str, Any], batch: int, dtype: Dtype) -> StageGraph:
     config = {**CONFIG, "hidden_size": visual["output_dim"], "visual": visual}
     family = QwenVl.parse(config)
     spec = family.vision(ImageOptions())
-    return vision_graph(
-        "vision", family, spec, batch=batch, hidden=visual["output_dim"], dtype=dtype, names=lambda role: role
-    )
+    return vision_graph("vision", family, spec, batch=batch, hidden=visual["output_dim"], dtype=dtype, names=WeightRef)
 
 
 def serialized(made: StageGraph) -> bytes:
@@ -56,21 +55,20 @@ def serialized(made: StageGraph) -> bytes:
     return data
 
 
-def rows(tensors: dict[str, NDArray[Any]], name: str) -> NDArray[Any]:
-    """The tensor, or the rows of it, that `name` says."""
-    whole = tensors[base_name(name)]
-    if base_name(name) == name:
-        return whole
-    first, last = name.removeprefix(base_name(name)).strip("[]").split(":")
-    return whole[int(first) : int(last)]
+def stored(tensors: dict[str, NDArray[Any]], family: QwenVl, role: str) -> NDArray[Any]:
+    """The tensor, or the rows of it, that `role` is."""
+    whole, rows = tensors[next(family.names(role))], family.rows(role)
+    return whole if rows is None else whole[slice(*rows)]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_image_features_are_the_releases(batch: int) -> None:
     made = graph(CONFIG["visual"], batch, "fp32")
     tensors = load_file(TINY / "model.safetensors")
-    weights = {role: rows(tensors, next(QwenVl.parse(CONFIG).names(role))) for role in made.weights}
-    assert {role: weight.shape for role, weight in weights.items()} == dict(made.weights)
+    weights = {role: stored(tensors, QwenVl.parse(CONFIG), role) for role in made.weights}
+    assert {role: weight.shape for role, weight in weights.items()} == {
+        name: spec.shape for name, spec in made.weights.items()
+    }
     pixels = np.load(TINY / "inputs.npz")["pixel_values"]
     session = onnxruntime.InferenceSession(serialized(made), providers=["CPUExecutionProvider"])
     (found,) = session.run(
@@ -103,15 +101,17 @@ def test_every_tensor_of_the_release_has_one_role() -> None:
     parts += [f"mlp.{which}_proj.weight" for which in ("gate", "up", "down")]
     roles = [f"layers.{i}.{part}" for i in range(spec.layers) for part in parts]
     roles += ["embed_tokens.weight", "norm.weight", "lm_head.weight", *graph(CONFIG["visual"], 1, "fp32").weights]
-    names = [name for role in roles for name in QwenVl.parse(CONFIG).names(role)]
+    family = QwenVl.parse(CONFIG)
+    names = [(name, family.rows(role)) for role in roles for name in family.names(role)]
     assert len(set(names)) == len(names) == len(roles)
-    for name in names:
-        used[base_name(name)] += rows(tensors, name).size
+    for role in roles:
+        used[next(family.names(role))] += stored(tensors, family, role).size
     assert used == {name: tensor.size for name, tensor in tensors.items()}
 
 
 def test_names_of_the_release() -> None:
     config = {**CONFIG, "kv_channels": 128, "num_attention_heads": 32, "visual": RELEASED}
+    known = WeightNames((), (family := QwenVl.parse(config)).names, False, family.rows)
     wanted = {
         "layers.31.self_attn.k_proj.bias": "transformer.h.31.attn.c_attn.bias[4096:8192]",
         "layers.0.self_attn.q_proj.weight": "transformer.h.0.attn.c_attn.weight[0:4096]",
@@ -121,9 +121,11 @@ def test_names_of_the_release() -> None:
         "visual.attn_pool.attn.out_proj.bias": "transformer.visual.attn_pool.attn.out_proj.bias",
         "visual.conv1.weight": "transformer.visual.conv1.weight",
     }
-    assert {role: list(QwenVl.parse(config).names(role)) for role in wanted} == {
-        r: [name] for r, name in wanted.items()
-    }
+    assert {role: known(role).name for role in wanted} == wanted
+    parts = {role: known(role).rows for role in wanted}
+    assert [role for role, rows in parts.items() if rows] == [role for role, name in wanted.items() if "[" in name]
+    assert parts["layers.31.self_attn.k_proj.bias"] == Rows("transformer.h.31.attn.c_attn.bias", 4096, 8192)
+    assert all(len(list(family.names(role))) == 1 for role in wanted)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

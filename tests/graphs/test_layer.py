@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from himap_export.graphs.build import Frame, StageGraph
 from himap_export.graphs.decoder import Decoder, rotary
-from himap_export.graphs.ports import Place
+from himap_export.graphs.ports import Place, WeightRef
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
 Floats = NDArray[np.floating]
@@ -59,7 +59,7 @@ def layer_graph(spec: DecoderSpec, batch: int, tokens: int, dtype: Dtype) -> Sta
     f = Frame("layer", dtype)
     x = f.input(Place("hidden", cut=1), (batch, tokens, spec.hidden))
     position = f.integers(Place("position_ids"), batch, tokens)
-    decoder = Decoder(f, spec, lambda role: role, batch, tokens)
+    decoder = Decoder(f, spec, WeightRef, batch, tokens)
     flat = f.op.Reshape(x, [batch * tokens, spec.hidden])
     y, attended = decoder.layer(LAYER, flat, rotary(f, spec, position), decoder.prefill_attention)
     f.output(Place("last_hidden"), f.op.Reshape(y, [batch, tokens, spec.hidden]), (batch, tokens, spec.hidden))
@@ -80,7 +80,9 @@ def both(spec: DecoderSpec, position: NDArray[np.int64], dtype: Dtype) -> tuple[
     layer, rope = hugging_face(spec)
     graph = layer_graph(spec, batch, tokens, dtype)
     weights = {f"layers.{LAYER}.{name}": weight.numpy() for name, weight in layer.state_dict().items()}
-    assert graph.weights == {name: weight.shape for name, weight in weights.items()}
+    assert {name: spec.shape for name, spec in graph.weights.items()} == {
+        name: weight.shape for name, weight in weights.items()
+    }
     x = np.random.default_rng(1).standard_normal((batch, tokens, spec.hidden)).astype(np.float32)
     numpy_type = np.float16 if dtype == "fp16" else np.float32
     outputs = run(

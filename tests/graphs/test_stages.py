@@ -19,6 +19,7 @@ from himap_export.engines.layout import ImageTokens, PromptLayout, lay_out
 from himap_export.graphs.build import Frame, StageGraph
 from himap_export.graphs.importance import SCORES, ScoringContext, importance
 from himap_export.graphs.plan import Cut, PruningPlan, TokenBudget
+from himap_export.graphs.ports import WeightRef
 from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, SYSTEM, DecoderSpec, Dtype, stage_layers
 from himap_export.graphs.stages import StagedModel
 
@@ -107,7 +108,8 @@ def random_weights(model: StagedModel, random: np.random.Generator) -> dict[str,
     """Scaled as in tiny.py: peaked attention, scores well apart, norms and biases that matter."""
     weights: dict[str, Floats] = {}
     for graph in model.graphs():
-        for name, shape in graph.weights.items():
+        for name, spec in graph.weights.items():
+            shape = spec.shape
             noise = random.standard_normal(shape)
             if len(shape) == 1:
                 noise = 0.1 * noise + (1 if "norm" in name else 0)
@@ -151,7 +153,7 @@ def examples(draw: st.DrawFn, unpruned: bool = False) -> Example:
     plan = draw(plans(layers, visual))
     if unpruned:
         plan = PruningPlan(tuple(structs.replace(cut, remove=0.0, keep=None) for cut in plan.cuts))
-    model = StagedModel(spec, plan, TokenBudget(plan.kept(visual), text, NEW, batch), "fp32", lambda role: role)
+    model = StagedModel(spec, plan, TokenBudget(plan.kept(visual), text, NEW, batch), "fp32", WeightRef)
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     prompts = []
     for _ in range(batch):

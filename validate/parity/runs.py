@@ -202,8 +202,8 @@ def _replay(pipeline: Pipeline, layout: PromptLayout, tokens: Integers) -> list[
 
 def _vision(pipeline: Pipeline) -> dict[str, Place]:
     """The vision graph's outputs by their names in a comparison."""
-    places = [port.place for port in pipeline.spec.graph("vision").outputs.values()]
-    return {"vision" if place.layer is None else f"vision {place.layer}": place for place in places}
+    deepstack = range(pipeline.manifest.decoder.deepstack)
+    return {"vision": Place("image_features")} | {f"vision {i}": Place("deepstack", i) for i in deepstack}
 
 
 def _copies(rows: Iterable[Floats]) -> list[Floats]:
