@@ -145,15 +145,7 @@ class Reference:
         start = self.prefill(
             input_ids, pixel_values, attention_mask=attention_mask, cuts=cuts, forced=forced, seeds=seeds
         )
-        rows = []
-        samples = zip(start.logits, start.caches, start.lengths.tolist(), start.shifts, strict=True)
-        for logits, cache, length, shift in samples:
-            tokens = [int(logits.argmax())]
-            while len(tokens) < max_new_tokens and tokens[-1] not in self.stop_tokens:
-                position = length + len(tokens) - 1
-                tokens.append(int(self.step(torch.tensor([tokens[-1]]), position, cache, shift)[0].argmax()))
-            rows.append(np.array(tokens, np.int64))
-        return _pad(rows, self.pad_token)
+        return self.answer(start, max_new_tokens)[0]
 
     @torch.no_grad()
     def start(self, input_ids: Ints, pixel_values: Floats | None) -> State:
@@ -186,21 +178,23 @@ class Reference:
         return self._logits(state.hidden)[0]
 
     @torch.no_grad()
-    def replay(self, start: Prefill, tokens: Ints) -> Floats:
-        """Logits [B,N,W] that follow each prefix of `tokens` [B,N]: entry 0 is the prefill's, n has seen n tokens.
+    def answer(self, start: Prefill, max_new_tokens: int, given: Ints | None = None) -> tuple[Ints, Floats]:
+        """The answers [B,N] to a prefill, greedy as `generate`'s or the `given` ones, and logits [B,N,W]: entry n
+        follows the first n tokens.
 
-        One flipped token does not end a comparison this way. Appends to the caches of `start`: replay a prefill once.
+        One flipped token does not end a comparison of logits behind given tokens. Appends to the caches of `start`:
+        answer a prefill once.
         """
-        rows = []
-        for sample, row in enumerate(tokens):
-            first, length = start.logits[sample], int(start.lengths[sample])
-            cache, shift = start.caches[sample], start.shifts[sample]
-            rest = [
-                self.step(torch.tensor([token]), length + step, cache, shift)[0].cpu().numpy()
-                for step, token in enumerate(row[:-1].tolist())
-            ]
-            rows.append(np.stack([first, *rest]))
-        return np.stack(rows)
+        tokens, logits, ended = list[Ints](), [start.logits], np.zeros(len(start.logits), bool)
+        for n in range(max_new_tokens):
+            tokens.append(np.where(ended, self.pad_token, logits[n].argmax(1)) if given is None else given[:, n])
+            ended |= given is None and np.isin(tokens[n], self.stop_tokens)
+            if ended.all() or n + 1 == max_new_tokens:
+                break
+            samples = zip(tokens[n].tolist(), (start.lengths + n).tolist(), start.caches, start.shifts, strict=True)
+            rows = [self.step(torch.tensor([token]), *more)[0].cpu().numpy() for token, *more in samples]
+            logits.append(np.stack(rows))
+        return np.stack(tokens, axis=1), np.stack(logits, axis=1)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, position: int, cache: DynamicCache, shift: int = 0) -> Tensor:
