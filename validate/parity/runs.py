@@ -68,7 +68,8 @@ class EngineRun:
 
 
 def reference_cuts(plan: PruningPlan, visual: Visual) -> tuple[ReferenceCut, ...]:
-    """The plan in the reference's words; it rounds for itself unless the budget keeps more than the plan asks for."""
+    """Returns the plan in the reference's words; it rounds for itself unless the budget keeps more than the plan asks
+    for."""
     aligned = plan.kept(visual[0]) != visual
     counts = visual[1:] if aligned else [cut.keep for cut in plan.cuts]
     return tuple(

@@ -136,7 +136,7 @@ class Reference:
         forced: Sequence[Ints] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> Ints:
-        """Greedy answers [B,N], N <= max_new_tokens, laid out as Hugging Face's `generate` does.
+        """Returns greedy answers [B,N], N <= max_new_tokens, laid out as Hugging Face's `generate` does.
 
         A row ends with its stop token and is padded behind it; N is where the last row ended.
         """
@@ -149,12 +149,13 @@ class Reference:
 
     @torch.no_grad()
     def start(self, input_ids: Ints, pixel_values: Floats | None) -> State:
-        """One prompt [S] embedded, before layer 0: what `advance`, `cut` and `logits` take from stage to stage."""
+        """Returns one prompt [S] embedded, before layer 0: what `advance`, `cut` and `logits` take from stage to
+        stage."""
         return next(self._embed(input_ids[None], pixel_values, None))
 
     @torch.no_grad()
     def advance(self, state: State, layer: int, attention: bool = False) -> State:
-        """`state` after the layers before `layer`, with the probabilities of the last one if `attention`."""
+        """Returns `state` after the layers before `layer`, with the probabilities of the last one if `attention`."""
         layers = range(state.layer, layer)
         hidden, seen = self._run(
             layers, state.hidden, self.rope_positions(state), state.cache, score=attention, state=state
@@ -164,7 +165,7 @@ class Reference:
 
     @torch.no_grad()
     def cut(self, state: State, cut: ReferenceCut, seed: int = 0) -> tuple[State, Tensor]:
-        """`state` with the image tokens that `cut` keeps, and the scores [V] it ranked them by."""
+        """Returns `state` with the image tokens that `cut` keeps, and the scores [V] it ranked them by."""
         is_image = state.is_image
         count = int(is_image.sum())
         keep = count - math.floor(cut.remove * count) if cut.keep is None else cut.keep
@@ -179,8 +180,8 @@ class Reference:
 
     @torch.no_grad()
     def answer(self, start: Prefill, max_new_tokens: int, given: Ints | None = None) -> tuple[Ints, Floats]:
-        """The answers [B,N] to a prefill, greedy as `generate`'s or the `given` ones, and logits [B,N,W]: entry n
-        follows the first n tokens.
+        """Returns the answers [B,N] to a prefill, greedy as `generate`'s or the `given` ones, and logits [B,N,W]: entry
+        n follows the first n tokens.
 
         One flipped token does not end a comparison of logits behind given tokens. Appends to the caches of `start`:
         answer a prefill once.
@@ -198,7 +199,7 @@ class Reference:
 
     @torch.no_grad()
     def step(self, tokens: Tensor, position: int, cache: DynamicCache, shift: int = 0) -> Tensor:
-        """One decode step: `tokens` [B] at `position`, appended to `cache`; logits [B,W] fp32."""
+        """Returns logits [B,W] fp32 of one decode step: `tokens` [B] at `position`, appended to `cache`."""
         hidden = self.decoder.embed_tokens(tokens.to(self.device)[:, None])
         at = torch.tensor([position + shift], device=self.device)
         # No mask: a single row may see all that is cached, and each layer has cached only what was alive in its stage.
@@ -217,19 +218,19 @@ class Reference:
 
     @torch.no_grad()
     def forward(self, state: State) -> tuple[Tensor, DynamicCache]:
-        """The unpruned decoder on what `embed` gives: logits [B,W] fp32 at the last token, and the cache."""
+        """Returns the unpruned decoder's logits [B,W] fp32 at the last token of what `embed` gives, and its cache."""
         cache = DynamicCache(config=self.decoder.config)
         hidden, _ = self._run(range(self.layers), state.hidden, self.rope_positions(state), cache, state=state)
         return self._logits(hidden), cache
 
     def see(self, pixel_values: Floats) -> VisionFeatures:
-        """What the tower makes of `pixel_values` [images,3,H,W]."""
+        """Returns what the tower makes of `pixel_values` [images,3,H,W]."""
         return self.adapter.see(torch.as_tensor(pixel_values).to(self.device, self.dtype))
 
     @torch.no_grad()
     def image_features(self, pixel_values: Floats, prompts: int | None = None) -> tuple[Tensor, ...]:
-        """What the tower makes of `pixel_values` [images,3,H,W], [prompts,V,D] each: the projected features, then those
-        of deepstack. One image a prompt if None."""
+        """Returns what the tower makes of `pixel_values` [images,3,H,W], [prompts,V,D] each: the projected features,
+        then those of deepstack. One image a prompt if None."""
         seen = self.see(pixel_values)
         return tuple(f.reshape(prompts or len(pixel_values), -1, f.shape[-1]) for f in (seen.features, *seen.deepstack))
 
