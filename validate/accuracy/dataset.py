@@ -116,7 +116,7 @@ def expected(example: Example) -> str:
 
 
 def is_right(example: Example, said: str) -> bool:
-    """Returns whether `said` is the expected answer, `normalised`, or names the right option by the rule of `chosen`."""
+    """Returns whether `said` is the expected answer, `normalised`, or names the right option, as `chosen` rules."""
     if not example.options:
         return normalised(said) == normalised(example.answer)
     return chosen(said, example.options) == example.options.index(example.answer)
