@@ -47,7 +47,8 @@ class Child(Generic[Request, Answer]):
             self._died()
 
     def receive(self) -> Answer:
-        """The next answer. The child's own HimapError; HimapError if it died, as compilers written in C++ may."""
+        """Returns the next answer. The child's own HimapError; HimapError if it died, as compilers written in C++
+        may."""
         try:
             found = self._pipe.recv()
         except (EOFError, ConnectionError):

@@ -101,18 +101,13 @@ def noise(scores: Floats) -> Floats:
 # swap lies within twice the error of the scores that made it.
 SABOTAGE: dict[str, tuple[str, Place, Edit, str]] = {
     "ranked backwards": ("prefix", Place("score", cut=1), on_image(np.negative), "score k1"),
-    "ranked by noise": (
-        "k1",
-        Place("score", cut=2),
-        on_image(lambda s: np.random.default_rng(0).random(s.shape)),
-        "score k2",
-    ),
+    "ranked by noise": ("k1", Place("score", cut=2), on_image(noise), "score k2"),
     "scores off by one token": ("prefix", Place("score", cut=1), on_image(lambda s: np.roll(s, 1)), "score k1"),
     "no scores": ("k1", Place("score", cut=2), on_image(lambda s: s * np.nan), "score k2"),
     "vision off by one patch": ("vision", Place("image_features"), lambda x, _: np.roll(x, 1, axis=1), "vision"),
     "a stage's output scaled": ("prefix", Place("hidden", cut=1), lambda x, _: x * 1.01, "prefix"),
     "logits of one prompt are not numbers": ("k2", Place("logits"), lambda x, n: x * np.nan if n == 3 else x, "logits"),
-    "keys of one layer lost": ("k2", "cache_key.5", lambda x, _: x * 0, "decode"),
+    "keys of one layer lost": ("k2", Place("key", 5), lambda x, _: x * 0, "decode"),
     "values written one slot late": ("prefix", Place("value", 0), lambda x, _: np.roll(x, 1, axis=2), "decode"),
 }
 

@@ -130,7 +130,7 @@ def test_forward_and_step_on_a_batch_equal_one_by_one(made: Made) -> None:
     single = prefill(reference, inputs)
     np.testing.assert_allclose(logits, single.logits, atol=2e-5)
     tokens = logits.argmax(-1)
-    following = reference.replay(single, np.stack([tokens.numpy()] * 2, 1))
+    following = reference.answer(single, 2, np.stack([tokens.numpy()] * 2, 1))[1]
     np.testing.assert_allclose(following[:, 0], single.logits)
     np.testing.assert_allclose(reference.step(tokens, prompts.hidden.shape[1], cache), following[:, 1], atol=2e-5)
 
@@ -187,7 +187,7 @@ def test_pruning_and_cached_decoding_equal_explicit_visibility(made: Made, name:
 
     np.testing.assert_allclose(got.logits[0], logits[length - 1], atol=5e-5)
     assert logits[length - 1 : -1].argmax(-1).tolist() == answer
-    replayed = reference.replay(got, np.array([answer]))[0]
+    replayed = reference.answer(got, len(answer), np.array([answer]))[1][0]
     np.testing.assert_allclose(replayed, logits[length - 1 : -1], atol=5e-5)
     assert [got.caches[0].get_seq_length(layer) for layer in range(tiny.layers)] == [
         len(kept) + len(answer) - 1 for kept in alive

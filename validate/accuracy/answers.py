@@ -45,7 +45,7 @@ class Answered(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def claim(folder: Path, name: str, *others: str) -> None:
-    """HimapError (usage) if `folder` cannot take a report, the log `name` and the `others` beside them, or holds
+    """Raises HimapError (usage) if `folder` cannot take a report, the log `name` and the `others` beside them, or holds
     anything and not the log: then it is somebody else's. Called before any work."""
     check_report(folder, ("report.html", "report.json", name, *others))
     if folder.exists() and any(folder.iterdir()) and not (folder / name).is_file():
@@ -54,7 +54,7 @@ def claim(folder: Path, name: str, *others: str) -> None:
 
 
 def check_count(answers: int) -> None:
-    """HimapError (usage) if so many answers are more than a log takes. Called before any work."""
+    """Raises HimapError (usage) if so many answers are more than a log takes. Called before any work."""
     if answers > MOST_ANSWERS:
         details, hint = f"at most {MOST_ANSWERS} are asked for", "name fewer plans, or --limit the questions"
         raise HimapError(f"{answers} answers are too many", details, hint, Exit.USAGE)
@@ -118,8 +118,8 @@ class AnswerLog:
 
 
 def check_log(file: Path, known: Mapping[str, Any]) -> None:
-    """HimapError (usage) if a log in `file` cannot go on under a header with what is `known` of it already. Called
-    before engines are opened; a file that is not there, or has no whole header yet, is no matter."""
+    """Raises HimapError (usage) if a log in `file` cannot go on under a header with what is `known` of it already.
+    Called before engines are opened; a file that is not there, or has no whole header yet, is no matter."""
     if not file.is_file():
         return
     content = read_file(file, "log", MOST_BYTES)
@@ -131,8 +131,8 @@ def check_log(file: Path, known: Mapping[str, Any]) -> None:
 
 
 def read_log(file: Path) -> list[Answered]:
-    """The answers in a log, in order; a last line that is not whole is left out. HimapError (usage) if it is no log, or
-    is damaged."""
+    """Returns the answers in a log, in order; a last line that is not whole is left out. HimapError (usage) if it is no
+    log, or is damaged."""
     content = read_file(file, "log", MOST_BYTES)
     content = content[: content.rfind(b"\n") + 1]
     _header(file, content)

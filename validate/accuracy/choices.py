@@ -69,7 +69,8 @@ _LISTED = re.compile(rf"(?<!\w)[A-Z]\s*{_OR}\s*[A-Z](?!\w)")
 
 
 def chosen(said: str, options: Sequence[str]) -> int | None:
-    """The index of the option, one of up to 26, that the answer `said` names; None if it names none, or several."""
+    """Returns the index of the option, one of up to 26, that the answer `said` names; None if it names none, or
+    several."""
     text, letters = _plain(said), LETTERS[: len(options)]
     containers = list(_CONTAINER.finditer(text))
     if _CONTAINER_PART.search(_CONTAINER.sub("", text)):

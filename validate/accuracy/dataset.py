@@ -70,8 +70,9 @@ class _Line(Struct, frozen=True):
 
 
 def read_dataset(file: Path, skip_bad: bool = False) -> Dataset:
-    """The examples in a JSON-lines file: `image` (path relative to the file's folder), `question`, `answer`; optionally
-    `id`, `type`, and `options` (or `choices`), of which `answer` is the letter, the index from 0, or the text.
+    """Returns the examples in a JSON-lines file: `image` (path relative to the file's folder), `question`, `answer`;
+    optionally `id`, `type`, and `options` (or `choices`), of which `answer` is the letter, the index from 0, or the
+    text.
 
     Blank lines and other keys are ignored. HimapError (usage) if the file cannot be read or is too large, for the first
     bad line (unless `skip_bad`), and if no good line is left. Images are opened and checked, not decoded.
@@ -101,7 +102,8 @@ def read_dataset(file: Path, skip_bad: bool = False) -> Dataset:
 
 
 def prompt_of(example: Example) -> str:
-    """The question as it is asked; options follow it, one a line, and the instruction to answer with a letter."""
+    """Returns the question as it is asked; options follow it, one a line, and the instruction to answer with a
+    letter."""
     if not example.options:
         return example.question
     options = (f"{letter}. {text}" for letter, text in zip(LETTERS, example.options, strict=False))
@@ -109,12 +111,12 @@ def prompt_of(example: Example) -> str:
 
 
 def expected(example: Example) -> str:
-    """What a right answer says: the option's letter, else the answer."""
+    """Returns what a right answer says: the option's letter, else the answer."""
     return LETTERS[example.options.index(example.answer)] if example.options else example.answer
 
 
 def is_right(example: Example, said: str) -> bool:
-    """Whether `said` is the expected answer, `normalised`, or names the right option, by the rule of `chosen`."""
+    """Returns whether `said` is the expected answer, `normalised`, or names the right option, as `chosen` rules."""
     if not example.options:
         return normalised(said) == normalised(example.answer)
     return chosen(said, example.options) == example.options.index(example.answer)

@@ -115,7 +115,7 @@ def _right(answered: Sequence[Answered], name: str, lines: Sequence[int]) -> npt
 
 
 def summary_lines(summary: Summary) -> list[str]:
-    """Accuracy by system and type, then each system against its baselines."""
+    """Returns, a line each, accuracy by system and type, then each system against its baselines."""
     first = next(iter(summary.cells.values()))
     rows = [("", *summary.types), ("questions", *(f"{first[kind].questions}" for kind in summary.types))]
     for name, cells in summary.cells.items():
@@ -129,13 +129,13 @@ def summary_lines(summary: Summary) -> list[str]:
 
 
 def percent(i: Interval) -> str:
-    """An accuracy and its interval, in percent: 78.0 (76.9 to 79.0)."""
+    """Returns an accuracy and its interval, in percent: 78.0 (76.9 to 79.0)."""
     mean, low, high = _rounded(i)
     return f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
 def points(i: Interval) -> str:
-    """A difference in percentage points: +1.2 (-0.3 to +2.7)."""
+    """Returns a difference in percentage points: +1.2 (-0.3 to +2.7)."""
     mean, low, high = _rounded(i)
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 

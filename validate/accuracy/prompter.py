@@ -31,11 +31,11 @@ class Prompter:
             return self.processor.inputs(load_image(example.image), prompt_of(example))
 
     def label(self, example: Example) -> int:
-        """The id of the first token of the right answer, as it follows the prompt. HimapError as `answer`."""
+        """Returns the id of the first token of the right answer, as it follows the prompt. HimapError as `answer`."""
         return self.answer(example)[0]
 
     def answer(self, example: Example) -> list[int]:
-        """The right answer's ids, as they follow the prompt.
+        """Returns the right answer's ids, as they follow the prompt.
 
         The answer is a word of its own: a space goes before it unless the prompt ends in white space. HimapError if the
         tokenizer would join the two, so that no token starts the answer.

@@ -67,18 +67,10 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
     first = open_pipeline(spec, asked.backend, opening)
     header["backend"] = first.backend
     asked.report.mkdir(parents=True, exist_ok=True)
-    with (
-        AnswerLog(asked.report / ANSWERS, header) as log,
-        open_systems(
-            first,
-            checkpoint,
-            opening,
-            names,
-            seeds=asked.seeds,
-            new_tokens=new_tokens,
-            vision_tower=asked.vision_tower,
-        ) as systems,  # fmt: skip
-    ):
+    everyone = open_systems(
+        first, checkpoint, opening, names, seeds=asked.seeds, new_tokens=new_tokens, vision_tower=asked.vision_tower
+    )
+    with AnswerLog(asked.report / ANSWERS, header) as log, everyone as systems:
         with counted("answers") as count:
             run(systems, data, prompter, log, stop_tokens=bundle.manifest.model.eos_tokens, progress=count)
         wanted = {(c.name, c.seed) for c in systems}

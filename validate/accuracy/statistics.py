@@ -61,13 +61,13 @@ def paired_difference(a: Array, b: Array, level: float = LEVEL) -> Interval:
 
 
 def least_questions(loss: float) -> int:
-    """How many questions it takes, all answered alike, for `paired_difference` to exclude more than `loss`."""
+    """Returns how many questions it takes, all answered alike, for `paired_difference` to exclude more than `loss`."""
     z = _quantile(LEVEL)
     return math.ceil(z * z * (1 - loss) / loss)
 
 
 def over_seeds(right: Array) -> SeedSpread:
-    """The accuracies of the seeds in `right`, bool [seeds, n], one number a seed."""
+    """Returns the accuracies of the seeds in `right`, bool [seeds, n], one number a seed."""
     means = np.asarray(right, np.float64).mean(axis=1)
     return SeedSpread(float(means.mean()), float(means.min()), float(means.max()), len(means))
 

@@ -44,7 +44,8 @@ class PlanSystem:
         return true_ratio(run.manifest.decoder, run.plan, run.budget.visual, run.budget.text)
 
     def answer(self, inputs: Sequence[Inputs], numbers: Sequence[int]) -> list[list[int]]:
-        """Greedy tokens of up to `batch` prompts, each of one sample; random cuts draw by seed and example number."""
+        """Returns greedy tokens of up to `batch` prompts, each of one sample; random cuts draw by seed and example
+        number."""
         width = max(i.input_ids.shape[1] for i in inputs)
         ids, mask = np.zeros((len(inputs), width), np.int64), np.zeros((len(inputs), width), np.int64)
         for row, i in enumerate(inputs):
@@ -58,12 +59,14 @@ class PlanSystem:
 
 
 def request_seed(seed: int, number: int) -> int:
-    """What the random cuts of example `number` draw by in repetition `seed`: 32 bits, unlike those of any neighbour."""
+    """Returns what the random cuts of example `number` draw by in repetition `seed`: 32 bits, unlike those of any
+    neighbour."""
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
 def missing_baselines(plans: Mapping[str, Kept]) -> dict[str, Kept]:
-    """The baselines that `plans`, by name, lack: none, and for each plan that ranks, random and uniform at its cuts."""
+    """Returns the baselines that `plans`, by name, lack: none, and for each plan that ranks, random and uniform at its
+    cuts."""
     unpruned = PruningPlan(), next(iter(plans.values()))[1][:1]
     judged = {name: kept for name, kept in plans.items() if kept[0].policy not in (*CHANCE, UNPRUNED)}
     wanted = {UNPRUNED: unpruned}
@@ -88,7 +91,8 @@ def open_systems(
     new_tokens: int,
     vision_tower: Path | None = None,
 ) -> Iterator[list[PlanSystem]]:
-    """The plans `names` of a bundle and their baselines, random ones `seeds` times; `first` is open at the first plan.
+    """Yields the plans `names` of a bundle and their baselines, random ones `seeds` times; `first` is open at the
+    first plan.
 
     All are at the text budget and on the backend of `first`. `vision_tower` as for `export_baseline`.
     """

@@ -47,7 +47,8 @@ class Prompt:
         return self._state.deepened(layer, output)
 
     def run_with_map(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, causal; also the attention probabilities [1,H,S,S], in the graph of the output if there is one."""
+        """Returns what `run` does, causal; also the attention probabilities [1,H,S,S], in the output's graph if there
+        is one."""
         found: list[Tensor] = []
         module = self._decoder.layers[layer].self_attn
         hook = module.register_forward_hook(lambda module, arguments, outputs: found.append(outputs[1]))
@@ -59,7 +60,8 @@ class Prompt:
 
     @torch.no_grad()
     def states(self) -> list[Tensor]:
-        """The undisturbed hidden states, L + 1 times [1,S,D]: entry l enters layer l, the last one enters the norm."""
+        """Returns the undisturbed hidden states, L + 1 times [1,S,D]: entry l enters layer l, the last one enters the
+        norm."""
         states = [self.embeds]
         for layer in range(self.layers):
             states.append(self.run(layer, states[-1]))

@@ -53,7 +53,8 @@ def disruption(
     seed: int = 0,
     progress: Count = silent,
 ) -> tuple[Disruption, ...]:
-    """Every kind at every first layer (`None`: all at which the window fits). `seed` draws the rows of "random".
+    """Returns every kind at every first layer (`None`: all at which the window fits). `seed` draws the rows of
+    "random".
 
     HimapError if a window does not lie within the layers, or there is no such kind.
     """

@@ -44,7 +44,7 @@ class Samples:
         return map(self.of, self.examples)
 
     def of(self, example: Example) -> Sample:
-        """The sample of one example. HimapError (usage) names its line."""
+        """Returns the sample of one example. HimapError (usage) names its line."""
         arrays = self.prompter.arrays(example)
         return Sample(arrays.input_ids[0], arrays.pixel_values, self.prompter.label(example))
 
@@ -73,7 +73,7 @@ class Flow:
 
 
 def analyze(reference: Reference, prompter: Prompter, examples: Sequence[Example], options: AnalysisOptions) -> Flow:
-    """Saliency, attention shares, disruption and Grad-CAM of `examples`, and the cuts that follow from them."""
+    """Returns saliency, attention shares, disruption and Grad-CAM of `examples`, and the cuts that follow from them."""
     samples = Samples(prompter, examples)
     for _ in samples:  # one that cannot be read is refused now, not behind hours of work
         pass
@@ -92,7 +92,8 @@ def analyze(reference: Reference, prompter: Prompter, examples: Sequence[Example
 
 
 def curves(flows: Sequence[Sequence[LayerFlow]], disruptions: Sequence[Disruption], layers: int) -> Curves:
-    """What a recommendation reads. Where a window does not fit, in the last layers, the last one that did stands."""
+    """Returns what a recommendation reads. Where a window does not fit, in the last layers, the last one that did
+    stands."""
     changes = {}
     for kind in KINDS:
         found = {d.first: 1 - d.label_consistency for d in disruptions if d.kind == kind}

@@ -45,7 +45,7 @@ def grad_cams(
     seed: int = 0,
     progress: Count = silent,
 ) -> Cams:
-    """The heat maps of one sample; with `smooth` n > 0, their mean over n copies of its pixels.
+    """Returns the heat maps of one sample; with `smooth` n > 0, their mean over n copies of its pixels.
 
     The copies carry Gaussian noise of `noise` times the pixels' range, drawn by `seed`.
     """
@@ -62,7 +62,8 @@ def grad_cams(
 
 
 def heat_of(features: Tensor, gradient: Tensor, side: tuple[int, int]) -> Heat:
-    """Heat [h,w], not yet divided by anything, of features and gradient [V,D]; a class token in front is left out."""
+    """Returns heat [h,w], not yet divided by anything, of features and gradient [V,D]; a class token in front is left
+    out."""
     patches = side[0] * side[1]
     weight = gradient[-patches:].double().relu().mean(0)
     heat = (features[-patches:].double() * weight).mean(1).relu().reshape(side)

@@ -16,7 +16,7 @@ HUES = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 2
 
 
 def overlay(image: Image.Image, how: ImagePreprocessing, heat: npt.NDArray[np.floating]) -> Image.Image:
-    """`heat` [h,w] in [0,1] over what the model sees of `image`: cold patches are grey, hot ones glow."""
+    """Returns `heat` [h,w] in [0,1] over what the model sees of `image`: cold patches are grey, hot ones glow."""
     view = crop_view(image, how, 1).convert("RGB")
     size = (round(SIDE * view.width / max(view.size)), round(SIDE * view.height / max(view.size)))
     view = view.resize(size, Image.Resampling.LANCZOS)
@@ -29,7 +29,7 @@ def overlay(image: Image.Image, how: ImagePreprocessing, heat: npt.NDArray[np.fl
 
 
 def strip(panels: Sequence[tuple[str, Image.Image]], columns: int = 5) -> Image.Image:
-    """Captioned panels in rows of `columns`."""
+    """Returns captioned panels in rows of `columns`."""
     rows = -(-len(panels) // columns)
     width, height = min(columns, len(panels)) * (SIDE + GAP) + GAP, rows * (SIDE + HEAD + GAP) + GAP
     page = Image.new("RGB", (width, height), PAPER)

@@ -44,13 +44,14 @@ class LayerFlow:
 
 
 def saliency(reference: Reference, samples: SampleSet, progress: Count = silent) -> list[tuple[LayerFlow, ...]]:
-    """For each sample, the flow in each of the L layers. HimapError if a loss depends on no attention."""
+    """Returns, for each sample, the flow in each of the L layers. HimapError if a loss depends on no attention."""
     with prompts(reference, samples, progress) as each:
         return [_flows(prompt) for prompt in each]
 
 
 def flow_of(saliency: NDArray[np.float64], spans: Spans) -> LayerFlow:
-    """The flow in a layer of saliency [S,S]. HimapError if it is 0 everywhere: then nothing has a share in it."""
+    """Returns the flow in a layer of saliency [S,S]. HimapError if it is 0 everywhere: then nothing has a share in
+    it."""
     kinds = (spans.system, spans.image, spans.instruction)
     shares = [float(saliency[kind].sum()) / max(int(kind.sum()), 1) for kind in kinds]
     if not sum(shares) > 0:

@@ -29,7 +29,7 @@ class Spans:
 
 
 def spans_of(image: NDArray[np.bool_]) -> Spans:
-    """The spans of a prompt whose image tokens are `image` [S]. HimapError if it has none."""
+    """Returns the spans of a prompt whose image tokens are `image` [S]. HimapError if it has none."""
     if not image.any():
         raise HimapError("a prompt has no image to follow", "no token is an image's", "expand the placeholder")
     instruction = np.arange(len(image)) > np.flatnonzero(image)[-1]

@@ -25,7 +25,7 @@ class LayerShares:
 
 
 def shares(reference: Reference, samples: SampleSet, progress: Count = silent) -> list[tuple[LayerShares, ...]]:
-    """For each sample, the shares in each of the L layers."""
+    """Returns, for each sample, the shares in each of the L layers."""
     with prompts(reference, samples, progress) as each:
         return [_shares(prompt) for prompt in each]
 

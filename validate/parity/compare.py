@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import inf
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,17 @@ class CutParity:
     error: float
     verdict: str
 
+    def __add__(self, other: "CutParity") -> "CutParity":
+        return CutParity(
+            name=self.name,
+            kept=self.kept + other.kept,
+            swapped=self.swapped + other.swapped,
+            outside=self.outside + other.outside,
+            margin=min(self.margin, other.margin),
+            error=max(self.error, other.error),
+            verdict=max(self.verdict, other.verdict, key=VERDICTS.index),
+        )
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -66,6 +78,10 @@ class Answers:
     total: int
     first: int | None
     margin: float
+
+    def __add__(self, other: "Answers") -> "Answers":
+        first = min((n for n in (self.first, other.first) if n is not None), default=None)
+        return Answers(self.equal + other.equal, self.total + other.total, first, max(self.margin, other.margin))
 
 
 @dataclass(frozen=True)
@@ -170,7 +186,10 @@ def compare_runs(actual: EngineRun, expected: ReferenceRun, pad_token: int, outp
     return Compared(
         prompts=len(actual.engine_tokens),
         sums=_sums(actual.tensors, expected.tensors),
-        cuts=tuple(_cut_parity(n, actual, expected) for n in range(len(actual.cuts))),
+        cuts=tuple(
+            reduce(add, (_cut_parity(n, row, actual, expected) for row in range(len(cut.kept))))
+            for n, cut in enumerate(actual.cuts)
+        ),
         answers=_answers(actual, expected, pad_token),
         outputs=_outputs(actual, expected) if outputs else {},
     )
@@ -182,41 +201,34 @@ def _sums(actual: Tensors, expected: Tensors) -> Sums:
 
 
 def _added(parts: Sequence[Sums]) -> Sums:
-    return {name: reduce(DiffSums.__add__, (part[name] for part in parts)) for name in parts[0]}
+    return {name: reduce(add, (part[name] for part in parts)) for name in parts[0]}
 
 
-def _cut_parity(n: int, actual: EngineRun, expected: ReferenceRun) -> CutParity:
-    """Compares what the engines kept at cut `n` with what the reference kept, in the light of both scores."""
+def _cut_parity(n: int, row: int, actual: EngineRun, expected: ReferenceRun) -> CutParity:
+    """What the engines kept of prompt `row` at cut `n`, beside what the reference kept, in the light of both scores."""
     cut = actual.cuts[n]
-    chosen = [np.isin(tokens, row) for tokens, row in zip(cut.candidates, expected.kept[n], strict=True)]
-    total = sum(int(row.sum()) for row in chosen)
-    if not cut.ranked:
-        return CutParity(cut.name, total, swapped=0, outside=0, margin=inf, error=0.0, verdict=VERDICTS[0])
-    swapped, outside, margins, errors, name = 0, 0, list[float](), list[float](), f"score {cut.name}"
-    for row, in_expected in enumerate(chosen):
-        differs = np.isin(cut.candidates[row], cut.kept[row]) != in_expected
+    in_expected, name = np.isin(cut.candidates[row], expected.kept[n][row]), f"score {cut.name}"
+    swapped, outside, margin, error, verdict = 0, 0, inf, 0.0, VERDICTS[0]
+    if cut.ranked:
         score = expected.tensors[name][row]
         threshold = score[in_expected].min(initial=inf)
-        errors.append(worst(np.abs(actual.tensors[name][row] - score)))
-        margins.append(float(threshold - score[~in_expected].max()))
-        swapped += -(-int(differs.sum()) // 2)
+        differs = np.isin(cut.candidates[row], cut.kept[row]) != in_expected
+        margin, error = float(threshold - score[~in_expected].max()), worst(np.abs(actual.tensors[name][row] - score))
+        swapped = -(-int(differs.sum()) // 2)
         # A swap needs the gap between two scores to be closed by an error in each of them.
-        outside += int((np.abs(score[differs] - threshold) > 2 * errors[-1]).sum())
-    verdict = VERDICTS[3 if outside else 2 if swapped else 1]
+        outside = int((np.abs(score[differs] - threshold) > 2 * error).sum())
+        verdict = VERDICTS[3 if outside else 2 if swapped else 1]
     return CutParity(
-        cut.name, total, swapped=swapped, outside=outside, margin=min(margins), error=max(errors), verdict=verdict
+        cut.name, int(in_expected.sum()), swapped=swapped, outside=outside, margin=margin, error=error, verdict=verdict
     )
 
 
 def _answers(actual: EngineRun, expected: ReferenceRun, pad_token: int) -> Answers:
     found, wanted = _as_wide([actual.engine_tokens, expected.reference_tokens], pad_token)
-    firsts, margins = list[int](), [0.0]
+    firsts, margins, tensors = list[int](), [0.0], expected.tensors
     for row in np.flatnonzero((found != wanted).any(axis=1)):
         first = int((found[row] != wanted[row]).argmax())
-        logits = [
-            expected.tensors["logits"][row],
-            *(expected.tensors["decode"][row] if "decode" in expected.tensors else ()),
-        ]
+        logits = [tensors["logits"][row], *(tensors["decode"][row] if "decode" in tensors else ())]
         drawn = first < len(logits) and found[row, first] != UNDRAWN
         best = np.sort(logits[first])[-2:] if drawn else np.array([0.0, inf])
         firsts.append(first)
@@ -228,8 +240,8 @@ def _conclude(pipeline: Pipeline, found: Sequence[Compared], rounding: Sums, opt
     """All batches together, and the gates."""
     m = pipeline.manifest
     tensors = tuple(sums.diff(name) for name, sums in _added([c.sums for c in found]).items())
-    cuts = tuple(_merged_cuts(parts) for parts in zip(*(c.cuts for c in found), strict=True))
-    answers = _merged_answers([c.answers for c in found])
+    cuts = tuple(reduce(add, parts) for parts in zip(*(c.cuts for c in found), strict=True))
+    answers = reduce(add, (c.answers for c in found))
     gates = []
     for t in tensors:
         measured = rounding[t.name].max_abs if rounding else None
@@ -247,24 +259,6 @@ def _conclude(pipeline: Pipeline, found: Sequence[Compared], rounding: Sums, opt
     return Parity(
         sum(c.prompts for c in found), tensors, cuts=cuts, answers=answers, gates=tuple(gates), outputs=outputs
     )
-
-
-def _merged_cuts(parts: Sequence[CutParity]) -> CutParity:
-    return CutParity(
-        name=parts[0].name,
-        kept=sum(c.kept for c in parts),
-        swapped=sum(c.swapped for c in parts),
-        outside=sum(c.outside for c in parts),
-        margin=min(c.margin for c in parts),
-        error=max(c.error for c in parts),
-        verdict=max((c.verdict for c in parts), key=VERDICTS.index),
-    )
-
-
-def _merged_answers(parts: Sequence[Answers]) -> Answers:
-    firsts = [a.first for a in parts if a.first is not None]
-    margin = worst(np.array([a.margin for a in parts]))
-    return Answers(sum(a.equal for a in parts), sum(a.total for a in parts), min(firsts, default=None), margin)
 
 
 def _outputs(actual: EngineRun, expected: ReferenceRun) -> Outputs:

@@ -70,7 +70,7 @@ def compare_pixels(ours: Pixels, image_file: Path, spec: ImageSpec, source: Sour
 
 
 def with_pixels(parity: Parity, pixels: PixelParity) -> Parity:
-    """The same parity with the pixels in front, and their gate."""
+    """Returns the same parity with the pixels in front, and their gate."""
     notes = (*parity.notes, *([pixels.note] if pixels.note else []))
     if pixels.found is None:
         return replace(parity, notes=notes)

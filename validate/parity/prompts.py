@@ -12,7 +12,7 @@ MOST_BYTES = 2**32  # of drawn prompts: a few hundred at the sizes of published 
 
 
 def drawn_inputs(run: RunSpec, prompts: int, seed: int, fill: bool = False) -> Inputs:
-    """Random pixels and text around one run of V0 image tokens, right-padded.
+    """Returns random pixels and text around one run of V0 image tokens, right-padded.
 
     Text lengths vary up to the budget, which `fill` exhausts; ids avoid the image, end and padding tokens. HimapError
     (usage) for prompts that take more than MOST_BYTES, or a budget that has no text to draw.

@@ -68,7 +68,8 @@ class EngineRun:
 
 
 def reference_cuts(plan: PruningPlan, visual: Visual) -> tuple[ReferenceCut, ...]:
-    """The plan in the reference's words; it rounds for itself unless the budget keeps more than the plan asks for."""
+    """Returns the plan in the reference's words; it rounds for itself unless the budget keeps more than the plan asks
+    for."""
     aligned = plan.kept(visual[0]) != visual
     counts = visual[1:] if aligned else [cut.keep for cut in plan.cuts]
     return tuple(
@@ -87,13 +88,8 @@ def run_reference(
     arrays = prompts.inputs.input_ids, prompts.inputs.pixel_values, prompts.inputs.attention_mask
     cuts = reference_cuts(pipeline.spec.plan, pipeline.spec.budget.visual)
     seeds = prompts.seeds.tolist()
-    # Before the prefill, so that there is one answer's caches at a time.
-    tokens = (
-        same.reference_tokens
-        if same is not None
-        else reference.generate(*arrays, max_new_tokens=new_tokens, cuts=cuts, seeds=seeds)
-    )
-    start = reference.prefill(*arrays, cuts=cuts, forced=same.kept if same is not None else None, seeds=seeds)
+    start = reference.prefill(*arrays, cuts=cuts, forced=same.kept if same else None, seeds=seeds)
+    tokens, logits = reference.answer(start, new_tokens, same.reference_tokens if same else None)
     seen = reference.image_features(prompts.inputs.pixel_values, len(prompts))
     tensors: dict[str, list[Floats]] = {
         name: list(features.float().cpu().numpy()) for name, features in zip(_vision(pipeline), seen, strict=True)
@@ -104,7 +100,7 @@ def run_reference(
         tensors[name] = list(start.hidden[stage])
     tensors["logits"] = list(start.logits)
     if tokens.shape[1] > 1:
-        tensors["decode"] = list(reference.replay(start, tokens)[:, 1:])
+        tensors["decode"] = list(logits[:, 1:])
     return ReferenceRun(tensors, start.kept, tokens)
 
 

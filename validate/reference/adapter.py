@@ -58,8 +58,8 @@ def load_adapter(
     vision_attention: str,
     vision_tower: Path | None = None,
 ) -> ModelAdapter:
-    """The checkpoint in `folder`, in `dtype`; its tower, if the release has it apart, in `vision_tower` or where the
-    release says. ValueError or OSError if a weight is missing or does not fit."""
+    """Returns the checkpoint in `folder`, in `dtype`; its tower, if the release has it apart, in `vision_tower` or
+    where the release says. ValueError or OSError if a weight is missing or does not fit."""
     named = json.loads((folder / "config.json").read_text()).get("architectures") or [""]
     if named[0] == "LlavaLlamaForCausalLM":
         return _llava_original(

@@ -28,7 +28,7 @@ Cuts = Sequence[ReferenceCut]
 
 
 def reference_himap(k1: int, k2: int, r1: float, r2: float) -> tuple[ReferenceCut, ReferenceCut]:
-    """The two cuts of HiMAP; `r2` is of what the first one left."""
+    """Returns the two cuts of HiMAP; `r2` is of what the first one left."""
     return ReferenceCut(k1, "instruction", r1), ReferenceCut(k2, "image", r2)
 
 
@@ -49,16 +49,17 @@ class State:
 
     @property
     def is_image(self) -> Tensor:
-        """[S] bool."""
+        """Returns which of the tokens alive are of the image, bool [S]."""
         return torch.isin(self.alive, self.image)
 
     @property
     def is_instruction(self) -> Tensor:
-        """[S] bool: text after the last image token."""
+        """Returns which are text after the last image token, bool [S]."""
         return self.alive > (self.image.max() if len(self.image) else -1)
 
     def deepened(self, layer: int, hidden: Tensor) -> Tensor:
-        """`hidden` [B,S,D] behind `layer`, with the vision features that belong there (Qwen3-VL's deepstack)."""
+        """Returns `hidden` [B,S,D] behind `layer`, with the vision features that belong there (Qwen3-VL's
+        deepstack)."""
         if layer >= len(self.deepstack):
             return hidden
         own = torch.isin(self.image, self.alive)
@@ -67,7 +68,7 @@ class State:
         return hidden + added
 
     def received(self, rows: Tensor) -> Tensor:
-        """[V] attention that image tokens get from `rows` ([S] bool)."""
+        """Returns the attention [V] that image tokens get from `rows`, bool [S]."""
         if self.attention is None:
             raise ValueError("this state was advanced without attention")
         return self.attention[rows][:, self.is_image].sum(0)

@@ -136,7 +136,7 @@ class Reference:
         forced: Sequence[Ints] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> Ints:
-        """Greedy answers [B,N], N <= max_new_tokens, laid out as Hugging Face's `generate` does.
+        """Returns greedy answers [B,N], N <= max_new_tokens, laid out as Hugging Face's `generate` does.
 
         A row ends with its stop token and is padded behind it; N is where the last row ended.
         """
@@ -145,24 +145,17 @@ class Reference:
         start = self.prefill(
             input_ids, pixel_values, attention_mask=attention_mask, cuts=cuts, forced=forced, seeds=seeds
         )
-        rows = []
-        samples = zip(start.logits, start.caches, start.lengths.tolist(), start.shifts, strict=True)
-        for logits, cache, length, shift in samples:
-            tokens = [int(logits.argmax())]
-            while len(tokens) < max_new_tokens and tokens[-1] not in self.stop_tokens:
-                position = length + len(tokens) - 1
-                tokens.append(int(self.step(torch.tensor([tokens[-1]]), position, cache, shift)[0].argmax()))
-            rows.append(np.array(tokens, np.int64))
-        return _pad(rows, self.pad_token)
+        return self.answer(start, max_new_tokens)[0]
 
     @torch.no_grad()
     def start(self, input_ids: Ints, pixel_values: Floats | None) -> State:
-        """One prompt [S] embedded, before layer 0: what `advance`, `cut` and `logits` take from stage to stage."""
+        """Returns one prompt [S] embedded, before layer 0: what `advance`, `cut` and `logits` take from stage to
+        stage."""
         return next(self._embed(input_ids[None], pixel_values, None))
 
     @torch.no_grad()
     def advance(self, state: State, layer: int, attention: bool = False) -> State:
-        """`state` after the layers before `layer`, with the probabilities of the last one if `attention`."""
+        """Returns `state` after the layers before `layer`, with the probabilities of the last one if `attention`."""
         layers = range(state.layer, layer)
         hidden, seen = self._run(
             layers, state.hidden, self.rope_positions(state), state.cache, score=attention, state=state
@@ -172,7 +165,7 @@ class Reference:
 
     @torch.no_grad()
     def cut(self, state: State, cut: ReferenceCut, seed: int = 0) -> tuple[State, Tensor]:
-        """`state` with the image tokens that `cut` keeps, and the scores [V] it ranked them by."""
+        """Returns `state` with the image tokens that `cut` keeps, and the scores [V] it ranked them by."""
         is_image = state.is_image
         count = int(is_image.sum())
         keep = count - math.floor(cut.remove * count) if cut.keep is None else cut.keep
@@ -186,25 +179,27 @@ class Reference:
         return self._logits(state.hidden)[0]
 
     @torch.no_grad()
-    def replay(self, start: Prefill, tokens: Ints) -> Floats:
-        """Logits [B,N,W] that follow each prefix of `tokens` [B,N]: entry 0 is the prefill's, n has seen n tokens.
+    def answer(self, start: Prefill, max_new_tokens: int, given: Ints | None = None) -> tuple[Ints, Floats]:
+        """Returns the answers [B,N] to a prefill, greedy as `generate`'s or the `given` ones, and logits [B,N,W]: entry
+        n follows the first n tokens.
 
-        One flipped token does not end a comparison this way. Appends to the caches of `start`: replay a prefill once.
+        One flipped token does not end a comparison of logits behind given tokens. Appends to the caches of `start`:
+        answer a prefill once.
         """
-        rows = []
-        for sample, row in enumerate(tokens):
-            first, length = start.logits[sample], int(start.lengths[sample])
-            cache, shift = start.caches[sample], start.shifts[sample]
-            rest = [
-                self.step(torch.tensor([token]), length + step, cache, shift)[0].cpu().numpy()
-                for step, token in enumerate(row[:-1].tolist())
-            ]
-            rows.append(np.stack([first, *rest]))
-        return np.stack(rows)
+        tokens, logits, ended = list[Ints](), [start.logits], np.zeros(len(start.logits), bool)
+        for n in range(max_new_tokens):
+            tokens.append(np.where(ended, self.pad_token, logits[n].argmax(1)) if given is None else given[:, n])
+            ended |= given is None and np.isin(tokens[n], self.stop_tokens)
+            if ended.all() or n + 1 == max_new_tokens:
+                break
+            samples = zip(tokens[n].tolist(), (start.lengths + n).tolist(), start.caches, start.shifts, strict=True)
+            rows = [self.step(torch.tensor([token]), *more)[0].cpu().numpy() for token, *more in samples]
+            logits.append(np.stack(rows))
+        return np.stack(tokens, axis=1), np.stack(logits, axis=1)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, position: int, cache: DynamicCache, shift: int = 0) -> Tensor:
-        """One decode step: `tokens` [B] at `position`, appended to `cache`; logits [B,W] fp32."""
+        """Returns logits [B,W] fp32 of one decode step: `tokens` [B] at `position`, appended to `cache`."""
         hidden = self.decoder.embed_tokens(tokens.to(self.device)[:, None])
         at = torch.tensor([position + shift], device=self.device)
         # No mask: a single row may see all that is cached, and each layer has cached only what was alive in its stage.
@@ -223,19 +218,19 @@ class Reference:
 
     @torch.no_grad()
     def forward(self, state: State) -> tuple[Tensor, DynamicCache]:
-        """The unpruned decoder on what `embed` gives: logits [B,W] fp32 at the last token, and the cache."""
+        """Returns the unpruned decoder's logits [B,W] fp32 at the last token of what `embed` gives, and its cache."""
         cache = DynamicCache(config=self.decoder.config)
         hidden, _ = self._run(range(self.layers), state.hidden, self.rope_positions(state), cache, state=state)
         return self._logits(hidden), cache
 
     def see(self, pixel_values: Floats) -> VisionFeatures:
-        """What the tower makes of `pixel_values` [images,3,H,W]."""
+        """Returns what the tower makes of `pixel_values` [images,3,H,W]."""
         return self.adapter.see(torch.as_tensor(pixel_values).to(self.device, self.dtype))
 
     @torch.no_grad()
     def image_features(self, pixel_values: Floats, prompts: int | None = None) -> tuple[Tensor, ...]:
-        """What the tower makes of `pixel_values` [images,3,H,W], [prompts,V,D] each: the projected features, then those
-        of deepstack. One image a prompt if None."""
+        """Returns what the tower makes of `pixel_values` [images,3,H,W], [prompts,V,D] each: the projected features,
+        then those of deepstack. One image a prompt if None."""
         seen = self.see(pixel_values)
         return tuple(f.reshape(prompts or len(pixel_values), -1, f.shape[-1]) for f in (seen.features, *seen.deepstack))
 

@@ -24,16 +24,16 @@ class Speed:
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Whom the bundle is compared with: itself unpruned, and PyTorch with its dtype and device."""
+        """Returns whom the bundle is compared with: itself unpruned, and PyTorch with its dtype and device."""
         return tuple(t.name for t in self.times[1:])
 
     def over(self, name: str, phase: str) -> tuple[float, float, float]:
-        """Speed-up of the bundle over system `name`: median, lowest, highest of all repetitions."""
+        """Returns the speed-up of the bundle over system `name`: median, lowest, highest of all repetitions."""
         return ratios(self.times[0], next(t for t in self.times if t.name == name), phase)
 
 
 def ceiling(run: RunSpec) -> float:
-    """1 / FLOPs kept in decoder prefill, every slot of the text budget filled."""
+    """Returns 1 / FLOPs kept in decoder prefill, every slot of the text budget filled."""
     return 1 / true_ratio(run.manifest.decoder, run.plan, run.budget.visual, run.budget.text)
 
 
@@ -75,7 +75,7 @@ def measure(
 
 
 def torch_device(device: str) -> str:
-    """Where PyTorch runs beside engines on `device`: there too, unless that is a GPU that it cannot use."""
+    """Returns where PyTorch runs beside engines on `device`: there too, unless that is a GPU that it cannot use."""
     import torch
 
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

@@ -35,7 +35,7 @@ class Choice:
 def rank(
     candidates: Sequence[Candidate], flops: Mapping[str, float], right: Mapping[str, Right], unpruned: Right
 ) -> tuple[RankedPlan, ...]:
-    """All plans, cheapest first. One is on the front if no other is at least as right for at most its FLOPs."""
+    """Returns all plans, cheapest first. One is on the front if no other is at least as right for at most its FLOPs."""
     means = {c.name: float(right[c.name].mean()) for c in candidates}
     found = []
     for c in sorted(candidates, key=lambda c: (flops[c.name], -means[c.name])):
@@ -50,8 +50,8 @@ def rank(
 
 
 def choose(ranked: Sequence[RankedPlan], unpruned: float, keep: float) -> Choice:
-    """The cheapest plan that keeps the fraction `keep` of the `unpruned` accuracy as far as the questions can tell: the
-    upper end of the 95 % interval of its paired loss is within the rest."""
+    """Returns the cheapest plan that keeps the fraction `keep` of the `unpruned` accuracy as far as the questions can
+    tell: the upper end of the 95 % interval of its paired loss is within the rest."""
     allowed = (1 - keep) * unpruned
     for j in ranked:
         if j.loss.high <= allowed:

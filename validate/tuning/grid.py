@@ -28,12 +28,13 @@ class Candidate:
         return himap(self.k1, self.k2, self.r1, self.r2)
 
     def toml(self, name: str) -> str:
-        """The table that `himap-export --plan` reads."""
+        """Returns the table that `himap-export --plan` reads."""
         return f"[{name}]\nk1 = {self.k1}\nk2 = {self.k2}\nr1 = {self.r1}\nr2 = {self.r2}\n"
 
 
 def defaults(layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """K1 and K2 to try in a decoder of `layers` layers: the authors' 2 and 8 of 32, their halves and their doubles."""
+    """Returns K1 and K2 to try in a decoder of `layers` layers: the authors' 2 and 8 of 32, their halves and their
+    doubles."""
     k1 = sorted({max(1, round(layers * share)) for share in (1 / 32, 2 / 32, 4 / 32)})
     k2 = sorted({max(k1[-1] + 1, round(layers * share)) for share in (4 / 32, 8 / 32, 16 / 32)})
     return tuple(k1), tuple(k2)
@@ -42,7 +43,8 @@ def defaults(layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def grid(
     k1s: Sequence[int], r1s: Sequence[float], k2s: Sequence[int], r2s: Sequence[float], layers: int
 ) -> tuple[Candidate, ...]:
-    """Every plan of these values in which K2 comes after K1, sorted so that those that share a prefix stand together.
+    """Returns every plan of these values in which K2 comes after K1, sorted so that those that share a prefix stand
+    together.
 
     HimapError (usage) if a value is outside what a decoder of `layers` layers can follow, no plan is left, or more
     than MOST_PLANS are.

@@ -27,7 +27,8 @@ CRITERIA = {"himap": ("instruction", "image"), "random": ("random", "random")}
 def first_tokens(
     reference: Reference, inputs: Inputs, candidates: Sequence[Candidate], policy: str = "himap", seed: int = 0
 ) -> dict[str, int]:
-    """The first token of the unpruned model ("none") and of every plan, by name; `candidates` sorted as `grid` does."""
+    """Returns the first token of the unpruned model ("none") and of every plan, by name; `candidates` sorted as `grid`
+    does."""
     found, first = {}, CRITERIA[policy][0]
     state = reference.start(inputs.input_ids[0], inputs.pixel_values)
     at: dict[int, State] = {}
@@ -70,7 +71,7 @@ class Job:
 
 
 def sweep(job: Job, examples: Sequence[tuple[int, Example]], workers: int) -> Iterator[SweptExample]:
-    """What `workers` processes find for numbered examples, in the order in which they are done.
+    """Returns what `workers` processes find for numbered examples, in the order in which they are done.
 
     A HimapError of theirs is raised here, and one is if a process dies. Whoever stops early does not wait for them.
     """

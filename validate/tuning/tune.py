@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from himap_export.engines.bundle import digest
 from himap_export.exporter.planning import describe
 from himap_export.exporter.registry import resolve
 from himap_export.graphs.flops import true_ratio
-from himap_export.graphs.spec import DecoderSpec, Dtype
+from himap_export.graphs.spec import Dtype
 from himap_export.validate.accuracy.answers import Answered, AnswerLog, read_log
 from himap_export.validate.accuracy.dataset import Dataset, Example, expected
 from himap_export.validate.accuracy.prompter import Prompter, prompter_of_checkpoint
@@ -61,17 +62,19 @@ class Tuned:
 
 
 def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, options: TuneOptions) -> Tuned:
-    """Answers what the log does not hold yet, then judges; HimapError as `sweep`, or if the log is another sweep's."""
+    """Answers what the log does not hold yet, and returns the plans by accuracy, cost and time. HimapError as `sweep`,
+    or if the log is another sweep's."""
     prompter = prompter_of_checkpoint(checkpoint)
     spec, (vision,) = describe(resolve(str(checkpoint)))
     tokens = vision.tokens
     text = max(prompter.text_tokens(e) for e in data.examples)
-    flops = {c.name: _ratio(spec, c, tokens, text) for c in options.candidates}
+    flops = {c.name: true_ratio(spec, c.plan, c.plan.kept(tokens), text) for c in options.candidates}
     with AnswerLog(log_file, _header(checkpoint, dataset_file, options)) as log:
         job = Job(
             checkpoint, options.dtype, threads=1, candidates=options.candidates, policy="himap", seed=options.seed
         )
-        _answer(job, data, log=log, prompter=prompter, workers=options.workers)
+        answer = partial(_answer, data=data, log=log, prompter=prompter, workers=options.workers)
+        answer(job)
         right = _right(log.file, data)
         unpruned = accuracy_interval(right[UNPRUNED])
         ranked = rank(options.candidates, flops, right, right[UNPRUNED])
@@ -80,13 +83,7 @@ def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, op
         plans = tuple(sorted(j.candidate for j in front))
         over: dict[str, Interval] = {}
         if options.baseline:
-            _answer(
-                replace(job, candidates=plans, policy="random"),
-                data,
-                log=log,
-                prompter=prompter,
-                workers=options.workers,
-            )
+            answer(replace(job, candidates=plans, policy="random"))
             right = _right(log.file, data)
             over = {c.name: paired_difference(right[c.name], right[BASELINE + c.name]) for c in plans}
     times: dict[str, Timed] = {}
@@ -97,16 +94,9 @@ def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, op
             iterations=options.iterations,
         )  # fmt: skip
     return Tuned(
-        len(data.examples),
-        tokens,
-        text=text,
-        unpruned=unpruned,
-        ranked=ranked,
-        front=front,
-        over_random=over,
-        times=times,
-        choice=choice,
-    )
+        questions=len(data.examples), image_tokens=tokens, text=text, unpruned=unpruned, ranked=ranked, front=front,
+        over_random=over, times=times, choice=choice,
+    )  # fmt: skip
 
 
 def _header(checkpoint: Path, dataset_file: Path, options: TuneOptions) -> dict[str, Any]:
@@ -116,10 +106,6 @@ def _header(checkpoint: Path, dataset_file: Path, options: TuneOptions) -> dict[
         "model": str(checkpoint.resolve()), "config": digest(checkpoint / "config.json").sha256,
         "dataset": digest(dataset_file).sha256, "dtype": options.dtype, "seed": options.seed, "grid": grid,
     }  # fmt: skip
-
-
-def _ratio(spec: DecoderSpec, c: Candidate, tokens: int, text: int) -> float:
-    return true_ratio(spec, c.plan, c.plan.kept(tokens), text)
 
 
 def _answer(job: Job, data: Dataset, log: AnswerLog, prompter: Prompter, workers: int) -> None:

@@ -58,14 +58,15 @@ class LlavaOriginal(nn.Module):
         return features
 
     def is_image(self, ids: Tensor) -> Tensor:
-        """Which of `ids` [S] stand for a feature of the image."""
+        """Returns which of `ids` [S] stand for a feature of the image."""
         return ids == IMAGE
 
 
 def load(
     folder: Path, dtype: torch.dtype, attn_implementation: str, vision_attention: str, vision_tower: Path | None = None
 ) -> LlavaOriginal:
-    """The release in `folder`, in `dtype`; the attentions of decoder and tower by names that transformers knows.
+    """Returns the release in `folder`, in `dtype`; the attentions of decoder and tower by names that transformers
+    knows.
 
     `vision_tower`: the folder of the tower, if the release names one that is neither inside `folder` nor on the hub.
     ValueError if a tensor is missing or does not fit, or for a kind of tower or projector that is not LLaVA's; OSError

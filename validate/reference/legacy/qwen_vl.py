@@ -101,7 +101,7 @@ class QwenVL(nn.Module):
         return features
 
     def is_image(self, ids: Tensor) -> Tensor:
-        """Where of `ids` [S] stands an image token, strictly between <img> and </img>: bool [S]."""
+        """Returns where of `ids` [S] stands an image token, strictly between <img> and </img>: bool [S]."""
         opened, closed = (torch.cumsum(ids == self.image_start + end, 0) for end in (0, 1))
         return (opened > closed) & (ids != self.image_start)
 
@@ -109,7 +109,7 @@ class QwenVL(nn.Module):
 def load(
     folder: Path, dtype: torch.dtype, attn_implementation: str, vision_attention: Literal["eager", "sdpa"] = "sdpa"
 ) -> QwenVL:
-    """The release in `folder` (config.json and safetensors), in eval mode, on the CPU, in `dtype`.
+    """Returns the release in `folder` (config.json and safetensors), in eval mode, on the CPU, in `dtype`.
 
     `attn_implementation` is any name that transformers knows, for the decoder. ValueError if the checkpoint lacks a
     tensor, has one that no module takes or of another shape, or if its config.json is not of this architecture.
@@ -149,7 +149,7 @@ def _qwen2(config: dict[str, Any], attention: str) -> Qwen2Config:
 
 
 def stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint; ValueError if the folder holds none, or one of them twice."""
+    """Returns every tensor of the checkpoint; ValueError if the folder holds none, or one of them twice."""
     seen: set[str] = set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
