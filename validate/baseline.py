@@ -42,6 +42,6 @@ def export_baseline(
         for name, (plan, visual) in plans.items()
     )
     request = Request(backends=(backend,), allow_overflow=True)
-    planned = Planned(model, decoder, variants=variants, dtype=dtype, request=request)
+    planned = Planned(model, decoder, variants=variants, dtype=dtype, asked=request)
     export(planned, out, command=("himap-validate",), overwrite=False, progress=lambda line: None)
     return open_bundle(out, verify=False)
