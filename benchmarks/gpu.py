@@ -26,7 +26,7 @@ from himap_export.graphs.plan import PruningPlan
 # [B,S,K,D]: the two cuts of LLaVA-7B with 192 text slots, and a long sequence.
 SHAPES = ((1, 768, 480, 4096), (1, 480, 264, 4096), (8, 768, 480, 4096), (8, 480, 264, 4096), (1, 4096, 1024, 4096))
 BACKENDS = {"onnxruntime": "onnxruntime-gpu", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
-PACKAGES = ("torch", "triton", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "cuda-bindings")
+PACKAGES = ("torch", "triton", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "cuda-core")
 Results = dict[str, object]
 
 

@@ -1,13 +1,14 @@
 """Runs on one stream, played back as one CUDA graph.
 
-Not run on hardware yet: written from the documentation of cuda-bindings 13, tested over a stand-in of its runtime.
+Not run on hardware yet: written from cuda-core 1.2's documentation, tested over a stand-in with its signatures.
 """
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
-from himap_export.engines.nvinfer.cuda_memory import Gpu
+from himap_export.engines.nvinfer.cuda_memory import Gpu, reported
 from himap_export.graphs.errors import HimapError
 
 
@@ -22,7 +23,8 @@ class Chain:
     def __init__(self, gpu: Gpu, runs: Sequence[Callable[[], None]], obstacle: Callable[[], str]) -> None:
         """`obstacle`, asked before capturing, says what forbids it; nothing: try."""
         self._gpu, self._runs, self._obstacle = gpu, tuple(runs), obstacle
-        self._calls, self._graph = 0, None
+        self._calls = 0
+        self._graph: Any = None
         self.why_not = "it has not run twice"
 
     @property
@@ -35,7 +37,8 @@ class Chain:
         if self._graph is None:
             self._enqueue()
         else:
-            self._gpu.call(self._gpu.cuda.cudaGraphLaunch(self._graph, self._gpu.stream))
+            with reported():
+                self._graph.launch(self._gpu.stream)
         self._calls += 1
 
     def _enqueue(self) -> None:
@@ -47,36 +50,30 @@ class Chain:
         if self.why_not:
             return
         try:
-            self._graph = _instantiated(self._gpu, _recorded(self._gpu, self._enqueue))
+            self._graph = _graph(self._gpu, self._enqueue)
         except HimapError as problem:
             self.why_not = str(problem)
-            self._gpu.cuda.cudaGetLastError()  # or the next one to ask takes the capture's error for its own
         else:
             weakref.finalize(self, _destroy, self._gpu, self._graph)
 
 
-def _recorded(gpu: Gpu, work: Callable[[], None]) -> Any:
-    """What `work` enqueues, as a graph; HimapError if it cannot be captured. The stream leaves the mode in any case."""
-    cuda = gpu.cuda
-    # Only this thread is kept from what would spoil the capture: TensorRT's own may go on allocating.
-    gpu.call(cuda.cudaStreamBeginCapture(gpu.stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
-    try:
-        work()
-    except BaseException:
-        error, graph = cuda.cudaStreamEndCapture(gpu.stream)
-        if error == cuda.cudaError_t.cudaSuccess:  # not CUDA, but TensorRT refused
-            cuda.cudaGraphDestroy(graph)
-        raise
-    return gpu.call(cuda.cudaStreamEndCapture(gpu.stream))
+def _graph(gpu: Gpu, work: Callable[[], None]) -> Any:
+    """Returns what `work` enqueues as a cuda.core Graph; HimapError if it cannot be captured.
 
-
-def _instantiated(gpu: Gpu, graph: Any) -> Any:
-    try:
-        return gpu.call(gpu.cuda.cudaGraphInstantiate(graph, 0))
-    finally:
-        gpu.cuda.cudaGraphDestroy(graph)
+    The stream leaves the mode in any case."""
+    with reported():
+        builder = gpu.stream.create_graph_builder()
+        try:
+            # Only this thread is kept from what would spoil the capture: TensorRT's own may go on allocating.
+            builder.begin_building(mode="thread_local")
+            work()
+            builder.end_building()
+            return builder.complete()
+        finally:
+            with suppress(Exception):  # of a capture in vain it ends one that is open, and what was wrong is raised
+                builder.close()
 
 
 def _destroy(gpu: Gpu, graph: Any) -> None:
-    gpu.cuda.cudaStreamSynchronize(gpu.stream)  # it may still be running
-    gpu.cuda.cudaGraphExecDestroy(graph)
+    gpu.stream.sync()  # it may still be running
+    graph.close()

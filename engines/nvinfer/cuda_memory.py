@@ -1,15 +1,14 @@
-"""GPU memory through the CUDA runtime: one device, one stream, tensors allocated once.
+"""GPU memory through cuda.core: one device, one stream, tensors allocated once.
 
-Not run on hardware yet: written from the documentation of cuda-bindings 13, tested over a stand-in of its runtime.
+Not run on hardware yet: written from cuda-core 1.2's documentation, tested over a stand-in with its signatures.
 """
 
 import ctypes
-import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from itertools import cycle
-from types import ModuleType
 from typing import Any, Self
 
 import numpy as np
@@ -26,47 +25,46 @@ class NoGpu(Exception):  # noqa: N818  the message says which part of a GPU is m
     """This machine cannot run CUDA."""
 
 
-def cuda_runtime() -> ModuleType:
-    """The CUDA runtime's bindings; NoGpu on a machine without NVIDIA's driver, HimapError if only they are missing."""
+def cuda_core() -> Any:
+    """Returns cuda.core; HimapError (missing) if it is not installed."""
     try:
-        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        raise NoGpu("this machine has no CUDA driver") from None
-    try:
-        return import_module("cuda.bindings.runtime")
+        return import_module("cuda.core")
     except ImportError:
-        hint = "pip install 'cuda-bindings>=13'"
-        raise HimapError("cuda-bindings is not installed", hint=hint, code=Exit.MISSING) from None
+        hint = "pip install 'cuda-core[cu13]>=1.2'"
+        raise HimapError("cuda-core is not installed", hint=hint, code=Exit.MISSING) from None
 
 
-def first_gpu(cuda: ModuleType) -> tuple[str, int]:
-    """Name and compute capability (89 for SM89) of device 0, or NoGpu; CUDA_VISIBLE_DEVICES picks the device."""
-    error, _ = cuda.cudaGetDeviceCount()
-    if error == cuda.cudaError_t.cudaSuccess:
-        error, properties = cuda.cudaGetDeviceProperties(0)
-    if error != cuda.cudaError_t.cudaSuccess:  # no device, or a driver too old for this runtime
-        raise NoGpu(cuda.cudaGetErrorString(error)[1].decode())
-    return properties.name.decode().rstrip("\0"), 10 * properties.major + properties.minor
+def first_gpu(core: Any) -> Any:
+    """Returns cuda.core's device 0, or raises NoGpu; CUDA_VISIBLE_DEVICES picks the device."""
+    try:
+        devices = core.Device.get_all_devices()
+    except Exception as problem:  # no driver, or one too old: errors of several kinds
+        reason = "this machine has no CUDA driver" if isinstance(problem, RuntimeError) else str(problem)
+        raise NoGpu(reason) from None
+    if not devices:
+        raise NoGpu("this machine has no CUDA device")
+    return devices[0]
 
 
 class Gpu:
-    """Device 0: allocates, copies, and orders everything on one stream."""
+    """One device: allocates, copies, and orders everything on one stream."""
 
-    def __init__(self, cuda: ModuleType) -> None:
-        self.cuda = cuda
-        self.call(cuda.cudaSetDevice(0))
-        # Not the default stream: TensorRT would synchronise the whole device around every run on it.
-        self.stream = int(self.call(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking)))
+    def __init__(self, core: Any, device: Any) -> None:
+        self.core, self.device = core, device
+        with reported():
+            device.set_current()
+            # Not the default stream: TensorRT would synchronise the whole device around every run on it.
+            self.stream = device.create_stream(options=core.StreamOptions(nonblocking=True))
         self.held = 0  # bytes
-        self._uploading: list[npt.NDArray[Any]] = []
+        self._uploading: list[Any] = []
 
-    def allocate(self, nbytes: int, owner: object) -> int:
-        """Address of `nbytes` bytes of zeros that live as long as `owner`."""
-        address = int(self.call(self.cuda.cudaMalloc(max(nbytes, 1))))
-        weakref.finalize(owner, self.cuda.cudaFree, address)
+    def allocate(self, nbytes: int, owner: object) -> Any:
+        """Returns a cuda.core Buffer of `nbytes` zeros, counted as long as `owner` lives, freed with its last user."""
+        with reported():
+            buffer = self.device.allocate(max(nbytes, 1), stream=self.stream)
+            buffer.fill(0, stream=self.stream)
         self.count(nbytes, owner)
-        self.call(self.cuda.cudaMemsetAsync(address, 0, nbytes, self.stream))
-        return address
+        return buffer
 
     def count(self, nbytes: int, owner: object) -> None:
         """Adds to `held` what `owner` takes, as long as it lives."""
@@ -76,34 +74,40 @@ class Gpu:
     def _uncount(self, nbytes: int) -> None:
         self.held -= nbytes
 
-    def upload(self, address: int, array: npt.NDArray[Any]) -> None:
-        """Enqueues the copy and goes on: nobody may change `array` any more."""
-        self._uploading.append(array)
-        self.copy(address, array.ctypes.data, array.nbytes)
+    def view(self, address: int, nbytes: int, owner: object) -> Any:
+        """Returns `nbytes` at an address of the host or the device as a Buffer that keeps `owner` alive."""
+        return self.core.Buffer.from_handle(address, nbytes, owner=owner)
 
-    def copy(self, address: int, source: int, nbytes: int) -> None:
-        """Enqueues a copy from the host, whose memory must last until `synchronize`."""
-        kind = self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self.call(self.cuda.cudaMemcpyAsync(address, source, nbytes, kind, self.stream))
+    def upload(self, target: Any, array: npt.NDArray[Any]) -> None:
+        """Enqueues the copy into a Buffer of its size and goes on: nobody may change `array` any more."""
+        source = self.view(array.ctypes.data, array.nbytes, array)
+        self._uploading.append(source)
+        with reported():
+            target.copy_from(source, stream=self.stream)
 
-    def download(self, address: int, array: npt.NDArray[Any]) -> None:
-        kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self.call(self.cuda.cudaMemcpyAsync(array.ctypes.data, address, array.nbytes, kind, self.stream))
+    def download(self, source: Any, array: npt.NDArray[Any]) -> None:
+        """Copies a Buffer into an `array` of its size, and waits for it."""
+        with reported():
+            source.copy_to(self.view(array.ctypes.data, array.nbytes, array), stream=self.stream)
         self.synchronize()
 
     def synchronize(self) -> None:
-        self.call(self.cuda.cudaStreamSynchronize(self.stream))
+        with reported():
+            self.stream.sync()
         self._uploading.clear()
 
-    def call(self, result: tuple[Any, ...]) -> Any:
-        """The value a CUDA call returned behind its error code; HimapError if that is one."""
-        error, *values = result
-        if error != self.cuda.cudaError_t.cudaSuccess:
-            memory = error == self.cuda.cudaError_t.cudaErrorMemoryAllocation
-            hint = "the bundle's weights and caches do not fit the GPU's free memory" if memory else ""
-            _, text = self.cuda.cudaGetErrorString(error)
-            raise HimapError("the GPU reports an error", text.decode(), hint)
-        return values[0] if values else None
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turns what cuda.core raises into a HimapError of one line."""
+    try:
+        yield
+    except HimapError:
+        raise
+    except Exception as problem:  # its CUDAError stands in a private module
+        memory = "OUT_OF_MEMORY" in str(problem)
+        hint = "the bundle's weights and caches do not fit the GPU's free memory" if memory else ""
+        raise HimapError("the GPU reports an error", " ".join(str(problem).split())[:300], hint) from None
 
 
 class DeviceTensor:
@@ -112,15 +116,16 @@ class DeviceTensor:
     def __init__(self, gpu: Gpu, spec: TensorSpec) -> None:
         self.spec, self._gpu = spec, gpu
         self._dtype: type[np.generic] = NUMPY[spec.dtype]
-        self.address = gpu.allocate(np.empty(spec.shape, self._dtype).nbytes, self)
+        self._buffer = gpu.allocate(np.empty(spec.shape, self._dtype).nbytes, self)
+        self.address = int(self._buffer.handle)
 
     def write(self, values: npt.NDArray[Any]) -> None:
         stored = as_stored(values, self.spec.dtype)
-        self._gpu.upload(self.address, np.broadcast_to(stored, self.spec.shape).copy())  # the caller's may change
+        self._gpu.upload(self._buffer, np.broadcast_to(stored, self.spec.shape).copy())  # the caller's may change
 
     def read(self) -> npt.NDArray[Any]:
         array = np.empty(self.spec.shape, self._dtype)
-        self._gpu.download(self.address, array)
+        self._gpu.download(self._buffer, array)
         return array
 
 
@@ -128,34 +133,39 @@ class DeviceWeights:
     """One copy of every weight on the device, for all engines; `addresses` by checkpoint name."""
 
     def __init__(self, gpu: Gpu, tensors: Iterable[StoredTensor]) -> None:
-        self.addresses: dict[str, int] = {}
+        self._buffers: dict[str, Any] = {}
         arrays = map_tensors(tensors)
-        if not arrays:
-            return
-        with _Staging(gpu) as staging:
-            for name, array in arrays.items():
-                self.addresses[name] = gpu.allocate(array.nbytes, self)
-                staging.upload(self.addresses[name], array)
+        if arrays:
+            with _Staging(gpu) as staging:
+                for name, array in arrays.items():
+                    self._buffers[name] = gpu.allocate(array.nbytes, self)
+                    staging.upload(self._buffers[name], array)
+        self.addresses = {name: int(buffer.handle) for name, buffer in self._buffers.items()}
 
 
 class _Staging:
     """Two pinned buffers: while one is on its way to the device, the other is filled from the file."""
 
     def __init__(self, gpu: Gpu) -> None:
-        self._gpu = gpu
-        self._start = int(gpu.call(gpu.cuda.cudaMallocHost(2 * PIECE)))
-        self._halves = cycle((self._start, self._start + PIECE))
+        self._gpu, pinned = gpu, gpu.core.LegacyPinnedMemoryResource()
+        with reported():
+            self._pinned = [pinned.allocate(PIECE, stream=gpu.stream) for _ in range(2)]
+        self._halves = cycle(self._pinned)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._gpu.cuda.cudaStreamSynchronize(self._gpu.stream)
-        self._gpu.cuda.cudaFreeHost(self._start)
+        self._gpu.synchronize()
+        for half in self._pinned:
+            half.close()
 
-    def upload(self, address: int, array: npt.NDArray[Any]) -> None:
+    def upload(self, target: Any, array: npt.NDArray[Any]) -> None:
+        """Copies the array into the Buffer `target`, piece by piece."""
         for offset in range(0, array.nbytes, PIECE):
             half, size = next(self._halves), min(PIECE, array.nbytes - offset)
-            ctypes.memmove(half, array.ctypes.data + offset, size)
+            ctypes.memmove(int(half.handle), array.ctypes.data + offset, size)
             self._gpu.synchronize()  # the other half has arrived: it is filled next
-            self._gpu.copy(address + offset, half, size)
+            piece = self._gpu.view(int(target.handle) + offset, size, target)
+            with reported():
+                piece.copy_from(self._gpu.view(int(half.handle), size, half), stream=self._gpu.stream)

@@ -16,7 +16,7 @@ import numpy as np
 from himap_export.engines.backends import Tensor
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.nvinfer.cuda_graph import Chain
-from himap_export.engines.nvinfer.cuda_memory import DeviceTensor, DeviceWeights, Gpu, NoGpu, cuda_runtime, first_gpu
+from himap_export.engines.nvinfer.cuda_memory import DeviceTensor, DeviceWeights, Gpu, NoGpu, cuda_core, first_gpu
 from himap_export.engines.nvinfer.edition import Edition, log_of, one_line
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import TensorSpec
@@ -26,19 +26,21 @@ def open_engines(edition: Edition, bundle: Bundle) -> "NvInferEngines":
     """Needs a GPU that the product runs on."""
     edition.api()
     try:
-        cuda = cuda_runtime()
-        name, capability = first_gpu(cuda)
+        core = cuda_core()
+        device = first_gpu(core)
     except NoGpu as reason:
         details = f"{reason}; building the engines needed none"
         raise HimapError(
             f"running {edition.name} engines needs a GPU", details, _elsewhere(bundle), Exit.MISSING
         ) from None
+    name, capability = str(device.name), 10 * device.compute_capability.major + device.compute_capability.minor
     if edition.capabilities and capability not in edition.capabilities:
         details = f"cuda:0 is {name}, SM{capability}; it runs on SM{', '.join(map(str, edition.capabilities))}"
         raise HimapError(f"{edition.title} does not support this GPU", details, _elsewhere(bundle), Exit.MISSING)
     runtime = edition.api().Runtime(log_of(edition))
     check_engines(edition, bundle, runtime, capability)
-    return NvInferEngines(edition=edition, bundle=bundle, runtime=runtime, gpu=Gpu(cuda), device=f"cuda:0 {name}")
+    gpu = Gpu(core, device)
+    return NvInferEngines(edition=edition, bundle=bundle, runtime=runtime, gpu=gpu, device=f"cuda:0 {name}")
 
 
 def _elsewhere(bundle: Bundle) -> str:
@@ -54,7 +56,7 @@ class NvInferEngines:
         inside = bundle.manifest.weight_form == "embedded"
         self._weights = DeviceWeights(gpu, () if inside else bundle.weights().values())
         self._engines: dict[str, Any] = {}
-        self.stream = gpu.stream
+        self.stream = int(gpu.stream.handle)
 
     def tensor(self, spec: TensorSpec) -> DeviceTensor:
         return DeviceTensor(self._gpu, spec)

@@ -1,9 +1,8 @@
-"""Launching the compiled kernel: CUDA's driver loads the PTX; neither Triton nor torch is needed.
+"""Launching the compiled kernel: cuda.core loads the PTX; neither Triton nor torch is needed.
 
-Not run on hardware yet: written from the documentation of cuda-bindings 13, tested over a stand-in of its driver.
+Not run on hardware yet: written from cuda-core 1.2's documentation, tested over a stand-in with its signatures.
 """
 
-import ctypes
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -15,24 +14,17 @@ class Launcher:
     """One kernel on the device whose context is current at the first launch."""
 
     def __init__(self, kernel: GatherKernel) -> None:
-        self.kernel, self._function = kernel, None
+        self.kernel = kernel
+        self._function: Any = None
 
     def __call__(self, pointers: Sequence[int], stream: int) -> None:
         """Enqueues the kernel over device addresses in the order of POINTERS; RuntimeError if CUDA refuses."""
         assert len(pointers) == len(POINTERS)
-        driver = import_module("cuda.bindings.driver")
-        if self._function is None:
-            module = _done(driver, driver.cuModuleLoadData(self.kernel.ptx.encode()))
-            self._function = _done(driver, driver.cuModuleGetFunction(module, self.kernel.name.encode()))
-        arguments = (tuple(pointers), (ctypes.c_void_p,) * len(pointers))
-        sizes = (*self.kernel.grid, *self.kernel.block, self.kernel.shared_bytes)
-        _done(driver, driver.cuLaunchKernel(self._function, *sizes, stream, arguments, 0))
-
-
-def _done(driver: Any, result: tuple[Any, ...]) -> Any:
-    """The value a CUDA call returned behind its error code."""
-    error, *values = result
-    if error != driver.CUresult.CUDA_SUCCESS:
-        _, text = driver.cuGetErrorString(error)
-        raise RuntimeError(f"the top-k gather cannot run: {text.decode()}")
-    return values[0] if values else None
+        core, kernel = import_module("cuda.core"), self.kernel
+        try:
+            if self._function is None:
+                self._function = core.ObjectCode.from_ptx(kernel.ptx.encode()).get_kernel(kernel.name)
+            config = core.LaunchConfig(grid=kernel.grid, block=kernel.block, shmem_size=kernel.shared_bytes)
+            core.launch(core.Stream.from_handle(stream), config, self._function, *pointers)
+        except Exception as problem:  # its CUDAError stands in a private module
+            raise RuntimeError(f"the top-k gather cannot run: {problem}") from None

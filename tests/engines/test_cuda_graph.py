@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import cuda.core
 import numpy as np
 import pytest
+from cuda_stand_ins import FakeCuda, like
 from nvinfer_stand_ins import Opened, bound, stand_ins
 
 from himap_export.engines.nvinfer.edition import RTX, log_of
@@ -29,10 +31,10 @@ def test_a_chain_is_enqueued_once_captured_once_and_launched_ever_after(opened: 
         ids[:] = token
         doors[1]["input_ids"].write(ids)
         chain()
-        assert cuda.log == ["copy 1", *call]
+        assert cuda.log == ["copy in", *call]
         cuda.log.clear()
     ids[:] = 99  # the caller's array is its own again
-    assert chain.captured and not chain.why_not and not cuda.graphs and not seen
+    assert chain.captured and not chain.why_not and cuda.graphs == 1 and not seen
     doors[1]["input_ids"].read()
     assert [(name, token) for name, _, token in seen if name == "decode"] == [("decode", token) for token in range(4)]
     assert [name for name, *_ in seen] == ["prefix", "decode"] * 4 and seen[1][1] == seen[-1][1]
@@ -41,7 +43,7 @@ def test_a_chain_is_enqueued_once_captured_once_and_launched_ever_after(opened: 
     assert cuda.log == ["wait", "destroy"]
 
 
-@pytest.mark.parametrize("call", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"])
+@pytest.mark.parametrize("call", ["begin_building", "end_building", "complete"])
 def test_a_chain_that_cuda_cannot_capture_goes_on_one_by_one(opened: Opened, call: str) -> None:
     _, cuda, seen = opened
     engines, runs, _ = bound(opened)
@@ -50,7 +52,7 @@ def test_a_chain_that_cuda_cannot_capture_goes_on_one_by_one(opened: Opened, cal
     for _ in range(3):
         chain()
     assert not chain.captured and "unsupported" in chain.why_not and "launch" not in cuda.log
-    cuda.cudaStreamSynchronize(77)
+    cuda.wait()
     assert [name for name, *_ in seen] == ["prefix", "decode"] * 3  # what was captured in vain has not run
     assert cuda.log.count("begin") == 1 and not cuda.graphs  # it is tried once
     del chain
@@ -94,7 +96,7 @@ def test_a_run_that_fails_is_told_and_ends_the_capture(opened: Opened) -> None:
 def test_a_failure_is_told_in_its_own_words_after_a_capture_in_vain(opened: Opened) -> None:
     _, cuda, _ = opened
     engines, runs, _ = bound(opened)
-    cuda.failing.add("cudaStreamEndCapture")
+    cuda.failing.add("end_building")
     chain = engines.chain(runs)
     chain()
     chain()
@@ -120,3 +122,20 @@ def test_an_interrupt_ends_the_capture(opened: Opened, monkeypatch: pytest.Monke
     monkeypatch.undo()
     chain()
     assert chain.captured
+
+
+def test_the_stand_in_takes_only_what_cuda_core_takes() -> None:
+    fake = FakeCuda()
+    device = fake.Device.get_all_devices()[0]
+    stream = device.create_stream(options=fake.StreamOptions(nonblocking=True))
+    for wrong in (
+        lambda: device.allocate(8),  # without a stream
+        lambda: device.allocate(8, stream),
+        lambda: stream.sync(0),
+        lambda: stream.create_graph_builder().begin_building(kind="relaxed"),
+        lambda: fake.Buffer.from_handle(1),
+    ):
+        with pytest.raises(TypeError):
+            wrong()
+    with pytest.raises(AssertionError, match="Stream has no synchronize"):
+        like(cuda.core.Stream)(type("Stream", (), {"synchronize": lambda self: None}))

@@ -5,9 +5,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import cuda.core
 import numpy as np
 import pytest
-from nvinfer_stand_ins import FakeCuda, Opened, bound, stand_ins
+from cuda.pathfinder import DynamicLibNotFoundError
+from cuda_stand_ins import FakeCuda
+from nvinfer_stand_ins import Opened, bound, stand_ins
 
 from himap_export.engines.manifest import EngineRecord
 from himap_export.engines.nvinfer import cuda_memory, run
@@ -36,7 +39,7 @@ def test_engines_share_weights_and_update_caches_in_place(opened: Opened) -> Non
     assert engines.device == "cuda:0 NVIDIA Fake"
     for each in runs:
         each()
-    cuda.cudaStreamSynchronize(77)
+    cuda.wait()
     (_, prefix, _), (_, decode, _) = seen
     for addresses in (prefix, decode):
         caches = [n for n in addresses if n.startswith("present")]
@@ -54,7 +57,7 @@ def test_weights_are_uploaded_once_whole_and_in_pieces(
     engines = open_engines(RTX, bundle)
     stored = bundle.weights()
     assert len(cuda.memory) == len(stored) and cuda.allocated == sum(t.nbytes for t in stored.values())
-    assert cuda.log.count("copy 1") == sum(-(-t.nbytes // piece) for t in stored.values())
+    assert cuda.log.count("copy in") == sum(-(-t.nbytes // piece) for t in stored.values())
     for name, tensor in stored.items():
         content = ctypes.string_at(engines._weights.addresses[name], tensor.nbytes)
         assert content == tensor.file.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes]
@@ -91,25 +94,25 @@ def test_an_engine_that_cannot_be_opened_is_told_in_one_line(opened: Opened) -> 
     assert "cannot open" in str(refusal(lambda: engines.bind("decode", {})))
 
 
-def without_a_driver(library: str) -> None:
-    raise OSError(f"{library}: cannot open shared object file")
-
-
 def test_without_a_driver_engines_are_not_opened(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuda.core itself, on a machine that has none."""
     monkeypatch.undo()
-    monkeypatch.setattr(ctypes, "CDLL", without_a_driver)
+    monkeypatch.setattr(cuda.core.Device, "get_all_devices", staticmethod(no_driver))
     error = refusal(lambda: open_engines(RTX, opened[0]))
     assert error.code == Exit.MISSING and "no CUDA driver" in str(error)
     assert all(words in str(error) for words in ("a GPU", "building the engines needed none", "--backend onnxruntime"))
 
 
+def no_driver() -> None:
+    raise DynamicLibNotFoundError("libcuda.so.1")
+
+
 def test_without_the_bindings_the_package_is_named(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(ctypes, "CDLL", lambda library: None)
-    for name in ("cuda", "cuda.bindings", "cuda.bindings.runtime"):  # imported or not, they are gone
+    for name in ("cuda", "cuda.core"):  # imported or not, they are gone
         monkeypatch.setitem(sys.modules, name, None)
     error = refusal(lambda: open_engines(RTX, opened[0]))
-    assert error.code == Exit.MISSING and "pip install 'cuda-bindings" in error.hint
+    assert error.code == Exit.MISSING and "pip install 'cuda-core" in error.hint
 
 
 @pytest.mark.parametrize(
@@ -117,14 +120,14 @@ def test_without_the_bindings_the_package_is_named(opened: Opened, monkeypatch: 
     [
         (FakeCuda(9, 0), "SM90"),
         (FakeCuda(7, 5), "SM75"),
-        (FakeCuda(count=0), "no device"),
+        (FakeCuda(count=0), "no CUDA device"),
         (FakeCuda(limit=1), "out of memory"),
     ],
 )
 def test_a_gpu_that_cannot_do_it_is_told(
     opened: Opened, monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda, words: str
 ) -> None:
-    monkeypatch.setattr(run, "cuda_runtime", lambda: cuda)
+    monkeypatch.setattr(run, "cuda_core", lambda: cuda)
     error = refusal(lambda: open_engines(RTX, opened[0]))
     assert words in str(error) and error.code == (Exit.FAILURE if cuda.allocated else Exit.MISSING)
 

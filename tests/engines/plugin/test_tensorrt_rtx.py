@@ -1,14 +1,15 @@
 """The gather's plugin inside real engines of TensorRT-RTX, built without a GPU, and what it does when it runs."""
 
-import ctypes
 import gc
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cuda.core
 import pytest
 import tensorrt_rtx as trt
+from cuda_stand_ins import CUDAError, checked, like
 from unsealed import NEW, PRUNED, SPEC, WHOLE, T, V, staged, unsealed
 
 from himap_export.engines.backends import build_all, onnxruntime, tensorrt_rtx
@@ -94,23 +95,33 @@ def test_who_cannot_have_a_plugin_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     assert caught.value.code == Exit.MISSING
 
 
-class FakeDriver(SimpleNamespace):
-    """CUDA's driver that writes down what it is asked to do; `fails`: the call that goes wrong."""
+class FakeCore(SimpleNamespace):
+    """A cuda.core that writes down what it is asked to do, in calls that its own signatures take.
 
-    CUresult = SimpleNamespace(CUDA_SUCCESS=0)
+    `fails`: the call that goes wrong."""
 
     def __init__(self, fails: str = "") -> None:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
-        for name, value in (("cuModuleLoadData", "module"), ("cuModuleGetFunction", "function"), ("cuLaunchKernel", 0)):
-            setattr(self, name, self._call(name, value, fails))
-        self.cuGetErrorString = lambda error: (0, b"no kernel image")
 
-    def _call(self, name: str, value: object, fails: str) -> Any:
-        def call(*arguments: Any) -> tuple[Any, ...]:
+        def call(name: str, value: object, *arguments: Any) -> Any:
             self.calls.append((name, arguments))
-            return (209,) if name == fails else (0, value)
+            if name == fails:
+                raise CUDAError("CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image")
+            return value
 
-        return call
+        @like(cuda.core.ObjectCode)
+        class ObjectCode:
+            @staticmethod
+            def from_ptx(module: bytes, *, name: str = "", symbol_mapping: Any = None) -> "ObjectCode":
+                call("from_ptx", None, module)
+                return ObjectCode()
+
+            def get_kernel(self, name: str) -> Any:
+                return call("get_kernel", "kernel", name)
+
+        self.ObjectCode, self.LaunchConfig = ObjectCode, cuda.core.LaunchConfig
+        self.Stream = SimpleNamespace(from_handle=checked(lambda handle: handle, cuda.core.Stream.from_handle))
+        self.launch = checked(lambda *given: call("launch", None, *given), cuda.core.launch)
 
 
 def loaded(kernel: GatherKernel, keep: int) -> Any:
@@ -123,24 +134,22 @@ def loaded(kernel: GatherKernel, keep: int) -> Any:
 
 
 def test_a_loaded_plugin_launches_the_stored_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, driver = compile_gather(GatherShape(2, 40, 32, 64, "fp16")), FakeDriver()
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    kernel, core = compile_gather(GatherShape(2, 40, 32, 64, "fp16")), FakeCore()
+    monkeypatch.setitem(sys.modules, "cuda.core", core)
     made = loaded(kernel, 32)
     assert made.kernel == kernel and made.keep == 32 and made.num_outputs == 3
     for _ in range(2):
         made.enqueue([], [], [11, 12, 13, 14], [21, 22, 23], 0, 77)
-    names = [name for name, _ in driver.calls]
-    assert names == ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel", "cuLaunchKernel"]
-    assert driver.calls[0][1] == (kernel.ptx.encode(),) and driver.calls[1][1] == ("module", b"top_k_gather")
-    function, *sizes, stream, arguments, extra = driver.calls[2][1]
-    assert function == "function" and tuple(sizes) == (*kernel.grid, *kernel.block, kernel.shared_bytes)
-    assert stream == 77 and extra == 0
-    assert arguments == ((11, 12, 13, 14, 21, 22, 23), (ctypes.c_void_p,) * 7)
+    assert [name for name, _ in core.calls] == ["from_ptx", "get_kernel", "launch", "launch"]
+    assert core.calls[0][1] == (kernel.ptx.encode(),) and core.calls[1][1] == ("top_k_gather",)
+    stream, config, function, *arguments = core.calls[2][1]
+    assert (stream, function) == (77, "kernel") and arguments == [11, 12, 13, 14, 21, 22, 23]
+    assert (config.grid, config.block, config.shmem_size) == (kernel.grid, kernel.block, kernel.shared_bytes)
 
 
-@pytest.mark.parametrize("fails", ["cuModuleLoadData", "cuLaunchKernel"])
+@pytest.mark.parametrize("fails", ["from_ptx", "launch"])
 def test_a_kernel_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", FakeDriver(fails))
+    monkeypatch.setitem(sys.modules, "cuda.core", FakeCore(fails))
     made = loaded(compile_gather(GatherShape(1, 8, 4, 16, "bf16")), 4)
     with pytest.raises(RuntimeError, match="no kernel image"):
         made.enqueue([], [], [1, 2, 3, 4], [5, 6, 7], 0, 0)
