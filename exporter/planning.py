@@ -181,7 +181,9 @@ def _check_positions(model: Model, budget: TokenBudget) -> None:
 
 def _own_dtype(config: dict[str, Any], backends: tuple[str, ...]) -> Dtype:
     """The checkpoint's own; but fp16 for fp32 weights on TensorRT, which has no fused attention in fp32, and fp32 for
-    bf16 weights on onnxruntime, whose CPU kernels know no bf16: every bf16 number is one, where fp16 would overflow."""
+    bf16 weights on onnxruntime, whose CPU kernels know no bf16: every bf16 number is one, where fp16 would overflow.
+
+    HimapError (usage) for bf16 weights on both."""
     names: dict[str, Dtype] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
     text = config.get("text_config", {})
     flags = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # Qwen-VL's way of saying it
@@ -192,6 +194,10 @@ def _own_dtype(config: dict[str, Any], backends: tuple[str, ...]) -> Dtype:
             f"unsupported dtype {stored} in config.json", f"use --dtype {'|'.join(get_args(Dtype))}", code=Exit.USAGE
         )
     own, tensorrt = names[stored], any(b.startswith("tensorrt") for b in backends)
+    if own == "bf16" and tensorrt and "onnxruntime" in backends:
+        details = "onnxruntime's CPU kernels know no bf16, TensorRT no fused fp32 attention, fp16 may overflow"
+        hint = "export one bundle for each, or take the risk with --dtype fp16"
+        raise HimapError("bf16 weights have no dtype that suits all backends", details, hint, Exit.USAGE)
     if own == "bf16" and "onnxruntime" in backends:
-        return "fp16" if tensorrt else "fp32"
+        return "fp32"
     return "fp16" if own == "fp32" and tensorrt else own

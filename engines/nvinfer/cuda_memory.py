@@ -30,7 +30,7 @@ def cuda_core() -> Any:
     try:
         return import_module("cuda.core")
     except ImportError:
-        hint = "pip install 'cuda-core[cu13]>=1.2'"
+        hint = "pip install 'cuda-core>=1.2' 'cuda-bindings>=13'"
         raise HimapError("cuda-core is not installed", hint=hint, code=Exit.MISSING) from None
 
 

@@ -191,6 +191,17 @@ def test_what_is_asked_for_is_bounded_before_it_is_made(asked: Request, words: s
     assert words in str(caught.value) and caught.value.code == Exit.USAGE
 
 
+def test_bf16_weights_are_not_cut_to_fp16_unasked() -> None:
+    model = resolve("qwen3-vl-2b", weights=False)
+    for backends, dtype in ((("onnxruntime",), "fp32"), (("tensorrt-rtx",), "bf16")):
+        assert plan_export(model, Request(backends=backends)).dtype == dtype
+    both = ("onnxruntime", "tensorrt-rtx")
+    with pytest.raises(HimapError, match="fp16 may overflow") as caught:
+        plan_export(model, Request(backends=both))
+    assert caught.value.code == Exit.USAGE
+    assert plan_export(model, Request(backends=both, dtype="fp16")).dtype == "fp16"
+
+
 def test_tiles_are_bounded() -> None:
     for tiles in (0, -3, 10**12):
         with pytest.raises(HimapError, match=f"{tiles} tiles do not fit"):
