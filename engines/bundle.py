@@ -86,9 +86,9 @@ class Bundle:
         if self.external is not None:
             return self.external
         if self.manifest.weight_form == "absent":
-            hint = "give the checkpoint's folder with --weights"
+            hint = "give the checkpoint's folder with `weights`"
             raise HimapError(
-                f"{self.folder} holds no weights", "it was exported with --engines-only", hint, Exit.MISSING
+                f"{self.folder} holds no weights", "it was exported with `engines_only`", hint, Exit.MISSING
             )
         return {name: t for file in self.manifest.weights for name, t in read_header(self.folder / file).items()}
 
@@ -110,7 +110,7 @@ class Bundle:
         and infinity.
         """
         if self.manifest.weight_form != "absent":
-            raise HimapError(f"{self.folder} has its own weights", hint="leave --weights out", code=Exit.USAGE)
+            raise HimapError(f"{self.folder} has its own weights", hint="leave `weights` out", code=Exit.USAGE)
         stored = stored_tensors(folders, Exit.USAGE)
         wanted = self.manifest.wanted()
         problems = [_misfit(name, find_tensor(stored, name, spec.rows), spec) for name, spec in wanted.items()]
@@ -146,7 +146,7 @@ class Bundle:
         if found is None:
             held = ", ".join(f"{image.size[1]}x{image.size[0]}" for image in images.values())
             summary = f"{self.folder} holds no graph for images of {size[1]}x{size[0]} pixels"
-            raise HimapError(summary, f"it holds {held}", "give one of these, or export with --image-size", Exit.USAGE)
+            raise HimapError(summary, f"it holds {held}", "give one of these, or export with `image_size`", Exit.USAGE)
         return found
 
     def select(

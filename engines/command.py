@@ -183,7 +183,7 @@ def _ending(problem: BaseException, interrupted: str) -> tuple[str, Exit]:
         problem = missing_extra(problem) or problem
     match problem:
         case HimapError():
-            return f"error: {problem}", problem.code
+            return f"error: {as_options(str(problem))}", problem.code
         case KeyboardInterrupt():
             return f"interrupted, {left() or interrupted}", Exit.INTERRUPTED
         case BrokenPipeError():  # the reader of our output has left: so do we, quietly
@@ -194,6 +194,11 @@ def _ending(problem: BaseException, interrupted: str) -> tuple[str, Exit]:
             where = f"{problem.filename}: " if problem.filename else ""
             return f"error: {where}{problem.strerror or problem}", Exit.FAILURE
     raise problem
+
+
+def as_options(text: str) -> str:
+    """Returns a library's message in a command's words: the parameter `text_budget` is its option --text-budget."""
+    return re.sub("`([a-z][a-z0-9_]*)`", lambda found: "--" + found[1].replace("_", "-"), text)
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -231,7 +236,7 @@ def _say(line: str) -> None:
 def _show_warning(name: str, others: Callable[..., None], message: Warning | str, *about: Any) -> None:
     """Ours are one line; `others` shows those of libraries."""
     if isinstance(message, HimapWarning):
-        _say(f"{name}: {message}")
+        _say(f"{name}: {as_options(str(message))}")
     else:
         others(message, *about)
 

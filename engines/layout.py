@@ -135,5 +135,5 @@ def _check(is_image: npt.NDArray[np.bool_], row: int, image: ImageTokens, budget
         details = f"the plan drops all {visual} image tokens"
         raise HimapError(f"prompt {row} has no text", details, "ask something", Exit.USAGE)
     if text > budget.text:
-        hint = f"shorten it, or export with --text-budget {text}"
+        hint = f"shorten it, or export with `text_budget` {text}"
         raise HimapError(f"prompt {row} has {text} text tokens", f"the budget is {budget.text}", hint, Exit.USAGE)

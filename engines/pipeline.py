@@ -181,8 +181,8 @@ class Pipeline:
         """
         limit = self.spec.budget.new
         if not 1 <= new_tokens <= limit:
-            hint = f"1 to {limit}, or export with --max-new-tokens {new_tokens}"
-            summary = f"--max-new-tokens {new_tokens} is outside the bundle's budget"
+            hint = f"1 to {limit}, or export with `max_new_tokens` {new_tokens}"
+            summary = f"`max_new_tokens` {new_tokens} is outside the bundle's budget"
             raise HimapError(summary, hint=hint, code=Exit.USAGE)
         samples, batch, model = len(prefilled.logits), len(layout.lengths), self.manifest.model
         sampler = Sampler(sampling or Sampling(), range(samples) if requests is None else requests)

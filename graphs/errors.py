@@ -39,7 +39,8 @@ class HimapWarning(UserWarning):
 class HimapError(Exception):
     """What was wrong (`summary`), what was found or expected (`details`), what to do about it (`hint`).
 
-    Commands print it as one line, without a traceback, and leave with `code`.
+    Parameters are named in backticks, as the caller of a function knows them; commands name their options in their
+    place, print the whole as one line, without a traceback, and leave with `code`.
     """
 
     def __init__(self, summary: str, details: str = "", hint: str = "", code: Exit = Exit.FAILURE) -> None:

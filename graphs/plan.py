@@ -77,7 +77,7 @@ class PruningPlan(Struct, frozen=True, forbid_unknown_fields=True):
             _check_cut(name, cut, layers)
         for n, (before, after) in enumerate(pairwise(self.cuts), 1):
             if after.layer <= before.layer:
-                summary = f"--k{n + 1} {after.layer} is not above --k{n} {before.layer}"
+                summary = f"`k{n + 1}` {after.layer} is not above `k{n}` {before.layer}"
                 raise _bad(summary, "cuts come in the order of their layers")
         return self
 
@@ -95,15 +95,15 @@ def _check_cut(name: str, cut: Cut, layers: int) -> None:
     if (cut.remove is None) == (cut.keep is None):
         raise _bad(f"the cut {name} needs either a fraction to remove or a number to keep", "give one of the two")
     if cut.remove is not None and not 0 <= cut.remove < 1:
-        summary = f"--r{name[1:]} {cut.remove} is outside [0, 1)"
+        summary = f"`r{name[1:]}` {cut.remove} is outside [0, 1)"
         raise _bad(summary, "it is the fraction of image tokens to remove")
     if cut.keep is not None and cut.keep < 0:
-        raise _bad(f"--keep {cut.keep} is below 0", "it is the number of image tokens that stay")
+        raise _bad(f"`keep` {cut.keep} is below 0", "it is the number of image tokens that stay")
     if cut.layer < 1:
-        raise _bad(f"--{name} {cut.layer} is below 1", "the layer before a cut ranks the tokens")
+        raise _bad(f"`{name}` {cut.layer} is below 1", "the layer before a cut ranks the tokens")
     if cut.layer >= layers:
         hint = f"the model has {layers} layers: use at most {layers - 1}"
-        raise _bad(f"--{name} {cut.layer} is past the last layer", hint)
+        raise _bad(f"`{name}` {cut.layer} is past the last layer", hint)
 
 
 def _bad(summary: str, hint: str) -> HimapError:
@@ -139,7 +139,7 @@ def align(visual: Visual, text: int, multiple: int) -> Visual:
     that removed tokens would then remove none.
     """
     if multiple < 1:
-        raise _bad(f"--align {multiple} is below 1", "give the tile height of the matrix products, such as 64")
+        raise _bad(f"`align` {multiple} is below 1", "give the tile height of the matrix products, such as 64")
     found = [visual[0]]
     for before, after in pairwise(visual):
         if before == after:
@@ -148,7 +148,7 @@ def align(visual: Visual, text: int, multiple: int) -> Visual:
         kept = math.ceil((after + text) / multiple) * multiple - text
         if kept >= found[-1]:
             raise _bad(
-                f"--align {multiple} undoes a cut", f"{after} of {before} image tokens should stay: align to less"
+                f"`align` {multiple} undoes a cut", f"{after} of {before} image tokens should stay: align to less"
             )
         found.append(kept)
     return tuple(found)
@@ -167,7 +167,7 @@ class TokenBudget(Struct, frozen=True, forbid_unknown_fields=True):
     batch: Annotated[int, Meta(le=4096)] = 1
 
     def __post_init__(self) -> None:
-        for name, value in (("--text-budget", self.text), ("--max-new-tokens", self.new), ("--batch", self.batch)):
+        for name, value in (("`text_budget`", self.text), ("`max_new_tokens`", self.new), ("`batch`", self.batch)):
             if value < 1:
                 raise _bad(f"{name} {value} is below 1", "give a positive number of tokens or samples")
 

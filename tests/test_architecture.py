@@ -1,6 +1,7 @@
 """Rules that no single test of a room would notice: who imports what, what starts without what, how long a file is."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from commands import HIMAP_TINY, Workshop, blocked_python, golden_inputs
 
+from himap_export.engines.command import as_options
 from himap_export.validate.reference.criteria import reference_himap
 
 ROOT = Path(__file__).parents[1]
@@ -167,6 +169,23 @@ def parameters_by_name() -> dict[str, list[int]]:
                 fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
                 found.setdefault(node.name, []).append(len(fields))
     return found
+
+
+def test_inner_rooms_name_no_options() -> None:
+    """Libraries name parameters; `engines/command.py` makes options of them."""
+    assert (
+        as_options("`max_new_tokens` 9 (use `k1` and `dtype` fp16)") == "--max-new-tokens 9 (use --k1 and --dtype fp16)"
+    )
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for path in (p for p in SOURCES if p.relative_to(ROOT).parts[0] in ("graphs", "engines")):
+        if path.name in ("cli.py", "command.py"):
+            continue
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        documented = [node.body[0] for node in nodes if isinstance(node, holders) and ast.get_docstring(node)]
+        docs = {id(first.value) for first in documented if isinstance(first, ast.Expr)}
+        words = (node for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+        named = [node.value for node in words if id(node) not in docs and re.search("--([a-z]|$)", node.value)]
+        assert not named, f"{path} names options: {named}"
 
 
 def test_no_call_of_ours_has_more_than_four_positional_arguments() -> None:

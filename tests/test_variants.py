@@ -172,7 +172,7 @@ def test_align_rounds_up(visual: Any, text: int, multiple: int, expected: Any) -
 
 @pytest.mark.parametrize("multiple", [0, 512])
 def test_align_never_undoes_a_cut(multiple: int) -> None:
-    with pytest.raises(HimapError, match="--align"):
+    with pytest.raises(HimapError, match="`align`"):
         align((576, 288, 72), 192, multiple)
 
 

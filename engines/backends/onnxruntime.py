@@ -39,10 +39,10 @@ def _onnxruntime() -> ModuleType:
 def check(dtype: str, gather: Gather) -> None:
     _onnxruntime()
     if dtype == "bf16":
-        hint = "use --dtype fp16 or fp32"
+        hint = "use `dtype` fp16 or fp32"
         raise HimapError("onnxruntime's CPU kernels do not compute in bf16", hint=hint, code=Exit.USAGE)
     if gather == "plugin":
-        hint = "leave --gather out: onnxruntime runs the gather's standard operators"
+        hint = "leave `gather` out: onnxruntime runs the gather's standard operators"
         raise HimapError("onnxruntime has no plugins", hint=hint, code=Exit.USAGE)
 
 
@@ -116,7 +116,7 @@ def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Op
         hint = "check onnxruntime's version against the manifest's"
         raise HimapError(f"onnxruntime refuses {path}", details, hint) from None
     if _PROVIDERS[device] not in session.get_providers():  # onnxruntime itself falls back with a warning
-        hint = "check the GPU's driver, or give --device cpu"
+        hint = "check the GPU's driver, or give `device` cpu"
         raise HimapError("onnxruntime cannot use the CUDA provider", hint=hint, code=Exit.MISSING)
     if device == "cuda" and (elsewhere := _elsewhere(session, _PROVIDERS["cuda"])):
         print(f"onnxruntime: {graph} runs partly on the CPU: {elsewhere}", file=sys.stderr)

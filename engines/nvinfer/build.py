@@ -18,7 +18,7 @@ def check(edition: Edition, dtype: str) -> None:
     """HimapError if the product is not installed, or has no fused attention in `dtype`."""
     edition.api()
     if dtype == "fp32":
-        hint = "use --dtype fp16 or bf16"
+        hint = "use `dtype` fp16 or bf16"
         raise HimapError(f"{edition.title} has no fused attention kernel in fp32", hint=hint, code=Exit.USAGE)
 
 

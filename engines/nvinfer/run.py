@@ -45,7 +45,7 @@ def open_engines(edition: Edition, bundle: Bundle) -> "NvInferEngines":
 
 def _elsewhere(bundle: Bundle) -> str:
     held = "onnxruntime" in bundle.manifest.engines
-    return "--backend onnxruntime runs here" if held else "a bundle exported with --backend onnxruntime runs here"
+    return "`backend` onnxruntime runs here" if held else "a bundle exported with `backend` onnxruntime runs here"
 
 
 class NvInferEngines:
@@ -188,7 +188,7 @@ _INVALID = {  # TensorRT-RTX's diagnostics by name: what each means, and what he
     "UNSUPPORTED_CC": ("it was not built for this GPU, {gpu}", "export again with this version of himap-export"),
     "OLD_CUDA_DRIVER": ("the CUDA driver is too old for it", "update NVIDIA's driver"),
     "OLD_CUDA_RUNTIME": ("the CUDA runtime is too old for it", "update NVIDIA's driver and the package's libraries"),
-    "INSUFFICIENT_GPU_MEMORY": ("the GPU has too little memory", "export with a smaller --batch or --text-budget"),
+    "INSUFFICIENT_GPU_MEMORY": ("the GPU has too little memory", "export with a smaller `batch` or `text_budget`"),
     "MALFORMED_ENGINE": ("it is no engine, or damaged, or of another platform", "export again"),
     "CUDA_ERROR": ("CUDA's driver or runtime does not work", "check NVIDIA's driver with nvidia-smi"),
 }

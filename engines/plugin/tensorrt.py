@@ -21,7 +21,7 @@ _DTYPES: dict[str, Dtype] = {"HALF": "fp16", "BF16": "bf16", "FLOAT": "fp32"}
 def check() -> None:
     """HimapError (missing) if the plugin's kernel cannot be compiled here: asked before an engine is built."""
     if find_spec("triton") is None:
-        hint = f"{how_to_install('plugin')}; or use --gather ops"
+        hint = f"{how_to_install('plugin')}; or use `gather` ops"
         raise HimapError("the plugin's kernel needs triton, which is not installed", hint=hint, code=Exit.MISSING)
 
 

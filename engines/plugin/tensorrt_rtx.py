@@ -43,7 +43,7 @@ def unregister() -> None:
 def check() -> None:
     """HimapError (missing) if the plugin's kernel cannot be compiled here."""
     if find_spec("triton") is None:
-        hint = f"{how_to_install('plugin')}; or leave --gather out"
+        hint = f"{how_to_install('plugin')}; or leave `gather` out"
         raise HimapError("the plugin's kernel needs triton, which is not installed", hint=hint, code=Exit.MISSING)
 
 

@@ -276,7 +276,7 @@ def test_prompts_that_do_not_fit(
 def test_more_text_than_the_budget(work: Workshop, pipeline: Pipeline) -> None:
     fits, over = (make_inputs(work.tiny("gqa2"), [3, text], [1, 5]) for text in (11, 12))
     assert prefill(pipeline, fits).logits.shape == (2, 256)
-    with pytest.raises(HimapError, match=r"prompt 1 has 17 text tokens: the budget is 16 .*--text-budget 17") as found:
+    with pytest.raises(HimapError, match=r"prompt 1 has 17 text tokens: the budget is 16 .*`text_budget` 17") as found:
         prefill(pipeline, over)
     assert found.value.code == Exit.USAGE
 

@@ -112,7 +112,7 @@ def test_fp32_and_a_missing_package_are_refused(monkeypatch: pytest.MonkeyPatch)
     tensorrt_rtx.check("bf16", "ops")
     assert tensorrt_rtx.version()["tensorrt-rtx"].startswith("1.")
     fp32 = refusal(lambda: tensorrt_rtx.check("fp32", "auto"))
-    assert fp32.code == Exit.USAGE and "--dtype fp16 or bf16" in fp32.hint
+    assert fp32.code == Exit.USAGE and "`dtype` fp16 or bf16" in fp32.hint
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     missing = refusal(lambda: tensorrt_rtx.check("fp16", "auto"))
     assert missing.code == Exit.MISSING and "pip install" in missing.hint

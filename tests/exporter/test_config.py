@@ -181,7 +181,7 @@ def test_what_cannot_be_built_is_refused_by_the_plan(
         (Request(image_sizes=tuple((28 * n, 28) for n in range(1, 300))), "299 variants are too many"),
         (Request(text_budgets=tuple(range(10, 400))), "390 variants are too many"),
         (Request(text_budgets=(10**9,)), "the budgets are too long"),
-        (Request(align=10**12), "--align"),
+        (Request(align=10**12), "`align`"),
         (Request(batch=10**9), "the budget is not usable: Expected int <= 4096"),
     ],
 )

@@ -90,20 +90,20 @@ def test_every_layer_is_in_one_stage(plan: PruningPlan) -> None:
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
-        (himap(0, 8, 0.5, 0.5), "--k1 0 is below 1"),
-        (himap(-3, 8, 0.5, 0.5), "--k1 -3"),
-        (himap(8, 8, 0.5, 0.5), "--k2 8 is not above --k1 8"),
-        (himap(9, 8, 0.5, 0.5), "--k2 8 is not above --k1 9"),
-        (himap(2, 32, 0.5, 0.5), "--k2 32 is past the last layer (the model has 32 layers: use at most 31)"),
-        (himap(2, 8, 1.0, 0.5), "--r1 1.0 is outside [0, 1)"),
-        (himap(2, 8, -0.1, 0.5), "--r1 -0.1"),
-        (himap(2, 8, 0.5, 1.5), "--r2 1.5"),
-        (himap(2, 8, 0.5, float("nan")), "--r2 nan"),
-        (himap(2, 8, float("inf"), 0.5), "--r1 inf"),
-        (PruningPlan((Cut(2, "last", keep=-1),)), "--keep -1 is below 0"),
+        (himap(0, 8, 0.5, 0.5), "`k1` 0 is below 1"),
+        (himap(-3, 8, 0.5, 0.5), "`k1` -3"),
+        (himap(8, 8, 0.5, 0.5), "`k2` 8 is not above `k1` 8"),
+        (himap(9, 8, 0.5, 0.5), "`k2` 8 is not above `k1` 9"),
+        (himap(2, 32, 0.5, 0.5), "`k2` 32 is past the last layer (the model has 32 layers: use at most 31)"),
+        (himap(2, 8, 1.0, 0.5), "`r1` 1.0 is outside [0, 1)"),
+        (himap(2, 8, -0.1, 0.5), "`r1` -0.1"),
+        (himap(2, 8, 0.5, 1.5), "`r2` 1.5"),
+        (himap(2, 8, 0.5, float("nan")), "`r2` nan"),
+        (himap(2, 8, float("inf"), 0.5), "`r1` inf"),
+        (PruningPlan((Cut(2, "last", keep=-1),)), "`keep` -1 is below 0"),
         (PruningPlan((Cut(2, "last"),)), "needs either a fraction to remove or a number to keep"),
         (PruningPlan((Cut(2, "last", 0.5, 3),)), "needs either a fraction to remove or a number to keep"),
-        (PruningPlan((*himap(2, 8, 0.5, 0.5).cuts, Cut(8, "last", 0.5))), "--k3 8 is not above --k2 8"),
+        (PruningPlan((*himap(2, 8, 0.5, 0.5).cuts, Cut(8, "last", 0.5))), "`k3` 8 is not above `k2` 8"),
     ],
 )
 def test_a_plan_the_model_cannot_follow(plan: PruningPlan, words: str) -> None:
@@ -120,10 +120,10 @@ def test_the_outermost_plans_are_allowed(plan: PruningPlan) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: TokenBudget((4, 2, 1), 0, 8), "--text-budget 0"),
-        (lambda: TokenBudget((4, 2, 1), 8, 0), "--max-new-tokens 0"),
-        (lambda: TokenBudget((4, 2, 1), 8, 8, 0), "--batch 0"),
-        (lambda: TokenBudget((4, 2, 1), 8, -1), "--max-new-tokens -1"),
+        (lambda: TokenBudget((4, 2, 1), 0, 8), "`text_budget` 0"),
+        (lambda: TokenBudget((4, 2, 1), 8, 0), "`max_new_tokens` 0"),
+        (lambda: TokenBudget((4, 2, 1), 8, 8, 0), "`batch` 0"),
+        (lambda: TokenBudget((4, 2, 1), 8, -1), "`max_new_tokens` -1"),
     ],
 )
 def test_an_empty_budget(make: Callable[[], TokenBudget], words: str) -> None:

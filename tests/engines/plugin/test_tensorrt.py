@@ -306,7 +306,7 @@ def test_only_who_wants_the_plugin_registers_it(monkeypatch: pytest.MonkeyPatch,
     if form == "ops":
         backend.check("fp16", gather)
     else:
-        with pytest.raises(Exception, match=r"needs triton, which is not installed \(.*--gather ops\)"):
+        with pytest.raises(Exception, match=r"needs triton, which is not installed \(.*`gather` ops\)"):
             backend.check("fp16", gather)
 
 
