@@ -207,6 +207,14 @@ def crop_view(image: Image.Image, how: ImagePreprocessing, scale: int = 1) -> Im
     return image
 
 
+def seen_share(image: Image.Image, how: ImagePreprocessing) -> float:
+    """Returns the share of the image that the model sees: less than 1 where its preprocessing crops."""
+    if how.crop is None or how.pad_color is not None:
+        return 1.0
+    height, width = _resized(image.height, image.width, how.resize)
+    return min(how.crop[0] / height, 1) * min(how.crop[1] / width, 1)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB, transparency over white (transformers' `convert_to_rgb`)."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:

@@ -19,13 +19,15 @@ from PIL import Image
 from himap_export.engines.arrays import Inputs, as_inputs
 from himap_export.engines.backends import ANYWAY, Opening
 from himap_export.engines.bundle import Bundle, RunSpec
-from himap_export.engines.image import load_image, nearest_size, upright
+from himap_export.engines.image import load_image, nearest_size, seen_share, upright
 from himap_export.engines.layout import Integers, text_tokens
 from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.processor import Processor, load_processor
 from himap_export.engines.prompt import Detokenizer
 from himap_export.engines.sampling import Sampling
 from himap_export.graphs.errors import Exit, HimapError, HimapWarning
+
+LEAST_SEEN = 0.5  # of an image; less is said: a photograph of 3:2 shows two thirds
 
 
 class Generation(TypedDict, total=False):
@@ -163,6 +165,9 @@ class Session:
         sizes = [spec.size for spec in self.bundle.manifest.images.values()]
         size = self._image_size or nearest_size((shown.height, shown.width), sizes)
         processor = load_processor(self.bundle, self.bundle.manifest.images[self.bundle.image_name(size)])
+        if (share := seen_share(shown, processor.image)) < LEAST_SEEN:
+            told = f"the model sees {share:.0%} of this image: its preprocessing crops to the centre"
+            warnings.warn(HimapWarning(told), stacklevel=2)
         inputs = processor.inputs(shown, prompt)
         return Request(inputs, self._fitting(inputs), image=shown, prompt=prompt, processor=processor)
 

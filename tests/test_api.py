@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,15 @@ def test_a_session_answers_one_at_a_time(bundle: hx.Bundle) -> None:
         next(abandoned)
         del abandoned
         assert session.ask(IMAGE, QUESTION).text == expected
+
+
+def test_a_picture_of_which_little_is_seen_is_told(bundle: hx.Bundle) -> None:
+    """CLIP's preprocessing crops to the centre square."""
+    with bundle.session(threads=1) as session:
+        with pytest.warns(hx.HimapWarning, match="the model sees 25% of this image"):
+            session.prepare(Image.new("RGB", (400, 100)), QUESTION)
+        with warnings.catch_warnings(action="error"):
+            session.prepare(Image.new("RGB", (150, 100)), QUESTION)
 
 
 def test_plans_as_objects(work: Workshop, tmp_path: Path) -> None:
