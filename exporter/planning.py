@@ -167,8 +167,8 @@ def _plans(asked: Request) -> dict[str, PruningPlan]:
         return flag_plans(asked.policies or ("himap",), asked.task, values)
     given = [*values, *(["policy"] if asked.policies else [])]
     if given:
-        hint = "with --plan, write the plan into a TOML file"
-        raise HimapError(f"--{given[0]} changes one plan only", hint=hint, code=Exit.USAGE)
+        hint = "with `plan`, write the plan into a TOML file"
+        raise HimapError(f"`{given[0]}` changes one plan only", hint=hint, code=Exit.USAGE)
     return named_plans(asked.plans)
 
 
@@ -176,7 +176,7 @@ def _check_positions(model: Model, budget: TokenBudget) -> None:
     limit, needed = model.family.prompt().positions, budget.capacity[0]
     if needed > limit:
         details = f"image, text and new tokens take {needed} positions, the model has {limit}"
-        raise HimapError("the budgets are too long", details, "lower --text-budget or --max-new-tokens", Exit.USAGE)
+        raise HimapError("the budgets are too long", details, "lower `text_budget` or `max_new_tokens`", Exit.USAGE)
 
 
 def _own_dtype(config: dict[str, Any], backends: tuple[str, ...]) -> Dtype:
@@ -191,12 +191,12 @@ def _own_dtype(config: dict[str, Any], backends: tuple[str, ...]) -> Dtype:
     stored = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype") or flagged
     if stored not in names:
         raise HimapError(
-            f"unsupported dtype {stored} in config.json", f"use --dtype {'|'.join(get_args(Dtype))}", code=Exit.USAGE
+            f"unsupported dtype {stored} in config.json", f"use `dtype` {'|'.join(get_args(Dtype))}", code=Exit.USAGE
         )
     own, tensorrt = names[stored], any(b.startswith("tensorrt") for b in backends)
     if own == "bf16" and tensorrt and "onnxruntime" in backends:
         details = "onnxruntime's CPU kernels know no bf16, TensorRT no fused fp32 attention, fp16 may overflow"
-        hint = "export one bundle for each, or take the risk with --dtype fp16"
+        hint = "export one bundle for each, or take the risk with `dtype` fp16"
         raise HimapError("bf16 weights have no dtype that suits all backends", details, hint, Exit.USAGE)
     if own == "bf16" and "onnxruntime" in backends:
         return "fp32"

@@ -99,9 +99,9 @@ def _default(policy: str, task: str) -> PruningPlan | None:
 
 def _changed(policy: str, plan: PruningPlan | None, values: Values) -> PruningPlan:
     if "r1" in values and "keep" in values:
-        raise HimapError("--r1 and --keep exclude each other", "a fraction or a number", code=Exit.USAGE)
+        raise HimapError("`r1` and `keep` exclude each other", "a fraction or a number", code=Exit.USAGE)
     if plan is None and not ("k1" in values and {"r1", "keep"} & set(values)):
-        hint = "give --k1 LAYER and --keep N (or --r1 FRACTION)"
+        hint = "give `k1` LAYER and `keep` N (or `r1` FRACTION)"
         raise HimapError(f"the policy {policy} has no default cut", hint=hint, code=Exit.USAGE)
     cuts = plan.cuts if plan else (Cut(values["k1"], POLICIES[policy][0], 0.0),)
     changed = [
@@ -115,8 +115,8 @@ def _changed(policy: str, plan: PruningPlan | None, values: Values) -> PruningPl
 
 def _not_for(policy: str, key: str) -> HimapError:
     count = len(POLICIES[policy])
-    hint = f"it has {count} cut{'s' * (count != 1)}: {', '.join(f'--{own}' for own in _allowed(count)) or 'no flags'}"
-    return HimapError(f"--{key} is not for the policy {policy}", hint=hint, code=Exit.USAGE)
+    hint = f"it has {count} cut{'s' * (count != 1)}: {', '.join(f'`{own}`' for own in _allowed(count)) or 'no flags'}"
+    return HimapError(f"`{key}` is not for the policy {policy}", hint=hint, code=Exit.USAGE)
 
 
 def _allowed(cuts: int) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ def resolve(
     alias = ALIASES.get(name)
     source = str(checkpoint) if checkpoint else alias.source if alias else name
     if checkpoint and not alias:
-        hint = "a folder is a model by itself: leave --checkpoint out"
+        hint = "a folder is a model by itself: leave `checkpoint` out"
         raise HimapError(f"{name[:80]} is no alias", f"aliases: {', '.join(ALIASES)}", hint, Exit.USAGE)
     if _is_folder(Path(source)):
         own = read_config(Path(source))
@@ -94,7 +94,7 @@ def resolve(
             vision_tower=vision_tower,
         )
     if checkpoint:
-        raise HimapError(f"{checkpoint} is no folder", "--checkpoint holds the weights of an alias", code=Exit.USAGE)
+        raise HimapError(f"{checkpoint} is no folder", "`checkpoint` holds the weights of an alias", code=Exit.USAGE)
     if alias and not weights:
         return Model(name, source, find_family(alias.config, name).parse(alias.config, name), None)
     if alias is None and not _HUB_ID.fullmatch(source):
@@ -112,7 +112,7 @@ def _model(name: str, source: str, config: Config, folder: Path, weights: bool, 
     named = family.tower()
     if named is None:
         if vision_tower is not None:
-            raise HimapError(f"{name} has its vision tower", hint="leave --vision-tower out", code=Exit.USAGE)
+            raise HimapError(f"{name} has its vision tower", hint="leave `vision_tower` out", code=Exit.USAGE)
         return Model(name, source, family, folder)
     tower = vision_tower or _inside(folder, named)
     if tower is None and _HUB_ID.fullmatch(named):
@@ -120,7 +120,7 @@ def _model(name: str, source: str, config: Config, folder: Path, weights: bool, 
     if tower is None or not _is_folder(tower):
         details = f"config.json names {named[:200]}, no Hugging Face id, and no folder in {folder}"
         details = details if tower is None else f"{tower} is no folder"
-        hint = "give the folder of the tower's checkpoint with --vision-tower DIR"
+        hint = "give the folder of the tower's checkpoint with `vision_tower` DIR"
         raise HimapError(f"{name}: the vision tower's folder is not there", details, hint, Exit.MISSING)
     return Model(
         name=name,

@@ -49,7 +49,7 @@ def store_weights(
             unlike = [t for t in used if t.dtype != dtype]
             if unlike and hard_link:
                 details = f"{unlike[0].name} is {unlike[0].dtype}, the bundle wants {dtype}"
-                raise HimapError("cannot hard-link the weights", details, "leave --hard-link out", Exit.USAGE)
+                raise HimapError("cannot hard-link the weights", details, "leave `hard_link` out", Exit.USAGE)
             if unlike:
                 write_weights(used, folder / targets[file], dtype=dtype, bar=bar, allow_overflow=allow_overflow)
             elif hard_link:
@@ -111,7 +111,7 @@ def _converted(tensor: StoredTensor, piece: npt.NDArray[Any], dtype: Dtype, allo
     largest = _LARGEST[dtype]
     if not allow_overflow:
         worst = float(numbers[np.abs(numbers).argmax()])
-        hint = "--allow-overflow takes the largest number there is, or give another --dtype"
+        hint = "`allow_overflow` takes the largest number there is, or give another `dtype`"
         details = f"it holds {worst:g}, {dtype} ends at {largest:g}"
         raise HimapError(f"tensor {tensor.name} does not fit {dtype}", details, hint, Exit.USAGE)
     return as_stored(np.clip(numbers, -largest, largest), dtype)
@@ -126,7 +126,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source.resolve(), target)  # a hub snapshot's files are links themselves
     except OSError as problem:
-        hint = "--out must be on the checkpoint's file system, or leave --hard-link out"
+        hint = "`out` must be on the checkpoint's file system, or leave `hard_link` out"
         raise HimapError(f"cannot hard-link {source}", problem.strerror or str(problem), hint) from None
 
 

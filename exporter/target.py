@@ -47,9 +47,9 @@ def settle_target(out: Path, overwrite: bool) -> Path:
             kind = f"{inside} is a bundle, which holds what its manifest lists"
     except (OSError, ValueError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else str(problem)
-        raise _refused(Path(str(out)[:300]), f"{reason}", "give another --out") from None
+        raise _refused(Path(str(out)[:300]), f"{reason}", "give another `out`") from None
     if kind:
-        raise _refused(out, kind, "give another --out, a new folder; what is there is left alone")
+        raise _refused(out, kind, "give another `out`, a new folder; what is there is left alone")
     _check_writable(target)
     return target
 
@@ -75,7 +75,7 @@ def _obstacle(target: Path, overwrite: bool) -> str:
     if not is_bundle(target):
         return "it is not empty and holds no bundle"
     if not overwrite:
-        return "it already holds a bundle: --overwrite replaces it"
+        return "it already holds a bundle: `overwrite` replaces it"
     if foreign := foreign_files(target):
         return f"beside the bundle's own files it holds {foreign[0]}: move that out first"
     return ""

@@ -46,7 +46,7 @@ def source_of(bundle: Bundle, named: str | None, vision_tower: Path | None = Non
     except HimapError as problem:
         if named is not None or problem.code == Exit.MISSING or isdir(source):  # noqa: PTH112  # which raises for no name
             raise
-        hint = "give it with --model"
+        hint = "give it with `model`"
         raise HimapError(f"the model of {bundle.folder} is not at {source}", hint=hint, code=Exit.MISSING) from None
     _check_sizes(bundle, model)
     _check_criteria(bundle)
@@ -119,5 +119,5 @@ def _check_sizes(bundle: Bundle, model: Model) -> None:
 
 
 def _misfit(bundle: Bundle, model: Model, details: str) -> HimapError:
-    hint = "--model takes the one that it was made from"
+    hint = "`model` takes the one that it was made from"
     return HimapError(f"{model.name} is not the model of {bundle.folder}", details, hint, Exit.USAGE)

@@ -73,7 +73,7 @@ def test_no_checkpoint_names_a_folder_elsewhere(
         resolve(str(model))
     said = str(caught.value)
     assert caught.value.code == Exit.MISSING and "\n" not in said
-    assert "--vision-tower DIR" in said and named[:100] in said
+    assert "`vision_tower` DIR" in said and named[:100] in said
     with pytest.raises((OSError, ValueError)):  # the reference's own rule
         load(model, torch.float32, "eager", "eager")
 

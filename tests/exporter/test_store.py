@@ -58,7 +58,7 @@ def test_what_does_not_fit_is_refused_with_its_value(
 ) -> None:
     value, words = TOO_LARGE[source, target]
     tensors = saved(tmp_path / "in" / "w.safetensors", source, fine=[1.0], large=[1.0, 2.0, 3.0, value, 4.0])
-    with pytest.raises(HimapError, match=f"tensor large does not fit {target}: {words} .*--allow-overflow") as caught:
+    with pytest.raises(HimapError, match=f"tensor large does not fit {target}: {words} .*`allow_overflow`") as caught:
         store_weights(tensors, tmp_path / "out", target)
     assert caught.value.code == Exit.USAGE
 

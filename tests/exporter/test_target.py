@@ -95,7 +95,7 @@ def test_a_bundle_with_a_file_of_the_users_is_not_replaced(tmp_path: Path) -> No
 
 
 def test_a_bundle_without_overwrite_stays(tmp_path: Path) -> None:
-    with pytest.raises(HimapError, match="--overwrite replaces it"):
+    with pytest.raises(HimapError, match="`overwrite` replaces it"):
         settle_target(make_bundle(tmp_path / "bundle"), False)
 
 

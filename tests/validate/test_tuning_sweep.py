@@ -79,7 +79,7 @@ def test_a_worker_that_dies_is_an_error(shapes: Path, asked: list[tuple[int, Exa
     next(answers)
     (worker,) = workers()
     os.kill(worker, signal.SIGKILL)
-    with pytest.raises(HimapError, match=r"sweeping plans died: killed by SIGKILL .*--workers 1"):
+    with pytest.raises(HimapError, match=r"sweeping plans died: killed by SIGKILL .*`workers` 1"):
         list(answers)
     assert not workers()
 

@@ -56,7 +56,7 @@ def claim(folder: Path, name: str, *others: str) -> None:
 def check_count(answers: int) -> None:
     """Raises HimapError (usage) if so many answers are more than a log takes. Called before any work."""
     if answers > MOST_ANSWERS:
-        details, hint = f"at most {MOST_ANSWERS} are asked for", "name fewer plans, or --limit the questions"
+        details, hint = f"at most {MOST_ANSWERS} are asked for", "name fewer plans, or `limit` the questions"
         raise HimapError(f"{answers} answers are too many", details, hint, Exit.USAGE)
 
 

@@ -93,7 +93,7 @@ def read_dataset(file: Path, skip_bad: bool = False) -> Dataset:
             bad.append((number, f"{problem.summary}: {problem.details}"[:400] if problem.details else problem.summary))
     if bad and not skip_bad:
         more = f"; {len(bad) - 1} more lines are bad" if len(bad) > 1 else ""
-        hint = "--skip-bad leaves bad lines out"
+        hint = "`skip_bad` leaves bad lines out"
         raise HimapError(f"line {bad[0][0]} of {file} is no example", bad[0][1] + more, hint, Exit.USAGE)
     if not examples:
         details = f"line {bad[0][0]}: {bad[0][1]}; all {len(bad)} lines are bad" if bad else "it is empty"

@@ -95,6 +95,6 @@ def _longest(prompter: Prompter, whole: Dataset, data: Dataset, bundle: Bundle, 
     if lengths[line] > budget:
         summary, longest = f"line {line} of {asked.dataset} has {lengths[line]} text tokens", lengths[line]
         raise HimapError(
-            summary, f"the budget is {budget}", f"export with --text-budget {longest}, or leave it out", Exit.USAGE
+            summary, f"the budget is {budget}", f"export with `text_budget` {longest}, or leave it out", Exit.USAGE
         )
     return min(budget, max(lengths.values()))

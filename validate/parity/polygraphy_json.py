@@ -93,7 +93,7 @@ def _refuse_bf16(run: RunSpec) -> None:
         for name, spec in {**record.inputs, **record.outputs}.items():
             if spec.dtype == "bf16":
                 details = f"NumPy, which it stores, has no such type, and {name} of {stage} is one"
-                hint = "export with --dtype fp16 or fp32"
+                hint = "export with `dtype` fp16 or fp32"
                 raise HimapError("polygraphy's JSON cannot hold bf16 tensors", details, hint, Exit.USAGE)
 
 

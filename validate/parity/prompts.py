@@ -24,11 +24,11 @@ def drawn_inputs(run: RunSpec, prompts: int, seed: int, fill: bool = False) -> I
     budget -= len(image) - run.budget.visual[0]  # what must stand around the image is text
     if budget < 1 or not len(words):
         summary = f"no prompt can be drawn for {run.bundle.folder}"
-        raise HimapError(summary, f"{budget} text tokens of {len(words)} words", "give --load-inputs", Exit.USAGE)
+        raise HimapError(summary, f"{budget} text tokens of {len(words)} words", "give `load_inputs`", Exit.USAGE)
     shape = prompts * run.image.tiles, 3, *run.image.size
     if (size := 4 * math.prod(shape) + 16 * prompts * slots) > MOST_BYTES:
         summary, details = f"{prompts} prompts are too many", f"they take {size} bytes, at most {MOST_BYTES} are drawn"
-        raise HimapError(summary, details, "give fewer --prompts", Exit.USAGE)
+        raise HimapError(summary, details, "give fewer `prompts`", Exit.USAGE)
     ids, mask = np.full((prompts, slots), m.model.pad_token, np.int64), np.zeros((prompts, slots), np.int64)
     for row in range(prompts):
         text = budget if fill else int(rng.integers(min(4, budget), budget + 1))

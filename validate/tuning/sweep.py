@@ -75,7 +75,7 @@ def sweep(job: Job, examples: Sequence[tuple[int, Example]], workers: int) -> It
 
     A HimapError of theirs is raised here, and one is if a process dies. Whoever stops early does not wait for them.
     """
-    return pooled("sweeping plans", workers, examples, _answering, job, hint=f"{MEMORY} try --workers 1")
+    return pooled("sweeping plans", workers, examples, _answering, job, hint=f"{MEMORY} try `workers` 1")
 
 
 def _answering(job: Job) -> Callable[[tuple[int, Example]], SweptExample]:

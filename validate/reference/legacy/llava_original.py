@@ -144,7 +144,7 @@ def _tower_folder(folder: Path, config: Mapping[str, Any]) -> Path:
     home, path = os.path.realpath(folder), os.path.realpath(folder / named)
     if path != home and os.path.commonpath((home, path)) == home and Path(path).is_dir():
         return Path(path)
-    reason = "give it with --vision-tower"
+    reason = "give it with `vision_tower`"
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", named, re.ASCII):
         from huggingface_hub import snapshot_download
 
