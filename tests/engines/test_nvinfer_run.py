@@ -139,7 +139,7 @@ def test_a_gpu_that_cannot_do_it_is_told(
         ("UNSUPPORTED_CC", "not built for this GPU, SM89", "export again"),
         ("OLD_CUDA_DRIVER", "driver is too old", "update"),
         ("OLD_CUDA_RUNTIME", "runtime is too old", "update"),
-        ("INSUFFICIENT_GPU_MEMORY", "too little memory", "--batch"),
+        ("INSUFFICIENT_GPU_MEMORY", "too little memory", "`batch`"),
         ("MALFORMED_ENGINE", "damaged", "export again"),
         ("CUDA_ERROR", "CUDA's driver or runtime", "nvidia-smi"),
     ],
