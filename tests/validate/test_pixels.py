@@ -156,7 +156,7 @@ def test_no_code_of_the_checkpoint_runs(photograph: Path, tmp_path: Path) -> Non
 def test_the_command_tells_of_the_pixels(
     photograph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from himap_export.engines import answer
+    from himap_export.engines import processor
     from himap_export.exporter.cli import main as export_main
 
     bundle = tmp_path / "bundle"
@@ -173,7 +173,7 @@ def test_the_command_tells_of_the_pixels(
 
     how = open_bundle(bundle).select().image.preprocessing
     wrong = ImagePreprocessing(**{**asdict(how), "resample": "bilinear"})
-    monkeypatch.setattr(answer, "preprocess", lambda image, _: preprocess(image, wrong))
+    monkeypatch.setattr(processor, "preprocess", lambda image, _: preprocess(image, wrong))
     assert call(main, *asked) == 3
     out, err = capsys.readouterr()
     assert any(line.startswith("FAIL  pixels ") for line in out.splitlines())
