@@ -101,7 +101,7 @@ def _export(job: Job, new: Path) -> None:
 
     patches: dict[tuple[object, str], Callable[..., Any]] = {
         (export.Export, name): partial(_phase, new, n)
-        for n, name in enumerate(("vision", "stages", "weights", "compile", "digest"))
+        for n, name in enumerate(("vision", "stages", "weights", "compile", "finalise"))
     }
     # partial objects are no methods: bound by hand
     patches = {place: (lambda self, phase=phase: phase(self)) for place, phase in patches.items()}

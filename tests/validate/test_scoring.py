@@ -50,7 +50,7 @@ def test_right_answers_are_those_of_the_reference(report: Path) -> None:
             arrays = prompter.arrays(example)
             said = reference.generate(arrays.input_ids, arrays.pixel_values, max_new_tokens=4, cuts=cuts)[0]
             (answer,) = [a for a in told if a["policy"] == policy and a["line"] == example.line]
-            assert answer["said"] == prompter.text(said.tolist(), reference.stop_tokens)
+            assert answer["said"] == prompter.processor.text(said.tolist(), reference.stop_tokens)
 
 
 def test_everyone_is_in_the_report(report: Path) -> None:
@@ -92,8 +92,8 @@ def test_what_a_limit_asked_the_whole_goes_on_with(
     last = {"image": "letter.png", "question": "what?", "answer": "red " * 9}
     (folder / "more.jsonl").write_text(f"{(folder / 'questions.jsonl').read_text().strip()}\n{json.dumps(last)}\n")
 
-    def systems(*asked: Any) -> NoReturn:
-        tokens.append(asked[5])
+    def systems(*_: Any, new_tokens: int, **__: Any) -> NoReturn:
+        tokens.append(new_tokens)
         raise HimapError("far enough")
 
     monkeypatch.setattr("himap_export.validate.accuracy.scoring.open_systems", systems)
@@ -109,9 +109,11 @@ def test_a_prompt_behind_the_limit_may_be_too_long(
     folder = Path(shutil.copytree(IMAGES, tmp_path / "images"))
     last = {"image": "letter.png", "question": "red " * 30, "answer": "red"}
     (folder / "more.jsonl").write_text(f"{(folder / 'questions.jsonl').read_text().strip()}\n{json.dumps(last)}\n")
-    monkeypatch.setattr(
-        "himap_export.validate.accuracy.scoring.open_systems", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+
+    def interrupt(*_: Any, **__: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("himap_export.validate.accuracy.scoring.open_systems", interrupt)
     flags = ("--dataset", folder / "more.jsonl")
     assert score(bundle, tmp_path / "r", *flags, "--limit", 2) == 130
     assert score(bundle, tmp_path / "r", *flags) == 2
