@@ -46,7 +46,7 @@ def test_two_processes_say_what_one_prefill_a_plan_says(
     assert len(found) == len(asked) >= 5
     for number, example in asked:
         tokens, label = found[example.line]
-        assert prompter.tokenizer.decode([label]).strip() == example.answer
+        assert prompter.processor.tokenizer.decode([label]).strip() == example.answer
         inputs, seed = prompter.arrays(example), request_seed(3, number)
         for c in PLANS:
             cuts = reference_himap(c.k1, c.k2, c.r1, c.r2)
