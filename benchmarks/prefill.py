@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,16 +47,13 @@ def write_model(folder: Path) -> None:
 
 
 def export_pruned(model: Path, out: Path) -> "RunSpec":
-    from himap_export.engines.bundle import open_bundle
-    from himap_export.exporter.export import export
-    from himap_export.exporter.planning import Request, plan_export
-    from himap_export.exporter.registry import resolve
+    import himap_export as hx
 
-    asked = Request(k1=2, k2=8, r1=0.5, r2=0.75, text_budgets=(TEXT,), max_new_tokens=64, dtype="fp32")
-    export(
-        plan_export(resolve(str(model)), asked), out, tuple(sys.argv), True, lambda line: print(line, file=sys.stderr)
-    )
-    return open_bundle(out).select()
+    bundle = hx.export(
+        model, out=out, overwrite=True, progress=partial(print, file=sys.stderr), k1=2, k2=8, r1=0.5, r2=0.75,
+        text_budget=TEXT, max_new_tokens=64, dtype="fp32",
+    )  # fmt: skip
+    return bundle.select()
 
 
 @contextmanager

@@ -99,9 +99,9 @@ def export(
 
 def build(planned: Planned, out: Path, *, command: tuple[str, ...], overwrite: bool, progress: Progress) -> Bundle:
     """Writes the bundle of a plan, and `command` into it as what made it. HimapError as `export`."""
-    from himap_export.exporter.export import export  # onnx: none of it is needed for a plan
+    from himap_export.exporter.export import write_bundle  # onnx: none of it is needed for a plan
 
-    export(planned, out, command=command, overwrite=overwrite, progress=progress)
+    write_bundle(planned, out, command=command, overwrite=overwrite, progress=progress)
     return Bundle.open(out, verify=False)
 
 

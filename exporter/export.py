@@ -189,7 +189,9 @@ class Export:
         )
 
 
-def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: bool, progress: Progress) -> Manifest:
+def write_bundle(
+    planned: Planned, out: Path, command: tuple[str, ...], overwrite: bool, progress: Progress
+) -> Manifest:
     """Writes the bundle of `planned` to `out` and returns its manifest; on any failure `out` is as it was."""
     out = settle_target(out, overwrite)
     for name in planned.asked.backends:

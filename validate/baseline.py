@@ -28,7 +28,7 @@ def export_baseline(
     Weights that overflow are saturated: the user has allowed it, or the bundle that is compared would not be there.
     `vision_tower`: the folder of the tower, if the checkpoint lacks it.
     """
-    from himap_export.exporter.export import export
+    from himap_export.exporter.export import write_bundle
     from himap_export.exporter.family import ImageOptions
     from himap_export.exporter.planning import Planned, PlannedVariant, Request, describe
     from himap_export.exporter.registry import resolve
@@ -43,5 +43,5 @@ def export_baseline(
     )
     request = Request(backends=(backend,), allow_overflow=True)
     planned = Planned(model, decoder, variants=variants, dtype=dtype, asked=request)
-    export(planned, out, command=("himap-validate",), overwrite=False, progress=lambda line: None)
+    write_bundle(planned, out, command=("himap-validate",), overwrite=False, progress=lambda line: None)
     return open_bundle(out, verify=False)

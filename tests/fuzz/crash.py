@@ -92,10 +92,10 @@ def _export(job: Job, new: Path) -> None:
     from himap_export.exporter import export, target
     from himap_export.exporter.cli import main
 
-    steps, real = Steps(job), export.export
+    steps, real = Steps(job), export.write_bundle
 
-    def exported(*arguments: Any) -> Any:
-        result = real(*arguments)
+    def exported(*arguments: Any, **options: Any) -> Any:
+        result = real(*arguments, **options)
         steps.step("the export returned")
         return result
 
@@ -109,7 +109,7 @@ def _export(job: Job, new: Path) -> None:
         phase.__name__ = name
     for name in ("_check_weights", "_processor"):  # they read the checkpoint, and take a second
         patches[export, name] = lambda *_: None
-    patches[export, "export"] = exported
+    patches[export, "write_bundle"] = exported
     if not job.exchange:
         patches[target, "exchange"] = lambda *_: False
     for (owner, name), stand_in in patches.items():

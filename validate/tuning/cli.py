@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         help="processes (default: one a CPU)",
     )  # fmt: skip
     p.add_argument(
-        "--iterations", type=whole(1, 1000), default=10, metavar="N",
+        "--iterations", "--rounds", type=whole(1, 1000), default=10, metavar="N",
         help="repetitions in which the plans of the front are timed (default: 10)",
     )  # fmt: skip
     p.add_argument(
