@@ -18,7 +18,7 @@ import gpu_parts
 import real_size
 from prefill import work_folder
 
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.isolation import isolated
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.plan import PruningPlan
@@ -138,7 +138,7 @@ def stages(results: Results, model: Path, work: Path, batch: int, iterations: in
             if not isinstance(out, str):
                 continue
             if not times:
-                ceiling = gpu_parts.roofline(open_bundle(Path(out), verify=False).select(), machine)
+                ceiling = gpu_parts.roofline(Bundle.open(Path(out), verify=False).select(), machine)
                 times["at the roofline, pruned"] = ceiling
                 reference = part(results, f"PyTorch, batch {batch}", lambda o=out: alone(
                     "timing PyTorch", gpu_parts.torch_times, model, Path(o), "cuda", iterations))  # fmt: skip

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from himap_export.engines.backends import Opening
-from himap_export.engines.bundle import RunSpec, open_bundle
+from himap_export.engines.bundle import Bundle, RunSpec
 from himap_export.engines.pipeline import Pipeline
 from himap_export.graphs.flops import stage_costs
 from himap_export.graphs.plan import PruningPlan
@@ -112,7 +112,7 @@ def kernel(shape: tuple[int, int, int, int], iterations: int) -> Times:
 
 def torch_times(checkpoint: Path, bundle: Path, device: str, iterations: int) -> dict[str, Times]:
     """PyTorch SDPA unpruned, and HiMAP as its authors run it: eager, a prompt at a time, no cache kept for decoding."""
-    run = open_bundle(bundle, verify=False).select()
+    run = Bundle.open(bundle, verify=False).select()
     return {
         "PyTorch SDPA": _sdpa(checkpoint, run, device, iterations),
         "PyTorch HiMAP, eager": _eager(checkpoint, run, device, iterations),
@@ -167,7 +167,7 @@ def _dtype(device: str) -> "torch.dtype":
 
 def bundle_times(folder: Path, backend: str, device: str, iterations: int) -> dict[str, Times]:
     """All plans of a bundle over one copy of the weights, taking turns; reading a small tensor waits for the device."""
-    bundle = open_bundle(folder, verify=False)
+    bundle = Bundle.open(folder, verify=False)
     names = list(dict.fromkeys(v.plan_name for v in bundle.manifest.variants))
     opening = Opening(device=device if backend == "onnxruntime" else None)
     pipelines: dict[str, Pipeline] = {}
@@ -220,7 +220,7 @@ def parity(folder: Path, checkpoint: Path, backend: str, device: str) -> dict[st
     from himap_export.validate.parity.results import gates_json
     from himap_export.validate.reference.reference import Reference
 
-    run = open_bundle(folder, verify=False).select()
+    run = Bundle.open(folder, verify=False).select()
     pipeline = Pipeline(run, backend, Opening(device=device if backend == "onnxruntime" else None))
     kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     found = compare(

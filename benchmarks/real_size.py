@@ -31,13 +31,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def weight_shapes(model: str, work: Path) -> Shapes:
     """What the graphs of `model` read, by its published names: an export without weights lists it."""
-    from himap_export.engines.bundle import open_bundle
+    from himap_export.engines.bundle import Bundle
 
     out = work / "names"
     subprocess.run(
         ["himap-export", model, "--engines-only", "--overwrite", "--out", out], check=True, capture_output=True
     )
-    graphs = open_bundle(out).manifest.graphs.values()
+    graphs = Bundle.open(out).manifest.graphs.values()
     shutil.rmtree(out)
     return {name: spec.shape for graph in graphs for name, spec in graph.weights.items()}
 

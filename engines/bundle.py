@@ -208,10 +208,6 @@ class RunSpec:
         return self.manifest.graphs[self.graph_name(stage)]
 
 
-def open_bundle(folder: Path, verify: bool = True, expected: str | None = None) -> Bundle:
-    return Bundle.open(folder, verify=verify, expected_digest=expected)
-
-
 def skipped_checks(manifest: Manifest) -> str:
     """What `verify=False` leaves out, in words."""
     size = sum(record.bytes for record in manifest.files.values())

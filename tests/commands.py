@@ -25,7 +25,7 @@ from families import FAMILIES, make_family
 from tiny import TINY, Inputs, Tiny, make_llava
 
 from himap_export.engines.backends import Opening
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline
 from himap_export.exporter.cli import main as export_main
@@ -149,7 +149,7 @@ class Workshop:
 
     def pipeline(self, bundle: Path) -> Pipeline:
         """One thread: tests share two cores, and sums come out the same every time."""
-        return Pipeline(open_bundle(bundle).select(), "onnxruntime", Opening(threads=1))
+        return Pipeline(Bundle.open(bundle).select(), "onnxruntime", Opening(threads=1))
 
     def answer(self, bundle: Path, inputs: Inputs, *flags: object) -> Arrays:
         """What `himap-run` saves for `inputs`: kept_k1, kept_k2, logits, tokens."""

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from transformers import AutoModelForImageTextToText
 
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import Exit, HimapError
@@ -64,7 +64,7 @@ def test_a_picture_goes_to_the_nearest_of_several_sizes(
 
 def test_a_plan_and_an_image_size_are_chosen_together(work: Workshop) -> None:
     flags = ("--image-size", "112x56", "84x84", "--policy", "himap", "--policy", "none", "--k1", 2, "--k2", 4)
-    bundle = open_bundle(work.family_bundle("qwen2.5-vl", *flags, text_budget=120))
+    bundle = Bundle.open(work.family_bundle("qwen2.5-vl", *flags, text_budget=120))
     for size, tokens in (((56, 112), 8), ((84, 84), 9)):
         for plan, name, stages in (("himap", "custom", 3), ("none", "none", 1)):
             run = bundle.select(plan, image_size=size)

@@ -9,7 +9,7 @@ import gpu_parts
 import pytest
 from commands import Workshop
 
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.graphs.errors import HimapError
 from himap_export.graphs.plan import himap
 
@@ -47,7 +47,7 @@ def test_parity_is_judged(work: Workshop, bundle: Path) -> None:
 
 
 def test_roofline_is_arithmetic(bundle: Path) -> None:
-    run = open_bundle(bundle).select()
+    run = Bundle.open(bundle).select()
     found = gpu_parts.roofline(run, gpu_parts.Machine("x", 1e9, 1e9))
     assert found["prefill"] == pytest.approx(found["prefix"] + found["k1"] + found["k2"])
     stored = sum(run.bundle.tensors[name].nbytes for name in run.graph("decode").weights)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tiny import Inputs, make_inputs
 from transformers import LlavaForConditionalGeneration
 
-from himap_export.engines.bundle import digest, open_bundle
+from himap_export.engines.bundle import Bundle, digest
 from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline, Prefilled
 from himap_export.exporter.cli import main as export_main
@@ -294,7 +294,7 @@ def test_fp16_keeps_what_fp32_keeps_where_scores_lie_apart(work: Workshop, name:
 @pytest.mark.parametrize(("name", "dtype"), [("half", "fp16"), ("sharded", "fp32"), ("tied", "fp32")])
 def test_weights_of_the_bundles_dtype_are_the_checkpoints_bytes(work: Workshop, name: str, dtype: str) -> None:
     """Without `--dtype`, a bundle has its checkpoint's dtype."""
-    bundle, source = open_bundle(Case(name, reference_himap(2, 4, 0.5, 0.5)).bundle(work)), work.checkpoint(name)
+    bundle, source = Bundle.open(Case(name, reference_himap(2, 4, 0.5, 0.5)).bundle(work)), work.checkpoint(name)
     shards = sorted(source.glob("*.safetensors"))
     assert bundle.manifest.dtype == dtype
     assert len(shards) == len(bundle.manifest.weights) and (len(shards) > 1) == (name == "sharded")
@@ -305,7 +305,7 @@ def test_weights_of_the_bundles_dtype_are_the_checkpoints_bytes(work: Workshop, 
 
 def test_converted_weights_are_the_checkpoints_rounded(work: Workshop) -> None:
     case = HALF_CASES["sharded"]
-    stored, source = (open_bundle(case.bundle(work, 4, "--dtype", dtype)) for dtype in ("fp16", "fp32"))
+    stored, source = (Bundle.open(case.bundle(work, 4, "--dtype", dtype)) for dtype in ("fp16", "fp32"))
     assert {t.dtype for t in stored.tensors.values()} == {"fp16"}
     for name, tensor in stored.tensors.items():
         original = source.tensors[name]

@@ -8,7 +8,7 @@ import pytest
 from commands import Workshop, call, padded, save_inputs
 from tiny import make_inputs
 
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.exporter.cli import main as export_main
 from himap_export.validate.cli import main as validate_main
@@ -56,13 +56,13 @@ def test_validation_passes(work: Workshop, policy: str, tmp_path: Path, capsys: 
     if policy == "three":
         (tmp_path / "plans.toml").write_text(THREE)
         bundle = work.bundle("gqa2", "--plan", tmp_path / "plans.toml")
-        assert open_bundle(bundle).select().budget.visual == (16, 12, 8, 4)
+        assert Bundle.open(bundle).select().budget.visual == (16, 12, 8, 4)
     else:
         bundle = bundle_of(work, policy)
     capsys.readouterr()
     assert call(validate_main, bundle, "--prompts", 4, "--max-new-tokens", 4, "--no-speed", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    cuts = len(open_bundle(bundle).select().plan.cuts)
+    cuts = len(Bundle.open(bundle).select().plan.cuts)
     verdicts = [found["parity"][f"kept_k{n + 1}"]["verdict"] for n in range(cuts)]
     assert set(verdicts) <= {"identical", "tie"} and found["passed"]
 
@@ -76,7 +76,7 @@ def test_another_seed_keeps_other_tokens_and_the_same_one_the_same(work: Worksho
 
 def test_several_policies_share_one_bundle(work: Workshop) -> None:
     flags = ("--policy", "himap", "--policy", "random", "--policy", "none")
-    manifest = open_bundle(work.bundle("gqa2", *flags, "--task", "qa", "--k2", "4")).manifest
+    manifest = Bundle.open(work.bundle("gqa2", *flags, "--task", "qa", "--k2", "4")).manifest
     assert [v.plan_name for v in manifest.variants] == ["custom", "random", "none"]
     assert [v.plan.policy for v in manifest.variants] == ["himap", "random", "none"]
 

@@ -8,7 +8,7 @@ import pytest
 import real_size
 from commands import Workshop, call
 
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.exporter.checkpoint import open_checkpoint
 from himap_export.exporter.cli import main as export_main
 
@@ -25,7 +25,7 @@ def test_a_random_checkpoint_is_whole_and_exports(work: Workshop, tmp_path: Path
     out = tmp_path / "bundle"
     flags = ("--k1", 1, "--k2", 3, "--text-budget", 24, "--dtype", "fp16", "--hard-link")
     assert call(export_main, tmp_path / "model", *flags, "--out", out) == 0
-    bundle = open_bundle(out)
+    bundle = Bundle.open(out)
     assert bundle.manifest.dtype == "fp16" and bundle.tensors.keys() <= shapes.keys()
 
 

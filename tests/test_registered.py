@@ -12,7 +12,7 @@ from commands import Workshop, call, padded
 from tiny import make_inputs
 from torch import Tensor
 
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.exporter import registry
 from himap_export.exporter.cli import main as export_main
 from himap_export.exporter.families.llava import Llava
@@ -92,7 +92,7 @@ def test_a_bundle_runs_where_its_criterion_is_unknown_and_is_not_judged_there(
     known = work.answer(bundle, inputs)["tokens"]
     monkeypatch.delitem(criteria.CRITERIA, "key-norm")
     monkeypatch.delitem(importance.SCORES, "key-norm")
-    assert open_bundle(bundle).select().plan.cuts[0].criterion == "key-norm"
+    assert Bundle.open(bundle).select().plan.cuts[0].criterion == "key-norm"
     np.testing.assert_array_equal(work.answer(bundle, inputs)["tokens"], known)
     capsys.readouterr()
     assert call(validate_main, bundle, "--model", work.checkpoint("gqa2")) == Exit.USAGE
@@ -141,7 +141,7 @@ def test_a_family_of_ones_own_exports(work: Workshop, tmp_path: Path, monkeypatc
     assert register_family(Renamed) is Renamed is register_family(Renamed)
     flags = ("--k1", 2, "--k2", 4, "--text-budget", 24, "--max-new-tokens", 32)
     assert call(export_main, renamed, *flags, "--out", tmp_path / "bundle") == 0
-    assert open_bundle(tmp_path / "bundle").manifest.model.architecture == Renamed.architecture
+    assert Bundle.open(tmp_path / "bundle").manifest.model.architecture == Renamed.architecture
     inputs = make_inputs(work.tiny("gqa2"), [9], [5], seed=4)
     wanted = work.answer(work.bundle("gqa2", "--k1", 2, "--k2", 4), inputs)
     found = work.answer(tmp_path / "bundle", inputs)

@@ -14,7 +14,7 @@ from commands import Workshop
 from safetensors.numpy import load_file
 from tiny import make_inputs
 
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.validate.reference.criteria import reference_himap
 
 GRAPHS = ("vision", "prefix", "k1", "k2", "decode")
@@ -69,7 +69,7 @@ def test_five_graphs_of_opset_24(bundle: Path) -> None:
 
 def test_onnx_finds_every_weight_and_it_is_the_checkpoints(bundle: Path, elsewhere: Path) -> None:
     """Each weight once, in safetensors files that its own library reads; nothing of size inside the graphs."""
-    manifest = open_bundle(bundle).manifest
+    manifest = Bundle.open(bundle).manifest
     stored = {name: array for file in manifest.weights for name, array in load_file(elsewhere / file).items()}
     for name in GRAPHS:
         bare = onnx.load(elsewhere / f"{name}.onnx", load_external_data=False)

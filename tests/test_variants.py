@@ -10,7 +10,7 @@ from commands import Workshop, call, padded, save_inputs, spawn
 from tiny import make_inputs
 
 from himap_export.engines.backends import Opening
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline
 from himap_export.exporter.cli import main as export_main
@@ -64,7 +64,7 @@ def test_a_budget_can_be_asked_for(work: Workshop, several: Path) -> None:
 
 
 def test_pipelines_of_all_variants_share_one_copy_of_the_weights(work: Workshop, several: Path) -> None:
-    bundle, inputs = open_bundle(several), make_inputs(work.tiny("gqa2"), [6], [3])
+    bundle, inputs = Bundle.open(several), make_inputs(work.tiny("gqa2"), [6], [3])
     first = Pipeline(bundle.select(), "onnxruntime", Opening(threads=1))
     for variant in bundle.manifest.variants:
         run = bundle.select(variant.plan_name, variant.budget.text)
@@ -76,7 +76,7 @@ def test_pipelines_of_all_variants_share_one_copy_of_the_weights(work: Workshop,
 
 
 def test_graphs_that_variants_agree_on_are_stored_once(several: Path) -> None:
-    manifest = open_bundle(several).manifest
+    manifest = Bundle.open(several).manifest
     assert [f"{v.plan_name}-{v.budget.text}" for v in manifest.variants] == [f"{p}-{b}" for p in PLANS for b in BUDGETS]
     stored = {file.stem for file in several.glob("*.onnx")}
     assert stored == set(manifest.graphs) == {g for v in manifest.variants for g in v.graphs.values()}
@@ -181,7 +181,7 @@ def test_aligned_bundles_keep_more_and_still_equal_the_reference(
 ) -> None:
     cuts = reference_himap(1, 3, 0.5, 0.75)
     bundle = work.bundle("gqa2", "--align", 5, cuts=cuts)
-    assert open_bundle(bundle).select().budget.total == (40, 35, 30) and open_bundle(bundle).select().budget.visual == (
+    assert Bundle.open(bundle).select().budget.total == (40, 35, 30) and Bundle.open(bundle).select().budget.visual == (
         16,
         11,
         6,

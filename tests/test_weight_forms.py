@@ -11,7 +11,7 @@ from commands import HIMAP_TINY, Workshop, call, golden_inputs, save_inputs
 from safetensors.torch import load_file, save_file
 from tiny import make_inputs
 
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.ports import WeightSpec
@@ -33,7 +33,7 @@ def test_embedded_weights_give_the_same_answers(work: Workshop, name: str) -> No
     for what in ("kept_k1", "kept_k2", "tokens"):
         np.testing.assert_array_equal(other[what], one[what])
     np.testing.assert_allclose(other["logits"], one["logits"], atol=1e-4)
-    manifest = open_bundle(embedded).manifest
+    manifest = Bundle.open(embedded).manifest
     assert manifest.weight_form == "embedded"
     files = {f"weights/{graph}.safetensors" for graph in manifest.graphs}
     assert set(manifest.weights) == files <= manifest.files.keys()
@@ -53,7 +53,7 @@ def test_engines_hold_embedded_weights_and_nothing_else_is_left(work: Workshop, 
     out = tmp_path / "bundle"
     flags = ("--backend", "tensorrt-rtx", "--weight-form", "embedded", "--k1", 1, "--k2", 3, "--text-budget", 24)
     assert call(export_main, Path("exporter/shapes").absolute(), *flags, "--out", out) == 0
-    bundle = open_bundle(out)
+    bundle = Bundle.open(out)
     assert {p.name for p in out.iterdir()} == {"manifest.json", "tensorrt-rtx", "tokenizer.json"}
     assert bundle.manifest.weights == () and all(g.file == "" for g in bundle.manifest.graphs.values())
     held = sum((out / e.file).stat().st_size for e in bundle.manifest.engines["tensorrt-rtx"].values())
@@ -80,7 +80,7 @@ def test_engines_only_are_completed_by_the_checkpoint(work: Workshop, name: str,
 
 
 def test_the_manifest_lists_every_weight_an_engine_binds(work: Workshop) -> None:
-    bundle = open_bundle(work.bundle("gqa2", cuts=CUTS))
+    bundle = Bundle.open(work.bundle("gqa2", cuts=CUTS))
     stored = {name: WeightSpec(t.dtype, t.shape) for name, t in bundle.tensors.items()}
     for graph in bundle.manifest.graphs.values():
         assert graph.weights and all(stored[name] == spec for name, spec in graph.weights.items())
@@ -111,7 +111,7 @@ def test_an_alias_needs_no_network(tmp_path: Path) -> None:
     """LLaVA-7B at real size: graphs and their weights' names, no weights."""
     out = tmp_path / "bundle"
     assert call(export_main, "llava-7b", "--engines-only", "--out", out) == 0
-    manifest = open_bundle(out).manifest
+    manifest = Bundle.open(out).manifest
     wanted = manifest.graphs["k2"].weights
     assert wanted["language_model.model.layers.31.mlp.down_proj.weight"] == WeightSpec("fp16", (4096, 11008))
     assert wanted["language_model.lm_head.weight"] == WeightSpec("fp16", (32064, 4096))
@@ -147,7 +147,7 @@ def test_a_full_bundle_says_how_to_answer(work: Workshop, tmp_path: Path, capsys
     flags = ("--k2", 5, "--text-budget", 24, "--engines-only", "--json")
     assert call(export_main, HIMAP_TINY, *flags, "--out", out) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["bytes"] == sum(f.bytes for f in open_bundle(out).manifest.files.values())
+    assert found["bytes"] == sum(f.bytes for f in Bundle.open(out).manifest.files.values())
 
 
 LAYER = "language_model.model.layers.3.mlp.up_proj.weight"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from himap_export.engines.bundle import Bundle, open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import ImageSpec
 from himap_export.graphs.plan import PruningPlan, TokenBudget, Visual
 from himap_export.graphs.spec import Dtype
@@ -44,4 +44,4 @@ def export_baseline(
     request = Request(backends=(backend,), allow_overflow=True)
     planned = Planned(model, decoder, variants=variants, dtype=dtype, asked=request)
     write_bundle(planned, out, command=("himap-validate",), overwrite=False, progress=lambda line: None)
-    return open_bundle(out, verify=False)
+    return Bundle.open(out, verify=False)

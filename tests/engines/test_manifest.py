@@ -11,7 +11,7 @@ import pytest
 from commands import Workshop, call, golden_inputs, save_inputs
 from msgspec import json as msgspec_json
 
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.engines.manifest import Manifest, finalised, manifest_json, read_manifest
 from himap_export.graphs.errors import Exit, HimapError
@@ -38,7 +38,7 @@ def rewrite(bundle: Path, change: Callable[[Json], object], finalise: bool) -> N
 
 def refused(bundle: Path, words: str) -> None:
     with pytest.raises(HimapError) as caught:
-        open_bundle(bundle)
+        Bundle.open(bundle)
     assert words in str(caught.value) and caught.value.code == Exit.FAILURE
 
 
@@ -63,7 +63,7 @@ def test_the_digest_is_of_the_content_not_of_the_spelling(bundle: Path) -> None:
     assert finalised(manifest) == manifest and len(manifest.digest) == 64
     data = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(dict(reversed(data.items()))))
-    assert open_bundle(bundle).manifest == manifest
+    assert Bundle.open(bundle).manifest == manifest
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from commands import Workshop, call, save_inputs
 from tiny import make_inputs
 
 from himap_export.engines.backends import Opening, build_all, onnxruntime
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.scratch import scratch_place
@@ -51,7 +51,7 @@ def test_sessions_refuse_memory_that_a_value_owns() -> None:
 def test_device_tensors_and_weights_give_the_same_answers(work: Workshop, gpu: None, form: tuple[str, ...]) -> None:
     bundle, inputs = work.bundle("gqa2", *form, cuts=CUTS), make_inputs(work.tiny("gqa2"), [9], [5])
     pipelines = [
-        Pipeline(open_bundle(bundle).select(), "onnxruntime", Opening(1, device)) for device in ("cpu", "cuda")
+        Pipeline(Bundle.open(bundle).select(), "onnxruntime", Opening(1, device)) for device in ("cpu", "cuda")
     ]
     assert pipelines[1].engines.device == "cuda" and isinstance(
         pipelines[1].tensors[Place("logits")], onnxruntime.CudaTensor
@@ -114,7 +114,7 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 @pytest.mark.filterwarnings("ignore:Duplicate provider")
 def test_a_session_tells_where_its_nodes_run(work: Workshop, gpu: None) -> None:
     """The real one: should a version of onnxruntime stop telling, this is where it shows."""
-    bundle = open_bundle(work.bundle("gqa2", cuts=CUTS))
+    bundle = Bundle.open(work.bundle("gqa2", cuts=CUTS))
     weights = onnxruntime._values(bundle.weights(), "cuda")
     session = onnxruntime._session(bundle, "k1", weights, Opening(1), "cuda")
     parts = session.get_provider_graph_assignment_info()
@@ -143,7 +143,7 @@ def test_they_are_told_when_a_gpu_session_opens(
     work: Workshop, gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(onnxruntime, "_elsewhere", lambda session, provider: "2 of 5 nodes, TopK rank, Gather")
-    Pipeline(open_bundle(work.bundle("gqa2", cuts=CUTS)).select(), "onnxruntime", Opening(1, "cuda"))
+    Pipeline(Bundle.open(work.bundle("gqa2", cuts=CUTS)).select(), "onnxruntime", Opening(1, "cuda"))
     said = capsys.readouterr()
     lines = [line for line in said.err.splitlines() if line.startswith("onnxruntime: ")]
     assert said.out == "" and len(lines) == 5  # one for each graph
@@ -162,5 +162,5 @@ def test_a_build_leaves_its_temporary_folder_where_leftovers_are_cleared(
 ) -> None:
     seen: list[Path] = []
     monkeypatch.setattr(onnxruntime, "environment", lambda gather, scratch: seen.append(scratch))
-    assert build_all("onnxruntime", open_bundle(work.bundle("gqa2", cuts=CUTS)), [], "auto") == {}
+    assert build_all("onnxruntime", Bundle.open(work.bundle("gqa2", cuts=CUTS)), [], "auto") == {}
     assert scratch_place() in seen[0].parents and not seen[0].exists()

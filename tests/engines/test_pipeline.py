@@ -16,7 +16,7 @@ from tiny import Inputs, make_inputs
 from transformers import LlavaForConditionalGeneration
 
 from himap_export.engines.backends import Opening
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline, Prefilled
 from himap_export.engines.sampling import Sampler, Sampling
@@ -191,7 +191,7 @@ def test_pixels_are_numbers_that_the_graph_can_hold(pipeline: Pipeline, work: Wo
 def test_a_bundle_larger_than_the_machine_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("himap_export.engines.pipeline.memory_bytes", lambda: 1 << 16)
     with pytest.raises(HimapError, match="is too large for this machine"):
-        Pipeline(open_bundle(bundle).select(), "onnxruntime", Opening(threads=1))
+        Pipeline(Bundle.open(bundle).select(), "onnxruntime", Opening(threads=1))
 
 
 # --- the end of an answer ---
@@ -339,5 +339,5 @@ def test_two_pipelines_do_not_disturb_each_other(work: Workshop, bundle: Path) -
 
 def test_a_backend_that_the_bundle_does_not_hold(bundle: Path) -> None:
     with pytest.raises(HimapError, match="holds no tensorrt-rtx engines: it holds onnxruntime") as found:
-        Pipeline(open_bundle(bundle).select(), "tensorrt-rtx")
+        Pipeline(Bundle.open(bundle).select(), "tensorrt-rtx")
     assert found.value.code == Exit.MISSING

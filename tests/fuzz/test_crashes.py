@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from fuzz.crash import Ended, Job
 
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import FILE_NAME, finalised, manifest_json, read_manifest
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -56,7 +56,7 @@ def state(out: Path) -> str:
     """Which bundle stands at `out`, checked byte by byte: old, new, or nothing."""
     if not out.exists():
         return "nothing"
-    return "new" if open_bundle(out).manifest.command == NEW else "old"
+    return "new" if Bundle.open(out).manifest.command == NEW else "old"
 
 
 class Place:

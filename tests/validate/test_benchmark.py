@@ -8,7 +8,7 @@ import pytest
 import torch
 from commands import Workshop
 
-from himap_export.engines.bundle import RunSpec, open_bundle
+from himap_export.engines.bundle import Bundle, RunSpec
 from himap_export.engines.scratch import scratch_place
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.parity.page import _speed as blocks_of
@@ -23,7 +23,7 @@ CUTS = reference_himap(2, 4, 0.5, 0.5)
 
 
 def bundle_of(work: Workshop, dtype: str = "fp32") -> RunSpec:
-    return open_bundle(work.bundle("gqa2", "--dtype", dtype, cuts=CUTS), verify=False).select()
+    return Bundle.open(work.bundle("gqa2", "--dtype", dtype, cuts=CUTS), verify=False).select()
 
 
 def test_the_bundle_is_opened_on_the_device_asked_for(work: Workshop) -> None:

@@ -10,7 +10,7 @@ from commands import Workshop
 from numpy.typing import NDArray
 
 from himap_export.engines.backends import Opening
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.pipeline import Pipeline
 from himap_export.graphs.ports import Place
 from himap_export.graphs.spec import Dtype
@@ -31,7 +31,7 @@ class Sabotaged(Pipeline):
     """Every time `graph` has run, `tensor` is replaced by what `edit` makes of it."""
 
     def __init__(self, bundle: Path, graph: str, tensor: Place, edit: Edit) -> None:
-        super().__init__(open_bundle(bundle).select(), "onnxruntime", Opening(threads=1))
+        super().__init__(Bundle.open(bundle).select(), "onnxruntime", Opening(threads=1))
         self._edit, self._runs = (graph, tensor, edit), 0
 
     def run(self, graph: str) -> None:
@@ -175,7 +175,7 @@ def test_a_token_that_the_logits_do_not_explain_fails(work: Workshop, monkeypatc
 def test_a_swap_inside_the_error_is_a_tie_and_is_forced_away(work: Workshop) -> None:
     """The two scores at the threshold change places; in fp16 that is well inside what rounding may do to them."""
     bundle = work.bundle("gqa2", "--dtype", "fp16", cuts=CUTS)
-    keep = open_bundle(bundle).select().budget.visual[1]
+    keep = Bundle.open(bundle).select().budget.visual[1]
 
     def edit(score: Floats, _: int) -> Floats:
         ranked = np.argsort(np.where(np.isfinite(score[0]), -score[0], np.inf))

@@ -13,7 +13,7 @@ from msgspec.structs import asdict
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.image import ImagePreprocessing, load_image, preprocess
 from himap_export.engines.manifest import ImageSpec
 from himap_export.validate.checkpoint import Source
@@ -171,7 +171,7 @@ def test_the_command_tells_of_the_pixels(
     assert found["gates"][0]["name"] == "pixels"
     assert ">pixels<" in (tmp_path / "report" / "report.html").read_text()
 
-    how = open_bundle(bundle).select().image.preprocessing
+    how = Bundle.open(bundle).select().image.preprocessing
     wrong = ImagePreprocessing(**{**asdict(how), "resample": "bilinear"})
     monkeypatch.setattr(processor, "preprocess", lambda image, _: preprocess(image, wrong))
     assert call(main, *asked) == 3

@@ -17,7 +17,7 @@ from msgspec import structs
 from tiny import make_inputs
 
 from himap_export.engines.arrays import Inputs
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.pipeline import Pipeline
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.parity.polygraphy_json import Captured, capture, check_folders, save_inputs, save_outputs
@@ -68,7 +68,7 @@ def test_all_commands_of_the_page_are_known_here() -> None:
 
 
 def test_polygraphy_finds_every_graph_to_do_what_the_chain_did(golden: Saved) -> None:
-    graphs = open_bundle(golden.bundle).select().variant.graphs.values()
+    graphs = Bundle.open(golden.bundle).select().variant.graphs.values()
     assert list(golden.captured) == list(graphs) and len(golden.captured) >= 4
     for graph in golden.captured:
         done = golden.run(of_the_page("--onnxrt"), graph)
@@ -81,7 +81,7 @@ def test_himap_validate_writes_both(work: Workshop, tmp_path: Path) -> None:
     saved = Saved(work.bundle("golden", "--policy", "random"), {}, tmp_path)
     done = saved.run(of_the_page("himap-validate"), "k1")
     assert done.returncode == 0, done.stderr
-    graphs = list(open_bundle(saved.bundle).select().variant.graphs.values())
+    graphs = list(Bundle.open(saved.bundle).select().variant.graphs.values())
     for side in ("in", "out"):
         assert {path.stem for path in (tmp_path / side).iterdir()} == set(graphs)
     done = saved.run(of_the_page("--onnxrt"), graphs[-2])
@@ -133,7 +133,7 @@ def test_what_one_graph_wrote_the_next_ones_read(golden: Saved) -> None:
 
 def test_caches_are_as_they_were_before_and_after(golden: Saved) -> None:
     """Past and present are one tensor: read at the wrong moment they would be equal. Decode writes one slot of each."""
-    for stage, run in zip(open_bundle(golden.bundle).select().variant.graphs, golden.captured.values(), strict=True):
+    for stage, run in zip(Bundle.open(golden.bundle).select().variant.graphs, golden.captured.values(), strict=True):
         for name, before in run.inputs.items():
             if name.startswith("past_"):
                 after = run.outputs[name.replace("past_", "present_")]
@@ -159,7 +159,7 @@ def test_tensorrt_rtx_engines_without_a_gpu(work: Workshop, tmp_path: Path) -> N
     pytest.importorskip("tensorrt_rtx")
     bundle = work.bundle("golden", "--dtype", "fp16")
     saved = Saved(bundle, {}, tmp_path)
-    for graph in list(open_bundle(bundle).select().variant.graphs.values())[-2:]:  # one behind a gather, and decode
+    for graph in list(Bundle.open(bundle).select().variant.graphs.values())[-2:]:  # one behind a gather, and decode
         done = saved.run(of_the_page("convert"), graph)
         assert done.returncode == 0, done.stdout + done.stderr
         assert (tmp_path / f"{graph}.engine").stat().st_size > 10_000
@@ -183,7 +183,7 @@ def test_nothing_of_the_users_is_written_over(golden: Saved, tmp_path: Path) -> 
     link = tmp_path / "out" / f"{next(iter(golden.captured))}.json"
     link.parent.mkdir()
     link.symlink_to(tmp_path / "in")
-    run = open_bundle(golden.bundle, verify=False).select()
+    run = Bundle.open(golden.bundle, verify=False).select()
     before = sorted(golden.bundle.rglob("*"))
     for folder, words in (
         (tmp_path / "in", "it is no folder"),
@@ -203,7 +203,7 @@ def test_nothing_of_the_users_is_written_over(golden: Saved, tmp_path: Path) -> 
 
 
 def test_bf16_is_refused(golden: Saved) -> None:
-    run = open_bundle(golden.bundle).select()
+    run = Bundle.open(golden.bundle).select()
     graph, bundle = run.graph_name("vision"), run.bundle
     record = run.graph("vision")
     record = structs.replace(

@@ -11,7 +11,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoProcessor, AutoTokenizer
 
-from himap_export.engines.bundle import Bundle, open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.image import clip_preprocessing
 from himap_export.engines.processor import Processor
 from himap_export.engines.prompt import PromptFormat
@@ -34,7 +34,7 @@ def shapes() -> Prompter:
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("shapes") / "bundle"
     assert call(export_main, "shapes", "--text-budget", "48", "--out", folder) == 0
-    return open_bundle(folder)
+    return Bundle.open(folder)
 
 
 def example(
@@ -109,7 +109,7 @@ def test_a_bundle_that_knows_its_prompt_takes_the_checkpoints_tokenizer(
 
 def test_nothing_to_prompt_with(work: Workshop) -> None:
     with pytest.raises(HimapError, match="holds no tokenizer") as told:
-        found = replace(open_bundle(work.bundle("mha")), weight_folders=(SHAPES,))
+        found = replace(Bundle.open(work.bundle("mha")), weight_folders=(SHAPES,))
         prompter_of_bundle(found)  # no prompt format: a tokenizer is not enough
     assert told.value.code == Exit.USAGE
     with pytest.raises(HimapError, match="holds no tokenizer") as told:

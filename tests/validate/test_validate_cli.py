@@ -13,7 +13,7 @@ from legacy import FIXTURES
 from msgspec import structs
 from tiny import make_inputs
 
-from himap_export.engines.bundle import open_bundle
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import finalised, manifest_json, read_manifest
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import HimapError
@@ -263,7 +263,7 @@ def test_a_report_without_its_libraries_is_refused_before_any_work(tmp_path: Pat
 
 
 def test_drawn_prompts_stay_within_memory(work: Workshop) -> None:
-    run = open_bundle(bundle_of(work), verify=False).select()
+    run = Bundle.open(bundle_of(work), verify=False).select()
     with pytest.raises(HimapError, match="1000000000 prompts are too many"):
         drawn_inputs(run, 10**9, 0)
 
