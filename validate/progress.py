@@ -20,7 +20,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def counted(what: str) -> Iterator[Count]:
-    """`what` is being counted: "answers", "saliency: prompts"."""
+    """Yields what shows how far `what` has come: "answers", "saliency: prompts"."""
     from tqdm import tqdm
 
     tenth, said = -1, time.monotonic()

@@ -87,7 +87,8 @@ def chosen(said: str, options: Sequence[str]) -> int | None:
 
 
 def normalised(text: str) -> str:
-    """NFKC, without case, single spaces, no marks that end a sentence: "Two  dogs." and "two dogs" are equal."""
+    """Returns the text in NFKC, without case, single spaces, no marks that end a sentence: "Two  dogs." and "two dogs"
+    are equal."""
     plain = " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
     return plain.rstrip(_END_MARKS + " ") or plain
 

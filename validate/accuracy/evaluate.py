@@ -90,7 +90,8 @@ def _answered(system: System, e: Example, said: str) -> Answered:
 
 
 def summarise(answered: Sequence[Answered], dataset: Dataset, baselines: Mapping[str, Sequence[str]]) -> Summary:
-    """`baselines` lists all systems and whom each is compared with. KeyError if one lacks answers."""
+    """Sums up the answers by system and type; `baselines` lists all systems and whom each is compared with. KeyError if
+    one lacks answers."""
     lines = [e.line for e in dataset.examples]
     kinds = np.array([e.type for e in dataset.examples])
     types = (ALL, *dict.fromkeys(kind for kind in kinds.tolist() if kind not in ("", ALL)))
@@ -146,6 +147,6 @@ def _rounded(i: Interval) -> tuple[float, float, float]:
 
 
 def summary_json(summary: Summary) -> dict[str, Any]:
-    """{"types": [..], "accuracy": {system: {type: {questions, accuracy, over, seeds}}}}"""
+    """Returns {"types": [..], "accuracy": {system: {type: {questions, accuracy, over, seeds}}}}"""
     cells = {name: {kind: asdict(cell) for kind, cell in found.items()} for name, found in summary.cells.items()}
     return {"types": list(summary.types), "accuracy": cells}

@@ -49,7 +49,8 @@ class Prompter:
         return whole[len(before) :]
 
     def text_tokens(self, example: Example) -> int:
-        """Tokens of the prompt that are not of the image: what a text budget has to hold. HimapError as `arrays`."""
+        """Counts the tokens of the prompt that are not of the image: what a text budget has to hold. HimapError as
+        `arrays`."""
         with _named(example):
             return len(self._ids(self.processor.prompt.render(prompt_of(example)))) - 1
 

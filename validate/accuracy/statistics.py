@@ -44,7 +44,8 @@ class SeedSpread:
 
 
 def accuracy_interval(right: Array, level: float = LEVEL) -> Interval:
-    """Of `right`, bool [n] or [seeds, n]: the share of right answers, by Wilson. ValueError for no question."""
+    """Returns the share of right answers in `right`, bool [n] or [seeds, n], with Wilson's interval. ValueError for no
+    question."""
     values = _per_question(right)
     n, mean, z = len(values), float(values.mean()), _quantile(level)
     centre, half = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
@@ -53,7 +54,8 @@ def accuracy_interval(right: Array, level: float = LEVEL) -> Interval:
 
 
 def paired_difference(a: Array, b: Array, level: float = LEVEL) -> Interval:
-    """Of mean(a - b), where question i of both, bool [n] or [seeds, n], is the same, by Tango. ValueError for none."""
+    """Returns mean(a - b), where question i of both, bool [n] or [seeds, n], is the same, with Tango's interval.
+    ValueError for no question."""
     difference = _per_question(a) - _per_question(b)
     more, less = float(np.maximum(difference, 0).sum()), float(np.maximum(-difference, 0).sum())
     n, z = len(difference), _quantile(level)

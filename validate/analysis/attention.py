@@ -35,7 +35,7 @@ class Prompt:
         self.causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
 
     def run(self, layer: int, hidden: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """Layer `layer` on `hidden` [1,S,D].
+        """Runs layer `layer` on `hidden` [1,S,D].
 
         `allowed` [S,S] bool: may row i see column j; causal if None. A row that may see nothing is NaN.
         """
@@ -68,7 +68,8 @@ class Prompt:
         return states
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [W], in the model's dtype, that follow the last token of what the last layer passed on, [1,S,D]."""
+        """Returns the logits [W], in the model's dtype, that follow the last token of what the last layer passed on,
+        [1,S,D]."""
         logits: Tensor = self._head(self._decoder.norm(hidden[0, -1]))
         return logits
 
@@ -86,7 +87,8 @@ def _eager(decoder: Any) -> Iterator[None]:
 
 @contextmanager
 def prompts(reference: Reference, samples: SampleSet, progress: Count) -> Iterator[Iterator[Prompt]]:
-    """`with prompts(...) as each: for prompt in each: ...`, one after the other, as each has a length of its own."""
+    """Yields the prompts one after the other, as each has a length of its own: `with prompts(...) as each: for prompt
+    in each: ...`."""
     if not len(samples):
         raise HimapError("there is nothing to analyse", "no samples")
 

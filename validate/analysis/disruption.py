@@ -82,7 +82,7 @@ def disruption(
 
 
 def allowed_by(kind: str, spans: Spans, random: np.random.Generator) -> NDArray[np.bool_]:
-    """[S,S]: may row i see column j under this disruption. It is causal, and no row is without a column."""
+    """Returns [S,S]: may row i see column j under this disruption. It is causal, and no row is without a column."""
     candidates, count = np.flatnonzero(spans.image | spans.instruction), int(spans.instruction.sum())
     drawn = np.isin(np.arange(len(spans.image)), random.choice(candidates, count, replace=False))
     rows = {"image-to-text": spans.instruction, "image-to-image": spans.image, "random": drawn}[kind]
@@ -92,13 +92,14 @@ def allowed_by(kind: str, spans: Spans, random: np.random.Generator) -> NDArray[
 
 
 def agreement(plain: Tensor, disturbed: Tensor) -> tuple[bool, float]:
-    """Of two logits [W]: is the likeliest token the same; the Jaccard index of the sets of the 5 likeliest."""
+    """Compares two logits [W]: is the likeliest token the same; the Jaccard index of the sets of the 5 likeliest."""
     before, after = (logits.topk(TOP).indices.tolist() for logits in (plain, disturbed))
     return before[0] == after[0], len({*before} & {*after}) / len({*before, *after})
 
 
 def bias_ratio(results: Sequence[Disruption]) -> Mapping[int, float | None]:
-    """D = log(E_vv / E_vt) by first layer, where E is 1 - score consistency of image-to-image, of image-to-text.
+    """Returns D = log(E_vv / E_vt) by first layer, where E is 1 - score consistency of image-to-image, of
+    image-to-text.
 
     Above 0 the image talks more to itself than to the text. None where one of the two changes nothing.
     """

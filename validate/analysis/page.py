@@ -36,7 +36,7 @@ Layer = TypeVar("Layer")
 
 
 def report_files(cams: int) -> tuple[str, ...]:
-    """The names of all files that the report of an analysis with up to `cams` Grad-CAMs may hold."""
+    """Returns the names of all files that the report of an analysis with up to `cams` Grad-CAMs may hold."""
     seen = (f"cam-{n}-{part}" for n in range(1, cams + 1) for part in ("decoder", "tower"))
     return "report.html", "report.json", *(f"{name}.png" for name in (*PLOTS, *seen))
 
@@ -54,7 +54,7 @@ def flow_json(flow: Flow) -> dict[str, Any]:
 
 
 def flow_lines(flow: Flow) -> list[str]:
-    """One row per layer, then the advice."""
+    """Returns one row per layer, then the advice."""
     return [*aligned([_HEAD, *_rows(flow)]), "", _note(flow), "", *flow.advice.reasons]
 
 

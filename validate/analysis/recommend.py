@@ -36,7 +36,8 @@ class Recommendation:
 
 
 def recommend(curves: Curves) -> Recommendation:
-    """K1: the first layer from which on image-to-text attention matters no more than chance. K2: the same for both."""
+    """Recommends K1, the first layer from which on image-to-text attention matters no more than chance, and K2, the
+    same for both."""
     layers = len(curves.text_changes)
     text, image = (_last(changes, curves.random_changes) for changes in (curves.text_changes, curves.image_changes))
     reasons = [

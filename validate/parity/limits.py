@@ -27,7 +27,7 @@ class ParityOptions:
 
 
 def limit_of(t: TensorDiff, *, dtype: Dtype, layers: int, rounding: float | None, options: ParityOptions) -> float:
-    """How far tensor `t` may lie from the reference in fp32.
+    """Returns how far tensor `t` may lie from the reference in fp32.
 
     fp32: 1e-3 on logits, the project's definition; 1e-4 of the largest on scores; elsewhere 1e-3 or, for large values,
     2 u sqrt(8 L) of the largest (8 tensors a layer rounded by the unit roundoff u, errors adding like a random walk).

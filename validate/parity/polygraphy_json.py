@@ -37,7 +37,7 @@ class Captured:
 
 
 def check_folders(run: RunSpec, *folders: Path) -> None:
-    """Whether what the graphs of `run` read or write can be saved in `folders`; called before anything runs.
+    """Checks that what the graphs of `run` read or write can be saved in `folders`; called before anything runs.
 
     HimapError: usage for a bf16 bundle, or a folder in which their files cannot be; missing without polygraphy.
     """

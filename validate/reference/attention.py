@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 
 def register(base: str) -> str:
-    """Tell transformers of an attention like `base` ("eager", "sdpa") that also hands out probabilities; its name."""
+    """Tells transformers of an attention like `base` ("eager", "sdpa") that also hands out probabilities; its name."""
     function = eager_attention_forward if base == "eager" else ALL_ATTENTION_FUNCTIONS.get(base)
     if function is None:
         raise ValueError(f"unknown attn_implementation {base!r}")

@@ -107,7 +107,7 @@ class Reference:
         forced: Sequence[Ints] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> Prefill:
-        """Run the prompts.
+        """Runs the prompts.
 
         `input_ids` [B,S] int64 with one image placeholder per image token, anywhere; `pixel_values` [images,3,H,W],
         tiles counted as images, in the order of the placeholders; `attention_mask` [B,S], 0 where a token is padding,
@@ -175,7 +175,7 @@ class Reference:
 
     @torch.no_grad()
     def logits(self, state: State) -> Tensor:
-        """Logits [W] fp32 at the last token of a `state` that has been through all layers."""
+        """Returns the logits [W] fp32 at the last token of a `state` that has been through all layers."""
         return self._logits(state.hidden)[0]
 
     @torch.no_grad()

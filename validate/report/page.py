@@ -121,7 +121,7 @@ class Page:
 
 
 def check_libraries() -> None:
-    """HimapError (Exit.MISSING) if a library that reports need is not installed. Called before any work."""
+    """Checks that the libraries of reports are there, before any work. HimapError (missing) if one is not."""
     try:
         import altair  # noqa: F401
         import jinja2  # noqa: F401

@@ -21,13 +21,13 @@ HOW = (
 
 
 def toml(t: Tuned) -> str:
-    """[tuned], if a plan was chosen, and every plan of the front by its name."""
+    """Returns [tuned], if a plan was chosen, and every plan of the front by its name."""
     tables = [t.choice.candidate.toml("tuned")] if t.choice.candidate else []
     return "\n".join([*tables, *(j.candidate.toml(j.candidate.name) for j in t.front)])
 
 
 def tuned_json(t: Tuned) -> dict[str, Any]:
-    """Every plan, and of those on the front their advantage over chance and their times."""
+    """Returns every plan, and of those on the front their advantage over chance and their times."""
     return {
         "questions": t.questions,
         "unpruned": asdict(t.unpruned),
@@ -39,7 +39,7 @@ def tuned_json(t: Tuned) -> dict[str, Any]:
 
 
 def tuned_lines(t: Tuned) -> list[str]:
-    """The front as a table, then the choice."""
+    """Returns the front as a table, then the choice."""
     return [*aligned([_HEAD, *_rows(t)]), "", t.choice.reason]
 
 

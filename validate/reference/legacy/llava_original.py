@@ -52,7 +52,7 @@ class LlavaOriginal(nn.Module):
         self._first = 0 if feature == "cls_patch" else 1
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Features [n,V,D] of normalised pixels [n,3,H,W]."""
+        """Returns the features [n,V,D] of normalised pixels [n,3,H,W]."""
         states = self.tower(pixels.to(self.tower.dtype)).last_hidden_state  # of the layer that is read
         features: Tensor = self.projector(states[:, self._first :])
         return features

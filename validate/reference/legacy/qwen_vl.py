@@ -74,7 +74,8 @@ class Tower(nn.Module):
 
 
 def resized(learned: Tensor, size: tuple[int, int]) -> Tensor:
-    """Positions [m*m,C] of a square resized to `size` (rows, columns), in reading order: [rows*columns,C]."""
+    """Returns the positions [m*m,C] of a square resized to `size` (rows, columns), in reading order:
+    [rows*columns,C]."""
     side = isqrt(len(learned))
     if size == (side, side):
         return learned
