@@ -74,7 +74,7 @@ def _speed(speed: Speed) -> tuple[Block, ...]:
     rows = [(t.name, *(_time(t, phase) for phase in PHASES), f"{t.peak_bytes / 2**20:.0f} MiB") for t in speed.times]
     over = [(f"over {name}", *(_ratio(speed.over(name, phase)) for phase in PHASES), "") for name in speed.others]
     head = ("", *PHASES, "peak memory")
-    caption = "Medians with the lowest and highest round. Systems take turns; ratios are taken within a round."
+    caption = "Medians with the lowest and highest repetition; ratios are taken within a repetition."
     note = (speed.note,) if speed.note else ()
     return _bars(speed), Table("times", head, (*rows, *over), caption), *note
 
@@ -88,8 +88,8 @@ def _bars(speed: Speed) -> Figure:
         for t in speed.times
         for phase in PHASES
     ]  # fmt: skip
-    title = "Time by phase, median with the lowest and highest round"
-    how = "shorter bars are faster; a line runs from the lowest to the highest of all rounds."
+    title = "Time by phase, median with the lowest and highest repetition"
+    how = "shorter bars are faster; a line runs from the lowest to the highest of all repetitions."
     return bars("speed", title, how, data, "phase", "ms")
 
 

@@ -27,8 +27,8 @@ def speed_lines(speed: Speed) -> list[str]:
 
 
 def speed_json(speed: Speed) -> dict[str, Any]:
-    """Returns medians in seconds, peak memory in bytes, speed-ups as [median, lowest, highest] over rounds; PyTorch's
-    name says its dtype and device."""
+    """Returns medians in seconds, peak memory in bytes, speed-ups as [median, lowest, highest] of all repetitions;
+    PyTorch's name says its dtype and device."""
     return {
         "ceiling": speed.ceiling,
         "of_ceiling": speed.over(UNPRUNED, "prefill")[0] / speed.ceiling,
