@@ -22,8 +22,8 @@ GOOD = {
     "himap-tune": ("model", "--dataset", "data.jsonl", "--out", "out", "--no-time"),
 }
 PATCHES = {
-    "himap-run": {"himap_export.engines.pipeline:Pipeline": stop},
-    "himap-validate": {"himap_export.engines.pipeline:Pipeline": stop},
+    "himap-run": {"himap_export.engines.session:Pipeline": stop},
+    "himap-validate": {"himap_export.engines.session:Pipeline": stop},
     "himap-analyze": {"himap_export.validate.checkpoint:load_reference": stop},
     "himap-tune": {"himap_export.validate.tuning.tune:tune": stop},
 }

@@ -36,7 +36,7 @@ def test_nobody_reads(asked: Sequence[str | Path]) -> None:
     """`himap-run .. | true`: the reader has left before the answer is there."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(asked, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([*asked, "--json"], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
 

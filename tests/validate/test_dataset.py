@@ -121,7 +121,7 @@ def test_a_bad_line_is_told_by_its_number(case: str, write: Write, tmp_path: Pat
     file = write(GOOD, row, GOOD)
     with pytest.raises(HimapError) as told:
         read_dataset(file)
-    assert told.value.code == Exit.USAGE and "line 2 " in told.value.summary and "--skip-bad" in told.value.hint
+    assert told.value.code == Exit.USAGE and "line 2 " in told.value.summary and "`skip_bad`" in told.value.hint
     assert reason in told.value.details
     kept = read_dataset(file, skip_bad=True)
     assert [e.line for e in kept.examples] == [1, 3]

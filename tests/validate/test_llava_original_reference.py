@@ -125,8 +125,8 @@ def test_a_missing_tensor_is_no_random_one(name: str, tmp_path: Path) -> None:
     [
         ({"mm_vision_tower": "nobody/nothing"}, OSError, "nobody/nothing"),
         ({"mm_vision_tower": None}, ValueError, "mm_vision_tower"),
-        ({"mm_vision_tower": "/etc"}, OSError, "--vision-tower"),
-        ({"mm_vision_tower": "../model/../elsewhere"}, OSError, "--vision-tower"),
+        ({"mm_vision_tower": "/etc"}, OSError, "`vision_tower`"),
+        ({"mm_vision_tower": "../model/../elsewhere"}, OSError, "`vision_tower`"),
         ({"mm_projector_type": "resampler"}, ValueError, "resampler"),
         ({"mm_projector_type": "mlp1000000000x_gelu"}, ValueError, "unknown mm_projector_type"),
         ({"mm_vision_select_layer": -8}, ValueError, "6 layers"),

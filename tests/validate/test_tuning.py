@@ -74,12 +74,12 @@ def test_grids() -> None:
         assert grid(defaults(layers)[0], (0.5,), defaults(layers)[1], (0.5,), layers)
     for arguments, words in (
         (((4,), (0.5,), (2, 4), (0.5,)), "no plan is left to try"),
-        (((2,), (0.5,), (10,), (0.5,)), "--k2 10 is past the last layer"),
+        (((2,), (0.5,), (10,), (0.5,)), "`k2` 10 is past the last layer"),
         (((0,), (0.5,), (4,), (0.5,)), "is below 1"),
-        (((2,), (1.0,), (4,), (0.5,)), r"--r1 1\.0 is outside"),
-        (((2,), (0.5,), (4,), (-0.5,)), r"--r2 -0\.5 is outside"),
-        (((2,), (0.5,), (4,), (float("nan"),)), "--r2 nan is outside"),
-        (((10,), (0.5,), (4,), (0.5,)), "--k1 10 is past"),
+        (((2,), (1.0,), (4,), (0.5,)), r"`r1` 1\.0 is outside"),
+        (((2,), (0.5,), (4,), (-0.5,)), r"`r2` -0\.5 is outside"),
+        (((2,), (0.5,), (4,), (float("nan"),)), "`r2` nan is outside"),
+        (((10,), (0.5,), (4,), (0.5,)), "`k1` 10 is past"),
         ((range(1, 4), [n / 64 for n in range(64)], range(4, 10), (0.5,)), "1152 plans are too many to try"),
     ):
         with pytest.raises(HimapError, match=words):
