@@ -31,12 +31,12 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 def weight_files(folder: Path, code: Exit = Exit.MISSING) -> list[Path]:
-    """The files that hold the weights of the checkpoint in `folder`, by name; HimapError (`code`) if it holds none."""
+    """Returns the files of the weights of the checkpoint in `folder`; HimapError (`code`) if it holds none."""
     return list(_weight_files(folder, code))
 
 
 def stored_tensors(folders: Iterable[Path], code: Exit = Exit.MISSING) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint in `folders` by name, headers checked, no tensor read.
+    """Returns every tensor of the checkpoint in `folders` by name, headers checked, no tensor read.
 
     HimapError: `code` if a folder holds no weights or lacks a shard, failure if a file is damaged or is not what the
     index says.
@@ -54,14 +54,14 @@ def stored_tensors(folders: Iterable[Path], code: Exit = Exit.MISSING) -> dict[s
 
 
 def tensor_names(folder: Path) -> frozenset[str]:
-    """What the tensors in `folder` are called, as far as it tells: an index does even where its shards are absent."""
+    """Returns the tensors' names in `folder`, as far as it tells: an index does even where its shards are absent."""
     if os.path.lexists(folder / INDEX):
         return frozenset(_weight_map(folder))
     return frozenset(read_header(folder / SINGLE) if os.path.lexists(folder / SINGLE) else ())
 
 
 def _weight_files(folder: Path, code: Exit) -> Mapping[Path, list[str] | None]:
-    """Each file, with the names of those of its tensors that count; None: all."""
+    """Returns each file, with the names of those of its tensors that count; None: all."""
     if os.path.lexists(folder / INDEX):
         shards: dict[str, list[str]] = {}
         for name, shard in _weight_map(folder).items():

@@ -135,7 +135,7 @@ def _request(args: argparse.Namespace, session: "Session") -> "Request":
 
 
 def _said(stream: "AnswerStream", args: argparse.Namespace) -> "Answer":
-    """The answer; to standard output as it comes, if it is to be text."""
+    """Returns the answer; prints it as it comes, if it is to be text."""
     if not args.json and args.load_inputs is None:
         for piece in stream:
             print(piece, end="", flush=True)

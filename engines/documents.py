@@ -21,7 +21,7 @@ Id = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 
 
 def open_file(path: Path, what: str, code: Exit = Exit.USAGE) -> BinaryIO:
-    """A plain file that is `what` ("plan"), open for reading.
+    """Opens a plain file that is `what` ("plan") for reading.
 
     HimapError (`code`) if there is none, it is a folder, pipe or device, or cannot be read.
     """
@@ -38,8 +38,8 @@ def open_file(path: Path, what: str, code: Exit = Exit.USAGE) -> BinaryIO:
 
 
 def read_file(path: Path, what: str, most: int, code: Exit = Exit.USAGE) -> bytes:
-    """The bytes of a plain file that is `what`, at most `most` of them. HimapError (`code`) as `open_file`, or if it is
-    longer."""
+    """Returns the bytes of a plain file that is `what`, at most `most` of them. HimapError (`code`) as `open_file`, or
+    if it is longer."""
     with open_file(path, what, code) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
@@ -48,7 +48,7 @@ def read_file(path: Path, what: str, most: int, code: Exit = Exit.USAGE) -> byte
 
 
 def parse_json(text: bytes, where: str, code: Exit = Exit.USAGE) -> Any:
-    """The value of a JSON text (UTF-8), `where` it was found.
+    """Returns the value of a JSON text (UTF-8), found at `where`.
 
     HimapError (`code`) for what JSON does not allow (NaN, infinity), leaves open (a key twice) or can spell but no
     UTF-8 can (half a character), and for nesting deeper than Python follows.
@@ -67,8 +67,8 @@ def parse_json(text: bytes, where: str, code: Exit = Exit.USAGE) -> Any:
 
 
 def typed(value: object, kind: type[T], where: str, code: Exit = Exit.USAGE) -> T:
-    """`value`, as JSON or TOML gives it, as a `kind`: nothing is converted but lists to tuples and whole numbers to
-    floats. HimapError (`code`) that says what was expected, and at which place of the document `where`."""
+    """Returns `value`, as JSON or TOML gives it, as a `kind`: nothing is converted but lists to tuples and whole
+    numbers to floats. HimapError (`code`) that says what was expected, and at which place of the document `where`."""
     try:
         return msgspec.convert(value, kind, strict=True)
     except msgspec.ValidationError as problem:
@@ -78,7 +78,7 @@ def typed(value: object, kind: type[T], where: str, code: Exit = Exit.USAGE) -> 
 
 
 def read_json(path: Path, kind: type[T], what: str, most: int = 16 * MEGABYTE, code: Exit = Exit.USAGE) -> T:
-    """The JSON document `what` in the file `path` as a `kind`. HimapError as `read_file`, `parse_json` and `typed`."""
+    """Returns the JSON document `what` in `path` as a `kind`. HimapError as `read_file`, `parse_json` and `typed`."""
     return typed(parse_json(read_file(path, what, most, code), f"{what} {path}", code), kind, f"{what} {path}", code)
 
 

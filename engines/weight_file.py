@@ -59,7 +59,7 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, which must fill it to the byte: no holes, no overlaps, nothing behind them.
+    """Returns the tensors of one safetensors file, which must fill it to the byte: no holes, no overlaps, no rest.
 
     HimapError if it is truncated or corrupt, or no plain file.
     """
@@ -80,7 +80,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _placed(file: Path, header: Mapping[str, Any], data: int, size: int) -> dict[str, StoredTensor]:
-    """The tensors of `header`, whose first byte is the file's byte `data`; ValueError unless they tile its rest."""
+    """Returns the tensors of `header`, whose first byte is the file's byte `data`; ValueError unless they fill it."""
     found, places = {}, []
     for name, values in header.items():
         entry = typed(values, _Entry, f"tensor {name[:100]}", Exit.FAILURE)
@@ -108,8 +108,8 @@ def _bits(dtype: str) -> int:
 
 
 def find_tensor(stored: Mapping[str, StoredTensor], name: str, rows: Rows | None = None) -> StoredTensor | None:
-    """The tensor `name` of `stored`, else as many `rows` of another as that one has, which lie in one piece. None if
-    absent."""
+    """Returns the tensor `name` of `stored`, else as many `rows` of another as that one has, which lie in one piece.
+    None if absent."""
     whole = stored.get(rows.tensor) if rows is not None else None
     if name in stored or rows is None or whole is None:
         return stored.get(name)
@@ -127,13 +127,13 @@ def find_tensor(stored: Mapping[str, StoredTensor], name: str, rows: Rows | None
 
 
 def find_tensors(stored: Mapping[str, StoredTensor], wanted: Mapping[str, WeightSpec]) -> dict[str, StoredTensor]:
-    """Those of the weights `wanted` that `find_tensor` finds, in their order."""
+    """Returns those of the weights `wanted` that `find_tensor` finds, in their order."""
     found = ((name, find_tensor(stored, name, spec.rows)) for name, spec in wanted.items())
     return {name: t for name, t in found if t is not None}
 
 
 def map_tensors(tensors: Iterable[StoredTensor]) -> dict[str, npt.NDArray[np.generic]]:
-    """Arrays over the files' pages (copy on write): nothing is read before its use, two users share it.
+    """Returns arrays over the files' pages (copy on write): nothing is read before its use, two users share it.
 
     HimapError (usage) for a tensor that is no weight.
     """
@@ -149,8 +149,8 @@ def map_tensors(tensors: Iterable[StoredTensor]) -> dict[str, npt.NDArray[np.gen
 
 
 def as_stored(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """`values` in the form in which `NUMPY` holds `dtype`, rounded to nearest even: NaN stays NaN, and what is too
-    large is infinite."""
+    """Returns `values` in the form in which `NUMPY` holds `dtype`, rounded to nearest even: NaN stays NaN, and what is
+    too large is infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype == "bf16":
             return np.ascontiguousarray(values, ml_dtypes.bfloat16).view(np.uint16)
@@ -158,7 +158,7 @@ def as_stored(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
 
 
 def as_numbers(stored: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """The inverse: bf16 words become fp32, everything else is itself."""
+    """Returns the inverse of `as_stored`: bf16 words become fp32, everything else is itself."""
     return stored.view(ml_dtypes.bfloat16).astype(np.float32) if dtype == "bf16" else stored
 
 
@@ -178,7 +178,7 @@ _PIECE, _BLOCK = 16 << 20, 1 << 16  # bytes that are mapped at once, and numbers
 
 
 def not_finite(stored: npt.NDArray[Any], dtype: str) -> int:
-    """How many numbers of `stored` [n], in the form of `as_stored`, are NaN or infinite; exact, and fast if none is."""
+    """Counts NaN and infinity among `stored` [n], in the form of `as_stored`; exact, and fast if there is none."""
     kind, infinity = _WORDS[dtype]
     words, found = stored.view(kind), 0
     for at in range(0, len(words), _BLOCK):
@@ -190,14 +190,14 @@ def not_finite(stored: npt.NDArray[Any], dtype: str) -> int:
 
 
 def check_float(tensor: StoredTensor) -> None:
-    """HimapError (usage) unless `tensor` is of a type that a weight may have: fp16, bf16 or fp32."""
+    """Raises HimapError (usage) unless `tensor` is of a type that a weight may have: fp16, bf16 or fp32."""
     if tensor.dtype not in _WORDS:
         details, hint = f"it is stored as {tensor.dtype}", f"expected {', '.join(_WORDS)}: is the checkpoint quantised?"
         raise HimapError(f"tensor {tensor.name} is no weight that a graph can use", details, hint, Exit.USAGE)
 
 
 def check_finite(tensors: Iterable[StoredTensor]) -> None:
-    """HimapError if one of `tensors` holds NaN or infinity, or no floats. Reads them once, piece by piece."""
+    """Raises HimapError if one of `tensors` holds NaN or infinity, or no floats. Reads them once, piece by piece."""
     pieces = []
     for t in tensors:
         check_float(t)
@@ -219,7 +219,7 @@ def check_finite(tensors: Iterable[StoredTensor]) -> None:
 
 
 def _not_finite_in(piece: tuple[StoredTensor, int]) -> int:
-    """A mapping of its own each time: what has been read counts as this process's memory no longer."""
+    """Counts in a mapping of its own each time: what has been read counts as this process's memory no longer."""
     t, at = piece
     size = min(_PIECE, t.nbytes - at)
     return not_finite(np.asarray(np.memmap(t.file, np.uint8, "r", t.offset + at, (size,))), t.dtype)

@@ -63,7 +63,7 @@ def _function_proto() -> onnx.FunctionProto:
 def top_k_gather(
     op: OpBuilder, x: ir.Value, score: ir.Value, position: ir.Value, token_type: ir.Value, keep: int
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """The `keep` = S' tokens of highest score, in their order; equal scores go to the lowest index, NaN ranks last.
+    """Keeps `keep` = S' tokens, those of highest score, in their order; of equals the lowest index, NaN ranks last.
 
     x [B,S,D] fp16, bf16 or fp32; score [B,S] fp32, +inf for tokens that must stay; position, token_type [B,S] int64.
     Returns x' [B,S',D], position' and token_type' [B,S'].

@@ -69,7 +69,7 @@ def open_engines(bundle: Bundle, opening: Opening = ANYWAY) -> "OnnxRuntime":
 
 
 def _device(asked: str | None) -> str:
-    """What was asked for, else "cuda" where its provider is installed; HimapError (missing) if asked for and not."""
+    """Returns `asked`, else "cuda" where its provider is installed; HimapError (missing) if asked for and not."""
     held = _PROVIDERS["cuda"] in _onnxruntime().get_available_providers()
     if asked == "cuda" and not held:
         hint = f"in the place of onnxruntime: {how_to_install('cuda')}"
@@ -78,7 +78,7 @@ def _device(asked: str | None) -> str:
 
 
 def _values(tensors: Mapping[str, StoredTensor], device: str) -> dict[str, Any]:
-    """Weights as OrtValues: on the CPU over the mapped files' pages, on a GPU copied there one by one."""
+    """Returns weights as OrtValues: on the CPU over the mapped files' pages, on a GPU copied there one by one."""
     arrays = map_tensors(tensors.values())
     if device == "cpu":
         made = _onnxruntime().OrtValue.ortvalue_from_numpy
@@ -96,7 +96,7 @@ def _borrowed(value: Any) -> Any:
 
 
 def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Opening, device: str) -> Any:
-    """A graph over `weights`, as far as it reads them from outside its own file."""
+    """Opens a graph over `weights`, as far as it reads them from outside its own file."""
     ort, options = _onnxruntime(), _onnxruntime().SessionOptions()
     options.intra_op_num_threads = opening.threads or len(os.sched_getaffinity(0))
     options.log_severity_level = 3
@@ -124,7 +124,7 @@ def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Op
 
 
 def _elsewhere(session: Any, provider: str) -> str:
-    """How many nodes of a session run on another provider than this one, and which; empty if none does."""
+    """Says how many nodes of a session run on another provider than this one, and which; "" if none does."""
     parts = session.get_provider_graph_assignment_info()
     nodes = [(part.ep_name == provider, node) for part in parts for node in part.get_nodes()]
     others = ", ".join(f"{node.op_type} {node.name}".strip() for here, node in nodes if not here)

@@ -23,7 +23,7 @@ def check(dtype: str, gather: Gather) -> None:
 
 
 def environment(gather: Gather, scratch: Path) -> Mapping[str, str]:
-    """A build takes a process of its own: it may abort, and the plugin registered for it ends with it."""
+    """Asks for a process of its own: a build may abort, and the plugin registered for it ends with it."""
     return {}
 
 
@@ -32,7 +32,7 @@ def version() -> dict[str, str]:
 
 
 def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
-    """With the plugin unless asked otherwise: the engine holds its kernel, and loads without it."""
+    """Compiles one graph, with the plugin unless asked otherwise: the engine holds its kernel, and loads without it."""
     if gather == "ops":
         return builder.build(EDITION, bundle, graph, "ops")
     plugin.register()

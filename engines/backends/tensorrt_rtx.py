@@ -20,7 +20,7 @@ def check(dtype: str, gather: Gather) -> None:
 
 
 def environment(gather: Gather, scratch: Path) -> Mapping[str, str]:
-    """A build takes a process of its own: it may abort, and what it registers and allocates ends with it."""
+    """Asks for a process of its own: a build may abort, and what it registers and allocates ends with it."""
     if gather != "plugin":
         return {}
     found = plugin.link_library(scratch)
@@ -33,7 +33,7 @@ def version() -> dict[str, str]:
 
 
 def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
-    """Inlined unless asked otherwise: fused with the next norm it costs a few kernels, and loads without a plugin."""
+    """Compiles one graph. Inlined, the gather costs a few kernels, and the engine loads without a plugin."""
     if gather == "plugin":
         plugin.check_library()
         plugin.register()

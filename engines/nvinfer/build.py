@@ -15,7 +15,7 @@ from himap_export.graphs.errors import Exit, HimapError
 
 
 def check(edition: Edition, dtype: str) -> None:
-    """HimapError if the product is not installed, or has no fused attention in `dtype`."""
+    """Raises HimapError if the product is not installed, or has no fused attention in `dtype`."""
     edition.api()
     if dtype == "fp32":
         hint = "use `dtype` fp16 or bf16"
@@ -88,7 +88,7 @@ def _config(edition: Edition, builder: Any) -> Any:
 
 
 def _writer(trt: ModuleType, out: IO[bytes]) -> Any:
-    """The engine goes to its file in pieces: with weights inside it is larger than what memory should hold twice."""
+    """Returns a writer in pieces: with weights inside an engine is larger than what memory should hold twice."""
 
     class Writer(trt.IStreamWriter):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -116,7 +116,7 @@ def _refused(edition: Edition, source: Path, problem: str) -> HimapError:
 
 
 def _gather_form(trt: ModuleType, network: Any, operators: Mapping[str, str]) -> Literal["ops", "plugin", "none"]:
-    """Whether the parser found a plugin for `himap::TopKGather` or inlined its standard operators."""
+    """Tells whether the parser found a plugin for `himap::TopKGather` or inlined its standard operators."""
     if any(network.get_layer(i).type == trt.LayerType.PLUGIN_V3 for i in range(network.num_layers)):
         return "plugin"
     return "ops" if "TopKGather" in operators.values() else "none"

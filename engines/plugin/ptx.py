@@ -52,7 +52,7 @@ class Tiling:
 
 
 def tiling(shape: GatherShape) -> Tiling:
-    """At most 256 programs a sequence: enough to fill a GPU, few because each repeats the selection.
+    """Returns at most 256 programs a sequence: enough to fill a GPU, few because each repeats the selection.
 
     A thread holds 8 keys (more above 8192 tokens) and moves 128 bytes at a time.
     """
@@ -67,7 +67,7 @@ def tiling(shape: GatherShape) -> Tiling:
 
 
 def compile_gather(shape: GatherShape) -> GatherKernel:
-    """The kernel for one shape. HimapError if Triton is missing."""
+    """Returns the kernel for one shape. HimapError if Triton is missing."""
     try:
         import triton
         from triton.backends.compiler import GPUTarget
@@ -94,7 +94,7 @@ def compile_gather(shape: GatherShape) -> GatherKernel:
 
 
 def without_hidden_parameters(ptx: str, count: int) -> str:
-    """`ptx` whose entry takes its first `count` parameters only: TensorRT passes no more.
+    """Returns `ptx` whose entry takes its first `count` parameters only: TensorRT passes no more.
 
     Triton appends pointers to scratch memory, which this kernel does not use; one that reads them is refused.
     """
@@ -110,5 +110,5 @@ def without_hidden_parameters(ptx: str, count: int) -> str:
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest that is not less."""
+    """Returns the smallest power of two that is not less."""
     return 1 << (number - 1).bit_length()

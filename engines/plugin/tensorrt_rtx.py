@@ -41,14 +41,14 @@ def unregister() -> None:
 
 
 def check() -> None:
-    """HimapError (missing) if the plugin's kernel cannot be compiled here."""
+    """Raises HimapError (missing) if the plugin's kernel cannot be compiled here."""
     if find_spec("triton") is None:
         hint = f"{how_to_install('plugin')}; or leave `gather` out"
         raise HimapError("the plugin's kernel needs triton, which is not installed", hint=hint, code=Exit.MISSING)
 
 
 def check_library() -> None:
-    """HimapError (missing) where the parser would not find the library it opens: it aborts the whole process."""
+    """Raises HimapError (missing) where the parser would not find the library it opens: it aborts the whole process."""
     try:
         ctypes.CDLL(_LIBRARY)
     except OSError:
@@ -59,7 +59,7 @@ def check_library() -> None:
 
 
 def link_library(folder: Path) -> dict[str, str]:
-    """The variables with which a process that starts finds the library: a link in `folder`, not in the package."""
+    """Returns the variables by which a new process finds the library: a link in `folder`, not in the package."""
     if not (_libraries() / _LIBRARY).exists():
         (folder / _LIBRARY).symlink_to(_libraries() / f"{_LIBRARY}.1")
     return {"LD_LIBRARY_PATH": str(folder)}
@@ -74,7 +74,7 @@ def _libraries() -> Path:
 
 @cache
 def _creator() -> Any:
-    """The one creator of this process; TensorRT-RTX keeps only a pointer to it."""
+    """Returns the one creator of this process; TensorRT-RTX keeps only a pointer to it."""
     trt = RTX.api()
     plugin_class = _plugin_class(trt)
 
@@ -107,7 +107,7 @@ def _kernel(stored: dict[str, Any]) -> GatherKernel:
 
 
 def _stored(keep: int, kernel: GatherKernel) -> dict[str, npt.NDArray[Any]]:
-    """What an engine stores of the plugin; `_kernel` reads it back."""
+    """Returns what an engine stores of the plugin; `_kernel` reads it back."""
     return {
         "keep": np.array([keep], np.int32),
         "launch": np.array([*kernel.grid, *kernel.block, kernel.shared_bytes], np.int32),
@@ -117,7 +117,7 @@ def _stored(keep: int, kernel: GatherKernel) -> dict[str, npt.NDArray[Any]]:
 
 
 def _fields(trt: ModuleType, stored: dict[str, npt.NDArray[Any]]) -> Any:
-    """Fields that point into `stored`, which has to outlive them: they keep no reference."""
+    """Returns fields that point into `stored`, which has to outlive them: they keep no reference."""
     kinds = {"int32": trt.PluginFieldType.INT32, "int8": trt.PluginFieldType.CHAR}
     return trt.PluginFieldCollection([trt.PluginField(n, a, kinds[a.dtype.name]) for n, a in stored.items()])
 
@@ -159,7 +159,7 @@ class _Gather:
         return fits and found.format == trt.TensorFormat.LINEAR
 
     def configure_plugin(self, inputs: Any, outputs: Any) -> None:
-        """Sizes are static, so the kernel is compiled here, once, for exactly them."""
+        """Compiles the kernel, once, for exactly the static sizes."""
         batch, tokens, hidden = (int(n) for n in inputs[0].desc.dims)
         dtype = _DTYPES[inputs[0].desc.type.name]
         self.kernel = compile_gather(
@@ -198,5 +198,5 @@ def _bases(trt: ModuleType) -> tuple[type[Any], ...]:
 
 @cache
 def _plugin_class(trt: ModuleType) -> type[Any]:
-    """`_Gather` as TensorRT-RTX's interfaces, which exist once it is imported."""
+    """Returns `_Gather` as TensorRT-RTX's interfaces, which exist once it is imported."""
     return type("TopKGather", (_Gather, *_bases(trt)), {})
