@@ -86,10 +86,8 @@ class Bundle:
         if self.external is not None:
             return self.external
         if self.manifest.weight_form == "absent":
-            hint = "give the checkpoint's folder with `weights`"
-            raise HimapError(
-                f"{self.folder} holds no weights", "it was exported with `engines_only`", hint, Exit.MISSING
-            )
+            details, hint = "it was exported with `engines_only`", "give the checkpoint's folder with `weights`"
+            raise HimapError(f"{self.folder} holds no weights", details, hint, Exit.MISSING)
         return {name: t for file in self.manifest.weights for name, t in read_header(self.folder / file).items()}
 
     def weights(self) -> dict[str, StoredTensor]:
@@ -211,10 +209,8 @@ class RunSpec:
 
 def skipped_checks(manifest: Manifest) -> str:
     """Says what `verify=False` leaves out, in words."""
-    size = sum(record.bytes for record in manifest.files.values())
-    return (
-        f"not verified: the content of {len(manifest.files)} files, {size / 1e6:.1f} MB, engines and weights among them"
-    )
+    count, size = len(manifest.files), sum(record.bytes for record in manifest.files.values())
+    return f"not verified: the content of {count} files, {size / 1e6:.1f} MB, engines and weights among them"
 
 
 def _misfit(name: str, found: StoredTensor | None, wanted: TensorSpec) -> str:

@@ -30,11 +30,6 @@ class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, Annotated[str, msgspec.Meta(min_length=1, max_length=255)]] = {}
 
 
-def weight_files(folder: Path, code: Exit = Exit.MISSING) -> list[Path]:
-    """Returns the files of the weights of the checkpoint in `folder`; HimapError (`code`) if it holds none."""
-    return list(_weight_files(folder, code))
-
-
 def stored_tensors(folders: Iterable[Path], code: Exit = Exit.MISSING) -> dict[str, StoredTensor]:
     """Returns every tensor of the checkpoint in `folders` by name, headers checked, no tensor read.
 
@@ -43,7 +38,7 @@ def stored_tensors(folders: Iterable[Path], code: Exit = Exit.MISSING) -> dict[s
     """
     found: dict[str, StoredTensor] = {}
     for folder in folders:
-        for file, listed in _weight_files(folder, code).items():
+        for file, listed in weight_files(folder, code).items():
             held = read_header(file)
             for name in held if listed is None else listed:
                 if name not in held:
@@ -60,8 +55,10 @@ def tensor_names(folder: Path) -> frozenset[str]:
     return frozenset(read_header(folder / SINGLE) if os.path.lexists(folder / SINGLE) else ())
 
 
-def _weight_files(folder: Path, code: Exit) -> Mapping[Path, list[str] | None]:
-    """Returns each file, with the names of those of its tensors that count; None: all."""
+def weight_files(folder: Path, code: Exit) -> Mapping[Path, list[str] | None]:
+    """Returns each file of the weights in `folder`, with the names of those of its tensors that count; None: all.
+
+    HimapError (`code`) if it holds none or lacks one."""
     if os.path.lexists(folder / INDEX):
         shards: dict[str, list[str]] = {}
         for name, shard in _weight_map(folder).items():

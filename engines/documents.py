@@ -7,6 +7,7 @@ A document is JSON or TOML that somebody else wrote: a manifest, a configuration
 import json
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
 
@@ -85,11 +86,8 @@ def read_json(path: Path, kind: type[T], what: str, most: int = 16 * MEGABYTE, c
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise ValueError(f"it holds {name[:100]!r} twice")
-            seen.add(name)
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"it holds {twice[:100]!r} twice")
     return found
 
 

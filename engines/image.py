@@ -23,14 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from himap_export.engines.documents import read_file
 from himap_export.graphs.errors import Exit, HimapError
 
-RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "box": Image.Resampling.BOX,
-    "bilinear": Image.Resampling.BILINEAR,
-    "hamming": Image.Resampling.HAMMING,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+RESAMPLING = {filter.name.lower(): filter for filter in Image.Resampling}  # nearest, box, bilinear, ..
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

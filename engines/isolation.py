@@ -84,14 +84,8 @@ def child(
     `hint` is what to do should it be killed for its memory.
     """
     ours, its = Pipe()
-    program = [
-        sys.executable,
-        "-c",
-        _PROGRAM,
-        str(os.getpid()),
-        what,
-        *(place or str(Path.cwd()) for place in sys.path),
-    ]
+    places = (place or str(Path.cwd()) for place in sys.path)
+    program = [sys.executable, "-c", _PROGRAM, str(os.getpid()), what, *places]
     with ExitStack() as ending:
         ending.enter_context(ours)
         with its, _interrupts_wait():

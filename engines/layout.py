@@ -87,7 +87,9 @@ def lay_out(
         places[row, : len(sample)] = rope_places(is_image, grid)
     positions = np.tile(np.arange(slots), (batch, 1))
     shift = np.array([p[: max(n, 1)].max() + 1 - n for p, n in zip(places, lengths, strict=True)], np.int64)
-    return PromptLayout(ids, positions, token_types, lengths, places, shift)
+    return PromptLayout(
+        ids, positions, token_type=token_types, lengths=lengths, rope_position_ids=places, rope_shift=shift
+    )
 
 
 def rope_places(is_image: npt.NDArray[np.bool_], grid: Grid | None) -> Integers:
@@ -127,10 +129,8 @@ def _check(is_image: npt.NDArray[np.bool_], row: int, image: ImageTokens, budget
         raise HimapError(f"prompt {row} holds no image token", hint=hint, code=Exit.USAGE)
     if images != visual:
         several = f", {images // visual} images" if images % visual == 0 else ""
-        details = f"the bundle was exported for one image of {visual}"
-        raise HimapError(
-            f"prompt {row} holds {images} image tokens{several}", details, "give exactly one image", Exit.USAGE
-        )
+        details, hint = f"the bundle was exported for one image of {visual}", "give exactly one image"
+        raise HimapError(f"prompt {row} holds {images} image tokens{several}", details, hint, Exit.USAGE)
     if not text and not budget.visual[-1]:
         details = f"the plan drops all {visual} image tokens"
         raise HimapError(f"prompt {row} has no text", details, "ask something", Exit.USAGE)

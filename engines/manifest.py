@@ -167,31 +167,21 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         data = parse_json(read_file(path, "manifest", MOST, Exit.FAILURE), str(path), Exit.FAILURE)
         schema = data.get("schema") if isinstance(data, dict) else None
-        if schema != SCHEMA or isinstance(schema, bool):
-            raise _other_schema(folder, schema)
-        manifest = typed(data, Manifest, str(path), Exit.FAILURE)
-    except _OtherSchemaError:
-        raise
+        if type(schema) is not int:  # a bool is one by inheritance
+            raise HimapError(f"{path} names no schema", "it is no bundle's")
+        manifest = typed(data, Manifest, str(path), Exit.FAILURE) if schema == SCHEMA else None
     except HimapError as problem:
         details = ": ".join(part for part in (problem.summary, problem.details) if part)
         raise HimapError(f"{path} is damaged", details, "copy or export the bundle again") from None
+    if manifest is None:
+        hint = "update himap-export" if schema > SCHEMA else "export it again"
+        raise HimapError(f"{folder} is a bundle of schema {schema}, this version reads {SCHEMA}", hint=hint)
     if manifest.digest != _digest(manifest):
         what = f"its digest is {manifest.digest[:12] or 'missing'}, its content has {_digest(manifest)[:12]}"
         raise HimapError(f"{path} has changed since export", what, "copy or export the bundle again")
     if wrong := next(_problems(manifest), ""):
         raise HimapError(f"{path} is damaged", wrong, "export the bundle again")
     return manifest
-
-
-class _OtherSchemaError(HimapError):
-    """A bundle of another version."""
-
-
-def _other_schema(folder: Path, schema: object) -> HimapError:
-    if not isinstance(schema, int) or isinstance(schema, bool):
-        return HimapError(f"{folder / FILE_NAME} names no schema", "it is no bundle's", "export the bundle again")
-    hint = "update himap-export" if schema > SCHEMA else "export it again"
-    return _OtherSchemaError(f"{folder} is a bundle of schema {schema}, this version reads {SCHEMA}", hint=hint)
 
 
 def is_plain(name: str) -> bool:

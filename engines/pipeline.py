@@ -62,9 +62,8 @@ class Pipeline:
         needed = sum(prod(port.shape) * np.dtype(NUMPY[port.dtype]).itemsize for port in ports.values())
         if needed > memory_bytes():
             details = f"{needed / 1e9:.0f} GB for its caches and states, this machine has {memory_bytes() / 1e9:.0f}"
-            raise HimapError(
-                f"{self.spec.bundle.folder} is too large for this machine", details, "export smaller budgets"
-            )
+            summary = f"{self.spec.bundle.folder} is too large for this machine"
+            raise HimapError(summary, details, "export smaller budgets")
 
     def _ports(self, stage: str) -> Mapping[str, Port]:
         record = self.spec.graph(stage)
@@ -110,7 +109,9 @@ class Pipeline:
         m = self.manifest
         image, budget = self.spec.image, self.spec.budget
         grid = image.grid if m.decoder.rope_axes else None
-        layout = lay_out(input_ids, attention_mask, m.model.image, m.decoder.vocab, budget, grid)
+        layout = lay_out(
+            input_ids, attention_mask, image=m.model.image, vocab=m.decoder.vocab, budget=budget, grid=grid
+        )
         tiles, port = image.tiles, self.tensors[Place("pixel_values")].spec
         if pixel_values.shape != (wanted := (tiles * len(input_ids), *port.shape[1:])):
             each = "one image" if tiles == 1 else f"{tiles} tiles"

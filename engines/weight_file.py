@@ -2,12 +2,13 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import ml_dtypes
 import msgspec
@@ -88,9 +89,7 @@ def _placed(file: Path, header: Mapping[str, Any], data: int, size: int) -> dict
         if 8 * (end - begin) != _bits(entry.dtype) * prod(entry.shape):
             raise ValueError(f"tensor {name[:100]} does not fill its bytes")
         kind = _OURS.get(entry.dtype, entry.dtype)
-        found[name] = StoredTensor(
-            name=name, file=file, dtype=kind, shape=entry.shape, offset=data + begin, nbytes=end - begin
-        )
+        found[name] = StoredTensor(name, file, kind, entry.shape, offset=data + begin, nbytes=end - begin)
         places.append((begin, end, name))
     at = 0
     for begin, end, name in sorted(places):
@@ -117,13 +116,8 @@ def find_tensor(stored: Mapping[str, StoredTensor], name: str, rows: Rows | None
         return replace(whole, name=name)
     row = whole.nbytes // whole.shape[0] if whole.shape[0] else 0
     count = max(0, min(rows.stop, whole.shape[0]) - rows.start)  # of a tensor too short: a shape that does not fit
-    return replace(
-        whole,
-        name=name,
-        shape=(count, *whole.shape[1:]),
-        offset=whole.offset + rows.start * row,
-        nbytes=count * row,
-    )
+    shape, offset = (count, *whole.shape[1:]), whole.offset + rows.start * row
+    return replace(whole, name=name, shape=shape, offset=offset, nbytes=count * row)
 
 
 def find_tensors(stored: Mapping[str, StoredTensor], wanted: Mapping[str, WeightSpec]) -> dict[str, StoredTensor]:
@@ -162,18 +156,8 @@ def as_numbers(stored: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     return stored.view(ml_dtypes.bfloat16).astype(np.float32) if dtype == "bf16" else stored
 
 
-class _Words(NamedTuple):
-    """A float type as whole numbers; shifted left by one bit, its sign, it is not finite from `infinity` on."""
-
-    kind: type[np.unsignedinteger[Any]]
-    infinity: int
-
-
-_WORDS = {
-    "fp16": _Words(np.uint16, 0xF800),
-    "bf16": _Words(np.uint16, 0xFF00),
-    "fp32": _Words(np.uint32, 0xFF000000),
-}
+# A float type as whole numbers: shifted left by one bit, its sign, it is not finite from the second number on.
+_WORDS = {"fp16": (np.uint16, 0xF800), "bf16": (np.uint16, 0xFF00), "fp32": (np.uint32, 0xFF000000)}
 _PIECE, _BLOCK = 16 << 20, 1 << 16  # bytes that are mapped at once, and numbers that stay in a core's cache
 
 
@@ -202,15 +186,14 @@ def check_finite(tensors: Iterable[StoredTensor]) -> None:
     for t in tensors:
         check_float(t)
         pieces += [(t, at) for at in range(0, t.nbytes, _PIECE)]
-    spoiled: dict[str, int] = {}
+    spoiled = Counter[str]()
     pool = ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))))
     try:
         for (t, _), count in zip(pieces, pool.map(_not_finite_in, pieces), strict=True):
-            if count:
-                spoiled[t.name] = spoiled.get(t.name, 0) + count
+            spoiled[t.name] += count
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupted command waits for the pieces under way, not for all
-    if spoiled:
+    if spoiled := +spoiled:
         name, count = next(iter(spoiled.items()))
         more = f", {len(spoiled) - 1} more tensors too" if len(spoiled) > 1 else ""
         values = "value is" if count == 1 else "values are"

@@ -90,7 +90,6 @@ class Frame:
         self.graph.inputs.extend(self._weights.values())
         for node in self.graph:
             node.metadata_props.clear()  # the builder's scope notes: half the size of the file
-        model = ir.Model(
-            self.graph, ir_version=IR_VERSION, producer_name="himap-export", functions=self.builder.functions.values()
-        )
+        functions = self.builder.functions.values()
+        model = ir.Model(self.graph, ir_version=IR_VERSION, producer_name="himap-export", functions=functions)
         return StageGraph(self.name, model, GraphPorts(self._inputs, self._outputs), self._specs)

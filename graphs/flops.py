@@ -38,6 +38,7 @@ def layer_flops(tokens: int, spec: DecoderSpec) -> int:
 def stage_costs(spec: DecoderSpec, plan: PruningPlan, budget: TokenBudget, dtype: Dtype) -> tuple[StageCost, ...]:
     """Returns one row per stage. KV bytes count the whole static cache of C_i tokens."""
     kv_token = 2 * spec.kv_heads * spec.head_dim * BYTES[dtype]
+    rows = zip(plan.stages, stage_layers(plan, spec.layers), budget.total, budget.visual, budget.capacity, strict=True)
     return tuple(
         StageCost(
             name=name,
@@ -47,14 +48,7 @@ def stage_costs(spec: DecoderSpec, plan: PruningPlan, budget: TokenBudget, dtype
             kv_bytes=budget.batch * len(layers) * capacity * kv_token,
             flops=budget.batch * len(layers) * layer_flops(tokens, spec),
         )
-        for name, layers, tokens, visual, capacity in zip(
-            plan.stages,
-            stage_layers(plan, spec.layers),
-            budget.total,
-            budget.visual,
-            budget.capacity,
-            strict=True,
-        )
+        for name, layers, tokens, visual, capacity in rows
     )
 
 

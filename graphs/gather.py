@@ -69,16 +69,9 @@ def top_k_gather(
     Returns x' [B,S',D], position' and token_type' [B,S'].
     """
     batch, hidden = dim(x, 0), dim(x, 2)
-    y, kept_position, kept_type = op.call(
-        ir.from_proto(_function_proto()),
-        x,
-        score,
-        position,
-        token_type,
-        keep=keep,
-        plugin_namespace=DOMAIN,
-        plugin_version="1",
-    )
+    function = ir.from_proto(_function_proto())
+    attributes = {"keep": keep, "plugin_namespace": DOMAIN, "plugin_version": "1"}
+    y, kept_position, kept_type = op.call(function, x, score, position, token_type, **attributes)
     y.shape, y.type = ir.Shape([batch, keep, hidden]), x.type
     for value in (kept_position, kept_type):
         value.shape, value.type = ir.Shape([batch, keep]), ir.TensorType(ir.DataType.INT64)

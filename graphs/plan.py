@@ -147,9 +147,8 @@ def align(visual: Visual, text: int, multiple: int) -> Visual:
             continue
         kept = math.ceil((after + text) / multiple) * multiple - text
         if kept >= found[-1]:
-            raise _bad(
-                f"`align` {multiple} undoes a cut", f"{after} of {before} image tokens should stay: align to less"
-            )
+            hint = f"{after} of {before} image tokens should stay: align to less"
+            raise _bad(f"`align` {multiple} undoes a cut", hint)
         found.append(kept)
     return tuple(found)
 

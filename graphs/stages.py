@@ -45,7 +45,7 @@ class StagedModel:
         """Returns stage i of prefill: opened by the prompt or a gather, closed by the next cut's score or by logits."""
         f = Frame(self.plan.stages[i], self.dtype)
         x, position, token_type = self._prompt(f) if i == 0 else self._cut(f, i)
-        x, a = self._prefill(f, i, x, position, token_type)
+        x, a = self._prefill(f, i, x=x, position=position, token_type=token_type)
         by_token = (self.budget.batch, self.budget.total[i], self.spec.hidden)
         hidden = f.op.Reshape(x, list(by_token))
         if i == len(self.plan.cuts):
@@ -54,7 +54,7 @@ class StagedModel:
             return f.finish()
         f.output(Place("hidden", cut=i + 1), hidden, by_token)
         if self.removes(i + 1):
-            self._score(f, i + 1, a, token_type, position)
+            self._score(f, i + 1, a=a, token_type=token_type, position=position)
         return f.finish()
 
     def _prompt(self, f: Frame) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -76,7 +76,7 @@ class StagedModel:
         position, token_type = (f.integers(place, b, before) for place in places)
         if self.removes(i):
             score = f.input(Place("score", cut=i), (b, before), "fp32")
-            x, position, token_type = top_k_gather(f.op, x, score, position, token_type, after)
+            x, position, token_type = top_k_gather(f.op, x, score, position=position, token_type=token_type, keep=after)
         f.output(Place("kept_positions", cut=i), position, (b, after), "int64")
         f.output(Place("kept_types", cut=i), token_type, (b, after), "int64")
         return f.op.Reshape(x, [b * after, hidden]), position, token_type
@@ -105,7 +105,7 @@ class StagedModel:
         ids, position = f.integers(Place("next_id"), b, 1), f.integers(Place("next_position"), b, 1)
         rope = rotary(f, spec, f.integers(Place("next_rope_position"), b, 1, 3) if spec.rope_axes else position)
         x = f.op.Reshape(self._embed(f, ids), [b, spec.hidden])
-        decoder = Decoder(f, spec, self.names, b, 1)
+        decoder = Decoder(f, spec, names=self.names, batch=b, tokens=1)
         for stage, layers in enumerate(stage_layers(self.plan, spec.layers)):
             capacity = self.budget.capacity[stage]
             # A token removed by a cut left its slot to those behind it: slot = position - tokens removed so far.
@@ -113,7 +113,7 @@ class StagedModel:
             seen = f.op.LessOrEqual(list(range(capacity)), f.op.Reshape(slot, [b, 1, 1, 1]))
             mask = f.op.Cast(f.op.Where(seen, 0.0, -65504.0), to=f.dtype)
             for i in layers:
-                x, _ = decoder.layer(i, x, rope, self._cached_attention(f, i, capacity, slot, mask))
+                x, _ = decoder.layer(i, x, rope, self._cached_attention(f, i, capacity=capacity, slot=slot, mask=mask))
         self._logits(f, x)
         return f.finish()
 
@@ -121,7 +121,7 @@ class StagedModel:
         """Returns attention of one new token, which takes its `slot` in layer i's caches, over what `mask` shows it."""
 
         def attend(q: ir.Value, k: ir.Value, v: ir.Value) -> Attended:
-            k, v = self._cache(f, i, capacity, (k, v), slot)
+            k, v = self._cache(f, i, capacity=capacity, new=(k, v), at=slot)
             return Attended(f.op.Attention(q, k, v, mask), q, k, v)
 
         return attend
@@ -143,12 +143,12 @@ class StagedModel:
         """Runs the stage's layers: each attends over its own keys and values and leaves them at its caches' head."""
         b, tokens, capacity = self.budget.batch, self.budget.total[stage], self.budget.capacity[stage]
         rope, first = self._rotary(f, position), f.op.Constant(value_ints=[0] * b)
-        decoder = Decoder(f, self.spec, self.names, b, tokens)
+        decoder = Decoder(f, self.spec, names=self.names, batch=b, tokens=tokens)
         for i in stage_layers(self.plan, self.spec.layers)[stage]:
             x, a = decoder.layer(i, x, rope, decoder.prefill_attention)
-            self._cache(f, i, capacity, (a.key, a.value), first)
+            self._cache(f, i, capacity=capacity, new=(a.key, a.value), at=first)
             if i < self.spec.deepstack:
-                x = self._add_deepstack(f, i, x, position, token_type)
+                x = self._add_deepstack(f, i, x=x, position=position, token_type=token_type)
         return x, a
 
     def _rotary(self, f: Frame, position: ir.Value) -> Rotary:
@@ -188,6 +188,6 @@ class StagedModel:
 
     def _logits(self, f: Frame, x: ir.Value) -> None:
         """Outputs final norm and head over [B,D] as logits [B,W] fp32."""
-        decoder = Decoder(f, self.spec, self.names, self.budget.batch, 1)
+        decoder = Decoder(f, self.spec, names=self.names, batch=self.budget.batch, tokens=1)
         logits = decoder.linear(decoder.norm(x, "norm"), "lm_head", self.spec.vocab, bias=False)
         f.output(Place("logits"), f.op.Cast(logits, to=ir.DataType.FLOAT), (self.budget.batch, self.spec.vocab), "fp32")

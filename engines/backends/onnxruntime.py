@@ -59,7 +59,7 @@ def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
     start = time.perf_counter()
     record = bundle.manifest.graphs[graph]
     held = {} if bundle.manifest.weight_form == "absent" else find_tensors(bundle.tensors, record.weights)
-    _session(bundle, graph, _values(held, "cpu"), ANYWAY, "cpu")
+    _session(bundle, graph, weights=_values(held, "cpu"), opening=ANYWAY, device="cpu")
     form: Literal["ops", "none"] = "ops" if any(port.role == "score" for port in record.inputs.values()) else "none"
     return EngineRecord(record.file, round(time.perf_counter() - start, 3), form)
 
@@ -175,7 +175,7 @@ class OnnxRuntime:
         return HostTensor(spec) if self.device == "cpu" else CudaTensor(spec)
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
-        session = _session(self._bundle, graph, self._weights, self._opening, self.device)
+        session = _session(self._bundle, graph, weights=self._weights, opening=self._opening, device=self.device)
         record, binding = self._bundle.manifest.graphs[graph], session.io_binding()
         for names, bind in (
             (record.inputs, binding.bind_ortvalue_input),

@@ -14,12 +14,13 @@ from himap_export.engines.nvinfer import build as builder
 from himap_export.engines.nvinfer import run
 from himap_export.engines.nvinfer.edition import DATACENTER as EDITION
 from himap_export.engines.plugin import tensorrt as plugin
+from himap_export.engines.plugin.ptx import check_compiler
 
 
 def check(dtype: str, gather: Gather) -> None:
     builder.check(EDITION, dtype)
     if gather != "ops":
-        plugin.check()
+        check_compiler()
 
 
 def environment(gather: Gather, scratch: Path) -> Mapping[str, str]:

@@ -11,12 +11,13 @@ from himap_export.engines.nvinfer import build as builder
 from himap_export.engines.nvinfer import run
 from himap_export.engines.nvinfer.edition import RTX as EDITION
 from himap_export.engines.plugin import tensorrt_rtx as plugin
+from himap_export.engines.plugin.ptx import check_compiler
 
 
 def check(dtype: str, gather: Gather) -> None:
     builder.check(EDITION, dtype)
     if gather == "plugin":
-        plugin.check()
+        check_compiler()
 
 
 def environment(gather: Gather, scratch: Path) -> Mapping[str, str]:

@@ -35,13 +35,8 @@ def build(edition: Edition, bundle: Bundle, graph: str, gather: Gather) -> Engin
     builder = trt.Builder(log)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
-    operators = _parse(
-        edition,
-        parser,
-        source=source,
-        inside=bundle.manifest.weight_form == "embedded",
-        weights=frozenset(record.weights),
-    )
+    inside = bundle.manifest.weight_form == "embedded"
+    operators = _parse(edition, parser, source=source, inside=inside, weights=frozenset(record.weights))
     path.parent.mkdir(exist_ok=True)
     with path.open("wb") as out:
         built = builder.build_serialized_network_to_stream(network, _config(edition, builder), _writer(trt, out))
@@ -53,9 +48,7 @@ def build(edition: Edition, bundle: Bundle, graph: str, gather: Gather) -> Engin
         details = f"the engine of {graph} holds its {'standard operators' if form == 'ops' else form}"
         raise HimapError(f"{edition.title} did not take the gather as {gather}", details)
     seconds = round(time.perf_counter() - start, 3)
-    return EngineRecord(
-        file=file, seconds=seconds, gather=form, layers=layers(network), kernels=kernels(log.layers, operators)
-    )
+    return EngineRecord(file, seconds, form, layers=layers(network), kernels=kernels(log.layers, operators))
 
 
 def _parse(edition: Edition, parser: Any, source: Path, inside: bool, weights: frozenset[str]) -> dict[str, str]:

@@ -29,10 +29,8 @@ def open_engines(edition: Edition, bundle: Bundle) -> "NvInferEngines":
         core = cuda_core()
         device = first_gpu(core)
     except NoGpu as reason:
-        details = f"{reason}; building the engines needed none"
-        raise HimapError(
-            f"running {edition.name} engines needs a GPU", details, _elsewhere(bundle), Exit.MISSING
-        ) from None
+        summary, details = f"running {edition.name} engines needs a GPU", f"{reason}; building the engines needed none"
+        raise HimapError(summary, details, _elsewhere(bundle), Exit.MISSING) from None
     name, capability = str(device.name), 10 * device.compute_capability.major + device.compute_capability.minor
     if edition.capabilities and capability not in edition.capabilities:
         details = f"cuda:0 is {name}, SM{capability}; it runs on SM{', '.join(map(str, edition.capabilities))}"

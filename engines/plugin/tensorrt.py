@@ -5,24 +5,14 @@ library. Written from tensorrt.plugin of the bindings 11.4, which the tests run;
 """
 
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
-from himap_export.engines.extras import how_to_install
 from himap_export.engines.nvinfer.edition import DATACENTER
-from himap_export.engines.plugin.ptx import GatherShape, compile_gather
-from himap_export.graphs.errors import Exit, HimapError
+from himap_export.engines.plugin.ptx import DTYPES, GatherShape, compile_gather
+from himap_export.graphs.errors import HimapError
 from himap_export.graphs.spec import Dtype
 
 PLUGIN = "himap::TopKGather"  # the node's domain, as its attribute plugin_namespace repeats it, and its operator
-_DTYPES: dict[str, Dtype] = {"HALF": "fp16", "BF16": "bf16", "FLOAT": "fp32"}
-
-
-def check() -> None:
-    """Raises HimapError (missing) if the plugin's kernel cannot be compiled here: asked before an engine is built."""
-    if find_spec("triton") is None:
-        hint = f"{how_to_install('plugin')}; or use `gather` ops"
-        raise HimapError("the plugin's kernel needs triton, which is not installed", hint=hint, code=Exit.MISSING)
 
 
 @cache
@@ -65,10 +55,10 @@ def register() -> None:
 def _dtype_of(x: Any, *others: Any) -> Dtype:
     """Returns x's dtype as ours; HimapError unless all four inputs are of types that the kernel reads."""
     found = [tensor.dtype.name for tensor in (x, *others)]
-    if found[0] not in _DTYPES or found[1:] != ["FLOAT", "INT64", "INT64"]:
+    if found[0] not in DTYPES or found[1:] != ["FLOAT", "INT64", "INT64"]:
         details = f"x, score, position and token_type are {', '.join(found)}"
         raise HimapError("TensorRT's top-k gather has no kernel for its inputs' types", details)
-    return _DTYPES[found[0]]
+    return DTYPES[found[0]]
 
 
 def _shape(x: Any, score: Any, position: Any, token_type: Any, keep: int) -> GatherShape:

@@ -14,16 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.engines.extras import how_to_install
 from himap_export.engines.nvinfer.edition import RTX
 from himap_export.engines.plugin.launch import Launcher
-from himap_export.engines.plugin.ptx import GatherKernel, GatherShape, compile_gather
+from himap_export.engines.plugin.ptx import DTYPES, GatherKernel, GatherShape, compile_gather
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.spec import Dtype
 
 NAME, NAMESPACE, VERSION = "TopKGather", "himap", "1"  # the node's operator, and its attributes
 _LIBRARY = "libtensorrt_rtx.so"  # what the parser opens when it meets a plugin; the wheel holds only ...so.1
-_DTYPES: dict[str, Dtype] = {"HALF": "fp16", "BF16": "bf16", "FLOAT": "fp32"}
 
 
 def register() -> None:
@@ -38,13 +35,6 @@ def unregister() -> None:
     registry = RTX.api().get_plugin_registry()
     if registry.get_creator(NAME, VERSION, NAMESPACE) is not None:
         registry.deregister_creator(_creator())
-
-
-def check() -> None:
-    """Raises HimapError (missing) if the plugin's kernel cannot be compiled here."""
-    if find_spec("triton") is None:
-        hint = f"{how_to_install('plugin')}; or leave `gather` out"
-        raise HimapError("the plugin's kernel needs triton, which is not installed", hint=hint, code=Exit.MISSING)
 
 
 def check_library() -> None:
@@ -96,14 +86,8 @@ def _creator() -> Any:
 
 def _kernel(stored: dict[str, Any]) -> GatherKernel:
     name, ptx = (bytes(stored[field].astype(np.uint8)).decode() for field in ("name", "ptx"))
-    sizes = [int(n) for n in stored["launch"]]
-    return GatherKernel(
-        name=name,
-        ptx=ptx,
-        grid=(sizes[0], sizes[1], sizes[2]),
-        block=(sizes[3], sizes[4], sizes[5]),
-        shared_bytes=sizes[6],
-    )
+    gx, gy, gz, bx, by, bz, shared = (int(n) for n in stored["launch"])
+    return GatherKernel(name, ptx, grid=(gx, gy, gz), block=(bx, by, bz), shared_bytes=shared)
 
 
 def _stored(keep: int, kernel: GatherKernel) -> dict[str, npt.NDArray[Any]]:
@@ -153,7 +137,7 @@ class _Gather:
     def supports_format_combination(self, at: int, tensors: Any, inputs: int) -> bool:
         trt, found = RTX.api(), tensors[at].desc
         if at in (0, inputs):  # x, and y like it
-            fits = found.type.name in _DTYPES and found.type == tensors[0].desc.type
+            fits = found.type.name in DTYPES and found.type == tensors[0].desc.type
         else:
             fits = found.type == (trt.DataType.FLOAT if at == 1 else trt.DataType.INT64)
         return fits and found.format == trt.TensorFormat.LINEAR
@@ -161,10 +145,9 @@ class _Gather:
     def configure_plugin(self, inputs: Any, outputs: Any) -> None:
         """Compiles the kernel, once, for exactly the static sizes."""
         batch, tokens, hidden = (int(n) for n in inputs[0].desc.dims)
-        dtype = _DTYPES[inputs[0].desc.type.name]
-        self.kernel = compile_gather(
-            GatherShape(batch=batch, tokens=tokens, keep=self.keep, hidden=hidden, dtype=dtype)
-        )
+        dtype = DTYPES[inputs[0].desc.type.name]
+        shape = GatherShape(batch=batch, tokens=tokens, keep=self.keep, hidden=hidden, dtype=dtype)
+        self.kernel = compile_gather(shape)
 
     def get_fields_to_serialize(self) -> Any:
         self.stored = _stored(self.keep, self.kernel) if self.kernel else {}
