@@ -133,8 +133,7 @@ def _check(where: str, arrays: Mapping[str, npt.NDArray[Any]], *, name: str, ran
     if found is None:
         if name == "attention_mask":
             return
-        held = f"it holds {', '.join(arrays) or 'nothing else'}"
-        raise HimapError(f"{where} holds no {name}", held, code=Exit.USAGE)
+        raise HimapError(f"{where} holds no {name}", f"it holds {', '.join(arrays) or 'nothing else'}", code=Exit.USAGE)
     if found.ndim != rank or found.dtype.kind not in kinds:
         expected = f"expected {rank} dimensions of {'integers' if 'i' in kinds else 'floats'}"
         raise HimapError(f"{name} in {where} is {found.dtype}{list(found.shape)}", expected, code=Exit.USAGE)

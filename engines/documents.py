@@ -78,9 +78,10 @@ def typed(value: object, kind: type[T], where: str, code: Exit = Exit.USAGE) -> 
         raise HimapError(f"{where} is not usable", "it is nested too deeply", code=code) from None
 
 
-def read_json(path: Path, kind: type[T], what: str, most: int = 16 * MEGABYTE, code: Exit = Exit.USAGE) -> T:
-    """Returns the JSON document `what` in `path` as a `kind`. HimapError as `read_file`, `parse_json` and `typed`."""
-    return typed(parse_json(read_file(path, what, most, code), f"{what} {path}", code), kind, f"{what} {path}", code)
+def read_json(path: Path, kind: type[T], what: str, code: Exit = Exit.USAGE) -> T:
+    """Returns the JSON document `what` in `path`, up to 16 MB, as a `kind`. HimapError as the functions it calls."""
+    text, where = read_file(path, what, 16 * MEGABYTE, code), f"{what} {path}"
+    return typed(parse_json(text, where, code), kind, where, code)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

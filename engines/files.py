@@ -76,8 +76,7 @@ def check_report(folder: Path, names: tuple[str, ...] = ("report.html", "report.
     _check_writable(folder, home)
     for name in names:
         if _exists(folder / name) and not _is(folder / name, stat.S_ISREG, follow=False):
-            details = f"{name} is there and is not a plain file"
-            raise HimapError(f"cannot write to {folder}", details, code=Exit.USAGE)
+            raise HimapError(f"cannot write to {folder}", f"{name} is there and is not a plain file", code=Exit.USAGE)
 
 
 def has_long_name(path: Path, home: Path) -> bool:

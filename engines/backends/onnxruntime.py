@@ -81,9 +81,12 @@ def _values(tensors: Mapping[str, StoredTensor], device: str) -> dict[str, Any]:
     """Returns weights as OrtValues: on the CPU over the mapped files' pages, on a GPU copied there one by one."""
     arrays = map_tensors(tensors.values())
     if device == "cpu":
-        made = _onnxruntime().OrtValue.ortvalue_from_numpy
-        return {name: made(array) for name, array in arrays.items()}
+        return {name: _on_host(array) for name, array in arrays.items()}
     return {name: _borrowed(_on_device(array)) for name, array in arrays.items()}
+
+
+def _on_host(array: npt.NDArray[Any]) -> Any:
+    return _onnxruntime().OrtValue.ortvalue_from_numpy(array)
 
 
 def _on_device(array: npt.NDArray[Any]) -> Any:
@@ -132,35 +135,18 @@ def _elsewhere(session: Any, provider: str) -> str:
     return f"{sum(not here for here, _ in nodes)} of {len(nodes)} nodes, {named}" if others else ""
 
 
-class HostTensor:
-    """NumPy memory that onnxruntime reads and writes in place."""
+class OrtTensor:
+    """Memory of the host or the device that onnxruntime's sessions share; only `write` and `read` move it."""
 
-    def __init__(self, spec: TensorSpec) -> None:
-        self.spec = spec
-        self.array: npt.NDArray[Any] = np.zeros(spec.shape, NUMPY[spec.dtype])
-        self.value = _onnxruntime().OrtValue.ortvalue_from_numpy(self.array)
-
-    def write(self, values: npt.NDArray[Any]) -> None:
-        self.array[...] = as_stored(values, self.spec.dtype)
-
-    def read(self) -> npt.NDArray[Any]:
-        return self.array.copy()
-
-
-class CudaTensor:
-    """Device memory that onnxruntime's sessions share; only `write` and `read` move it."""
-
-    def __init__(self, spec: TensorSpec) -> None:
-        self.spec = spec
-        self.value = _on_device(np.zeros(spec.shape, NUMPY[spec.dtype]))
+    def __init__(self, spec: TensorSpec, value: Any) -> None:
+        self.spec, self.value = spec, value
 
     def write(self, values: npt.NDArray[Any]) -> None:
         stored = as_stored(values, self.spec.dtype)
         self.value.update_inplace(np.ascontiguousarray(np.broadcast_to(stored, self.spec.shape)))
 
     def read(self) -> npt.NDArray[Any]:
-        array: npt.NDArray[Any] = self.value.numpy()
-        return array
+        return np.array(self.value.numpy())  # of the host's memory that is a view
 
 
 class OnnxRuntime:
@@ -168,11 +154,12 @@ class OnnxRuntime:
 
     def __init__(self, bundle: Bundle, opening: Opening) -> None:
         self._bundle, self._opening, self.device = bundle, opening, _device(opening.device)
-        form = bundle.manifest.weight_form
-        self._weights = {} if form == "embedded" else _values(bundle.weights(), self.device)
+        inside = bundle.manifest.weight_form == "embedded"
+        self._weights = {} if inside else _values(bundle.weights(), self.device)
 
     def tensor(self, spec: TensorSpec) -> Tensor:
-        return HostTensor(spec) if self.device == "cpu" else CudaTensor(spec)
+        zeros = np.zeros(spec.shape, NUMPY[spec.dtype])
+        return OrtTensor(spec, _on_host(zeros) if self.device == "cpu" else _on_device(zeros))
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
         session = _session(self._bundle, graph, weights=self._weights, opening=self._opening, device=self.device)
@@ -183,7 +170,7 @@ class OnnxRuntime:
         ):
             for name in names:
                 tensor = tensors[name]
-                assert isinstance(tensor, HostTensor | CudaTensor)  # tensors come from this object's own `tensor`
+                assert isinstance(tensor, OrtTensor)  # tensors come from this object's own `tensor`
                 bind(name, tensor.value)
         if self._bundle.manifest.weight_form == "absent":  # such a graph takes its weights as inputs
             for name in record.weights:

@@ -1,7 +1,4 @@
-"""Running engines on one GPU: one copy of the weights, tensors bound once by address, one stream.
-
-Not run on hardware yet: written from the API's documentation, tested over stand-ins of its runtime and CUDA's.
-"""
+"""Running engines on one GPU: one copy of the weights, tensors bound once by address, one stream."""
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
