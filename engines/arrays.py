@@ -32,7 +32,7 @@ class Inputs:
         return self.pixel_values.shape[2], self.pixel_values.shape[3]
 
     def batches(self, size: int) -> Iterator["Inputs"]:
-        """The prompts with their images, `size` at a time."""
+        """Yields the prompts with their images, `size` at a time."""
         tiles = len(self.pixel_values) // len(self.input_ids)
         for at in range(0, len(self.input_ids), size):
             rows, images = slice(at, at + size), slice(at * tiles, (at + size) * tiles)
@@ -76,7 +76,7 @@ def as_inputs(arrays: Mapping[str, npt.NDArray[Any]], where: str = "the inputs")
 
 
 def _read(file: Path) -> dict[str, npt.NDArray[Any]]:
-    """The arrays that are inputs; of others not a byte is read."""
+    """Returns the arrays that are inputs; of others not a byte is read."""
     most = memory_bytes() // 4
     with open_file(file, "inputs") as f:
         try:
@@ -90,7 +90,7 @@ def _read(file: Path) -> dict[str, npt.NDArray[Any]]:
 
 
 def _array(archive: zipfile.ZipFile, name: str, most: int) -> npt.NDArray[Any]:
-    """One member, whose header must say no more than there is, and no more than `most` bytes."""
+    """Returns one member, whose header must say no more than there is, and no more than `most` bytes."""
     size = archive.getinfo(f"{name}.npy").file_size
     with archive.open(f"{name}.npy") as member:
         version = np.lib.format.read_magic(member)
@@ -107,7 +107,7 @@ def _array(archive: zipfile.ZipFile, name: str, most: int) -> npt.NDArray[Any]:
 
 
 def memory_bytes() -> int:
-    """The machine's physical memory."""
+    """Returns the machine's physical memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -133,8 +133,7 @@ def _check(where: str, arrays: Mapping[str, npt.NDArray[Any]], *, name: str, ran
     if found is None:
         if name == "attention_mask":
             return
-        held = f"it holds {', '.join(arrays) or 'nothing else'}"
-        raise HimapError(f"{where} holds no {name}", held, code=Exit.USAGE)
+        raise HimapError(f"{where} holds no {name}", f"it holds {', '.join(arrays) or 'nothing else'}", code=Exit.USAGE)
     if found.ndim != rank or found.dtype.kind not in kinds:
         expected = f"expected {rank} dimensions of {'integers' if 'i' in kinds else 'floats'}"
         raise HimapError(f"{name} in {where} is {found.dtype}{list(found.shape)}", expected, code=Exit.USAGE)

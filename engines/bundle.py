@@ -86,14 +86,13 @@ class Bundle:
         if self.external is not None:
             return self.external
         if self.manifest.weight_form == "absent":
-            hint = "give the checkpoint's folder with `weights`"
-            raise HimapError(
-                f"{self.folder} holds no weights", "it was exported with `engines_only`", hint, Exit.MISSING
-            )
+            details, hint = "it was exported with `engines_only`", "give the checkpoint's folder with `weights`"
+            raise HimapError(f"{self.folder} holds no weights", details, hint, Exit.MISSING)
         return {name: t for file in self.manifest.weights for name, t in read_header(self.folder / file).items()}
 
     def weights(self) -> dict[str, StoredTensor]:
-        """Those of `tensors` that a graph of the bundle reads; HimapError if one is not what the manifest says."""
+        """Returns those of `tensors` that graphs of the bundle read; HimapError if one is not what the manifest
+        says."""
         wanted = self.manifest.wanted()
         for name, spec in wanted.items() if self.manifest.weight_form == "shared" else ():
             if problem := _misfit(name, find_tensor(self.tensors, name, spec.rows), spec):
@@ -127,7 +126,7 @@ class Bundle:
         return self.folder / file
 
     def plan_name(self, asked: str) -> str:
-        """The name of the plan that `asked` names, or whose policy it names; HimapError (usage) if there is none."""
+        """Returns the name of the plan whose name or policy is `asked`; HimapError (usage) if there is none."""
         policies = {v.plan_name: v.plan.policy for v in self.manifest.variants}
         found = asked if asked in policies else next((n for n, policy in policies.items() if policy == asked), None)
         if found is None:
@@ -137,8 +136,8 @@ class Bundle:
         return found
 
     def image_name(self, size: tuple[int, int] | None = None) -> str:
-        """The name of the image spec of `size` (height, width), None: the first one's; HimapError (usage) if no graph
-        takes such images."""
+        """Returns the name of the image spec of `size` (height, width), of the first variant's if None; HimapError
+        (usage) if no graph takes such images."""
         images = self.manifest.images
         if size is None:
             return self.manifest.variants[0].image
@@ -201,7 +200,7 @@ class RunSpec:
         return self.manifest.images[self.variant.image]
 
     def graph_name(self, stage: str) -> str:
-        """The graph that plays `stage` (vision, prefix, k1, .. or decode)."""
+        """Returns the graph that plays `stage` (vision, prefix, k1, .. or decode)."""
         return self.variant.graphs[stage]
 
     def graph(self, stage: str) -> GraphRecord:
@@ -209,11 +208,9 @@ class RunSpec:
 
 
 def skipped_checks(manifest: Manifest) -> str:
-    """What `verify=False` leaves out, in words."""
-    size = sum(record.bytes for record in manifest.files.values())
-    return (
-        f"not verified: the content of {len(manifest.files)} files, {size / 1e6:.1f} MB, engines and weights among them"
-    )
+    """Says what `verify=False` leaves out, in words."""
+    count, size = len(manifest.files), sum(record.bytes for record in manifest.files.values())
+    return f"not verified: the content of {count} files, {size / 1e6:.1f} MB, engines and weights among them"
 
 
 def _misfit(name: str, found: StoredTensor | None, wanted: TensorSpec) -> str:
@@ -232,14 +229,14 @@ def digest(path: Path) -> FileRecord:
 
 
 def digests(folder: Path) -> dict[str, FileRecord]:
-    """A record of every file under `folder` but the manifest, by relative path."""
+    """Returns a record of every file under `folder` but the manifest, by relative path."""
     names = sorted(name for name in entries(folder) if name != FILE_NAME)
     with ThreadPoolExecutor() as pool:  # hashlib lets other threads run
         return dict(zip(names, pool.map(lambda name: digest(folder / name), names), strict=True))
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
-    """That the folder holds what the manifest lists: an engine may read any file beside it."""
+    """Checks that the folder holds what the manifest lists: an engine may read any file beside it."""
     found = set(entries(folder)) - {FILE_NAME}
     for name in sorted(found - manifest.files.keys()):
         hint = "move it out of the bundle"

@@ -30,20 +30,15 @@ class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, Annotated[str, msgspec.Meta(min_length=1, max_length=255)]] = {}
 
 
-def weight_files(folder: Path, code: Exit = Exit.MISSING) -> list[Path]:
-    """The files that hold the weights of the checkpoint in `folder`, by name; HimapError (`code`) if it holds none."""
-    return list(_weight_files(folder, code))
-
-
 def stored_tensors(folders: Iterable[Path], code: Exit = Exit.MISSING) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint in `folders` by name, headers checked, no tensor read.
+    """Returns every tensor of the checkpoint in `folders` by name, headers checked, no tensor read.
 
     HimapError: `code` if a folder holds no weights or lacks a shard, failure if a file is damaged or is not what the
     index says.
     """
     found: dict[str, StoredTensor] = {}
     for folder in folders:
-        for file, listed in _weight_files(folder, code).items():
+        for file, listed in weight_files(folder, code).items():
             held = read_header(file)
             for name in held if listed is None else listed:
                 if name not in held:
@@ -54,14 +49,16 @@ def stored_tensors(folders: Iterable[Path], code: Exit = Exit.MISSING) -> dict[s
 
 
 def tensor_names(folder: Path) -> frozenset[str]:
-    """What the tensors in `folder` are called, as far as it tells: an index does even where its shards are absent."""
+    """Returns the tensors' names in `folder`, as far as it tells: an index does even where its shards are absent."""
     if os.path.lexists(folder / INDEX):
         return frozenset(_weight_map(folder))
     return frozenset(read_header(folder / SINGLE) if os.path.lexists(folder / SINGLE) else ())
 
 
-def _weight_files(folder: Path, code: Exit) -> Mapping[Path, list[str] | None]:
-    """Each file, with the names of those of its tensors that count; None: all."""
+def weight_files(folder: Path, code: Exit) -> Mapping[Path, list[str] | None]:
+    """Returns each file of the weights in `folder`, with the names of those of its tensors that count; None: all.
+
+    HimapError (`code`) if it holds none or lacks one."""
     if os.path.lexists(folder / INDEX):
         shards: dict[str, list[str]] = {}
         for name, shard in _weight_map(folder).items():

@@ -24,14 +24,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--image", type=Path, action="append", metavar="FILE", help="the image to ask about")
     p.add_argument("--prompt", metavar="TEXT", help="the question, without the model's chat template")
     p.add_argument("--backend", help="default: the first one in the bundle that opens here")
-    p.add_argument(
-        "--device", choices=("cpu", "cuda"), help="for onnxruntime (default: cuda where it has the provider)"
-    )
+    p.add_argument("--device", choices=("cpu", "cuda"), help="for onnxruntime (default: cuda if it has the provider)")
     p.add_argument("--threads", type=whole(1, MOST_THREADS), help="CPU threads (default: all)")
     p.add_argument("--plan", "--policy", metavar="NAME", help="one of the bundle's plans (default: its first)")
-    p.add_argument(
-        "--text-budget", type=whole(1, 2**20), metavar="N", help="default: the smallest of the bundle's that fits"
-    )
+    p.add_argument("--text-budget", type=whole(1, 2**20), metavar="N", help="default: the bundle's smallest that fits")
     p.add_argument(
         "--image-size", type=image_size, metavar="WxH", help="one of the bundle's (default: the nearest to the image)"
     )
@@ -41,24 +37,16 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--max-new-tokens", type=whole(1, 2**20), metavar="N", help="default: the bundle's budget")
     p.add_argument("--temperature", type=number(0, 1000), default=0.0, help="0 is greedy (default)")
-    p.add_argument(
-        "--top-p", type=number(1e-9, 1), default=1.0, help="share of the probability to draw from (default: 1)"
-    )
+    p.add_argument("--top-p", type=number(1e-9, 1), default=1.0, help="share of probability to draw from (default: 1)")
     p.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of sampling and of random cuts (default: 0)")
+    p.add_argument("--show-kept", type=Path, metavar="FILE.png", help="draw the image with the patches each cut kept")
     p.add_argument(
-        "--show-kept", type=Path, metavar="FILE.png", help="draw the image with the patches kept by each cut"
-    )
-    p.add_argument(
-        "--load-inputs",
-        type=Path,
-        metavar="F.npz",
-        help="input_ids, pixel_values (pictures, or patches and image_grid_thw), attention_mask",
-    )
+        "--load-inputs", type=Path, metavar="F.npz",
+        help="input_ids, pixel_values (images, or patches and image_grid_thw), attention_mask",
+    )  # fmt: skip
     p.add_argument("--save-outputs", type=Path, metavar="F.npz", help="image_features, kept_k1, .., logits, tokens")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
-    p.add_argument(
-        "--expect-sha256", metavar="HEX", help="the bundle's digest, as its export printed it: no other is opened"
-    )
+    p.add_argument("--expect-sha256", metavar="HEX", help="digest that the bundle's export printed: no other is opened")
     p.add_argument("--no-verify", action="store_true", help="do not compare the files' content with the manifest")
     return p
 
@@ -135,7 +123,7 @@ def _request(args: argparse.Namespace, session: "Session") -> "Request":
 
 
 def _said(stream: "AnswerStream", args: argparse.Namespace) -> "Answer":
-    """The answer; to standard output as it comes, if it is to be text."""
+    """Returns the answer; prints it as it comes, if it is to be text."""
     if not args.json and args.load_inputs is None:
         for piece in stream:
             print(piece, end="", flush=True)

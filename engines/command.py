@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(int(Exit.USAGE), f"{self.prog}: error: {line} (usage: {self.prog} --help)\n")
 
     def _mistyped_option(self, message: str) -> str:
-        """What a mistyped option was meant to be, where argparse found one too many or one too few; else ""."""
+        """Says what a mistyped option was meant to be, where argparse found one too many or one too few; else ""."""
         if not message.startswith(("unrecognized arguments", "the following arguments are required")):
             return ""
         options = [option for option in self._option_string_actions if option.startswith("--")]
@@ -97,7 +97,7 @@ class _Completion(argparse.Action):
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
-    """The type of an option that takes a whole number from `least` to `most`."""
+    """Returns the type of an option that takes a whole number from `least` to `most`."""
 
     def parse(text: str) -> int:
         if re.fullmatch(r"[+-]?\d{1,18}", text.strip(), re.ASCII) is None or not least <= int(text) <= most:
@@ -108,7 +108,7 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 
 
 def number(least: float, most: float) -> Callable[[str], float]:
-    """The type of an option that takes a number from `least` to `most`; not a number is none."""
+    """Returns the type of an option that takes a number from `least` to `most`; NaN is none."""
 
     def parse(text: str) -> float:
         try:
@@ -123,7 +123,7 @@ def number(least: float, most: float) -> Callable[[str], float]:
 
 
 def image_size(text: str) -> tuple[int, int]:
-    """(height, width) from "WxH"; ArgumentTypeError for anything else."""
+    """Returns (height, width) of "WxH"; ArgumentTypeError for anything else."""
     found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text, re.ASCII)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in pixels, such as 448x336")
@@ -209,7 +209,7 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _check_words(words: list[str]) -> None:
-    """Names that are no text can be opened, but neither printed nor written into a manifest or a report."""
+    """Refuses names that are no text: they can be opened, but not printed or written into a report."""
     for n, word in enumerate(words[1:], 1):
         try:
             word.encode()
@@ -220,13 +220,13 @@ def _check_words(words: list[str]) -> None:
 
 
 def shortened(text: str) -> str:
-    """`text` as one line that a person can read, whatever it quotes."""
+    """Returns `text` as one line that a person can read, whatever it quotes."""
     line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} .. {line[-LONGEST // 2 :]}"
 
 
 def _say(line: str) -> None:
-    """A standard error that nobody can write to is no reason to fail."""
+    """Prints one line; a standard error that nobody can write to is no reason to fail."""
     try:
         print(shortened(line), file=sys.stderr, flush=True)
     except (OSError, ValueError):
@@ -234,7 +234,7 @@ def _say(line: str) -> None:
 
 
 def _show_warning(name: str, others: Callable[..., None], message: Warning | str, *about: Any) -> None:
-    """Ours are one line; `others` shows those of libraries."""
+    """Prints ours as one line; `others` shows those of libraries."""
     if isinstance(message, HimapWarning):
         _say(f"{name}: {as_options(str(message))}")
     else:
@@ -242,7 +242,7 @@ def _show_warning(name: str, others: Callable[..., None], message: Warning | str
 
 
 def _abandon_output() -> None:
-    """Python flushes standard output once more at its end, and complains: what cannot be written is dropped."""
+    """Drops what cannot be written: Python flushes standard output once more at its end, and complains."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

@@ -7,6 +7,7 @@ A document is JSON or TOML that somebody else wrote: a manifest, a configuration
 import json
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
 
@@ -21,7 +22,7 @@ Id = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 
 
 def open_file(path: Path, what: str, code: Exit = Exit.USAGE) -> BinaryIO:
-    """A plain file that is `what` ("plan"), open for reading.
+    """Opens a plain file that is `what` ("plan") for reading.
 
     HimapError (`code`) if there is none, it is a folder, pipe or device, or cannot be read.
     """
@@ -38,8 +39,8 @@ def open_file(path: Path, what: str, code: Exit = Exit.USAGE) -> BinaryIO:
 
 
 def read_file(path: Path, what: str, most: int, code: Exit = Exit.USAGE) -> bytes:
-    """The bytes of a plain file that is `what`, at most `most` of them. HimapError (`code`) as `open_file`, or if it is
-    longer."""
+    """Returns the bytes of a plain file that is `what`, at most `most` of them. HimapError (`code`) as `open_file`, or
+    if it is longer."""
     with open_file(path, what, code) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
@@ -48,7 +49,7 @@ def read_file(path: Path, what: str, most: int, code: Exit = Exit.USAGE) -> byte
 
 
 def parse_json(text: bytes, where: str, code: Exit = Exit.USAGE) -> Any:
-    """The value of a JSON text (UTF-8), `where` it was found.
+    """Returns the value of a JSON text (UTF-8), found at `where`.
 
     HimapError (`code`) for what JSON does not allow (NaN, infinity), leaves open (a key twice) or can spell but no
     UTF-8 can (half a character), and for nesting deeper than Python follows.
@@ -67,8 +68,8 @@ def parse_json(text: bytes, where: str, code: Exit = Exit.USAGE) -> Any:
 
 
 def typed(value: object, kind: type[T], where: str, code: Exit = Exit.USAGE) -> T:
-    """`value`, as JSON or TOML gives it, as a `kind`: nothing is converted but lists to tuples and whole numbers to
-    floats. HimapError (`code`) that says what was expected, and at which place of the document `where`."""
+    """Returns `value`, as JSON or TOML gives it, as a `kind`: nothing is converted but lists to tuples and whole
+    numbers to floats. HimapError (`code`) that says what was expected, and at which place of the document `where`."""
     try:
         return msgspec.convert(value, kind, strict=True)
     except msgspec.ValidationError as problem:
@@ -77,19 +78,17 @@ def typed(value: object, kind: type[T], where: str, code: Exit = Exit.USAGE) -> 
         raise HimapError(f"{where} is not usable", "it is nested too deeply", code=code) from None
 
 
-def read_json(path: Path, kind: type[T], what: str, most: int = 16 * MEGABYTE, code: Exit = Exit.USAGE) -> T:
-    """The JSON document `what` in the file `path` as a `kind`. HimapError as `read_file`, `parse_json` and `typed`."""
-    return typed(parse_json(read_file(path, what, most, code), f"{what} {path}", code), kind, f"{what} {path}", code)
+def read_json(path: Path, kind: type[T], what: str, code: Exit = Exit.USAGE) -> T:
+    """Returns the JSON document `what` in `path`, up to 16 MB, as a `kind`. HimapError as the functions it calls."""
+    text, where = read_file(path, what, 16 * MEGABYTE, code), f"{what} {path}"
+    return typed(parse_json(text, where, code), kind, where, code)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise ValueError(f"it holds {name[:100]!r} twice")
-            seen.add(name)
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"it holds {twice[:100]!r} twice")
     return found
 
 

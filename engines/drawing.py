@@ -31,7 +31,7 @@ class Panel:
 
 
 def kept_patches(alive: Mask, grid: tuple[int, int], tiles: tuple[int, int]) -> Mask:
-    """Which patches are kept, as they lie in the picture: bool [tile rows * grid rows, tile columns * grid columns].
+    """Returns which patches are kept, as they lie in the image: bool [tile rows * rows, tile columns * columns].
 
     `alive` [V0] says it of each image token; `grid` (rows, columns) are the tokens of one tile, `tiles` (rows, columns)
     the tiles of the picture. Tokens in front that stand for no place (a class token) and those of a thumbnail behind
@@ -90,7 +90,7 @@ def model_view(image: Image.Image, how: ImagePreprocessing, side: int) -> Image.
 
 
 def _compose(view: Image.Image, panels: list[Panel], question: str, answer: str) -> Image.Image:
-    """Panels side by side, or below each other if they are twice as wide as high, over question and answer."""
+    """Lays panels side by side, or below each other if they are twice as wide as high, over question and answer."""
     width = max(view.width, *(ceil(_font(25).getlength(panel.note)) for panel in panels))
     right, down = (width + GAP, 0) if view.width < 2 * view.height else (0, HEAD + view.height + GAP)
     last, top = len(panels) - 1, MARGIN + HEAD
@@ -110,7 +110,7 @@ def _compose(view: Image.Image, panels: list[Panel], question: str, answer: str)
 
 
 def fade_dropped(view: Image.Image, kept: Mask) -> Image.Image:
-    """Dropped patches fade to a pale grey; a line runs around what is kept."""
+    """Fades dropped patches to a pale grey, and draws a line around what is kept."""
     faded = Image.blend(ImageOps.grayscale(view).convert("RGB"), Image.new("RGB", view.size, "white"), 0.72)
     mask = Image.fromarray(kept.astype(np.uint8) * 255).resize(view.size, Image.Resampling.NEAREST)
     panel = Image.composite(view, faded, mask)

@@ -16,8 +16,9 @@ KINDS = {".npz": (b"PK\x03\x04", b"PK\x05\x06"), ".png": (b"\x89PNG",)}
 
 
 def check_output(path: Path, kind: str, *inputs: Path | None) -> None:
-    """HimapError (usage) unless `path` can become a file of `kind` (of KINDS): in a folder that can be written and is
-    not a bundle's, over nothing or over a plain file of that kind that is none of `inputs`. Called before any work."""
+    """Raises HimapError (usage) unless `path` can become a file of `kind` (of KINDS): in a folder that can be written
+    and is not a bundle's, over nothing or a plain file of that kind that is none of `inputs`. Called before any
+    work."""
     if not _is(path.absolute().parent, stat.S_ISDIR):
         raise HimapError(f"cannot write {path}", f"{path.parent} is no folder", code=Exit.USAGE)
     check_outside(path)
@@ -37,7 +38,7 @@ def check_output(path: Path, kind: str, *inputs: Path | None) -> None:
 
 
 def check_outside(path: Path) -> None:
-    """HimapError (usage) if `path`, a file or a folder to be written, lies in a bundle, or is one."""
+    """Raises HimapError (usage) if `path`, a file or a folder to be written, lies in a bundle, or is one."""
     whole = Path(os.path.realpath(path))
     for folder in (whole, *whole.parents):
         if is_bundle(folder):
@@ -64,8 +65,8 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def check_report(folder: Path, names: tuple[str, ...] = ("report.html", "report.json")) -> None:
-    """HimapError (usage) unless a report can go into `folder`: new or a folder that can be written, outside bundles, in
-    which nothing but plain files goes by the report's `names`. Called before any work."""
+    """Raises HimapError (usage) unless a report can go into `folder`: new or a folder that can be written, outside
+    bundles, in which nothing but plain files goes by the report's `names`. Called before any work."""
     check_outside(folder)
     if _exists(folder) and not _is(folder, stat.S_ISDIR):
         raise HimapError(f"cannot write to {folder}", "it is no folder", code=Exit.USAGE)
@@ -75,12 +76,11 @@ def check_report(folder: Path, names: tuple[str, ...] = ("report.html", "report.
     _check_writable(folder, home)
     for name in names:
         if _exists(folder / name) and not _is(folder / name, stat.S_ISREG, follow=False):
-            details = f"{name} is there and is not a plain file"
-            raise HimapError(f"cannot write to {folder}", details, code=Exit.USAGE)
+            raise HimapError(f"cannot write to {folder}", f"{name} is there and is not a plain file", code=Exit.USAGE)
 
 
 def has_long_name(path: Path, home: Path) -> bool:
-    """Whether a part of `path` is longer than names may be on the file system of the folder `home`."""
+    """Tells whether a part of `path` is longer than names may be on the file system of the folder `home`."""
     longest = os.pathconf(home, "PC_NAME_MAX")
     return any(len(os.fsencode(part)) > longest for part in path.parts)
 
@@ -94,7 +94,7 @@ def _check_writable(path: Path, home: Path) -> None:
 
 
 def _exists(path: Path) -> bool:
-    """Links that lead nowhere too. HimapError (usage) for a name that no file can have."""
+    """Tells whether anything, a broken link too, has that name. HimapError (usage) if no file can have it."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):

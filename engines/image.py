@@ -23,14 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from himap_export.engines.documents import read_file
 from himap_export.graphs.errors import Exit, HimapError
 
-RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "box": Image.Resampling.BOX,
-    "bilinear": Image.Resampling.BILINEAR,
-    "hamming": Image.Resampling.HAMMING,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+RESAMPLING = {filter.name.lower(): filter for filter in Image.Resampling}  # nearest, box, bilinear, ..
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -100,17 +93,17 @@ class ImagePreprocessing(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def mean_color(mean: tuple[float, float, float]) -> tuple[int, int, int]:
-    """The colour (0 to 255) that padding has, which normalises to about zero."""
+    """Returns the colour (0 to 255) of padding that normalises to about zero."""
     return int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)
 
 
 def clip_preprocessing(side: int) -> ImagePreprocessing:
-    """What CLIP towers expect when a checkpoint says nothing: shorter edge to `side`, bicubic, centre crop."""
+    """Returns what CLIP towers expect when a checkpoint says nothing: shorter edge to `side`, bicubic, centre crop."""
     return ImagePreprocessing(resize=side, crop=(side, side))
 
 
 def load_image(path: Path) -> Image.Image:
-    """The picture in `path`, upright (EXIF) and RGB, as transformers' `load_image` gives it: transparency is dropped.
+    """Returns the image in `path`, upright (EXIF) and RGB, as transformers' `load_image`: transparency is dropped.
 
     Raises HimapError (Exit.USAGE) if the file is missing, unreadable, not a picture, damaged, or a decompression bomb.
     """
@@ -135,7 +128,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def nearest_size(image_size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The one of `sizes` (at least one) on which a picture of `image_size`, letterboxed, wastes least.
+    """Returns the one of `sizes` (at least one) on which an image of `image_size`, letterboxed, wastes least.
 
     All are (height, width). It is the one whose aspect ratio is the least factor away; of equals the largest.
     """
@@ -148,7 +141,7 @@ def nearest_size(image_size: tuple[int, int], sizes: Sequence[tuple[int, int]]) 
 
 
 def preprocess(image: Image.Image, how: ImagePreprocessing) -> NDArray[np.float32]:
-    """`pixel_values` of one picture, float32 [tiles, 3, height, width], as Hugging Face's processor makes them.
+    """Returns `pixel_values` of one image, float32 [tiles,3,height,width], as Hugging Face's processor makes them.
 
     An image with transparency is laid over white, as there. Raises HimapError (Exit.USAGE) for a picture whose shape
     would blow up in resizing.
@@ -165,7 +158,7 @@ def preprocess(image: Image.Image, how: ImagePreprocessing) -> NDArray[np.float3
 
 
 def tile_grid(image: Image.Image, how: ImagePreprocessing) -> tuple[int, int]:
-    """(rows, columns) of the tiles that a picture is cut into, its thumbnail not counted; (1, 1) if it is seen whole.
+    """Returns (rows, columns) of the tiles that an image is cut into, but its thumbnail; (1, 1) if it is seen whole.
 
     The arrangement whose aspect ratio is nearest to the picture's, by difference; of two as near, the taller one unless
     the picture has more than half of the tiles' pixels (`get_optimal_tiled_canvas` of GotOcr2ImageProcessorPil, where
@@ -184,7 +177,7 @@ def tile_grid(image: Image.Image, how: ImagePreprocessing) -> tuple[int, int]:
 
 
 def crop_view(image: Image.Image, how: ImagePreprocessing, scale: int = 1) -> Image.Image:
-    """The RGB picture that the model sees, [height, width] of `how.output_size` times `tile_grid` times `scale`.
+    """Returns what the model sees, RGB [height,width] of `how.output_size` times `tile_grid` times `scale`.
 
     With `scale` 1 these are the very pixels before normalisation, tiles side by side and without the thumbnail. A
     larger scale shows the same region from the original picture in more detail: pixel (y, x) of the model's view is the
@@ -216,7 +209,7 @@ def seen_share(image: Image.Image, how: ImagePreprocessing) -> float:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, transparency over white (transformers' `convert_to_rgb`)."""
+    """Returns the image as RGB, transparency over white (transformers' `convert_to_rgb`)."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -224,7 +217,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _letterbox(image: Image.Image, how: ImagePreprocessing, scale: int) -> Image.Image:
-    """The picture as large as fits, in the middle of its canvas; an odd remainder goes to the bottom or right."""
+    """Returns the image as large as fits, in the middle of its canvas; an odd remainder goes to the bottom or right."""
     (height, width), color = how.output_size, how.pad_color
     shrink = min(Fraction(height, image.height), Fraction(width, image.width))
     h, w = (max(1, round(side * shrink)) for side in (image.height, image.width))
@@ -236,7 +229,7 @@ def _letterbox(image: Image.Image, how: ImagePreprocessing, scale: int) -> Image
 
 
 def _pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-    """The picture in the middle of a square of its longer edge; an odd remainder goes to the bottom or right."""
+    """Returns the image in the middle of a square of its longer edge; an odd remainder goes to the bottom or right."""
     side = max(image.size)
     _check_pixels(image, side, side)
     square = Image.new("RGB", (side, side), color)
@@ -245,7 +238,7 @@ def _pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Ima
 
 
 def _resized(height: int, width: int, resize: int | tuple[int, int] | None) -> tuple[int, int]:
-    """(height, width) after resizing; the longer edge is rounded down (`get_resize_output_image_size`)."""
+    """Returns (height, width) after resizing; the longer edge is rounded down (`get_resize_output_image_size`)."""
     if resize is None:
         return height, width
     if isinstance(resize, tuple):

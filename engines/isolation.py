@@ -59,7 +59,7 @@ class Child(Generic[Request, Answer]):
         return answer
 
     def ask(self, request: Request) -> Answer:
-        """`send`, then `receive`."""
+        """Sends a request and returns its answer."""
         self.send(request)
         return self.receive()
 
@@ -84,14 +84,8 @@ def child(
     `hint` is what to do should it be killed for its memory.
     """
     ours, its = Pipe()
-    program = [
-        sys.executable,
-        "-c",
-        _PROGRAM,
-        str(os.getpid()),
-        what,
-        *(place or str(Path.cwd()) for place in sys.path),
-    ]
+    places = (place or str(Path.cwd()) for place in sys.path)
+    program = [sys.executable, "-c", _PROGRAM, str(os.getpid()), what, *places]
     with ExitStack() as ending:
         ending.enter_context(ours)
         with its, _interrupts_wait():
@@ -105,7 +99,7 @@ def child(
 
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C comes later; to a process that starts meanwhile never, until it says otherwise: it is the parent's."""
+    """Holds Ctrl-C back; a process that starts meanwhile never gets it, until it says otherwise: it is the parent's."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -151,7 +145,7 @@ def pooled(
 
 
 def _answered(children: Sequence[Child[Request, Answer]]) -> list[Child[Request, Answer]]:
-    """Those of which there is something to receive, as soon as there is of one."""
+    """Returns those of which there is something to receive, as soon as there is of one."""
     ready = wait([one._pipe for one in children])
     return [one for one in children if one._pipe in ready]
 
@@ -161,7 +155,7 @@ def _calls(function: Callable[..., Answer], arguments: tuple[object, ...]) -> Ca
 
 
 def serve() -> None:
-    """What a child does: it serves the process whose id is its first word, through its standard input."""
+    """Serves the parent process, whose id is this child's first word, through its standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     die_with_parent(int(sys.argv[1]))

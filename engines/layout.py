@@ -23,7 +23,7 @@ class ImageTokens(Struct, frozen=True, forbid_unknown_fields=True):
     between: tuple[Id, Id] | None = None
 
     def find(self, ids: Integers) -> npt.NDArray[np.bool_]:
-        """Which of `ids`, [S] or [B,S], are image tokens."""
+        """Returns which of `ids`, [S] or [B,S], are image tokens."""
         found: npt.NDArray[np.bool_] = ids == self.token
         if self.between is not None:
             start, end = self.between
@@ -32,7 +32,7 @@ class ImageTokens(Struct, frozen=True, forbid_unknown_fields=True):
         return found
 
     def write(self, count: int) -> Integers:
-        """The ids of an image of `count` tokens, with what must stand around them."""
+        """Returns the ids of an image of `count` tokens, with what must stand around them."""
         tokens = np.full(count, self.token, np.int64)
         return tokens if self.between is None else np.array([self.between[0], *tokens, self.between[1]], np.int64)
 
@@ -61,7 +61,7 @@ def lay_out(
     budget: TokenBudget,
     grid: Grid | None = None,
 ) -> PromptLayout:
-    """Any batch [b,S] of b <= B prompts, padded on either side, as the static stages want it.
+    """Returns any batch [b,S] of b <= B prompts, padded on either side, as the static stages read it.
 
     Positions count a sample's real tokens from 0; `grid` is how the image's tokens lie, for M-RoPE. Missing samples
     repeat the last one. HimapError (usage) if a prompt does not hold exactly V0 image tokens, or holds more other
@@ -87,11 +87,13 @@ def lay_out(
         places[row, : len(sample)] = rope_places(is_image, grid)
     positions = np.tile(np.arange(slots), (batch, 1))
     shift = np.array([p[: max(n, 1)].max() + 1 - n for p, n in zip(places, lengths, strict=True)], np.int64)
-    return PromptLayout(ids, positions, token_types, lengths, places, shift)
+    return PromptLayout(
+        ids, positions, token_type=token_types, lengths=lengths, rope_position_ids=places, rope_shift=shift
+    )
 
 
 def rope_places(is_image: npt.NDArray[np.bool_], grid: Grid | None) -> Integers:
-    """Time, row and column [S,3] of each token, as M-RoPE counts them (arXiv 2409.12191; transformers'
+    """Returns time, row and column [S,3] of each token, as M-RoPE counts them (arXiv 2409.12191; transformers'
     `get_rope_index`): all three rise with the text; an image stands at one time, its tokens at their rows and columns,
     and the text behind it goes on after the longer of its sides. Without a `grid` an image is text."""
     if grid is None or not is_image.any():
@@ -107,7 +109,7 @@ def rope_places(is_image: npt.NDArray[np.bool_], grid: Grid | None) -> Integers:
 
 
 def text_tokens(input_ids: Integers, attention_mask: Integers | None, image: ImageTokens) -> int:
-    """The longest prompt's tokens that are not of the image: what a text budget has to hold."""
+    """Counts the longest prompt's tokens that are not of the image: what a text budget has to hold."""
     words = ~image.find(input_ids)
     return int((words if attention_mask is None else words & (attention_mask != 0)).sum(axis=1).max())
 
@@ -127,10 +129,8 @@ def _check(is_image: npt.NDArray[np.bool_], row: int, image: ImageTokens, budget
         raise HimapError(f"prompt {row} holds no image token", hint=hint, code=Exit.USAGE)
     if images != visual:
         several = f", {images // visual} images" if images % visual == 0 else ""
-        details = f"the bundle was exported for one image of {visual}"
-        raise HimapError(
-            f"prompt {row} holds {images} image tokens{several}", details, "give exactly one image", Exit.USAGE
-        )
+        details, hint = f"the bundle was exported for one image of {visual}", "give exactly one image"
+        raise HimapError(f"prompt {row} holds {images} image tokens{several}", details, hint, Exit.USAGE)
     if not text and not budget.visual[-1]:
         details = f"the plan drops all {visual} image tokens"
         raise HimapError(f"prompt {row} has no text", details, "ask something", Exit.USAGE)

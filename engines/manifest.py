@@ -127,11 +127,11 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     digest: str = ""
 
     def wanted(self) -> dict[str, WeightSpec]:
-        """Every weight that a graph reads, by name."""
+        """Returns every weight that a graph reads, by name."""
         return {name: spec for graph in self.graphs.values() for name, spec in graph.weights.items()}
 
     def paths(self) -> Iterator[str]:
-        """Every file that opening the bundle may read."""
+        """Yields every file that opening the bundle may read."""
         yield from (graph.file for graph in self.graphs.values() if graph.file)
         yield from (engine.file for engines in self.engines.values() for engine in engines.values())
         yield from self.weights
@@ -151,12 +151,12 @@ def _digest(manifest: Manifest) -> str:
 
 
 def manifest_json(manifest: Manifest) -> bytes:
-    """The file's content."""
+    """Returns the file's content."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the bundle in `folder`, its digest and all references inside it checked.
+    """Returns the manifest of the bundle in `folder`, its digest and all references inside it checked.
 
     HimapError: usage if there is none, failure if it is damaged, not what its digest says, or of another schema.
     """
@@ -167,14 +167,15 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         data = parse_json(read_file(path, "manifest", MOST, Exit.FAILURE), str(path), Exit.FAILURE)
         schema = data.get("schema") if isinstance(data, dict) else None
-        if schema != SCHEMA or isinstance(schema, bool):
-            raise _other_schema(folder, schema)
-        manifest = typed(data, Manifest, str(path), Exit.FAILURE)
-    except _OtherSchemaError:
-        raise
+        if type(schema) is not int:  # a bool is one by inheritance
+            raise HimapError(f"{path} names no schema", "it is no bundle's")
+        manifest = typed(data, Manifest, str(path), Exit.FAILURE) if schema == SCHEMA else None
     except HimapError as problem:
         details = ": ".join(part for part in (problem.summary, problem.details) if part)
         raise HimapError(f"{path} is damaged", details, "copy or export the bundle again") from None
+    if manifest is None:
+        hint = "update himap-export" if schema > SCHEMA else "export it again"
+        raise HimapError(f"{folder} is a bundle of schema {schema}, this version reads {SCHEMA}", hint=hint)
     if manifest.digest != _digest(manifest):
         what = f"its digest is {manifest.digest[:12] or 'missing'}, its content has {_digest(manifest)[:12]}"
         raise HimapError(f"{path} has changed since export", what, "copy or export the bundle again")
@@ -183,25 +184,14 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-class _OtherSchemaError(HimapError):
-    """A bundle of another version."""
-
-
-def _other_schema(folder: Path, schema: object) -> HimapError:
-    if not isinstance(schema, int) or isinstance(schema, bool):
-        return HimapError(f"{folder / FILE_NAME} names no schema", "it is no bundle's", "export the bundle again")
-    hint = "update himap-export" if schema > SCHEMA else "export it again"
-    return _OtherSchemaError(f"{folder} is a bundle of schema {schema}, this version reads {SCHEMA}", hint=hint)
-
-
 def is_plain(name: str) -> bool:
-    """Whether `name` can be a file inside a bundle's folder and nowhere else, written in one way only."""
+    """Tells whether `name` can be a file inside a bundle's folder and nowhere else, written in one way only."""
     parts = name.split("/")
     return all(part not in ("", ".", "..") and part.isprintable() and "\\" not in part for part in parts)
 
 
 def _problems(m: Manifest) -> Iterator[str]:
-    """What a manifest says that cannot be so: paths that lead out, references to what it does not hold."""
+    """Yields what a manifest says that cannot be so: paths that lead out, references to what it does not hold."""
     yield from (f"the path {name!r} leads out of the bundle" for name in (*m.paths(), *m.files) if not is_plain(name))
     yield from (f"{name} is not listed among its files" for name in m.paths() if name not in m.files)
     yield from (f"{FILE_NAME} lists itself" for name in m.files if name == FILE_NAME)
@@ -237,19 +227,19 @@ def _variant_problems(m: Manifest, v: Variant) -> Iterator[str]:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether the manifest in `folder` is one that himap-export wrote, of this or an older schema; damaged or not, a
-    web app's is none."""
+    """Tells whether the manifest in `folder` is one that himap-export wrote, of this or an older schema; damaged or
+    not, a web app's is none."""
     return _own_files(folder) is not None
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """What lies in a bundle's folder and is not the bundle's: paths relative to it, links and devices among them."""
+    """Returns what lies in a bundle's folder and is not the bundle's, links and devices too: paths relative to it."""
     own = _own_files(folder) or frozenset()
     return sorted(name for name in entries(folder) if name != FILE_NAME and name not in own)
 
 
 def _own_files(folder: Path) -> frozenset[str] | None:
-    """The files that a manifest of ours lists, whatever its schema; None if it is not ours."""
+    """Returns the files that a manifest of ours lists, whatever its schema; None if it is not ours."""
     if not os.path.lexists(folder / FILE_NAME):
         return None
     try:
@@ -274,7 +264,7 @@ class _Outline(Struct, frozen=True):
 
 
 def entries(folder: Path) -> Iterator[str]:
-    """Every entry under `folder` that is not a folder, by its path in it; links are not followed."""
+    """Yields every entry under `folder` that is not a folder, by its path in it; links are not followed."""
     for home, folders, files in os.walk(folder):
         links = [name for name in folders if (Path(home) / name).is_symlink()]
         for name in (*files, *links):

@@ -54,16 +54,16 @@ class Pipeline:
         self._prefill, self._decode = self.chained("vision", *self.stages), self.chained("decode")
 
     def _check_memory(self) -> None:
-        """Every tensor is allocated at once: better a line now than a machine that swaps itself to death."""
+        """Refuses tensors, all allocated at once, that are more than memory: a machine that swaps is as good as
+        dead."""
         if self.engines.device != "cpu":
             return
         ports = {port.place: port for stage in self.spec.variant.graphs for port in self._ports(stage).values()}
         needed = sum(prod(port.shape) * np.dtype(NUMPY[port.dtype]).itemsize for port in ports.values())
         if needed > memory_bytes():
             details = f"{needed / 1e9:.0f} GB for its caches and states, this machine has {memory_bytes() / 1e9:.0f}"
-            raise HimapError(
-                f"{self.spec.bundle.folder} is too large for this machine", details, "export smaller budgets"
-            )
+            summary = f"{self.spec.bundle.folder} is too large for this machine"
+            raise HimapError(summary, details, "export smaller budgets")
 
     def _ports(self, stage: str) -> Mapping[str, Port]:
         record = self.spec.graph(stage)
@@ -78,19 +78,19 @@ class Pipeline:
         return self.engines.bind(self.spec.graph_name(stage), bound)
 
     def chained(self, *graphs: str) -> Callable[[], None]:
-        """What runs `graphs` one after the other, on a GPU by one launch."""
+        """Returns what runs `graphs` one after the other, on a GPU by one launch."""
         return self.engines.chain([self._run[name] for name in graphs])
 
     def run(self, stage: str) -> None:
-        """The graph of a stage on whatever its tensors now hold."""
+        """Runs the graph of a stage on whatever its tensors now hold."""
         self._run[stage]()
 
     def read(self, role: Role, layer: int | None = None, cut: int | None = None) -> npt.NDArray[Any]:
-        """A copy of a tensor, in the form in which its backend holds it."""
+        """Returns a copy of a tensor, in the form in which its backend holds it."""
         return self.tensors[Place(role, layer, cut)].read()
 
     def _write(self, values: Mapping[Role, npt.NDArray[Any]]) -> None:
-        """Those of `values` that a graph of this variant reads."""
+        """Writes those of `values` that a graph of this variant reads."""
         for role, array in values.items():
             if Place(role) in self.tensors:
                 self.tensors[Place(role)].write(array)
@@ -109,7 +109,9 @@ class Pipeline:
         m = self.manifest
         image, budget = self.spec.image, self.spec.budget
         grid = image.grid if m.decoder.rope_axes else None
-        layout = lay_out(input_ids, attention_mask, m.model.image, m.decoder.vocab, budget, grid)
+        layout = lay_out(
+            input_ids, attention_mask, image=m.model.image, vocab=m.decoder.vocab, budget=budget, grid=grid
+        )
         tiles, port = image.tiles, self.tensors[Place("pixel_values")].spec
         if pixel_values.shape != (wanted := (tiles * len(input_ids), *port.shape[1:])):
             each = "one image" if tiles == 1 else f"{tiles} tiles"
@@ -139,22 +141,22 @@ class Pipeline:
         attention_mask: Integers | None = None,
         seeds: Integers | None = None,
     ) -> tuple[Prefilled, PromptLayout]:
-        """`load`, then vision and all stages of prefill."""
+        """Loads prompts, as `load`, then runs vision and all stages of prefill."""
         layout = self.load(input_ids, pixel_values, attention_mask, seeds)
         self._prefill()
         return self.prefilled(len(input_ids)), layout
 
     def prefilled(self, samples: int) -> Prefilled:
-        """What the tensors now hold, of the first `samples` prompts."""
+        """Returns what the tensors now hold, of the first `samples` prompts."""
         kept = {f"kept_{name}": self.kept(cut)[:samples] for cut, name in enumerate(self.stages[1:], 1)}
         return Prefilled(self.read("logits")[:samples], kept)
 
     def kept(self, cut: int) -> Integers:
-        """Original positions [B,S_i] that cut 1, 2, .. kept, -1 for padding."""
+        """Returns original positions [B,S_i] that cut 1, 2, .. kept, -1 for padding."""
         return np.where(self.read("kept_types", cut=cut) == PADDING, -1, self.read("kept_positions", cut=cut))
 
     def step(self, tokens: Integers, positions: Integers) -> npt.NDArray[np.float32]:
-        """Appends one token [B] per sample at its original position [B]; logits [B,W]."""
+        """Appends one token [B] per sample at its original position [B]; returns logits [B,W]."""
         self.feed(tokens, positions)
         self._decode()
         return self.read("logits")
@@ -174,7 +176,7 @@ class Pipeline:
         sampling: Sampling | None = None,
         requests: Sequence[int] | None = None,
     ) -> Iterator[Integers]:
-        """Tokens [b], one array per step, until every sample has ended; an ended one goes on with the padding token.
+        """Yields tokens [b], one array per step, until every sample has ended; an ended one goes on with padding.
 
         `requests` [b], 0, 1, .. if not given, are the samples' numbers: by theirs and the seed they draw. HimapError if
         logits are not finite.

@@ -49,7 +49,7 @@ class PromptFormat(Struct, frozen=True, forbid_unknown_fields=True):
             raise HimapError("unusable prompt format", problem)
 
     def render(self, prompt: str) -> str:
-        """The text around one question, the placeholder still single.
+        """Returns the text around one question, the placeholder still single.
 
         Raises HimapError (Exit.USAGE) if the question itself spells the placeholder: it would be a second image.
         """
@@ -62,7 +62,7 @@ class PromptFormat(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_tokenizer(path: Path) -> bytes:
-    """The content of a `tokenizer.json` that may be given to the library. HimapError (failure) if it may not."""
+    """Returns the content of a `tokenizer.json` that the library may be given. HimapError (failure) if it may not."""
     content = read_file(path, "tokenizer", MOST_TOKENIZER, Exit.FAILURE)
     if HUGE_ID.search(content):
         raise HimapError("tokenizer cannot be read", str(path), "it has ids of nine digits and more")
@@ -70,7 +70,7 @@ def read_tokenizer(path: Path) -> bytes:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a `tokenizer.json`, without stored padding or truncation. HimapError if it cannot be read."""
+    """Returns the tokenizer in a `tokenizer.json`, without stored padding or truncation. HimapError if it is none."""
     content = read_tokenizer(path)
     try:
         tokenizer = Tokenizer.from_buffer(content)
@@ -82,8 +82,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, how: PromptFormat, prompt: str, image_tokens: int) -> NDArray[np.int64]:
-    """`input_ids` int64 [S] of one question about one image, the placeholder expanded to `image_tokens` (V0) ids,
-    special tokens added.
+    """Returns `input_ids` int64 [S] of one question about one image, the placeholder expanded to `image_tokens` (V0)
+    ids, special tokens added.
 
     Raises HimapError (Exit.USAGE) if the question contains the image placeholder or is not valid Unicode.
     """
@@ -102,7 +102,7 @@ def encode(tokenizer: Tokenizer, how: PromptFormat, prompt: str, image_tokens: i
 
 
 def image_token_id(tokenizer: Tokenizer, image_token: str) -> int:
-    """The id of the placeholder. HimapError if the tokenizer does not know it as one token."""
+    """Returns the id of the placeholder. HimapError if the tokenizer does not know it as one token."""
     token = tokenizer.token_to_id(image_token)
     if token is None:
         raise HimapError("the tokenizer does not know the image token", image_token)

@@ -41,9 +41,8 @@ class Sampler:
     def __call__(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
         for request, row in zip(self._requests, logits, strict=True):
             if not np.isfinite(row).all():
-                details = (
-                    f"{int((~np.isfinite(row)).sum())} of {row.size} logits of prompt {request} are NaN or infinite"
-                )
+                count = np.count_nonzero(~np.isfinite(row))
+                details = f"{count} of {row.size} logits of prompt {request} are NaN or infinite"
                 hint = "himap-validate tells which stage went wrong; fp16 overflows where bf16 and fp32 do not"
                 raise HimapError("the model gives no answer", details, hint)
         if self.how.temperature == 0:

@@ -20,7 +20,7 @@ _BEING_MADE = 60.0  # seconds in which a folder may be without its lock
 
 @contextmanager
 def scratch_folder(purpose: str) -> Iterator[Path]:
-    """An empty folder that vanishes at the end, or at the next start of a command if this one is killed."""
+    """Makes an empty folder that vanishes at the end, or at the next start of a command if this one is killed."""
     place = scratch_place()
     folder = Path(tempfile.mkdtemp(prefix=f"{purpose}-", dir=place))
     try:
@@ -33,7 +33,7 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
 
 
 def scratch_place() -> Path | None:
-    """TMPDIR/himap-UID, made if it is not there; None if somebody else owns it: then there is no one place."""
+    """Returns TMPDIR/himap-UID, made if it is not there; None if somebody else owns it: then there is no one place."""
     place = Path(tempfile.gettempdir()) / f"himap-{os.getuid()}"
     with suppress(FileExistsError):
         place.mkdir(mode=0o700)
@@ -62,7 +62,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def abandoned(folder: Path) -> bool:
-    """Whether nobody holds the lock of a folder that `locked` knows."""
+    """Tells whether nobody holds the lock of a folder that `locked` knows."""
     try:
         with (folder / LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

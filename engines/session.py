@@ -268,10 +268,9 @@ class _Drawn:
 
     def answer(self, request: Request, text: str) -> Answer:
         """Returns the whole, when all tokens are drawn."""
-        pad, width = self._pipeline.manifest.model.pad_token, max(t.shape[1] for t in self._found["tokens"])
-        self._found["tokens"] = [
-            np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=pad) for t in self._found["tokens"]
-        ]
+        parts, pad = self._found["tokens"], self._pipeline.manifest.model.pad_token
+        width = max(part.shape[1] for part in parts)
+        self._found["tokens"] = [np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=pad) for p in parts]
         outputs = {name: np.concatenate(values) for name, values in self._found.items()}
         return Answer(
             request, text, outputs=outputs, backend=self._pipeline.backend, device=self._pipeline.engines.device,

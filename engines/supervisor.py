@@ -78,7 +78,7 @@ def leaves(state: str) -> None:
 
 
 def left() -> str:
-    """What `leaves` said last, in this process or in the child."""
+    """Returns what `leaves` said last, in this process or in the child."""
     return _left if _board is None else _board[_HALF:].split(b"\0")[0].decode()
 
 

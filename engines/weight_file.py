@@ -2,12 +2,13 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import ml_dtypes
 import msgspec
@@ -59,7 +60,7 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, which must fill it to the byte: no holes, no overlaps, nothing behind them.
+    """Returns the tensors of one safetensors file, which must fill it to the byte: no holes, no overlaps, no rest.
 
     HimapError if it is truncated or corrupt, or no plain file.
     """
@@ -80,7 +81,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _placed(file: Path, header: Mapping[str, Any], data: int, size: int) -> dict[str, StoredTensor]:
-    """The tensors of `header`, whose first byte is the file's byte `data`; ValueError unless they tile its rest."""
+    """Returns the tensors of `header`, whose first byte is the file's byte `data`; ValueError unless they fill it."""
     found, places = {}, []
     for name, values in header.items():
         entry = typed(values, _Entry, f"tensor {name[:100]}", Exit.FAILURE)
@@ -88,9 +89,7 @@ def _placed(file: Path, header: Mapping[str, Any], data: int, size: int) -> dict
         if 8 * (end - begin) != _bits(entry.dtype) * prod(entry.shape):
             raise ValueError(f"tensor {name[:100]} does not fill its bytes")
         kind = _OURS.get(entry.dtype, entry.dtype)
-        found[name] = StoredTensor(
-            name=name, file=file, dtype=kind, shape=entry.shape, offset=data + begin, nbytes=end - begin
-        )
+        found[name] = StoredTensor(name, file, kind, entry.shape, offset=data + begin, nbytes=end - begin)
         places.append((begin, end, name))
     at = 0
     for begin, end, name in sorted(places):
@@ -108,8 +107,8 @@ def _bits(dtype: str) -> int:
 
 
 def find_tensor(stored: Mapping[str, StoredTensor], name: str, rows: Rows | None = None) -> StoredTensor | None:
-    """The tensor `name` of `stored`, else as many `rows` of another as that one has, which lie in one piece. None if
-    absent."""
+    """Returns the tensor `name` of `stored`, else as many `rows` of another as that one has, which lie in one piece.
+    None if absent."""
     whole = stored.get(rows.tensor) if rows is not None else None
     if name in stored or rows is None or whole is None:
         return stored.get(name)
@@ -117,23 +116,18 @@ def find_tensor(stored: Mapping[str, StoredTensor], name: str, rows: Rows | None
         return replace(whole, name=name)
     row = whole.nbytes // whole.shape[0] if whole.shape[0] else 0
     count = max(0, min(rows.stop, whole.shape[0]) - rows.start)  # of a tensor too short: a shape that does not fit
-    return replace(
-        whole,
-        name=name,
-        shape=(count, *whole.shape[1:]),
-        offset=whole.offset + rows.start * row,
-        nbytes=count * row,
-    )
+    shape, offset = (count, *whole.shape[1:]), whole.offset + rows.start * row
+    return replace(whole, name=name, shape=shape, offset=offset, nbytes=count * row)
 
 
 def find_tensors(stored: Mapping[str, StoredTensor], wanted: Mapping[str, WeightSpec]) -> dict[str, StoredTensor]:
-    """Those of the weights `wanted` that `find_tensor` finds, in their order."""
+    """Returns those of the weights `wanted` that `find_tensor` finds, in their order."""
     found = ((name, find_tensor(stored, name, spec.rows)) for name, spec in wanted.items())
     return {name: t for name, t in found if t is not None}
 
 
 def map_tensors(tensors: Iterable[StoredTensor]) -> dict[str, npt.NDArray[np.generic]]:
-    """Arrays over the files' pages (copy on write): nothing is read before its use, two users share it.
+    """Returns arrays over the files' pages (copy on write): nothing is read before its use, two users share it.
 
     HimapError (usage) for a tensor that is no weight.
     """
@@ -149,8 +143,8 @@ def map_tensors(tensors: Iterable[StoredTensor]) -> dict[str, npt.NDArray[np.gen
 
 
 def as_stored(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """`values` in the form in which `NUMPY` holds `dtype`, rounded to nearest even: NaN stays NaN, and what is too
-    large is infinite."""
+    """Returns `values` in the form in which `NUMPY` holds `dtype`, rounded to nearest even: NaN stays NaN, and what is
+    too large is infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype == "bf16":
             return np.ascontiguousarray(values, ml_dtypes.bfloat16).view(np.uint16)
@@ -158,27 +152,17 @@ def as_stored(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
 
 
 def as_numbers(stored: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """The inverse: bf16 words become fp32, everything else is itself."""
+    """Returns the inverse of `as_stored`: bf16 words become fp32, everything else is itself."""
     return stored.view(ml_dtypes.bfloat16).astype(np.float32) if dtype == "bf16" else stored
 
 
-class _Words(NamedTuple):
-    """A float type as whole numbers; shifted left by one bit, its sign, it is not finite from `infinity` on."""
-
-    kind: type[np.unsignedinteger[Any]]
-    infinity: int
-
-
-_WORDS = {
-    "fp16": _Words(np.uint16, 0xF800),
-    "bf16": _Words(np.uint16, 0xFF00),
-    "fp32": _Words(np.uint32, 0xFF000000),
-}
+# A float type as whole numbers: shifted left by one bit, its sign, it is not finite from the second number on.
+_WORDS = {"fp16": (np.uint16, 0xF800), "bf16": (np.uint16, 0xFF00), "fp32": (np.uint32, 0xFF000000)}
 _PIECE, _BLOCK = 16 << 20, 1 << 16  # bytes that are mapped at once, and numbers that stay in a core's cache
 
 
 def not_finite(stored: npt.NDArray[Any], dtype: str) -> int:
-    """How many numbers of `stored` [n], in the form of `as_stored`, are NaN or infinite; exact, and fast if none is."""
+    """Counts NaN and infinity among `stored` [n], in the form of `as_stored`; exact, and fast if there is none."""
     kind, infinity = _WORDS[dtype]
     words, found = stored.view(kind), 0
     for at in range(0, len(words), _BLOCK):
@@ -190,27 +174,26 @@ def not_finite(stored: npt.NDArray[Any], dtype: str) -> int:
 
 
 def check_float(tensor: StoredTensor) -> None:
-    """HimapError (usage) unless `tensor` is of a type that a weight may have: fp16, bf16 or fp32."""
+    """Raises HimapError (usage) unless `tensor` is of a type that a weight may have: fp16, bf16 or fp32."""
     if tensor.dtype not in _WORDS:
         details, hint = f"it is stored as {tensor.dtype}", f"expected {', '.join(_WORDS)}: is the checkpoint quantised?"
         raise HimapError(f"tensor {tensor.name} is no weight that a graph can use", details, hint, Exit.USAGE)
 
 
 def check_finite(tensors: Iterable[StoredTensor]) -> None:
-    """HimapError if one of `tensors` holds NaN or infinity, or no floats. Reads them once, piece by piece."""
+    """Raises HimapError if one of `tensors` holds NaN or infinity, or no floats. Reads them once, piece by piece."""
     pieces = []
     for t in tensors:
         check_float(t)
         pieces += [(t, at) for at in range(0, t.nbytes, _PIECE)]
-    spoiled: dict[str, int] = {}
+    spoiled = Counter[str]()
     pool = ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))))
     try:
         for (t, _), count in zip(pieces, pool.map(_not_finite_in, pieces), strict=True):
-            if count:
-                spoiled[t.name] = spoiled.get(t.name, 0) + count
+            spoiled[t.name] += count
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupted command waits for the pieces under way, not for all
-    if spoiled:
+    if spoiled := +spoiled:
         name, count = next(iter(spoiled.items()))
         more = f", {len(spoiled) - 1} more tensors too" if len(spoiled) > 1 else ""
         values = "value is" if count == 1 else "values are"
@@ -219,7 +202,7 @@ def check_finite(tensors: Iterable[StoredTensor]) -> None:
 
 
 def _not_finite_in(piece: tuple[StoredTensor, int]) -> int:
-    """A mapping of its own each time: what has been read counts as this process's memory no longer."""
+    """Counts in a mapping of its own each time: what has been read counts as this process's memory no longer."""
     t, at = piece
     size = min(_PIECE, t.nbytes - at)
     return not_finite(np.asarray(np.memmap(t.file, np.uint8, "r", t.offset + at, (size,))), t.dtype)

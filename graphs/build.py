@@ -29,7 +29,7 @@ class StageGraph:
 
 
 def dim(value: ir.Value, axis: int) -> int:
-    """A static dimension of `value`, as given or as the builder inferred it."""
+    """Returns a static dimension of `value`, as given or as the builder inferred it."""
     assert value.shape is not None, f"{value.name} has no inferred shape"
     size = value.shape[axis]
     assert isinstance(size, int), f"axis {axis} of {value.name} is not static"
@@ -50,7 +50,7 @@ class Frame:
         self._specs: dict[str, WeightSpec] = {}
 
     def input(self, place: Place, shape: tuple[int, ...], dtype: PortType | None = None) -> ir.Value:
-        """The graph's input of that place, declared when it is first asked for."""
+        """Returns the graph's input of that place, declared when it is first asked for."""
         name = place.name()
         if name in self._inputs:
             return next(value for value in self.graph.inputs if value.name == name)
@@ -68,7 +68,7 @@ class Frame:
         dtype: PortType | None = None,
         updates: ir.Value | None = None,
     ) -> None:
-        """Declare `value` as an output, which shares the memory of the input that it `updates`; an input that passes
+        """Declares `value` as an output, which shares the memory of the input that it `updates`; an input that passes
         through unchanged gets an Identity of its own."""
         if value.is_graph_input() or value in self.graph.outputs:
             value = self.op.Identity(value)
@@ -78,7 +78,7 @@ class Frame:
         self.builder.add_output(value, name)
 
     def weight(self, ref: WeightRef, *shape: int) -> ir.Value:
-        """The weight's input, declared when it is first asked for."""
+        """Returns the weight's input, declared when it is first asked for."""
         name, rows = ref
         if name not in self._weights:
             self._specs[name] = WeightSpec(self._own, shape, rows)
@@ -86,11 +86,10 @@ class Frame:
         return self._weights[name]
 
     def finish(self) -> StageGraph:
-        """The model, its weights behind its other inputs."""
+        """Returns the model, its weights behind its other inputs."""
         self.graph.inputs.extend(self._weights.values())
         for node in self.graph:
             node.metadata_props.clear()  # the builder's scope notes: half the size of the file
-        model = ir.Model(
-            self.graph, ir_version=IR_VERSION, producer_name="himap-export", functions=self.builder.functions.values()
-        )
+        functions = self.builder.functions.values()
+        model = ir.Model(self.graph, ir_version=IR_VERSION, producer_name="himap-export", functions=functions)
         return StageGraph(self.name, model, GraphPorts(self._inputs, self._outputs), self._specs)

@@ -61,7 +61,7 @@ class Decoder:
         self.batch, self.tokens = batch, tokens
 
     def layer(self, i: int, x: ir.Value, rope: Rotary, attend: Attention) -> tuple[ir.Value, Attended]:
-        """x + attention, then x + feed-forward: [B*S,D] to [B*S,D]."""
+        """Returns x + attention, then x + feed-forward, of [B*S,D] as [B*S,D], and what attention left behind."""
         op, spec, p = self.op, self.spec, f"layers.{i}."
         n = self.norm(x, p + "input_layernorm")
         q, k, v = (
@@ -79,16 +79,17 @@ class Decoder:
         return op.Add(x, self.linear(op.Mul(op.Swish(gate), up), p + "mlp.down_proj", spec.hidden, spec.mlp_bias)), a
 
     def prefill_attention(self, q: ir.Value, k: ir.Value, v: ir.Value) -> Attended:
-        """Causal over the stage's own tokens. No mask: padding lies behind every real token."""
+        """Attends causally over the stage's own tokens. No mask: padding lies behind every real token."""
         return Attended(self.op.Attention(q, k, v, is_causal=1), q, k, v)
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
-        """RMS over the last axis."""
+        """Normalises by the RMS over the last axis."""
         weight = self.f.weight(self.names(name + ".weight"), dim(x, -1))
         return self.op.RMSNormalization(x, weight, axis=-1, epsilon=self.spec.norm_eps)
 
     def linear(self, x: ir.Value, name: str, out: int, bias: bool) -> ir.Value:
-        """[B*S,in] to [B*S,out]. A bias is added behind a reshape: TensorRT copies one that it takes into the Gemm."""
+        """Projects [B*S,in] to [B*S,out]. A bias is added behind a reshape: TensorRT copies one that enters the
+        Gemm."""
         y = self.op.Gemm(x, self.f.weight(self.names(name + ".weight"), out, dim(x, 1)), transB=1)
         if bias:
             by_sample = self.op.Reshape(y, [self.batch, self.tokens, out])
@@ -97,11 +98,11 @@ class Decoder:
         return y
 
     def by_head(self, x: ir.Value) -> ir.Value:
-        """[B*S,heads*E] to [B,S,heads,E]."""
+        """Reshapes [B*S,heads*E] to [B,S,heads,E]."""
         return self.op.Reshape(x, [self.batch, self.tokens, -1, self.spec.head_dim])
 
     def merge(self, x: ir.Value) -> ir.Value:
-        """[B,H,S,E] to [B*S,H*E]."""
+        """Reshapes [B,H,S,E] to [B*S,H*E]."""
         by_token = self.op.Transpose(x, perm=[0, 2, 1, 3])
         return self.op.Reshape(by_token, [self.batch * self.tokens, self.spec.heads * self.spec.head_dim])
 

@@ -22,13 +22,13 @@ class StageCost:
 
 
 def paper_flops(tokens: int, spec: DecoderSpec) -> int:
-    """One layer by the paper's equation 10, `4nd^2 + 2n^2 d + 2ndm`: image tokens only, two FFN matrices."""
+    """Returns a layer's FLOPs by the paper's equation 10, `4nd^2 + 2n^2 d + 2ndm`: image tokens, two FFN matrices."""
     n, d, m = tokens, spec.hidden, spec.ffn
     return 4 * n * d * d + 2 * n * n * d + 2 * n * d * m
 
 
 def layer_flops(tokens: int, spec: DecoderSpec) -> int:
-    """One layer as it is computed, for S `tokens`: a multiply-add counts 2, full S x S attention as kernels run it."""
+    """Returns a layer's FLOPs in truth, for S `tokens`: a multiply-add counts 2, full S x S attention as kernels do."""
     s, d, e = tokens, spec.hidden, spec.head_dim
     projections = 2 * s * d * e * (2 * spec.heads + 2 * spec.kv_heads)
     attention = 2 * 2 * s * s * spec.heads * e
@@ -36,8 +36,9 @@ def layer_flops(tokens: int, spec: DecoderSpec) -> int:
 
 
 def stage_costs(spec: DecoderSpec, plan: PruningPlan, budget: TokenBudget, dtype: Dtype) -> tuple[StageCost, ...]:
-    """One row per stage. KV bytes count the whole static cache of C_i tokens."""
+    """Returns one row per stage. KV bytes count the whole static cache of C_i tokens."""
     kv_token = 2 * spec.kv_heads * spec.head_dim * BYTES[dtype]
+    rows = zip(plan.stages, stage_layers(plan, spec.layers), budget.total, budget.visual, budget.capacity, strict=True)
     return tuple(
         StageCost(
             name=name,
@@ -47,33 +48,26 @@ def stage_costs(spec: DecoderSpec, plan: PruningPlan, budget: TokenBudget, dtype
             kv_bytes=budget.batch * len(layers) * capacity * kv_token,
             flops=budget.batch * len(layers) * layer_flops(tokens, spec),
         )
-        for name, layers, tokens, visual, capacity in zip(
-            plan.stages,
-            stage_layers(plan, spec.layers),
-            budget.total,
-            budget.visual,
-            budget.capacity,
-            strict=True,
-        )
+        for name, layers, tokens, visual, capacity in rows
     )
 
 
 def paper_ratio(spec: DecoderSpec, plan: PruningPlan, visual: Visual) -> float:
-    """FLOPs of the pruned over the unpruned decoder as the paper counts them (LLaVA-7B at the default plan: 0.246)."""
+    """Returns FLOPs of the pruned over the unpruned decoder as the paper counts (LLaVA-7B, default plan: 0.246)."""
     stages = zip(stage_layers(plan, spec.layers), visual, strict=True)
     pruned = sum(len(layers) * paper_flops(n, spec) for layers, n in stages)
     return pruned / (spec.layers * paper_flops(visual[0], spec))
 
 
 def true_ratio(spec: DecoderSpec, plan: PruningPlan, visual: Visual, text_tokens: int) -> float:
-    """FLOPs of the pruned over the unpruned decoder prefill, text tokens and all three FFN matrices included."""
+    """Returns FLOPs of the pruned over the unpruned decoder prefill, with text tokens and all three FFN matrices."""
     stages = zip(stage_layers(plan, spec.layers), visual, strict=True)
     pruned = sum(len(layers) * layer_flops(n + text_tokens, spec) for layers, n in stages)
     return pruned / (spec.layers * layer_flops(visual[0] + text_tokens, spec))
 
 
 def equal_keep(spec: DecoderSpec, layer: int, image_tokens: int, text_tokens: int, ratio: float) -> int:
-    """How many image tokens one cut at `layer` may keep so that `true_ratio` comes nearest to `ratio`.
+    """Returns how many image tokens one cut at `layer` may keep so that `true_ratio` comes nearest to `ratio`.
 
     HimapError (usage) if the layers before the cut alone cost more.
     """

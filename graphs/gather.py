@@ -63,22 +63,15 @@ def _function_proto() -> onnx.FunctionProto:
 def top_k_gather(
     op: OpBuilder, x: ir.Value, score: ir.Value, position: ir.Value, token_type: ir.Value, keep: int
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """The `keep` = S' tokens of highest score, in their order; equal scores go to the lowest index, NaN ranks last.
+    """Keeps `keep` = S' tokens, those of highest score, in their order; of equals the lowest index, NaN ranks last.
 
     x [B,S,D] fp16, bf16 or fp32; score [B,S] fp32, +inf for tokens that must stay; position, token_type [B,S] int64.
     Returns x' [B,S',D], position' and token_type' [B,S'].
     """
     batch, hidden = dim(x, 0), dim(x, 2)
-    y, kept_position, kept_type = op.call(
-        ir.from_proto(_function_proto()),
-        x,
-        score,
-        position,
-        token_type,
-        keep=keep,
-        plugin_namespace=DOMAIN,
-        plugin_version="1",
-    )
+    function = ir.from_proto(_function_proto())
+    attributes = {"keep": keep, "plugin_namespace": DOMAIN, "plugin_version": "1"}
+    y, kept_position, kept_type = op.call(function, x, score, position, token_type, **attributes)
     y.shape, y.type = ir.Shape([batch, keep, hidden]), x.type
     for value in (kept_position, kept_type):
         value.shape, value.type = ir.Shape([batch, keep]), ir.TensorType(ir.DataType.INT64)

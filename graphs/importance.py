@@ -45,7 +45,7 @@ class ScoringContext:
 
 
 def instruction_score(s: ScoringContext) -> ir.Value:
-    """HiMAP's first: what image tokens receive from the text behind the image.
+    """Scores as HiMAP's first criterion: what image tokens receive from the text behind the image.
 
     All T rows that are not image are computed; those before the image and padding weigh nothing.
     """
@@ -54,21 +54,21 @@ def instruction_score(s: ScoringContext) -> ir.Value:
 
 
 def image_score(s: ScoringContext) -> ir.Value:
-    """HiMAP's second: what the V image tokens receive from one another."""
+    """Scores as HiMAP's second criterion: what the V image tokens receive from one another."""
     rows = positions_of(s.op, s.op.Equal(s.token_type, IMAGE), dim(s.token_type, 1), s.visual)
     return _attention(s, rows, s.op.Constant(value=ir.tensor(np.ones((1, 1, 1, s.visual), np.float32))))
 
 
 def last_score(s: ScoringContext) -> ir.Value:
-    """FastV (arXiv 2403.06764): what they receive from the last token of the prompt."""
+    """Scores as FastV (arXiv 2403.06764): what image tokens receive from the last token of the prompt."""
     real = s.op.Cast(s.op.Not(s.op.Equal(s.token_type, PADDING)), to=INT64)
     rows = s.op.Sub(s.op.ReduceSum(real, [1], keepdims=1), 1)
     return _attention(s, rows, s.op.Constant(value=ir.tensor(np.ones((1, 1, 1, 1), np.float32))))
 
 
 def boundary_score(s: ScoringContext) -> ir.Value:
-    """Truncation (arXiv 2406.06579, eqs. 7-11): what they receive from position Nsys + Nimg, the first text behind the
-    image; 0 if there is none."""
+    """Scores as truncation (arXiv 2406.06579, eqs. 7-11): what image tokens receive from position Nsys + Nimg, the
+    first text behind the image; 0 if there is none."""
     tokens = dim(s.token_type, 1)
     first = positions_of(s.op, s.op.Equal(s.token_type, INSTRUCTION), tokens, 1)
     rows = s.op.Min(first, tokens - 1)
@@ -76,7 +76,7 @@ def boundary_score(s: ScoringContext) -> ir.Value:
 
 
 def random_score(s: ScoringContext) -> ir.Value:
-    """A pseudo-random number in [0, 2^24), exact in fp32, of the request's seed, the cut's layer and the position.
+    """Draws a number in [0, 2^24), exact in fp32, from the request's seed, the cut's layer and the position.
 
     Three rounds of x -> x^5 + c modulo PRIME: integers only, so that every runtime draws the same numbers.
     """
@@ -90,7 +90,7 @@ def random_score(s: ScoringContext) -> ir.Value:
 
 
 def uniform_score(s: ScoringContext) -> ir.Value:
-    """1 for V' of the V tokens in even steps: the n-th one if floor((n+1) V' / V) > floor(n V' / V), else 0."""
+    """Scores 1 for V' of the V tokens in even steps: the n-th one if floor((n+1) V' / V) > floor(n V' / V), else 0."""
     op = s.op
     nth = op.CumSum(op.Cast(op.Equal(s.token_type, IMAGE), to=INT64), 1)
     after = op.Div(op.Mul(nth, s.keep), s.visual)
@@ -124,7 +124,7 @@ def register_score(criterion: str, score: Score) -> None:
 
 
 def require_scores(plan: PruningPlan) -> None:
-    """HimapError (usage) if nobody has said how one of the plan's criteria ranks."""
+    """Raises HimapError (usage) if a criterion of the plan is not registered."""
     for cut in plan.cuts:
         if cut.criterion not in SCORES:
             details, hint = f"known: {', '.join(SCORES)}", "one of your own is registered before it is used"
@@ -132,25 +132,25 @@ def require_scores(plan: PruningPlan) -> None:
 
 
 def importance(criterion: str, s: ScoringContext) -> ir.Value:
-    """[B,S] fp32: the score of image tokens by `criterion`, a key of SCORES; +inf for all others, which always stay."""
+    """Returns [B,S] fp32: image tokens' score by `criterion`, a key of SCORES; +inf for others, which always stay."""
     return s.op.Where(s.op.Equal(s.token_type, IMAGE), SCORES[criterion](s), float("inf"))
 
 
 def positions_of(op: OpBuilder, flags: ir.Value, tokens: int, count: int) -> ir.Value:
-    """Ascending indices [B,count] of the first `count` true ones in `flags` [B,tokens]; `tokens` for missing ones."""
+    """Returns indices [B,count], ascending, of the first `count` true `flags` [B,tokens]; `tokens` for missing ones."""
     order = op.Where(flags, list(range(tokens)), tokens)
     index, _ = op.TopK(order, [count], axis=1, largest=0, sorted=1, _outputs=2)
     return index
 
 
 def _is(s: ScoringContext, rows: ir.Value, token_type: int) -> ir.Value:
-    """1 for the `rows` [B,R] of that type, else 0: [B,1,1,R] fp32."""
+    """Returns 1 for the `rows` [B,R] of that type, else 0: [B,1,1,R] fp32."""
     same = s.op.Equal(s.op.GatherElements(s.token_type, rows, axis=1), token_type)
     return s.op.Unsqueeze(s.op.Cast(same, to=FLOAT), [1, 2])
 
 
 def _attention(s: ScoringContext, rows: ir.Value, weight: ir.Value) -> ir.Value:
-    """mean over heads of sum over `rows` [B,R] of weight [B,1,1,R] * softmax(q k^T / sqrt(E)) [B,H,R,S]."""
+    """Returns mean over heads of sum over `rows` [B,R] of weight [B,1,1,R] * softmax(q k^T / sqrt(E)) [B,H,R,S]."""
     op, batch, count = s.op, dim(rows, 0), dim(rows, 1)
     tokens, groups, e = dim(s.query, 2), s.spec.kv_heads, s.spec.head_dim
     by_token = op.Transpose(s.query, perm=[0, 2, 1, 3])

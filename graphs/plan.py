@@ -35,7 +35,7 @@ class Cut(Struct, frozen=True, forbid_unknown_fields=True):
     keep: Tokens | None = None
 
     def kept(self, alive: int) -> int:
-        """V' of V `alive` image tokens; HimapError (usage) if more are to be kept than there are."""
+        """Returns V' of V `alive` image tokens; HimapError (usage) if more are to be kept than there are."""
         if self.keep is None:
             return alive - math.floor((self.remove or 0) * alive)
         if self.keep > alive:
@@ -68,11 +68,11 @@ class PruningPlan(Struct, frozen=True, forbid_unknown_fields=True):
         return next((name for name, criteria in POLICIES.items() if criteria == found), "custom")
 
     def ranked_by(self, criterion: Criterion) -> Self:
-        """The same cuts at equal FLOPs, all by another criterion: the baselines."""
+        """Returns the same cuts at equal FLOPs, all by another criterion: the baselines."""
         return replace(self, cuts=tuple(replace(cut, criterion=criterion) for cut in self.cuts))
 
     def check(self, layers: int) -> Self:
-        """The plan itself, if a decoder of `layers` layers can follow it; else HimapError (usage)."""
+        """Returns the plan itself, if a decoder of `layers` layers can follow it; else HimapError (usage)."""
         for name, cut in zip(self.stages[1:], self.cuts, strict=True):
             _check_cut(name, cut, layers)
         for n, (before, after) in enumerate(pairwise(self.cuts), 1):
@@ -82,7 +82,7 @@ class PruningPlan(Struct, frozen=True, forbid_unknown_fields=True):
         return self
 
     def kept(self, image_tokens: int) -> Visual:
-        """[V0, V1, ..]: image tokens alive in each stage; HimapError (usage) if a cut finds too few."""
+        """Returns [V0, V1, ..]: image tokens alive in each stage; HimapError (usage) if a cut finds too few."""
         found = [image_tokens]
         for cut in self.cuts:
             if not found[-1]:
@@ -124,7 +124,7 @@ POLICIES: Mapping[str, tuple[Criterion, ...]] = {
 
 
 def himap(k1: int, k2: int, r1: float, r2: float) -> PruningPlan:
-    """HiMAP's plan: `r1` is removed at layer `k1`, `r2` of the rest at layer `k2`."""
+    """Returns HiMAP's plan: `r1` is removed at layer `k1`, `r2` of the rest at layer `k2`."""
     return PruningPlan((Cut(k1, "instruction", r1), Cut(k2, "image", r2)))
 
 
@@ -133,7 +133,7 @@ TASKS = {"qa": himap(2, 8, 0.5, 0.75), "caption": himap(2, 15, 0.5, 0.5)}
 
 
 def align(visual: Visual, text: int, multiple: int) -> Visual:
-    """[V0, V1, ..] with more image tokens kept, so that each stage behind a cut holds a multiple of `multiple` tokens.
+    """Returns [V0, V1, ..] with more image tokens kept: each stage behind a cut holds a multiple of `multiple` tokens.
 
     V0 is the image's own. A stage never holds more image tokens than the one before it; HimapError (usage) if a cut
     that removed tokens would then remove none.
@@ -147,9 +147,8 @@ def align(visual: Visual, text: int, multiple: int) -> Visual:
             continue
         kept = math.ceil((after + text) / multiple) * multiple - text
         if kept >= found[-1]:
-            raise _bad(
-                f"`align` {multiple} undoes a cut", f"{after} of {before} image tokens should stay: align to less"
-            )
+            hint = f"{after} of {before} image tokens should stay: align to less"
+            raise _bad(f"`align` {multiple} undoes a cut", hint)
         found.append(kept)
     return tuple(found)
 

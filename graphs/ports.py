@@ -63,7 +63,7 @@ class Place(NamedTuple):
         return form.format(layer=self.layer, cut=self.cut)
 
     def fits(self) -> bool:
-        """Whether it says of which layer or cut it is, as its role wants it."""
+        """Tells whether it says of which layer or cut it is, as its role wants it."""
         form = _NAMES.get(self.role, self.role)
         return ("{layer}" in form, "{cut}" in form) == (self.layer is not None, self.cut is not None)
 
@@ -117,7 +117,7 @@ class GraphPorts(NamedTuple):
 
 
 def graph_problems(graph: GraphPorts) -> Iterator[str]:
-    """What the ports of one graph say that cannot be so."""
+    """Yields what the ports of one graph say that cannot be so."""
     for name, port in (*graph.inputs.items(), *graph.outputs.items()):
         if not port.place.fits():
             yield f"{name} is {port.role} of layer {port.layer} and cut {port.cut}"
@@ -136,7 +136,7 @@ def graph_problems(graph: GraphPorts) -> Iterator[str]:
 
 
 def chain_problems(chain: Sequence[GraphPorts], cuts: int) -> Iterator[str]:
-    """What vision, the stages of prefill and decode, in their order, promise each other and do not keep."""
+    """Yields what vision, the stages of prefill and decode, in their order, promise each other and do not keep."""
     decode, known, written = chain[-1], dict[Place, Port](), set[Place]()
     for graph in chain:
         for name, port in (*graph.inputs.items(), *graph.outputs.items()):

@@ -46,6 +46,6 @@ class DecoderSpec(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def stage_layers(plan: PruningPlan, layers: int) -> tuple[range, ...]:
-    """The layers of each stage: 0..k1-1, k1..k2-1, .."""
+    """Returns the layers of each stage: 0..k1-1, k1..k2-1, .."""
     edges = (0, *(cut.layer for cut in plan.cuts), layers)
     return tuple(range(a, b) for a, b in pairwise(edges))

@@ -38,14 +38,14 @@ class StagedModel:
         return *(self.stage(i) for i in range(len(self.plan.stages))), self.decode()
 
     def removes(self, cut: int) -> bool:
-        """Whether cut 1, 2, .. removes anything; one that does not has no score and no gather."""
+        """Tells whether cut 1, 2, .. removes anything; one that does not has no score and no gather."""
         return self.budget.visual[cut] < self.budget.visual[cut - 1]
 
     def stage(self, i: int) -> StageGraph:
-        """Stage i of prefill: opened by the prompt or by a gather, closed by the next cut's score or by the logits."""
+        """Returns stage i of prefill: opened by the prompt or a gather, closed by the next cut's score or by logits."""
         f = Frame(self.plan.stages[i], self.dtype)
         x, position, token_type = self._prompt(f) if i == 0 else self._cut(f, i)
-        x, a = self._prefill(f, i, x, position, token_type)
+        x, a = self._prefill(f, i, x=x, position=position, token_type=token_type)
         by_token = (self.budget.batch, self.budget.total[i], self.spec.hidden)
         hidden = f.op.Reshape(x, list(by_token))
         if i == len(self.plan.cuts):
@@ -54,11 +54,11 @@ class StagedModel:
             return f.finish()
         f.output(Place("hidden", cut=i + 1), hidden, by_token)
         if self.removes(i + 1):
-            self._score(f, i + 1, a, token_type, position)
+            self._score(f, i + 1, a=a, token_type=token_type, position=position)
         return f.finish()
 
     def _prompt(self, f: Frame) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Embedded ids [B*S0,D] with the image features in their places, position and token_type [B,S0]."""
+        """Returns embedded ids [B*S0,D] with the image features in their places, position and token_type [B,S0]."""
         b, s0, hidden = self.budget.batch, self.budget.total[0], self.spec.hidden
         places = Place("input_ids"), Place("position_ids"), Place("token_type")
         ids, position, token_type = (f.integers(place, b, s0) for place in places)
@@ -67,7 +67,7 @@ class StagedModel:
         return x, position, token_type
 
     def _cut(self, f: Frame, i: int) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """The gather of cut i, from S_{i-1} to S_i tokens; outputs the positions and types of those it keeps."""
+        """Gathers by cut i, from S_{i-1} to S_i tokens; outputs the positions and types of those it keeps."""
         b, hidden, before, after = self.budget.batch, self.spec.hidden, *self.budget.total[i - 1 : i + 1]
         x = f.input(Place("hidden", cut=i), (b, before, hidden))
         places = Place("kept_positions", cut=i - 1), Place("kept_types", cut=i - 1)
@@ -76,7 +76,7 @@ class StagedModel:
         position, token_type = (f.integers(place, b, before) for place in places)
         if self.removes(i):
             score = f.input(Place("score", cut=i), (b, before), "fp32")
-            x, position, token_type = top_k_gather(f.op, x, score, position, token_type, after)
+            x, position, token_type = top_k_gather(f.op, x, score, position=position, token_type=token_type, keep=after)
         f.output(Place("kept_positions", cut=i), position, (b, after), "int64")
         f.output(Place("kept_types", cut=i), token_type, (b, after), "int64")
         return f.op.Reshape(x, [b * after, hidden]), position, token_type
@@ -93,19 +93,19 @@ class StagedModel:
         f.output(Place("score", cut=i), importance(cut.criterion, context), shape, "fp32")
 
     def _last_logits(self, f: Frame, hidden: ir.Value, token_type: ir.Value) -> None:
-        """Of each sample's last prompt token; padding lies behind it."""
+        """Outputs the logits of each sample's last prompt token; padding lies behind it."""
         real = f.op.Cast(f.op.Not(f.op.Equal(token_type, PADDING)), to=INT64)
         last = f.op.Sub(f.op.ReduceSum(real, [1], keepdims=1), 1)
         self._logits(f, f.op.GatherND(hidden, last, batch_dims=1))
 
     def decode(self) -> StageGraph:
-        """One token per sample through all layers, over the caches of all stages."""
+        """Returns the graph that takes one token per sample through all layers, over the caches of all stages."""
         b, spec = self.budget.batch, self.spec
         f = Frame("decode", self.dtype)
         ids, position = f.integers(Place("next_id"), b, 1), f.integers(Place("next_position"), b, 1)
         rope = rotary(f, spec, f.integers(Place("next_rope_position"), b, 1, 3) if spec.rope_axes else position)
         x = f.op.Reshape(self._embed(f, ids), [b, spec.hidden])
-        decoder = Decoder(f, spec, self.names, b, 1)
+        decoder = Decoder(f, spec, names=self.names, batch=b, tokens=1)
         for stage, layers in enumerate(stage_layers(self.plan, spec.layers)):
             capacity = self.budget.capacity[stage]
             # A token removed by a cut left its slot to those behind it: slot = position - tokens removed so far.
@@ -113,22 +113,22 @@ class StagedModel:
             seen = f.op.LessOrEqual(list(range(capacity)), f.op.Reshape(slot, [b, 1, 1, 1]))
             mask = f.op.Cast(f.op.Where(seen, 0.0, -65504.0), to=f.dtype)
             for i in layers:
-                x, _ = decoder.layer(i, x, rope, self._cached_attention(f, i, capacity, slot, mask))
+                x, _ = decoder.layer(i, x, rope, self._cached_attention(f, i, capacity=capacity, slot=slot, mask=mask))
         self._logits(f, x)
         return f.finish()
 
     def _cached_attention(self, f: Frame, i: int, capacity: int, slot: ir.Value, mask: ir.Value) -> Attention:
-        """Of one new token, which takes its slot in layer i's caches, over those that `mask` lets it see."""
+        """Returns attention of one new token, which takes its `slot` in layer i's caches, over what `mask` shows it."""
 
         def attend(q: ir.Value, k: ir.Value, v: ir.Value) -> Attended:
-            k, v = self._cache(f, i, capacity, (k, v), slot)
+            k, v = self._cache(f, i, capacity=capacity, new=(k, v), at=slot)
             return Attended(f.op.Attention(q, k, v, mask), q, k, v)
 
         return attend
 
     def _cache(self, f: Frame, i: int, capacity: int, new: Pair, at: ir.Value) -> Pair:
-        """Layer i's caches of keys and values, [B,G,C,E] each, with `new` ones [B,G,n,E] from slot `at` [B] on: inputs,
-        and outputs that share their memory."""
+        """Writes `new` keys and values [B,G,n,E] into layer i's caches [B,G,C,E] from slot `at` [B] on: inputs, and
+        outputs that share their memory."""
         shape = (self.budget.batch, self.spec.kv_heads, capacity, self.spec.head_dim)
         places = Place("key", i), Place("value", i)
         old = f.input(places[0], shape), f.input(places[1], shape)
@@ -140,19 +140,19 @@ class StagedModel:
     def _prefill(
         self, f: Frame, stage: int, x: ir.Value, position: ir.Value, token_type: ir.Value
     ) -> tuple[ir.Value, Attended]:
-        """The stage's layers; each attends over its own keys and values and leaves them at the head of its caches."""
+        """Runs the stage's layers: each attends over its own keys and values and leaves them at its caches' head."""
         b, tokens, capacity = self.budget.batch, self.budget.total[stage], self.budget.capacity[stage]
         rope, first = self._rotary(f, position), f.op.Constant(value_ints=[0] * b)
-        decoder = Decoder(f, self.spec, self.names, b, tokens)
+        decoder = Decoder(f, self.spec, names=self.names, batch=b, tokens=tokens)
         for i in stage_layers(self.plan, self.spec.layers)[stage]:
             x, a = decoder.layer(i, x, rope, decoder.prefill_attention)
-            self._cache(f, i, capacity, (a.key, a.value), first)
+            self._cache(f, i, capacity=capacity, new=(a.key, a.value), at=first)
             if i < self.spec.deepstack:
-                x = self._add_deepstack(f, i, x, position, token_type)
+                x = self._add_deepstack(f, i, x=x, position=position, token_type=token_type)
         return x, a
 
     def _rotary(self, f: Frame, position: ir.Value) -> Rotary:
-        """By the tokens' places in the prompt; under M-RoPE by what stands at these places in the whole prompt's ids.
+        """Rotates by the tokens' places in the prompt; under M-RoPE by what the whole prompt's ids have there.
 
         So a cut need not carry the ids: they are looked up by the original positions that it keeps.
         """
@@ -162,7 +162,7 @@ class StagedModel:
         return rotary(f, self.spec, f.op.GatherND(whole, f.op.Unsqueeze(position, [2]), batch_dims=1))
 
     def _add_deepstack(self, f: Frame, i: int, x: ir.Value, position: ir.Value, token_type: ir.Value) -> ir.Value:
-        """x + the vision features that belong behind layer i, at the image tokens still alive: [B*S,D].
+        """Returns x + the vision features that belong behind layer i, at the image tokens still alive: [B*S,D].
 
         Features are of all V0 tokens: which one is a token's own is counted in the whole prompt's types.
         """
@@ -178,16 +178,16 @@ class StagedModel:
         return f.op.Gather(f.weight(self.names("embed_tokens.weight"), self.spec.vocab, self.spec.hidden), ids)
 
     def _merge(self, f: Frame, text: ir.Value, features: ir.Value, token_type: ir.Value) -> ir.Value:
-        """The n-th image token of a sample takes the n-th image feature: [B,S,D]."""
+        """Returns [B,S,D] in which the n-th image token of a sample is the n-th image feature."""
         image = f.op.GatherND(features, f.op.Unsqueeze(self._nth_image(f, token_type), [2]), batch_dims=1)
         return f.op.Where(f.op.Unsqueeze(f.op.Equal(token_type, IMAGE), [2]), image, text)
 
     def _nth_image(self, f: Frame, token_type: ir.Value) -> ir.Value:
-        """How many image tokens stand before each image token: [B,S]; anything from 0 on at other tokens."""
+        """Counts the image tokens before each image token: [B,S]; anything from 0 on at other tokens."""
         return f.op.Max(f.op.Sub(f.op.CumSum(f.op.Cast(f.op.Equal(token_type, IMAGE), to=INT64), 1), 1), 0)
 
     def _logits(self, f: Frame, x: ir.Value) -> None:
-        """Final norm and head over [B,D]; logits leave as [B,W] fp32."""
-        decoder = Decoder(f, self.spec, self.names, self.budget.batch, 1)
+        """Outputs final norm and head over [B,D] as logits [B,W] fp32."""
+        decoder = Decoder(f, self.spec, names=self.names, batch=self.budget.batch, tokens=1)
         logits = decoder.linear(decoder.norm(x, "norm"), "lm_head", self.spec.vocab, bias=False)
         f.output(Place("logits"), f.op.Cast(logits, to=ir.DataType.FLOAT), (self.budget.batch, self.spec.vocab), "fp32")

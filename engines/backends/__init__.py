@@ -58,14 +58,14 @@ class Engines(Protocol):
     def tensor(self, spec: TensorSpec) -> Tensor: ...
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
-        """A function that runs `graph`, as the manifest names it, on these tensors.
+        """Returns a function that runs `graph`, as the manifest names it, on these tensors.
 
         One that is bound as input and as output is updated in place.
         """
         ...
 
     def chain(self, runs: Sequence[Callable[[], None]]) -> Callable[[], None]:
-        """One function that does what `runs` of this object do, one after the other, at the least cost."""
+        """Returns one function that does what `runs` of this object do, one after the other, at the least cost."""
         ...
 
 
@@ -73,11 +73,11 @@ class Backend(Protocol):
     """What a backend's module offers."""
 
     def check(self, dtype: str, gather: Gather) -> None:
-        """HimapError if this backend cannot build graphs of this dtype and gather, or is not installed."""
+        """Raises HimapError if this backend cannot build graphs of this dtype and gather, or is not installed."""
         ...
 
     def environment(self, gather: Gather, scratch: Path) -> Mapping[str, str] | None:
-        """Variables of the process of its own that a build needs, or None if any process will do.
+        """Returns the variables of the process of its own that a build needs, or None if any process will do.
 
         What they point to is in the folder `scratch`, which lasts as long as the build.
         """
@@ -89,7 +89,7 @@ class Backend(Protocol):
 
 
 def load_backend(name: str) -> Backend:
-    """The module of a backend, by the name users give it; HimapError (usage) if there is none."""
+    """Returns the module of a backend, by the name users give it; HimapError (usage) if there is none."""
     if name not in BACKENDS:
         raise HimapError(f"unknown backend {name}", hint=f"known: {', '.join(BACKENDS)}", code=Exit.USAGE)
     return cast(Backend, import_module(f"{__name__}.{name.replace('-', '_')}"))

@@ -59,7 +59,7 @@ def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
     start = time.perf_counter()
     record = bundle.manifest.graphs[graph]
     held = {} if bundle.manifest.weight_form == "absent" else find_tensors(bundle.tensors, record.weights)
-    _session(bundle, graph, _values(held, "cpu"), ANYWAY, "cpu")
+    _session(bundle, graph, weights=_values(held, "cpu"), opening=ANYWAY, device="cpu")
     form: Literal["ops", "none"] = "ops" if any(port.role == "score" for port in record.inputs.values()) else "none"
     return EngineRecord(record.file, round(time.perf_counter() - start, 3), form)
 
@@ -69,7 +69,7 @@ def open_engines(bundle: Bundle, opening: Opening = ANYWAY) -> "OnnxRuntime":
 
 
 def _device(asked: str | None) -> str:
-    """What was asked for, else "cuda" where its provider is installed; HimapError (missing) if asked for and not."""
+    """Returns `asked`, else "cuda" where its provider is installed; HimapError (missing) if asked for and not."""
     held = _PROVIDERS["cuda"] in _onnxruntime().get_available_providers()
     if asked == "cuda" and not held:
         hint = f"in the place of onnxruntime: {how_to_install('cuda')}"
@@ -78,12 +78,15 @@ def _device(asked: str | None) -> str:
 
 
 def _values(tensors: Mapping[str, StoredTensor], device: str) -> dict[str, Any]:
-    """Weights as OrtValues: on the CPU over the mapped files' pages, on a GPU copied there one by one."""
+    """Returns weights as OrtValues: on the CPU over the mapped files' pages, on a GPU copied there one by one."""
     arrays = map_tensors(tensors.values())
     if device == "cpu":
-        made = _onnxruntime().OrtValue.ortvalue_from_numpy
-        return {name: made(array) for name, array in arrays.items()}
+        return {name: _on_host(array) for name, array in arrays.items()}
     return {name: _borrowed(_on_device(array)) for name, array in arrays.items()}
+
+
+def _on_host(array: npt.NDArray[Any]) -> Any:
+    return _onnxruntime().OrtValue.ortvalue_from_numpy(array)
 
 
 def _on_device(array: npt.NDArray[Any]) -> Any:
@@ -96,7 +99,7 @@ def _borrowed(value: Any) -> Any:
 
 
 def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Opening, device: str) -> Any:
-    """A graph over `weights`, as far as it reads them from outside its own file."""
+    """Opens a graph over `weights`, as far as it reads them from outside its own file."""
     ort, options = _onnxruntime(), _onnxruntime().SessionOptions()
     options.intra_op_num_threads = opening.threads or len(os.sched_getaffinity(0))
     options.log_severity_level = 3
@@ -124,7 +127,7 @@ def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Op
 
 
 def _elsewhere(session: Any, provider: str) -> str:
-    """How many nodes of a session run on another provider than this one, and which; empty if none does."""
+    """Says how many nodes of a session run on another provider than this one, and which; "" if none does."""
     parts = session.get_provider_graph_assignment_info()
     nodes = [(part.ep_name == provider, node) for part in parts for node in part.get_nodes()]
     others = ", ".join(f"{node.op_type} {node.name}".strip() for here, node in nodes if not here)
@@ -132,35 +135,18 @@ def _elsewhere(session: Any, provider: str) -> str:
     return f"{sum(not here for here, _ in nodes)} of {len(nodes)} nodes, {named}" if others else ""
 
 
-class HostTensor:
-    """NumPy memory that onnxruntime reads and writes in place."""
+class OrtTensor:
+    """Memory of the host or the device that onnxruntime's sessions share; only `write` and `read` move it."""
 
-    def __init__(self, spec: TensorSpec) -> None:
-        self.spec = spec
-        self.array: npt.NDArray[Any] = np.zeros(spec.shape, NUMPY[spec.dtype])
-        self.value = _onnxruntime().OrtValue.ortvalue_from_numpy(self.array)
-
-    def write(self, values: npt.NDArray[Any]) -> None:
-        self.array[...] = as_stored(values, self.spec.dtype)
-
-    def read(self) -> npt.NDArray[Any]:
-        return self.array.copy()
-
-
-class CudaTensor:
-    """Device memory that onnxruntime's sessions share; only `write` and `read` move it."""
-
-    def __init__(self, spec: TensorSpec) -> None:
-        self.spec = spec
-        self.value = _on_device(np.zeros(spec.shape, NUMPY[spec.dtype]))
+    def __init__(self, spec: TensorSpec, value: Any) -> None:
+        self.spec, self.value = spec, value
 
     def write(self, values: npt.NDArray[Any]) -> None:
         stored = as_stored(values, self.spec.dtype)
         self.value.update_inplace(np.ascontiguousarray(np.broadcast_to(stored, self.spec.shape)))
 
     def read(self) -> npt.NDArray[Any]:
-        array: npt.NDArray[Any] = self.value.numpy()
-        return array
+        return np.array(self.value.numpy())  # of the host's memory that is a view
 
 
 class OnnxRuntime:
@@ -168,14 +154,15 @@ class OnnxRuntime:
 
     def __init__(self, bundle: Bundle, opening: Opening) -> None:
         self._bundle, self._opening, self.device = bundle, opening, _device(opening.device)
-        form = bundle.manifest.weight_form
-        self._weights = {} if form == "embedded" else _values(bundle.weights(), self.device)
+        inside = bundle.manifest.weight_form == "embedded"
+        self._weights = {} if inside else _values(bundle.weights(), self.device)
 
     def tensor(self, spec: TensorSpec) -> Tensor:
-        return HostTensor(spec) if self.device == "cpu" else CudaTensor(spec)
+        zeros = np.zeros(spec.shape, NUMPY[spec.dtype])
+        return OrtTensor(spec, _on_host(zeros) if self.device == "cpu" else _on_device(zeros))
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
-        session = _session(self._bundle, graph, self._weights, self._opening, self.device)
+        session = _session(self._bundle, graph, weights=self._weights, opening=self._opening, device=self.device)
         record, binding = self._bundle.manifest.graphs[graph], session.io_binding()
         for names, bind in (
             (record.inputs, binding.bind_ortvalue_input),
@@ -183,7 +170,7 @@ class OnnxRuntime:
         ):
             for name in names:
                 tensor = tensors[name]
-                assert isinstance(tensor, HostTensor | CudaTensor)  # tensors come from this object's own `tensor`
+                assert isinstance(tensor, OrtTensor)  # tensors come from this object's own `tensor`
                 bind(name, tensor.value)
         if self._bundle.manifest.weight_form == "absent":  # such a graph takes its weights as inputs
             for name in record.weights:

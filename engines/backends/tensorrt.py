@@ -14,16 +14,17 @@ from himap_export.engines.nvinfer import build as builder
 from himap_export.engines.nvinfer import run
 from himap_export.engines.nvinfer.edition import DATACENTER as EDITION
 from himap_export.engines.plugin import tensorrt as plugin
+from himap_export.engines.plugin.ptx import check_compiler
 
 
 def check(dtype: str, gather: Gather) -> None:
     builder.check(EDITION, dtype)
     if gather != "ops":
-        plugin.check()
+        check_compiler()
 
 
 def environment(gather: Gather, scratch: Path) -> Mapping[str, str]:
-    """A build takes a process of its own: it may abort, and the plugin registered for it ends with it."""
+    """Asks for a process of its own: a build may abort, and the plugin registered for it ends with it."""
     return {}
 
 
@@ -32,7 +33,7 @@ def version() -> dict[str, str]:
 
 
 def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
-    """With the plugin unless asked otherwise: the engine holds its kernel, and loads without it."""
+    """Compiles one graph, with the plugin unless asked otherwise: the engine holds its kernel, and loads without it."""
     if gather == "ops":
         return builder.build(EDITION, bundle, graph, "ops")
     plugin.register()

@@ -11,16 +11,17 @@ from himap_export.engines.nvinfer import build as builder
 from himap_export.engines.nvinfer import run
 from himap_export.engines.nvinfer.edition import RTX as EDITION
 from himap_export.engines.plugin import tensorrt_rtx as plugin
+from himap_export.engines.plugin.ptx import check_compiler
 
 
 def check(dtype: str, gather: Gather) -> None:
     builder.check(EDITION, dtype)
     if gather == "plugin":
-        plugin.check()
+        check_compiler()
 
 
 def environment(gather: Gather, scratch: Path) -> Mapping[str, str]:
-    """A build takes a process of its own: it may abort, and what it registers and allocates ends with it."""
+    """Asks for a process of its own: a build may abort, and what it registers and allocates ends with it."""
     if gather != "plugin":
         return {}
     found = plugin.link_library(scratch)
@@ -33,7 +34,7 @@ def version() -> dict[str, str]:
 
 
 def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
-    """Inlined unless asked otherwise: fused with the next norm it costs a few kernels, and loads without a plugin."""
+    """Compiles one graph. Inlined, the gather costs a few kernels, and the engine loads without a plugin."""
     if gather == "plugin":
         plugin.check_library()
         plugin.register()

@@ -15,7 +15,7 @@ from himap_export.graphs.errors import Exit, HimapError
 
 
 def check(edition: Edition, dtype: str) -> None:
-    """HimapError if the product is not installed, or has no fused attention in `dtype`."""
+    """Raises HimapError if the product is not installed, or has no fused attention in `dtype`."""
     edition.api()
     if dtype == "fp32":
         hint = "use `dtype` fp16 or bf16"
@@ -35,13 +35,8 @@ def build(edition: Edition, bundle: Bundle, graph: str, gather: Gather) -> Engin
     builder = trt.Builder(log)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
-    operators = _parse(
-        edition,
-        parser,
-        source=source,
-        inside=bundle.manifest.weight_form == "embedded",
-        weights=frozenset(record.weights),
-    )
+    inside = bundle.manifest.weight_form == "embedded"
+    operators = _parse(edition, parser, source=source, inside=inside, weights=frozenset(record.weights))
     path.parent.mkdir(exist_ok=True)
     with path.open("wb") as out:
         built = builder.build_serialized_network_to_stream(network, _config(edition, builder), _writer(trt, out))
@@ -53,9 +48,7 @@ def build(edition: Edition, bundle: Bundle, graph: str, gather: Gather) -> Engin
         details = f"the engine of {graph} holds its {'standard operators' if form == 'ops' else form}"
         raise HimapError(f"{edition.title} did not take the gather as {gather}", details)
     seconds = round(time.perf_counter() - start, 3)
-    return EngineRecord(
-        file=file, seconds=seconds, gather=form, layers=layers(network), kernels=kernels(log.layers, operators)
-    )
+    return EngineRecord(file, seconds, form, layers=layers(network), kernels=kernels(log.layers, operators))
 
 
 def _parse(edition: Edition, parser: Any, source: Path, inside: bool, weights: frozenset[str]) -> dict[str, str]:
@@ -88,7 +81,7 @@ def _config(edition: Edition, builder: Any) -> Any:
 
 
 def _writer(trt: ModuleType, out: IO[bytes]) -> Any:
-    """The engine goes to its file in pieces: with weights inside it is larger than what memory should hold twice."""
+    """Returns a writer in pieces: with weights inside an engine is larger than what memory should hold twice."""
 
     class Writer(trt.IStreamWriter):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -116,7 +109,7 @@ def _refused(edition: Edition, source: Path, problem: str) -> HimapError:
 
 
 def _gather_form(trt: ModuleType, network: Any, operators: Mapping[str, str]) -> Literal["ops", "plugin", "none"]:
-    """Whether the parser found a plugin for `himap::TopKGather` or inlined its standard operators."""
+    """Tells whether the parser found a plugin for `himap::TopKGather` or inlined its standard operators."""
     if any(network.get_layer(i).type == trt.LayerType.PLUGIN_V3 for i in range(network.num_layers)):
         return "plugin"
     return "ops" if "TopKGather" in operators.values() else "none"

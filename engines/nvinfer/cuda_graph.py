@@ -1,7 +1,4 @@
-"""Runs on one stream, played back as one CUDA graph.
-
-Not run on hardware yet: written from cuda-core 1.2's documentation, tested over a stand-in with its signatures.
-"""
+"""Runs on one stream, played back as one CUDA graph."""
 
 import weakref
 from collections.abc import Callable, Sequence

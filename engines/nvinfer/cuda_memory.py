@@ -1,7 +1,4 @@
-"""GPU memory through cuda.core: one device, one stream, tensors allocated once.
-
-Not run on hardware yet: written from cuda-core 1.2's documentation, tested over a stand-in with its signatures.
-"""
+"""GPU memory through cuda.core: one device, one stream, tensors allocated once."""
 
 import ctypes
 import weakref

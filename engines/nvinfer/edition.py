@@ -28,7 +28,7 @@ class Edition:
     plugin: str = ""
 
     def api(self) -> ModuleType:
-        """The Python bindings; HimapError (missing) if they, or the libraries behind them, are not there."""
+        """Returns the Python bindings; HimapError (missing) if they, or the libraries behind them, are not there."""
         try:
             return import_module(self.module)
         except (ImportError, OSError) as problem:
@@ -63,7 +63,7 @@ DATACENTER = Edition(
 
 @cache
 def log_of(edition: Edition) -> Any:
-    """The process's one logger. TensorRT keeps the first it is given, so a second would never hear a word."""
+    """Returns the process's one logger. TensorRT keeps the first it is given, so a second would never hear a word."""
     trt = edition.api()
 
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]

@@ -9,13 +9,13 @@ _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<type>\w+),.*?Metadata
 
 
 def layers(network: Any) -> tuple[str, ...]:
-    """The layers of a parsed network by type, most first: "64x KV_CACHE_UPDATE". An Attention is two of them."""
+    """Returns a parsed network's layers by type, most first: "64x KV_CACHE_UPDATE". An Attention is two of them."""
     found = Counter(network.get_layer(i).type.name for i in range(network.num_layers))
     return tuple(f"{count}x {name}" for name, count in found.most_common())
 
 
 def kernels(log: str, operators: Mapping[str, str]) -> tuple[str, ...]:
-    """The kernels in a build's `Layers:` log, equal ones counted: "32x _gemm_mha_v2 (Attention)", by first use.
+    """Returns the kernels in a build's `Layers:` log, equal ones counted: "32x _gemm_mha_v2 (Attention)", by first use.
 
     In parentheses the ONNX operators that became this kernel; `operators` gives each node's by name.
     """

@@ -1,7 +1,4 @@
-"""Running engines on one GPU: one copy of the weights, tensors bound once by address, one stream.
-
-Not run on hardware yet: written from the API's documentation, tested over stand-ins of its runtime and CUDA's.
-"""
+"""Running engines on one GPU: one copy of the weights, tensors bound once by address, one stream."""
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -23,16 +20,14 @@ from himap_export.graphs.ports import TensorSpec
 
 
 def open_engines(edition: Edition, bundle: Bundle) -> "NvInferEngines":
-    """Needs a GPU that the product runs on."""
+    """Opens the bundle's engines; HimapError (missing) without a GPU that the product runs on."""
     edition.api()
     try:
         core = cuda_core()
         device = first_gpu(core)
     except NoGpu as reason:
-        details = f"{reason}; building the engines needed none"
-        raise HimapError(
-            f"running {edition.name} engines needs a GPU", details, _elsewhere(bundle), Exit.MISSING
-        ) from None
+        summary, details = f"running {edition.name} engines needs a GPU", f"{reason}; building the engines needed none"
+        raise HimapError(summary, details, _elsewhere(bundle), Exit.MISSING) from None
     name, capability = str(device.name), 10 * device.compute_capability.major + device.compute_capability.minor
     if edition.capabilities and capability not in edition.capabilities:
         details = f"cuda:0 is {name}, SM{capability}; it runs on SM{', '.join(map(str, edition.capabilities))}"
@@ -62,7 +57,7 @@ class NvInferEngines:
         return DeviceTensor(self._gpu, spec)
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
-        """A function that enqueues `graph`; reading a tensor waits for it."""
+        """Returns a function that enqueues `graph`; reading a tensor waits for it."""
         engine = self._engine(graph)
         context = engine.create_execution_context()
         if context is None:
@@ -90,11 +85,11 @@ class NvInferEngines:
         return Chain(self._gpu, own, obstacle)
 
     def memory_bytes(self) -> int:
-        """Device memory of weights, tensors and engines' scratch; CUDA's own and the kernels' is not in it."""
+        """Returns device memory of weights, tensors and engines' scratch; CUDA's own and the kernels' is not in it."""
         return self._gpu.held
 
     def _engine(self, graph: str) -> Any:
-        """Loaded once, however often it is bound."""
+        """Returns a graph's engine, loaded once, however often it is bound."""
         if graph not in self._engines:
             record = self._bundle.manifest.engines[self.edition.name][graph]
             if record.gather == "plugin" and self.edition.plugin:
@@ -118,7 +113,7 @@ class NvInferEngines:
 
 
 def check_engines(edition: Edition, bundle: Bundle, runtime: Any, capability: int) -> None:
-    """HimapError that says why an engine of this bundle cannot run here, before anything is loaded.
+    """Raises HimapError that says why an engine of this bundle cannot run here, before anything is loaded.
 
     TensorRT-RTX tells, from a few bytes. TensorRT does not: its engines run only in the version, and on the kind of
     GPU, that built them, which the manifest names.
@@ -147,7 +142,7 @@ def _header(path: Path, size: int) -> bytes:
 
 
 def _mismatch(edition: Edition, made: Mapping[str, str], capability: int, version: bool) -> tuple[str, str] | None:
-    """What the toolchain of a bundle and this machine disagree about, and a hint; what is not recorded may fit."""
+    """Says what the toolchain of a bundle and this machine disagree about, and a hint; what is not recorded may fit."""
     system, here = made.get("platform", "").partition("-")[0], platform.platform().partition("-")[0]
     if system and system != here:
         return f"it was built on {system}, this is {here}", f"export again on {here}"
@@ -163,7 +158,7 @@ def _mismatch(edition: Edition, made: Mapping[str, str], capability: int, versio
 def _told(
     edition: Edition, made: Mapping[str, str], runtime: Any, capability: int, header: bytes
 ) -> tuple[str, str] | None:
-    """What TensorRT-RTX finds wrong with an engine, and a hint. Its diagnostics are a sum of the enum's values."""
+    """Says what TensorRT-RTX finds wrong with an engine, and a hint. Its diagnostics are a sum of the enum's values."""
     trt, log = edition.api(), log_of(edition)
     log.clear()
     validity, diagnostics = runtime.get_engine_validity(header)
@@ -210,7 +205,7 @@ class _Run:
             raise self.engines.failed(f"cannot run {self.graph}")
 
     def capturable(self) -> bool:
-        """TensorRT-RTX knows; TensorRT has no such call: there, capturing is tried."""
+        """Asks TensorRT-RTX; TensorRT has no such call: there, capturing is tried."""
         ask = getattr(self.context, "is_stream_capturable", None)
         return ask is None or bool(ask(self.engines.stream))
 
@@ -220,7 +215,7 @@ def _port_names(engine: Any) -> list[str]:
 
 
 def _check_aliases(trt: ModuleType, engine: Any, graph: str, addresses: Mapping[str, int]) -> None:
-    """A cache that TensorRT updates in place must be bound as input and as output at one address."""
+    """Refuses a cache, which TensorRT updates in place, that is not bound as input and as output at one address."""
     for name in _port_names(engine):
         if engine.get_tensor_mode(name) != trt.TensorIOMode.OUTPUT:
             continue

@@ -6,7 +6,7 @@ one launch. On TensorRT the kernel is inside the engine, which runs from C++ wit
 
 **What is known.** Under Triton's interpreter the kernel is bit-exact against the standard operators; its PTX
 assembles for every target without spills; TensorRT-RTX builds engines with it; the genuine `tensorrt.plugin` asks it
-for types, shapes, launch and PTX. It has never run on a GPU.
+for types, shapes, launch and PTX. It has never run on a GPU; `launch` is tested over a stand-in of cuda-core 1.2.
 
 **What a GPU run must show for it to remain** (`make bench-gpu` measures the kernel against its memory bound):
 

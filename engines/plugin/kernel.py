@@ -39,7 +39,7 @@ def top_k_gather(
     rows: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """The `keep` = K of `tokens` = S with the highest score, in their order; of equals the earlier, NaN ranks last.
+    """Keeps `keep` = K of `tokens` = S, those of highest score, in their order; of equals the earlier, NaN last.
 
     x [B,S,D] fp16, bf16 or fp32; score [B,S] fp32; position, token_type [B,S] int64 -> y [B,K,D];
     kept_position, kept_type [B,K] int64. `width` >= S, `rows`, `columns` are powers of two.

@@ -1,7 +1,4 @@
-"""Launching the compiled kernel: cuda.core loads the PTX; neither Triton nor torch is needed.
-
-Not run on hardware yet: written from cuda-core 1.2's documentation, tested over a stand-in with its signatures.
-"""
+"""Launching the compiled kernel: cuda.core loads the PTX; neither Triton nor torch is needed."""
 
 from collections.abc import Sequence
 from importlib import import_module

@@ -2,8 +2,10 @@
 
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 
-from himap_export.engines.extras import missing_extra
+from himap_export.engines.extras import how_to_install, missing_extra
+from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import Dtype
 
 POINTERS = {  # the kernel's parameters, in TensorRT's order: inputs, then outputs; "" is x's own dtype
@@ -15,6 +17,7 @@ POINTERS = {  # the kernel's parameters, in TensorRT's order: inputs, then outpu
     "kept_position": "i64",
     "kept_type": "i64",
 }
+DTYPES: dict[str, Dtype] = {"HALF": "fp16", "BF16": "bf16", "FLOAT": "fp32"}  # by TensorRT's names
 ALIGNMENT = 16  # bytes, of every pointer: TensorRT's buffers have 256; it is what loads of four words need
 TARGET = 80  # compute capability: every GPU since runs its PTX; from 90 on Triton writes for one generation only
 PTX_VERSION = 80  # CUDA 12.0, though Triton knows newer: older drivers load it, and nothing here needs more
@@ -51,8 +54,15 @@ class Tiling:
     constants: dict[str, int]
 
 
+def check_compiler() -> None:
+    """Raises HimapError (missing) if the kernel cannot be compiled here: asked before an engine is built."""
+    if find_spec("triton") is None:
+        hint = f"{how_to_install('plugin')}; or use `gather` ops"
+        raise HimapError("the plugin's kernel needs triton, which is not installed", hint=hint, code=Exit.MISSING)
+
+
 def tiling(shape: GatherShape) -> Tiling:
-    """At most 256 programs a sequence: enough to fill a GPU, few because each repeats the selection.
+    """Returns at most 256 programs a sequence: enough to fill a GPU, few because each repeats the selection.
 
     A thread holds 8 keys (more above 8192 tokens) and moves 128 bytes at a time.
     """
@@ -67,7 +77,7 @@ def tiling(shape: GatherShape) -> Tiling:
 
 
 def compile_gather(shape: GatherShape) -> GatherKernel:
-    """The kernel for one shape. HimapError if Triton is missing."""
+    """Returns the kernel for one shape. HimapError if Triton is missing."""
     try:
         import triton
         from triton.backends.compiler import GPUTarget
@@ -88,13 +98,12 @@ def compile_gather(shape: GatherShape) -> GatherKernel:
         compiled = triton.compile(source, GPUTarget("cuda", TARGET, 32), options)
     metadata = compiled.metadata
     ptx = without_hidden_parameters(compiled.asm["ptx"], len(POINTERS))
-    return GatherKernel(
-        name=metadata.name, ptx=ptx, grid=plan.grid, block=(32 * metadata.num_warps, 1, 1), shared_bytes=metadata.shared
-    )
+    block = (32 * metadata.num_warps, 1, 1)
+    return GatherKernel(metadata.name, ptx, grid=plan.grid, block=block, shared_bytes=metadata.shared)
 
 
 def without_hidden_parameters(ptx: str, count: int) -> str:
-    """`ptx` whose entry takes its first `count` parameters only: TensorRT passes no more.
+    """Returns `ptx` whose entry takes its first `count` parameters only: TensorRT passes no more.
 
     Triton appends pointers to scratch memory, which this kernel does not use; one that reads them is refused.
     """
@@ -110,5 +119,5 @@ def without_hidden_parameters(ptx: str, count: int) -> str:
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest that is not less."""
+    """Returns the smallest power of two that is not less."""
     return 1 << (number - 1).bit_length()

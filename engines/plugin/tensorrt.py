@@ -5,24 +5,14 @@ library. Written from tensorrt.plugin of the bindings 11.4, which the tests run;
 """
 
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
-from himap_export.engines.extras import how_to_install
 from himap_export.engines.nvinfer.edition import DATACENTER
-from himap_export.engines.plugin.ptx import GatherShape, compile_gather
-from himap_export.graphs.errors import Exit, HimapError
+from himap_export.engines.plugin.ptx import DTYPES, GatherShape, compile_gather
+from himap_export.graphs.errors import HimapError
 from himap_export.graphs.spec import Dtype
 
 PLUGIN = "himap::TopKGather"  # the node's domain, as its attribute plugin_namespace repeats it, and its operator
-_DTYPES: dict[str, Dtype] = {"HALF": "fp16", "BF16": "bf16", "FLOAT": "fp32"}
-
-
-def check() -> None:
-    """HimapError (missing) if the plugin's kernel cannot be compiled here: asked before an engine is built."""
-    if find_spec("triton") is None:
-        hint = f"{how_to_install('plugin')}; or use `gather` ops"
-        raise HimapError("the plugin's kernel needs triton, which is not installed", hint=hint, code=Exit.MISSING)
 
 
 @cache
@@ -38,7 +28,7 @@ def register() -> None:
     def describe(
         x: trtp.TensorDesc, score: trtp.TensorDesc, position: trtp.TensorDesc, token_type: trtp.TensorDesc, keep: int
     ) -> tuple[trtp.TensorDesc, trtp.TensorDesc, trtp.TensorDesc]:
-        """The descriptors of y [B,K,D], kept_position and kept_type [B,K], before any size is known."""
+        """Returns the descriptors of y [B,K,D], kept_position and kept_type [B,K], before any size is known."""
         _dtype_of(x, score, position, token_type)
         batch, _, hidden = x.shape_expr
         y = trtp.from_shape_expr((batch, keep, hidden), x.dtype)
@@ -53,7 +43,7 @@ def register() -> None:
         outputs: tuple[trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
-        """The kernel's name, PTX and launch; no scalars between its inputs and outputs: all sizes are compiled in."""
+        """Returns the kernel's name, PTX and launch; no scalars between inputs and outputs: sizes are compiled in."""
         kernel = compile_gather(_shape(x, score, position=position, token_type=token_type, keep=keep))
         launch = trtp.KernelLaunchParams(*kernel.grid, *kernel.block, kernel.shared_bytes)
         return kernel.name, kernel.ptx, launch, trtp.SymIntExprs(0)
@@ -63,16 +53,16 @@ def register() -> None:
 
 
 def _dtype_of(x: Any, *others: Any) -> Dtype:
-    """x's dtype as ours; HimapError unless all four inputs are of types that the kernel reads."""
+    """Returns x's dtype as ours; HimapError unless all four inputs are of types that the kernel reads."""
     found = [tensor.dtype.name for tensor in (x, *others)]
-    if found[0] not in _DTYPES or found[1:] != ["FLOAT", "INT64", "INT64"]:
+    if found[0] not in DTYPES or found[1:] != ["FLOAT", "INT64", "INT64"]:
         details = f"x, score, position and token_type are {', '.join(found)}"
         raise HimapError("TensorRT's top-k gather has no kernel for its inputs' types", details)
-    return _DTYPES[found[0]]
+    return DTYPES[found[0]]
 
 
 def _shape(x: Any, score: Any, position: Any, token_type: Any, keep: int) -> GatherShape:
-    """HimapError unless x is [B,S,D], the others [B,S], all sizes are fixed, and `keep` is in 1..S."""
+    """Returns the shape; HimapError unless x is [B,S,D], the others [B,S], all sizes fixed, and `keep` in 1..S."""
     dtype = _dtype_of(x, score, position, token_type)
     wide, *flat = (tuple(tensor.shape) for tensor in (x, score, position, token_type))
     if len(wide) != 3 or min(wide) < 1 or any(shape != wide[:2] for shape in flat) or not 0 < keep <= wide[1]:

@@ -14,16 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.engines.extras import how_to_install
 from himap_export.engines.nvinfer.edition import RTX
 from himap_export.engines.plugin.launch import Launcher
-from himap_export.engines.plugin.ptx import GatherKernel, GatherShape, compile_gather
+from himap_export.engines.plugin.ptx import DTYPES, GatherKernel, GatherShape, compile_gather
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.spec import Dtype
 
 NAME, NAMESPACE, VERSION = "TopKGather", "himap", "1"  # the node's operator, and its attributes
 _LIBRARY = "libtensorrt_rtx.so"  # what the parser opens when it meets a plugin; the wheel holds only ...so.1
-_DTYPES: dict[str, Dtype] = {"HALF": "fp16", "BF16": "bf16", "FLOAT": "fp32"}
 
 
 def register() -> None:
@@ -40,15 +37,8 @@ def unregister() -> None:
         registry.deregister_creator(_creator())
 
 
-def check() -> None:
-    """HimapError (missing) if the plugin's kernel cannot be compiled here."""
-    if find_spec("triton") is None:
-        hint = f"{how_to_install('plugin')}; or leave `gather` out"
-        raise HimapError("the plugin's kernel needs triton, which is not installed", hint=hint, code=Exit.MISSING)
-
-
 def check_library() -> None:
-    """HimapError (missing) where the parser would not find the library it opens: it aborts the whole process."""
+    """Raises HimapError (missing) where the parser would not find the library it opens: it aborts the whole process."""
     try:
         ctypes.CDLL(_LIBRARY)
     except OSError:
@@ -59,7 +49,7 @@ def check_library() -> None:
 
 
 def link_library(folder: Path) -> dict[str, str]:
-    """The variables with which a process that starts finds the library: a link in `folder`, not in the package."""
+    """Returns the variables by which a new process finds the library: a link in `folder`, not in the package."""
     if not (_libraries() / _LIBRARY).exists():
         (folder / _LIBRARY).symlink_to(_libraries() / f"{_LIBRARY}.1")
     return {"LD_LIBRARY_PATH": str(folder)}
@@ -74,7 +64,7 @@ def _libraries() -> Path:
 
 @cache
 def _creator() -> Any:
-    """The one creator of this process; TensorRT-RTX keeps only a pointer to it."""
+    """Returns the one creator of this process; TensorRT-RTX keeps only a pointer to it."""
     trt = RTX.api()
     plugin_class = _plugin_class(trt)
 
@@ -96,18 +86,12 @@ def _creator() -> Any:
 
 def _kernel(stored: dict[str, Any]) -> GatherKernel:
     name, ptx = (bytes(stored[field].astype(np.uint8)).decode() for field in ("name", "ptx"))
-    sizes = [int(n) for n in stored["launch"]]
-    return GatherKernel(
-        name=name,
-        ptx=ptx,
-        grid=(sizes[0], sizes[1], sizes[2]),
-        block=(sizes[3], sizes[4], sizes[5]),
-        shared_bytes=sizes[6],
-    )
+    gx, gy, gz, bx, by, bz, shared = (int(n) for n in stored["launch"])
+    return GatherKernel(name, ptx, grid=(gx, gy, gz), block=(bx, by, bz), shared_bytes=shared)
 
 
 def _stored(keep: int, kernel: GatherKernel) -> dict[str, npt.NDArray[Any]]:
-    """What an engine stores of the plugin; `_kernel` reads it back."""
+    """Returns what an engine stores of the plugin; `_kernel` reads it back."""
     return {
         "keep": np.array([keep], np.int32),
         "launch": np.array([*kernel.grid, *kernel.block, kernel.shared_bytes], np.int32),
@@ -117,7 +101,7 @@ def _stored(keep: int, kernel: GatherKernel) -> dict[str, npt.NDArray[Any]]:
 
 
 def _fields(trt: ModuleType, stored: dict[str, npt.NDArray[Any]]) -> Any:
-    """Fields that point into `stored`, which has to outlive them: they keep no reference."""
+    """Returns fields that point into `stored`, which has to outlive them: they keep no reference."""
     kinds = {"int32": trt.PluginFieldType.INT32, "int8": trt.PluginFieldType.CHAR}
     return trt.PluginFieldCollection([trt.PluginField(n, a, kinds[a.dtype.name]) for n, a in stored.items()])
 
@@ -153,18 +137,17 @@ class _Gather:
     def supports_format_combination(self, at: int, tensors: Any, inputs: int) -> bool:
         trt, found = RTX.api(), tensors[at].desc
         if at in (0, inputs):  # x, and y like it
-            fits = found.type.name in _DTYPES and found.type == tensors[0].desc.type
+            fits = found.type.name in DTYPES and found.type == tensors[0].desc.type
         else:
             fits = found.type == (trt.DataType.FLOAT if at == 1 else trt.DataType.INT64)
         return fits and found.format == trt.TensorFormat.LINEAR
 
     def configure_plugin(self, inputs: Any, outputs: Any) -> None:
-        """Sizes are static, so the kernel is compiled here, once, for exactly them."""
+        """Compiles the kernel, once, for exactly the static sizes."""
         batch, tokens, hidden = (int(n) for n in inputs[0].desc.dims)
-        dtype = _DTYPES[inputs[0].desc.type.name]
-        self.kernel = compile_gather(
-            GatherShape(batch=batch, tokens=tokens, keep=self.keep, hidden=hidden, dtype=dtype)
-        )
+        dtype = DTYPES[inputs[0].desc.type.name]
+        shape = GatherShape(batch=batch, tokens=tokens, keep=self.keep, hidden=hidden, dtype=dtype)
+        self.kernel = compile_gather(shape)
 
     def get_fields_to_serialize(self) -> Any:
         self.stored = _stored(self.keep, self.kernel) if self.kernel else {}
@@ -198,5 +181,5 @@ def _bases(trt: ModuleType) -> tuple[type[Any], ...]:
 
 @cache
 def _plugin_class(trt: ModuleType) -> type[Any]:
-    """`_Gather` as TensorRT-RTX's interfaces, which exist once it is imported."""
+    """Returns `_Gather` as TensorRT-RTX's interfaces, which exist once it is imported."""
     return type("TopKGather", (_Gather, *_bases(trt)), {})

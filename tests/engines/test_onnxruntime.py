@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 import pytest
 from commands import Workshop, call, save_inputs
@@ -30,10 +31,17 @@ def owned(array: Any) -> Any:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine whose onnxruntime has a CUDA provider, played by the CPU's."""
-    monkeypatch.setattr(onnxruntime, "_on_device", owned)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """A machine whose onnxruntime has a CUDA provider, played by the CPU's; the addresses of its device's memory."""
+    addresses = set[int]()
+
+    def on_device(array: npt.NDArray[Any]) -> Any:
+        addresses.add((value := owned(array)).data_ptr())
+        return value
+
+    monkeypatch.setattr(onnxruntime, "_on_device", on_device)
     monkeypatch.setitem(onnxruntime._PROVIDERS, "cuda", "CPUExecutionProvider")
+    return addresses
 
 
 def test_sessions_refuse_memory_that_a_value_owns() -> None:
@@ -48,24 +56,23 @@ def test_sessions_refuse_memory_that_a_value_owns() -> None:
 
 @pytest.mark.filterwarnings("ignore:Duplicate provider")  # the CPU's, which plays both
 @pytest.mark.parametrize("form", [(), ("--weight-form", "embedded")])
-def test_device_tensors_and_weights_give_the_same_answers(work: Workshop, gpu: None, form: tuple[str, ...]) -> None:
+def test_device_tensors_and_weights_give_the_same_answers(work: Workshop, gpu: set[int], form: tuple[str, ...]) -> None:
     bundle, inputs = work.bundle("gqa2", *form, cuts=CUTS), make_inputs(work.tiny("gqa2"), [9], [5])
     pipelines = [
         Pipeline(Bundle.open(bundle).select(), "onnxruntime", Opening(1, device)) for device in ("cpu", "cuda")
     ]
-    assert pipelines[1].engines.device == "cuda" and isinstance(
-        pipelines[1].tensors[Place("logits")], onnxruntime.CudaTensor
-    )
+    assert pipelines[1].engines.device == "cuda"
+    logits = [cast(onnxruntime.OrtTensor, pipeline.tensors[Place("logits")]) for pipeline in pipelines]
+    assert [tensor.value.data_ptr() in gpu for tensor in logits] == [False, True]
     results = []
     for pipeline in pipelines:
         prefilled, layout = pipeline.prefill(inputs.input_ids, inputs.pixel_values)
-        logits = prefilled.logits.copy()  # played by the CPU, reading is a view
-        results.append((logits, np.stack(list(pipeline.generate(prefilled, layout, 8)))))
+        results.append((prefilled.logits, np.stack(list(pipeline.generate(prefilled, layout, 8)))))
     np.testing.assert_array_equal(results[0][0], results[1][0])
     np.testing.assert_array_equal(results[0][1], results[1][1])
 
 
-def test_the_gpu_is_taken_where_there_is_one(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_is_taken_where_there_is_one(gpu: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     assert [onnxruntime._device(asked) for asked in (None, "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
     monkeypatch.undo()
     assert onnxruntime._device(None) == "cpu"
@@ -112,7 +119,7 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate provider")
-def test_a_session_tells_where_its_nodes_run(work: Workshop, gpu: None) -> None:
+def test_a_session_tells_where_its_nodes_run(work: Workshop, gpu: set[int]) -> None:
     """The real one: should a version of onnxruntime stop telling, this is where it shows."""
     bundle = Bundle.open(work.bundle("gqa2", cuts=CUTS))
     weights = onnxruntime._values(bundle.weights(), "cuda")
@@ -140,7 +147,7 @@ def test_nodes_that_a_gpu_leaves_to_the_cpu_are_named() -> None:
 
 @pytest.mark.filterwarnings("ignore:Duplicate provider")
 def test_they_are_told_when_a_gpu_session_opens(
-    work: Workshop, gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    work: Workshop, gpu: set[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(onnxruntime, "_elsewhere", lambda session, provider: "2 of 5 nodes, TopK rank, Gather")
     Pipeline(Bundle.open(work.bundle("gqa2", cuts=CUTS)).select(), "onnxruntime", Opening(1, "cuda"))

@@ -299,7 +299,7 @@ def test_only_who_wants_the_plugin_registers_it(monkeypatch: pytest.MonkeyPatch,
 
     calls: list[object] = []
     monkeypatch.setattr(backend.plugin, "register", lambda: calls.append("registered"))
-    monkeypatch.setattr(backend.plugin, "find_spec", lambda name: None)
+    monkeypatch.setattr("himap_export.engines.plugin.ptx.find_spec", lambda name: None)
     monkeypatch.setattr(backend, "builder", SimpleNamespace(build=lambda *a: calls.append(a[3]), check=lambda *a: None))
     backend.build(None, "k1", gather)  # type: ignore[arg-type]
     assert calls == ["registered"] * (form == "plugin") + [form]

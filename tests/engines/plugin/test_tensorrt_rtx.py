@@ -15,6 +15,7 @@ from unsealed import NEW, PRUNED, SPEC, WHOLE, T, V, staged, unsealed
 from himap_export.engines.backends import build_all, onnxruntime, tensorrt_rtx
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import EngineRecord
+from himap_export.engines.plugin import ptx
 from himap_export.engines.plugin import tensorrt_rtx as plugin
 from himap_export.engines.plugin.ptx import GatherKernel, GatherShape, compile_gather
 from himap_export.graphs.errors import Exit, HimapError
@@ -89,7 +90,7 @@ def test_who_cannot_have_a_plugin_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         onnxruntime.check("fp32", "plugin")
     tensorrt_rtx.check("fp16", "plugin")
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(plugin, "find_spec", lambda name: None)
+    monkeypatch.setattr(ptx, "find_spec", lambda name: None)
     with pytest.raises(HimapError, match="triton") as caught:
         tensorrt_rtx.check("fp16", "plugin")
     assert caught.value.code == Exit.MISSING
