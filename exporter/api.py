@@ -106,7 +106,7 @@ def build(planned: Planned, out: Path, *, command: tuple[str, ...], overwrite: b
 
 
 def _several(name: str, value: Any) -> tuple[Any, ...]:
-    """What was asked of one as what is asked of several, each once."""
+    """Returns what was asked of one, or of several, as several, each once."""
     one = isinstance(value, str | Path | int | PruningPlan | Mapping)
     one = one or (name == "image_size" and len(value) == 2 and isinstance(value[0], int))
     values = [value] if one else list(value)

@@ -24,7 +24,7 @@ class WeightNames:
         self._names, self._candidates, self._tied, self._rows = names, candidates, tied, rows
 
     def __call__(self, role: str) -> WeightRef:
-        """The weight as which the checkpoint stores `role`; HimapError if it does not."""
+        """Returns the weight as which the checkpoint stores `role`; HimapError if it does not."""
         name, rows = self._name(role), self._rows(role)
         return WeightRef(name) if rows is None else WeightRef(f"{name}[{rows[0]}:{rows[1]}]", Rows(name, *rows))
 
@@ -47,8 +47,8 @@ class WeightNames:
 def fitting(
     tensors: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...], rows: Rows | None = None
 ) -> StoredTensor:
-    """The tensor `name`, which `WeightNames` has found; HimapError (usage) if it is of no type that a weight may have,
-    or its shape is not the configuration's."""
+    """Returns the tensor `name`, which `WeightNames` has found; HimapError (usage) if it has no type that a weight may
+    have, or its shape is not the configuration's."""
     stored = find_tensor(tensors, name, rows)
     assert stored is not None, name
     check_float(stored)
@@ -60,7 +60,8 @@ def fitting(
 
 
 def bind(graph: StageGraph, tensors: Mapping[str, StoredTensor], location: Callable[[StoredTensor], str]) -> ir.Model:
-    """The graph's model, each weight input with a default: an initializer at its place in a safetensors file.
+    """Gives each weight input of the graph a default, an initializer at its place in a safetensors file, and returns
+    the graph's model.
 
     They stay inputs, because a runtime may compute on a constant: onnxruntime would hold fp32 copies of all fp16 ones.
     `location` maps a stored tensor to its file, relative to the ONNX file. HimapError if a shape differs from the

@@ -34,13 +34,9 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     names: frozenset[str]
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return tuple(sorted({t.file for t in self.tensors.values()}))
-
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder; HimapError (usage) if there is none."""
+    """Returns config.json of a checkpoint folder; HimapError (usage) if there is none."""
     if not os.path.lexists(folder / "config.json"):
         hint = "MODEL is an alias, a Hugging Face id, or a checkpoint folder in Hugging Face format"
         raise HimapError(f"{folder} holds no config.json", hint=hint, code=Exit.USAGE)
@@ -48,10 +44,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(folder: Path, weights: bool = True, tower: Path | None = None) -> Checkpoint:
-    """The checkpoint in `folder`, single or sharded safetensors, every header checked against its file's length; with
-    the tensors of a `tower` that lies in another folder, if it has any.
+    """Returns the checkpoint in `folder`, single or sharded safetensors, with the tensors of a `tower` that lies in
+    another folder; checks every header against its file's length.
 
-    HimapError (missing) if it holds none; without `weights` it need not, and none are looked for.
+    HimapError (missing) if the folder holds no tensors; without `weights` none are looked for.
     """
     config, generation = read_config(folder), Generation()
     if os.path.lexists(folder / "generation_config.json"):

@@ -63,6 +63,7 @@ class Export:
     finalised: Manifest = field(init=False)
 
     def vision(self) -> str:
+        """Builds a vision graph for each image spec."""
         from himap_export.exporter.vision import vision_graph  # torch: seconds to import
 
         p, batch = self.planned, self.planned.variants[0].budget.batch
@@ -77,7 +78,7 @@ class Export:
         return "vision" if len(self.planned.images) == 1 else f"vision-{image}"
 
     def stages(self) -> str:
-        """Builds every variant's four language graphs, those that are equal once."""
+        """Builds every variant's language graphs, those that are equal once."""
         p, known = self.planned, dict[bytes, str]()
         for v in p.variants:
             played = {"vision": self._vision_name(v.image)}
@@ -129,7 +130,7 @@ class Export:
         ir.save(model, self.work / f"{name}.onnx")
 
     def compile(self) -> str:
-        """Every graph on every backend. Where weights are embedded, one at a time, and what is compiled in goes."""
+        """Builds every graph on every backend; where weights are embedded, one at a time, and deletes what is compiled in."""
         p = self.planned
         bundle = Bundle(self.work, self.manifest())
         self.engines = {backend: {} for backend in p.asked.backends}
@@ -211,14 +212,14 @@ def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: boo
 
 
 def _checkpoint(p: Planned) -> Checkpoint:
-    """The checkpoint's folder opened; for an alias without one, what the registry knows of it."""
+    """Returns the opened checkpoint; for an alias without a folder, what the registry knows of it."""
     if p.model.folder is None:
         return Checkpoint(folder=Path(), config=p.model.family.fields, generation={}, tensors={}, names=frozenset())
     return open_checkpoint(p.model.folder, p.asked.weight_form != "absent", p.model.tower)
 
 
 def _check_weights(p: Planned, checkpoint: Checkpoint, names: WeightNames) -> None:
-    """That the checkpoint is the model's, before anything is built: decode reads every weight of the decoder."""
+    """Checks before anything is built that the checkpoint is the model's: decode reads every weight of the decoder."""
     if p.asked.weight_form == "absent":
         return
     v, missing = p.variants[0], list[HimapError]()
@@ -245,7 +246,7 @@ def _location(stored: StoredTensor) -> str:
 
 
 def _model_record(p: Planned, checkpoint: Checkpoint) -> ModelRecord:
-    """Token ids as transformers' `generate` takes them: generation_config.json first, then config.json."""
+    """Returns token ids as transformers' `generate` takes them: generation_config.json's first, then config.json's."""
     config, rules = p.model.family.fields, p.model.family.prompt()
     told = (checkpoint.generation, config.get("text_config", {}), config)
     eos = next((c["eos_token_id"] for c in told if c.get("eos_token_id") is not None), list(rules.eos))

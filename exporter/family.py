@@ -212,38 +212,38 @@ def llama_decoder(text: Any, ropes: tuple[str, ...] = ("default",), **more: Any)
 
 
 def require(holds: bool, otherwise: str) -> None:
-    """HimapError (usage) that says what is the case `otherwise`, unless it `holds`."""
+    """Raises HimapError (usage) that says what is the case `otherwise`, unless it `holds`."""
     if not holds:
         raise HimapError("unsupported configuration", otherwise, code=Exit.USAGE)
 
 
 def require_supported(what: str, found: object, *supported: object) -> None:
-    """HimapError (usage) unless `found` is one of `supported`."""
+    """Raises HimapError (usage) unless `found` is one of `supported`."""
     if found not in supported:
         raise HimapError(f"unsupported {what} {found}", f"supported: {', '.join(map(str, supported))}", code=Exit.USAGE)
 
 
 def require_model_type(what: str, part: Config, *supported: str) -> None:
-    """HimapError (usage) unless `part` of a configuration is of one of `supported` types, the first if it says none:
-    transformers would make whatever class it names."""
+    """Raises HimapError (usage) unless `part` of a configuration is of one of `supported` types, the first if it says
+    none: transformers would make whatever class it names."""
     require_supported(what, part.get("model_type", supported[0]), *supported)
 
 
 def require_even_heads(head_dim: int) -> None:
-    """HimapError (usage) for heads that rotary positions cannot turn."""
+    """Raises HimapError (usage) for heads that rotary positions cannot turn."""
     require(head_dim % 2 == 0, f"heads of {head_dim} cannot be rotated by halves")
 
 
 def require_tower(width: int, heads: int, activation: str, multiple: int = 1) -> None:
-    """HimapError (usage) unless a vision tower's `width` falls into `heads`, a `multiple` of numbers each, and its
-    `activation` is one that transformers has."""
+    """Raises HimapError (usage) unless a vision tower's `width` falls into `heads`, a `multiple` of numbers each, and
+    its `activation` is one that transformers has."""
     even = width % (heads * multiple) == 0
     require(even, f"a vision tower of {width} channels has no {heads} equal heads of a multiple of {multiple}")
     require_supported("activation of the vision tower", activation, *ACTIVATIONS)
 
 
 def require_whole(asked: ImageOptions) -> None:
-    """HimapError (usage) if `asked` are tiles, of a model that has none."""
+    """Raises HimapError (usage) if tiles are `asked` of a model that has none."""
     if asked.tiles not in (None, 1):
         raise HimapError(f"{asked.tiles} tiles do not fit", "this model sees its image whole", code=Exit.USAGE)
 

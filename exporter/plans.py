@@ -46,7 +46,7 @@ _TABLES: tuple[type[_NoCut], ...] = (_NoCut, _OneCut, _TwoCuts)
 
 
 def flag_plans(policies: Sequence[str], task: str, values: Values) -> dict[str, PruningPlan]:
-    """The plan of each policy by its name: the task's cuts, or the policy's own, changed by what was given.
+    """Returns the plan of each policy by its name: the task's cuts, or the policy's own, changed by what was given.
 
     Of several policies each takes what it has cuts for; HimapError (usage) if none does.
     """
@@ -89,7 +89,7 @@ def _plans_of(source: Source) -> Iterator[tuple[str, PruningPlan]]:
 
 
 def _default(policy: str, task: str) -> PruningPlan | None:
-    """A policy's plan before anything is changed; None if it has none: truncation's authors try every layer."""
+    """Returns a policy's plan before anything is changed; None if it has none: truncation's authors try every layer."""
     criteria = POLICIES[policy]
     if len(criteria) == 1:
         return FASTV if policy == "fastv" else None
@@ -124,7 +124,7 @@ def _allowed(cuts: int) -> tuple[str, ...]:
 
 
 def _read(file: Path) -> Iterator[tuple[str, PruningPlan]]:
-    """The plans of a TOML file, one table each.
+    """Yields the plans of a TOML file, one table each.
 
     `[tight]` with `k1 = 2`, `k2 = 8`, `r1 = 0.5`, `r2 = 0.9`, and `policy` if not himap; or with any list of cuts:
     `cuts = [{layer = 2, criterion = "last", keep = 100}]`.

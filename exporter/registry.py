@@ -72,7 +72,7 @@ def resolve(
     checkpoint: Path | None = None,
     vision_tower: Path | None = None,
 ) -> Model:
-    """Alias, local folder or Hugging Face id to a model; without `weights` an alias needs no network.
+    """Finds the model of an alias, a local folder or a Hugging Face id; without `weights` an alias needs no network.
 
     `checkpoint`: the folder that holds an alias's weights; what the alias says of its sizes then is what they must be.
     `vision_tower`: the folder of the vision tower, for a release that has it apart and names it elsewhere. HimapError:
@@ -132,7 +132,7 @@ def _model(name: str, source: str, config: Config, folder: Path, weights: bool, 
 
 
 def _inside(folder: Path, named: str) -> Path | None:
-    """The folder that a checkpoint names, if it is one inside the checkpoint's own, wherever links lead."""
+    """Returns the folder that a checkpoint names, if it is one inside the checkpoint's own, wherever links lead."""
     try:
         home, found = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / named))
     except ValueError:  # a null byte

@@ -60,7 +60,7 @@ def store_weights(
 
 
 def _targets(files: Iterable[Path]) -> dict[Path, str]:
-    """Their own names; where two checkpoints use the same one, the second's goes behind its folder's."""
+    """Returns the files' own names; where two checkpoints use the same one, the second's goes behind its folder's."""
     found: dict[Path, str] = {}
     for file in files:
         name = file.name
@@ -77,7 +77,7 @@ def write_weights(
     bar: "tqdm[None] | None" = None,
     allow_overflow: bool = False,
 ) -> None:
-    """A safetensors file of `tensors` in `dtype`, a piece of one in memory at a time.
+    """Writes a safetensors file of `tensors` in `dtype`, a piece of one in memory at a time.
 
     HimapError (usage) for a number that is too large for `dtype`; with `allow_overflow` it becomes the largest that is
     not. (failure) for one that is not finite. Neither is looked for where a tensor has `dtype` already.
@@ -102,7 +102,7 @@ def write_weights(
 
 
 def _converted(tensor: StoredTensor, piece: npt.NDArray[Any], dtype: Dtype, allow_overflow: bool) -> npt.NDArray[Any]:
-    """Numbers of `tensor`, [n] in its own dtype, in `dtype`; HimapError as `write_weights`."""
+    """Returns the numbers `piece` [n] of `tensor`, in its own dtype, as `dtype`; HimapError as `write_weights`."""
     numbers = as_numbers(piece, tensor.dtype)
     made = as_stored(numbers, dtype)
     if not_finite(made, dtype) == 0:
@@ -131,7 +131,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _clone(source: Path, target: Path, bar: "tqdm[None]") -> None:
-    """A reflink where the file system can, else a copy."""
+    """Makes a reflink where the file system can, else a copy."""
     with source.open("rb") as src, target.open("wb") as dst:
         try:
             fcntl.ioctl(dst, _FICLONE, src.fileno())

@@ -30,7 +30,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 
 
 def settle_target(out: Path, overwrite: bool) -> Path:
-    """The absolute path of the bundle's folder `out`; HimapError if a bundle cannot go there.
+    """Returns the absolute path of the bundle's folder `out`; HimapError if a bundle cannot go there.
 
     It is a new or an empty folder or, with `overwrite`, a bundle of ours in which nothing else lies; no link, no mount
     point, no Python package, not the folder that one stands in; and the folder around it can be written.
@@ -59,7 +59,7 @@ def _refused(out: Path, details: str, hint: str) -> HimapError:
 
 
 def _obstacle(target: Path, overwrite: bool) -> str:
-    """What stands in the way at a path that is there; "" for nothing."""
+    """Returns what stands in the way at a path that is there; "" for nothing."""
     if target.is_symlink():
         return "it is a link"
     if not target.is_dir():
@@ -82,7 +82,7 @@ def _obstacle(target: Path, overwrite: bool) -> str:
 
 
 def _check_writable(target: Path) -> None:
-    """That a folder can be made beside `target`, where the bundle will be built."""
+    """Checks that a folder can be made beside `target`, where the bundle will be built."""
     home = next(p for p in target.parents if p.exists())
     try:
         with held_signals():
@@ -94,7 +94,7 @@ def _check_writable(target: Path) -> None:
 
 @contextmanager
 def work_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A fresh folder that becomes `out` (as `settle_target` gave it) on success, and vanishes on any failure.
+    """Yields a fresh folder that becomes `out` (as `settle_target` gave it) on success, and vanishes on any failure.
 
     A signal that comes too late says so: the bundle is in place then.
     """
@@ -135,7 +135,7 @@ def _put(wrapper: Path, out: Path) -> None:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Exchanges two folders in one step; False where kernel or file system cannot. OSError for anything else."""
+    """Exchanges two folders in one step, or returns False where kernel or file system cannot. OSError otherwise."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -149,7 +149,7 @@ def exchange(a: Path, b: Path) -> bool:
 
 def clear_beside(out: Path) -> list[str]:
     """Puts right what killed exports to `out` left beside it: a replaced bundle goes back if nothing took its place,
-    everything else goes. Says what it did."""
+    everything else goes. Returns what it did, in words."""
     done = []
     for left in sorted(out.parent.glob(f"{_glob_safe(_prefix(out))}*")):
         if left.is_symlink() or not _is_ours(left) or not abandoned(left):

@@ -27,7 +27,7 @@ MOST_WAIT = 30.0  # seconds by the clock: the machine may have much else to do
 
 
 def render(template: str, questions: Sequence[str], variables: Mapping[str, Any]) -> tuple[str, ...]:
-    """The prompts that `template` makes of an image and each of `questions`; it sees `variables` besides.
+    """Returns the prompts that `template` makes of an image and each of `questions`; it sees `variables` besides.
 
     HimapError for a template that raises, takes too long, or takes or makes too much.
     """
@@ -50,7 +50,7 @@ def render(template: str, questions: Sequence[str], variables: Mapping[str, Any]
 
 
 def _said(texts: Callable[[], list[str]]) -> bytes:
-    """What `texts` gives, or in one string why it gives nothing, as JSON."""
+    """Returns what `texts` gives, or in one string why it gives nothing, as JSON."""
     answer: list[str] | str
     try:
         answer = texts()

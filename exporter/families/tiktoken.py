@@ -22,7 +22,8 @@ SPECIALS: Final = (
 
 
 def tokenizer_json(file: Path, expected: Mapping[str, int]) -> bytes | None:
-    """A tokenizer equal to `tiktoken.Encoding` over the ranks in `file`, special tokens behind them; None without it.
+    """Returns tokenizer.json, equal to `tiktoken.Encoding` over the ranks in `file` with special tokens behind them; None
+    without such a file.
 
     `expected`: special tokens' ids by the model's configuration. HimapError if the file is damaged or has others.
     """
@@ -55,7 +56,7 @@ def tokenizer_json(file: Path, expected: Mapping[str, int]) -> bytes | None:
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:
-    """Tokens' bytes to their ids 0, 1, .. in order; HimapError for anything else."""
+    """Returns the ids 0, 1, .. by their tokens' bytes, in order; HimapError for a file that holds anything else."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(read_file(file, "tokenizer", MOST_BYTES, Exit.FAILURE).splitlines(), 1):
         if not line:
