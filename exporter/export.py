@@ -130,7 +130,7 @@ class Export:
         ir.save(model, self.work / f"{name}.onnx")
 
     def compile(self) -> str:
-        """Builds every graph on every backend; where weights are embedded, one at a time, and deletes what is compiled in."""
+        """Builds each graph on each backend; embedded weights one at a time, deleting what is compiled in."""
         p = self.planned
         bundle = Bundle(self.work, self.manifest())
         self.engines = {backend: {} for backend in p.asked.backends}

@@ -10,7 +10,8 @@ from himap_export.engines.backends import Gather
 from himap_export.engines.documents import typed
 from himap_export.engines.image import MAX_PIXELS, MAX_SIDE
 from himap_export.engines.manifest import WeightForm
-from himap_export.exporter.family import ImageOptions, PromptRules, VisionSpec, require
+from himap_export.exporter.checks import require
+from himap_export.exporter.family import ImageOptions, PromptRules, VisionSpec
 from himap_export.exporter.plans import KEYS, Source, flag_plans, named_plans
 from himap_export.exporter.registry import Model
 from himap_export.graphs.errors import Exit, HimapError

@@ -29,17 +29,7 @@ def _variant_json(p: Planned, v: PlannedVariant) -> dict[str, Any]:
             "align": p.asked.align,
         },
         "flops": {"paper_ratio": round(paper, 3), "ratio": round(true, 3), "prefill": sum(c.flops for c in costs)},
-        "stages": [
-            {
-                "name": c.name,
-                "layers": [c.layers.start, c.layers.stop],
-                "tokens": c.tokens,
-                "image_tokens": c.image_tokens,
-                "kv_bytes": c.kv_bytes,
-                "flops": c.flops,
-            }
-            for c in costs
-        ],
+        "stages": [vars(c) | {"layers": [c.layers.start, c.layers.stop]} for c in costs],
     }
 
 
@@ -127,17 +117,17 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def _bytes(n: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
+def _scaled(n: float, base: int, *units: str) -> str:
+    for unit in units[:-1]:
+        if n < base:
             return f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.2f} GiB"
+        n /= base
+    return f"{n:.2f} {units[-1]}"
 
 
-def _flops(n: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if n < 1000:
-            return f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.2f} T"
+def _bytes(n: int) -> str:
+    return _scaled(n, 1024, "B", "KiB", "MiB", "GiB")
+
+
+def _flops(n: int) -> str:
+    return _scaled(n, 1000, "", "k", "M", "G", "T")

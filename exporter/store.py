@@ -13,14 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from himap_export.engines.weight_file import (
-    StoredTensor,
-    as_numbers,
-    as_stored,
-    check_finite,
-    map_tensors,
-    not_finite,
-)
+from himap_export.engines.weight_file import StoredTensor, as_numbers, as_stored, check_finite, map_tensors, not_finite
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import Dtype
 
@@ -44,7 +37,9 @@ def store_weights(
         by_file.setdefault(t.file, []).append(t)
     folder.mkdir()
     targets = _targets(by_file)
-    with _bar(sum(file.stat().st_size for file in by_file), "weights") as bar:
+    total = sum(file.stat().st_size for file in by_file)
+    # On a terminal only, and only for what takes long.
+    with tqdm(total=total, desc="weights", unit="B", unit_scale=True, leave=False, disable=None, delay=0.5) as bar:
         for file, used in by_file.items():
             unlike = [t for t in used if t.dtype != dtype]
             if unlike and hard_link:
@@ -115,11 +110,6 @@ def _converted(tensor: StoredTensor, piece: npt.NDArray[Any], dtype: Dtype, allo
         details = f"it holds {worst:g}, {dtype} ends at {largest:g}"
         raise HimapError(f"tensor {tensor.name} does not fit {dtype}", details, hint, Exit.USAGE)
     return as_stored(np.clip(numbers, -largest, largest), dtype)
-
-
-def _bar(size: int, what: str) -> "tqdm[None]":
-    """On a terminal only, and only for what takes long."""
-    return tqdm(total=size, desc=what, unit="B", unit_scale=True, leave=False, disable=None, delay=0.5)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ the next one to the same place.
 
 import ctypes
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -151,7 +152,7 @@ def clear_beside(out: Path) -> list[str]:
     """Puts right what killed exports to `out` left beside it: a replaced bundle goes back if nothing took its place,
     everything else goes. Returns what it did, in words."""
     done = []
-    for left in sorted(out.parent.glob(f"{_glob_safe(_prefix(out))}*")):
+    for left in sorted(out.parent.glob(f"{glob.escape(_prefix(out))}*")):
         if left.is_symlink() or not _is_ours(left) or not abandoned(left):
             continue
         if (left / OLD).is_dir() and not out.exists():
@@ -169,7 +170,3 @@ def _is_ours(folder: Path) -> bool:
 def _prefix(out: Path) -> str:
     """.NAME.partial-, shortened where the name alone is as long as names may be."""
     return f".{os.fsdecode(os.fsencode(out.name)[:200])}.partial-"
-
-
-def _glob_safe(text: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)

@@ -15,17 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from himap_export.engines.image import ImagePreprocessing, mean_color
-from himap_export.exporter.family import (
-    Family,
-    ImageOptions,
-    PromptRules,
-    S,
-    VisionSpec,
-    llama_decoder,
-    require_supported,
-    require_tower,
-    require_whole,
-)
+from himap_export.exporter.checks import require_supported, require_tower
+from himap_export.exporter.family import Family, ImageOptions, PromptRules, S, VisionSpec, llama_decoder
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import DecoderSpec
 
@@ -84,7 +75,7 @@ class QwenFamily(Family[S]):
         require_supported("width of vision features", tower.out_hidden_size, self.full.text_config.hidden_size)
         require_supported("frames of a patch", tower.temporal_patch_size, 2)
         require_tower(tower.hidden_size, tower.num_heads, tower.hidden_act, multiple=4)  # rows and columns turn pairs
-        require_whole(asked)
+        asked.require_whole()
         unit = tower.patch_size * tower.spatial_merge_size
         near = max(1, round(DEFAULT_SIDE / unit)) * unit
         height, width = size = asked.size or (near, near)

@@ -22,8 +22,8 @@ SPECIALS: Final = (
 
 
 def tokenizer_json(file: Path, expected: Mapping[str, int]) -> bytes | None:
-    """Returns tokenizer.json, equal to `tiktoken.Encoding` over the ranks in `file` with special tokens behind them; None
-    without such a file.
+    """Returns tokenizer.json, equal to `tiktoken.Encoding` over the ranks in `file` with the special tokens behind;
+    None without such a file.
 
     `expected`: special tokens' ids by the model's configuration. HimapError if the file is damaged or has others.
     """

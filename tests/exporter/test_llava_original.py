@@ -106,7 +106,7 @@ def test_intern_vit_has_only_the_layers_that_are_read() -> None:
     family = LlavaOriginal.parse(intern())
     spec = family.vision(ImageOptions())
     graph = vision_graph(
-        "vision", family, spec, batch=1, hidden=64, dtype="fp16", names=lambda role: next(family.names(role))
+        "vision", family, spec, batch=1, hidden=64, dtype="fp16", names=lambda role: WeightRef(next(family.names(role)))
     )
     prefix = "model.vision_tower.vision_tower."
     layers = {name.removeprefix(prefix).split(".")[2] for name in graph.weights if ".encoder." in name}
