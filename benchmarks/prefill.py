@@ -46,16 +46,12 @@ def write_model(folder: Path) -> None:
 
 
 def export_pruned(model: Path, out: Path) -> "RunSpec":
-    from himap_export.engines.bundle import open_bundle
-    from himap_export.exporter.export import export
-    from himap_export.exporter.planning import Request, plan_export
-    from himap_export.exporter.registry import resolve
+    from himap_export import export
 
-    asked = Request(k1=2, k2=8, r1=0.5, r2=0.75, text_budgets=(TEXT,), max_new_tokens=64, dtype="fp32")
-    export(
-        plan_export(resolve(str(model)), asked), out, tuple(sys.argv), True, lambda line: print(line, file=sys.stderr)
-    )
-    return open_bundle(out).select()
+    return export(
+        model, out=out, overwrite=True, k1=2, k2=8, r1=0.5, r2=0.75, text_budget=TEXT, max_new_tokens=64, dtype="fp32",
+        progress=lambda line: print(line, file=sys.stderr),
+    ).select()  # fmt: skip
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from himap_export.engines.weight_file import StoredTensor, check_finite, read_he
 from himap_export.exporter.bind import WeightNames, bind, fitting
 from himap_export.exporter.checkpoint import Checkpoint, open_checkpoint
 from himap_export.exporter.planning import Planned
-from himap_export.exporter.processor import ProcessorData, alias_processor, read_processor
+from himap_export.exporter.processor import ProcessorData, read_processor
 from himap_export.exporter.store import store_weights, write_weights
 from himap_export.exporter.target import settle_target, work_folder
 from himap_export.graphs.build import StageGraph
@@ -60,7 +60,6 @@ class Export:
     records: dict[str, GraphRecord] = field(default_factory=dict)
     engines: dict[str, dict[str, EngineRecord]] = field(default_factory=dict)
     hashes: dict[str, FileRecord] = field(default_factory=dict)
-    finalised: Manifest = field(init=False)
 
     def vision(self) -> str:
         """Builds a vision graph for each image spec."""
@@ -156,8 +155,7 @@ class Export:
         for name, content in self.processor.files.items():
             (self.work / name).write_bytes(content)
         self.hashes = digests(self.work)
-        self.finalised = finalised(self.manifest())
-        (self.work / FILE_NAME).write_bytes(manifest_json(self.finalised))
+        (self.work / FILE_NAME).write_bytes(manifest_json(finalised(self.manifest())))
         read_manifest(self.work)  # what cannot be read back was never exported
         return f"{len(self.hashes)} files, {sum(f.bytes for f in self.hashes.values()) / 1e6:.1f} MB"
 
@@ -190,8 +188,12 @@ class Export:
         )
 
 
-def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: bool, progress: Progress) -> Manifest:
-    """Writes the bundle of `planned` to `out` and returns its manifest; on any failure `out` is as it was."""
+def export(planned: Planned, out: Path, *, command: tuple[str, ...], overwrite: bool, progress: Progress) -> Bundle:
+    """Writes the bundle of `planned` to `out`, and `command` into it as what made it; returns the bundle, opened.
+
+    HimapError if there is something else at `out`, a backend is missing, or a weight is not usable; on any failure
+    `out` is as it was.
+    """
     out = settle_target(out, overwrite)
     for name in planned.asked.backends:
         load_backend(name).check(planned.dtype, planned.asked.gather)
@@ -199,7 +201,7 @@ def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: boo
     family = planned.model.family
     names = WeightNames(checkpoint.names, family.names, family.tied, family.rows)
     _check_weights(planned, checkpoint, names)
-    processor = _processor(planned, checkpoint)
+    processor = read_processor(planned.model.folder, family, planned.images)
     with work_folder(out, overwrite) as work:
         state = Export(
             planned=planned, checkpoint=checkpoint, processor=processor, names=names, work=work, command=command
@@ -208,7 +210,7 @@ def export(planned: Planned, out: Path, command: tuple[str, ...], overwrite: boo
             start = time.perf_counter()
             result = phase()
             progress(f"{phase.__name__:8} {time.perf_counter() - start:6.1f} s   {result}")
-    return state.finalised
+    return Bundle.open(out, verify=False)
 
 
 def _checkpoint(p: Planned) -> Checkpoint:
@@ -235,12 +237,6 @@ def _check_weights(p: Planned, checkpoint: Checkpoint, names: WeightNames) -> No
         raise missing[0]
 
 
-def _processor(p: Planned, checkpoint: Checkpoint) -> ProcessorData:
-    if p.model.folder is None:
-        return alias_processor(p.model.family, p.images)
-    return read_processor(checkpoint.folder, p.model.family, p.images)
-
-
 def _location(stored: StoredTensor) -> str:
     return f"weights/{stored.file.name}"
 
@@ -252,15 +248,13 @@ def _model_record(p: Planned, checkpoint: Checkpoint) -> ModelRecord:
     eos = next((c["eos_token_id"] for c in told if c.get("eos_token_id") is not None), list(rules.eos))
     pad = next((c["pad_token_id"] for c in told if c.get("pad_token_id") is not None), rules.pad)
     eos_tokens = tuple(dict.fromkeys((*(eos if isinstance(eos, list) else (eos,)), *rules.stop)))
-    image = ImageTokens(rules.image_token, rules.between)
-    pad = eos_tokens[0] if pad is None else pad
     return ModelRecord(
         name=p.model.name,
         source=p.model.source,
         architecture=p.model.family.architecture,
-        image=image,
+        image=ImageTokens(rules.image_token, rules.between),
         eos_tokens=eos_tokens,
-        pad_token=pad,
+        pad_token=eos_tokens[0] if pad is None else pad,
     )
 
 

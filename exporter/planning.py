@@ -67,7 +67,9 @@ class PlannedVariant:
 
     @property
     def image(self) -> str:
-        return image_name(self.vision)
+        """The name of the image spec: 448x336, or 448x448x4 for four tiles."""
+        height, width = self.vision.size
+        return f"{width}x{height}" + (f"x{self.vision.tiles}" if self.vision.tiles > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -155,11 +157,6 @@ def _check_image_token(rules: PromptRules, decoder: DecoderSpec) -> None:
     if rules.image_token >= decoder.vocab:
         details = f"it is {rules.image_token}, the vocabulary has {decoder.vocab}"
         raise HimapError("the image token of config.json is no token", details, code=Exit.USAGE)
-
-
-def image_name(vision: VisionSpec) -> str:
-    """Returns the name of an image spec: 448x336, or 448x448x4 for four tiles."""
-    return f"{vision.size[1]}x{vision.size[0]}" + (f"x{vision.tiles}" if vision.tiles > 1 else "")
 
 
 def _plans(asked: Request) -> dict[str, PruningPlan]:

@@ -50,7 +50,7 @@ def flag_plans(policies: Sequence[str], task: str, values: Values) -> dict[str, 
 
     Of several policies each takes what it has cuts for; HimapError (usage) if none does.
     """
-    found, taken = {}, {policy: _allowed(len(POLICIES[policy])) for policy in policies}
+    found, taken = {}, {policy: _allowed(policy) for policy in policies}
     for key in values:
         if not any(key in allowed for allowed in taken.values()):
             raise _not_for(policies[0], key)
@@ -113,14 +113,14 @@ def _changed(policy: str, plan: PruningPlan | None, values: Values) -> PruningPl
     return PruningPlan(tuple(changed))
 
 
+def _allowed(policy: str) -> tuple[str, ...]:
+    return _TABLES[len(POLICIES[policy])].__struct_fields__[1:]  # without "policy"
+
+
 def _not_for(policy: str, key: str) -> HimapError:
     count = len(POLICIES[policy])
-    hint = f"it has {count} cut{'s' * (count != 1)}: {', '.join(f'`{own}`' for own in _allowed(count)) or 'no flags'}"
+    hint = f"it has {count} cut{'s' * (count != 1)}: {', '.join(f'`{own}`' for own in _allowed(policy)) or 'no flags'}"
     return HimapError(f"`{key}` is not for the policy {policy}", hint=hint, code=Exit.USAGE)
-
-
-def _allowed(cuts: int) -> tuple[str, ...]:
-    return ((), ("k1", "r1", "keep"), ("k1", "k2", "r1", "r2"))[cuts]
 
 
 def _read(file: Path) -> Iterator[tuple[str, PruningPlan]]:

@@ -108,41 +108,31 @@ class ProcessorData:
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def alias_processor(family: Family[Any], images: Mapping[str, VisionSpec]) -> ProcessorData:
-    """Returns a published model's processor without its checkpoint: its prompt is known, its tokenizer comes with the
-    weights."""
-    return ProcessorData(_own_images(family, images), _own_prompt(family))
-
-
-def read_processor(folder: Path, family: Family[Any], images: Mapping[str, VisionSpec]) -> ProcessorData:
-    """Returns the processor of the checkpoint in `folder`, for `images` by name. Where it does not say, `family` does.
+def read_processor(folder: Path | None, family: Family[Any], images: Mapping[str, VisionSpec]) -> ProcessorData:
+    """Returns the processor of the checkpoint in `folder`, for `images` by name. Where it does not say, `family` does:
+    without a folder all of it, but for the tokenizer, which comes with the weights.
 
     HimapError: damaged files, an image processor or an option that is not supported, sizes that are not the vision
     tower's, a chat template without exactly one image and one question, a tokenizer at odds with the model.
     """
+    rules = family.prompt()
+    prompt = PromptFormat(rules.template, rules.image_text, image_id=rules.image_token)
+    own = {name: family.image(spec) for name, spec in images.items()}
+    if folder is None:
+        return ProcessorData(own, prompt)
     processor = _read(folder / "processor_config.json", Files)
     flat = processor.image_processor
     if flat is None and os.path.lexists(path := folder / "preprocessor_config.json"):
         flat = read_json(path, dict[str, Any], "image processor", code=Exit.FAILURE)
     flat = {} if family.own_image or flat is None else flat
-    how = {name: _image(flat, default) for name, default in _own_images(family, images).items()}
-    prompt = _own_prompt(family)
+    how = {name: _image(flat, default) for name, default in own.items()}
     if os.path.lexists(folder / TOKENIZER):
         tokenizer = _load_tokenizer(folder, family.model_type)
-        prompt = _told_prompt(folder, processor, tokenizer=tokenizer, rules=family.prompt(), default=prompt)
+        prompt = _told_prompt(folder, processor, tokenizer=tokenizer, rules=rules, default=prompt)
         # Written from what transformers loaded: it may add tokens and BOS rules that the file itself does not hold.
         return ProcessorData(how, prompt, {TOKENIZER: tokenizer.backend_tokenizer.to_str().encode()})
     made = family.tokenizer(folder)
     return ProcessorData(how, None) if made is None else ProcessorData(how, prompt, {TOKENIZER: made})
-
-
-def _own_images(family: Family[Any], images: Mapping[str, VisionSpec]) -> dict[str, ImagePreprocessing]:
-    return {name: family.image(spec) for name, spec in images.items()}
-
-
-def _own_prompt(family: Family[Any]) -> PromptFormat:
-    rules = family.prompt()
-    return PromptFormat(rules.template, rules.image_text, image_id=rules.image_token)
 
 
 def _image(found: Mapping[str, Any], default: ImagePreprocessing) -> ImagePreprocessing:
