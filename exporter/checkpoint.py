@@ -22,14 +22,12 @@ class Generation(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`config` as in config.json; `tensors` by name, none of them read, and empty if they were not asked for.
+    """`tensors` by name, none of them read, and empty if they were not asked for.
 
     `generation`: the fields of `Generation`. `names`: all tensors' names, which an index tells even where its shards
     are absent.
     """
 
-    folder: Path
-    config: dict[str, Any]
     generation: dict[str, Any]
     tensors: dict[str, StoredTensor]
     names: frozenset[str]
@@ -49,13 +47,11 @@ def open_checkpoint(folder: Path, weights: bool = True, tower: Path | None = Non
 
     HimapError (missing) if the folder holds no tensors; without `weights` none are looked for.
     """
-    config, generation = read_config(folder), Generation()
+    generation = Generation()
     if os.path.lexists(folder / "generation_config.json"):
         generation = read_json(folder / "generation_config.json", Generation, "configuration")
     own = tensor_names(folder)
     folders = [folder] if tower is None or any(".vision_tower." in name for name in own) else [folder, tower]
     tensors = stored_tensors(folders) if weights else {}
     names = own.union(*map(tensor_names, folders[1:]))
-    return Checkpoint(
-        folder=folder, config=config, generation=msgspec.to_builtins(generation), tensors=tensors, names=names
-    )
+    return Checkpoint(msgspec.to_builtins(generation), tensors, names)

@@ -199,7 +199,7 @@ def export(planned: Planned, out: Path, *, command: tuple[str, ...], overwrite: 
         load_backend(name).check(planned.dtype, planned.asked.gather)
     checkpoint = _checkpoint(planned)
     family = planned.model.family
-    names = WeightNames(checkpoint.names, family.names, family.tied, family.rows)
+    names = WeightNames(checkpoint.names, family)
     _check_weights(planned, checkpoint, names)
     processor = read_processor(planned.model.folder, family, planned.images)
     with work_folder(out, overwrite) as work:
@@ -216,7 +216,7 @@ def export(planned: Planned, out: Path, *, command: tuple[str, ...], overwrite: 
 def _checkpoint(p: Planned) -> Checkpoint:
     """Returns the opened checkpoint; for an alias without a folder, what the registry knows of it."""
     if p.model.folder is None:
-        return Checkpoint(folder=Path(), config=p.model.family.fields, generation={}, tensors={}, names=frozenset())
+        return Checkpoint({}, {}, frozenset())
     return open_checkpoint(p.model.folder, p.asked.weight_form != "absent", p.model.tower)
 
 

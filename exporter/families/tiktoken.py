@@ -27,7 +27,7 @@ def tokenizer_json(file: Path, expected: Mapping[str, int]) -> bytes | None:
 
     `expected`: special tokens' ids by the model's configuration. HimapError if the file is damaged or has others.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import normalizers
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     if not os.path.lexists(file):
@@ -39,19 +39,10 @@ def tokenizer_json(file: Path, expected: Mapping[str, int]) -> bytes | None:
             details = f"{token} is {found} behind its {len(ranks)} tokens, {wanted} in the model's config"
             raise HimapError(f"{file} is not the model's", details)
 
-    class Converter(TikTokenConverter):  # type: ignore[misc]
-        @staticmethod
-        def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
-            return ranks
-
-    vocabulary, merges = Converter(str(file)).extract_vocab_merges_from_model(str(file))
-    # `ignore_merges`: tiktoken, too, looks a whole word up before it merges.
-    made = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    converter = TikTokenConverter(str(file), PATTERN, extra_special_tokens=SPECIALS)
+    converter.load_tiktoken_bpe = lambda url: ranks  # it would ask the package tiktoken
+    made = converter.converted()
     made.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
-    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIALS])
     return str(made.to_str()).encode()
 
 
