@@ -91,22 +91,16 @@ def export(
     HimapError as `plan`, or if there is something else at `out`, a backend is missing, or a weight is not usable; then
     `out` is as it was.
     """
+    from himap_export.exporter.export import write_bundle  # onnx: none of it is needed for a plan
+
     settle_target(Path(out), overwrite)  # before anything is fetched
     planned = plan(model, weights=options.get("weight_form") != "absent", **options)
     told = ("himap_export.export", str(model), *(f"{name}={value!r}" for name, value in options.items()))
-    return build(planned, Path(out), command=told, overwrite=overwrite, progress=progress)
-
-
-def build(planned: Planned, out: Path, *, command: tuple[str, ...], overwrite: bool, progress: Progress) -> Bundle:
-    """Writes the bundle of a plan, and `command` into it as what made it. HimapError as `export`."""
-    from himap_export.exporter.export import write_bundle  # onnx: none of it is needed for a plan
-
-    write_bundle(planned, out, command=command, overwrite=overwrite, progress=progress)
-    return Bundle.open(out, verify=False)
+    return write_bundle(planned, Path(out), command=told, overwrite=overwrite, progress=progress)
 
 
 def _several(name: str, value: Any) -> tuple[Any, ...]:
-    """What was asked of one as what is asked of several, each once."""
+    """Returns what was asked of one, or of several, as several, each once."""
     one = isinstance(value, str | Path | int | PruningPlan | Mapping)
     one = one or (name == "image_size" and len(value) == 2 and isinstance(value[0], int))
     values = [value] if one else list(value)

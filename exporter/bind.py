@@ -1,54 +1,50 @@
 """Binding: which stored tensor is which weight, and ONNX initializers that point into safetensors files."""
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Mapping
+from typing import Any
 
 import onnx_ir as ir
 
 from himap_export.engines.weight_file import StoredTensor, check_float, find_tensor
+from himap_export.exporter.family import Family
 from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import Rows, WeightRef
 
-RowsOf = Callable[[str], tuple[int, int] | None]  # of a role
-
 
 class WeightNames:
-    """Roles ("layers.0.mlp.up_proj.weight") to names in this checkpoint, by the candidates a family's layouts allow.
+    """Roles ("layers.0.mlp.up_proj.weight") to names in this checkpoint, by the layouts that its `family` allows.
 
     If none of its `names` are known, to those of the published checkpoints: the first candidate.
     """
 
-    def __init__(
-        self, names: Container[str], candidates: Callable[[str], Iterator[str]], tied: bool, rows: RowsOf
-    ) -> None:
-        self._names, self._candidates, self._tied, self._rows = names, candidates, tied, rows
+    def __init__(self, names: Container[str], family: Family[Any]) -> None:
+        self._names, self._family = names, family
 
     def __call__(self, role: str) -> WeightRef:
-        """The weight as which the checkpoint stores `role`; HimapError if it does not."""
-        name, rows = self._name(role), self._rows(role)
+        """Returns the weight as which the checkpoint stores `role`; HimapError if it does not."""
+        name, rows = self._name(role), self._family.rows(role)
         return WeightRef(name) if rows is None else WeightRef(f"{name}[{rows[0]}:{rows[1]}]", Rows(name, *rows))
 
     def _name(self, role: str) -> str:
+        is_tied = role == "lm_head.weight" and self._family.tied
         if not self._names:
-            return next(self._candidates("embed_tokens.weight" if self._is_tied(role) else role))
-        for name in self._candidates(role):
+            return next(self._family.names("embed_tokens.weight" if is_tied else role))
+        for name in self._family.names(role):
             if name in self._names:
                 return name
-        if self._is_tied(role):
+        if is_tied:
             return self._name("embed_tokens.weight")
-        tried = ", ".join(self._candidates(role))
+        tried = ", ".join(self._family.names(role))
         hint = "is this the checkpoint that config.json describes?"
         raise HimapError(f"the checkpoint holds no tensor {role}", f"looked for {tried}", hint, Exit.MISSING)
-
-    def _is_tied(self, role: str) -> bool:
-        return role == "lm_head.weight" and self._tied
 
 
 def fitting(
     tensors: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...], rows: Rows | None = None
 ) -> StoredTensor:
-    """The tensor `name`, which `WeightNames` has found; HimapError (usage) if it is of no type that a weight may have,
-    or its shape is not the configuration's."""
+    """Returns the tensor `name`, which `WeightNames` has found; HimapError (usage) if it has no type that a weight may
+    have, or its shape is not the configuration's."""
     stored = find_tensor(tensors, name, rows)
     assert stored is not None, name
     check_float(stored)
@@ -60,7 +56,8 @@ def fitting(
 
 
 def bind(graph: StageGraph, tensors: Mapping[str, StoredTensor], location: Callable[[StoredTensor], str]) -> ir.Model:
-    """The graph's model, each weight input with a default: an initializer at its place in a safetensors file.
+    """Gives each weight input of the graph a default, an initializer at its place in a safetensors file, and returns
+    the graph's model.
 
     They stay inputs, because a runtime may compute on a constant: onnxruntime would hold fp32 copies of all fp16 ones.
     `location` maps a stored tensor to its file, relative to the ONNX file. HimapError if a shape differs from the

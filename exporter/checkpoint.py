@@ -22,25 +22,19 @@ class Generation(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`config` as in config.json; `tensors` by name, none of them read, and empty if they were not asked for.
+    """`tensors` by name, none of them read, and empty if they were not asked for.
 
     `generation`: the fields of `Generation`. `names`: all tensors' names, which an index tells even where its shards
     are absent.
     """
 
-    folder: Path
-    config: dict[str, Any]
     generation: dict[str, Any]
     tensors: dict[str, StoredTensor]
     names: frozenset[str]
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return tuple(sorted({t.file for t in self.tensors.values()}))
-
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder; HimapError (usage) if there is none."""
+    """Returns config.json of a checkpoint folder; HimapError (usage) if there is none."""
     if not os.path.lexists(folder / "config.json"):
         hint = "MODEL is an alias, a Hugging Face id, or a checkpoint folder in Hugging Face format"
         raise HimapError(f"{folder} holds no config.json", hint=hint, code=Exit.USAGE)
@@ -48,18 +42,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(folder: Path, weights: bool = True, tower: Path | None = None) -> Checkpoint:
-    """The checkpoint in `folder`, single or sharded safetensors, every header checked against its file's length; with
-    the tensors of a `tower` that lies in another folder, if it has any.
+    """Returns the checkpoint in `folder`, single or sharded safetensors, with the tensors of a `tower` that lies in
+    another folder; checks every header against its file's length.
 
-    HimapError (missing) if it holds none; without `weights` it need not, and none are looked for.
+    HimapError (missing) if the folder holds no tensors; without `weights` none are looked for.
     """
-    config, generation = read_config(folder), Generation()
+    generation = Generation()
     if os.path.lexists(folder / "generation_config.json"):
         generation = read_json(folder / "generation_config.json", Generation, "configuration")
     own = tensor_names(folder)
     folders = [folder] if tower is None or any(".vision_tower." in name for name in own) else [folder, tower]
     tensors = stored_tensors(folders) if weights else {}
     names = own.union(*map(tensor_names, folders[1:]))
-    return Checkpoint(
-        folder=folder, config=config, generation=msgspec.to_builtins(generation), tensors=tensors, names=names
-    )
+    return Checkpoint(msgspec.to_builtins(generation), tensors, names)

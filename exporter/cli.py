@@ -50,10 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tiles", type=whole(1, 10_000), metavar="N", help="tiles of an image, its thumbnail included (InternVL)"
     )
     budget.add_argument(
-        "--align",
-        type=whole(1, TOKENS),
-        metavar="N",
-        help="keep more image tokens, up to a multiple of N tokens a stage",
+        "--align", type=whole(1, TOKENS), metavar="N", help="keep more image tokens, up to a multiple of N a stage"
     )
     budget.add_argument(
         "--max-new-tokens", type=whole(1, TOKENS), default=128, metavar="N", help="answer tokens (default: 128)"
@@ -128,10 +125,12 @@ def _export(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _build(planned: "Planned", out: Path, args: argparse.Namespace, argv: list[str]) -> dict[str, object]:
-    from himap_export.exporter.api import build
+    from himap_export.exporter.export import write_bundle
 
     say = partial(print, file=sys.stderr, flush=True)
-    manifest = build(planned, out, command=("himap-export", *argv), overwrite=args.overwrite, progress=say).manifest
+    manifest = write_bundle(
+        planned, out, command=("himap-export", *argv), overwrite=args.overwrite, progress=say
+    ).manifest
     if not args.json:
         weights = " --weights CHECKPOINT" if manifest.weight_form == "absent" else ""
         print(f"\nsha256: {manifest.digest}   pin it with: himap-run --expect-sha256")

@@ -103,13 +103,13 @@ class Tower(Common, frozen=True, kw_only=True):
     intermediate_size: Given[Width] = UNSET
     hidden_act: Given[Name] = UNSET
     patch_size: Given[Patch] = UNSET
+    num_hidden_layers: Given[Layers] = UNSET  # of Qwen's towers: transformers takes it for `depth`,
+    num_attention_heads: Given[Heads] = UNSET  # and this for `num_heads`
 
 
 class Clip(Tower, frozen=True, kw_only=True):
     """CLIP's tower."""
 
-    num_hidden_layers: Given[Layers] = UNSET
-    num_attention_heads: Given[Heads] = UNSET
     num_channels: Given[Patch] = UNSET
     image_size: Given[Side] = UNSET
     projection_dim: Given[Width] = UNSET
@@ -130,8 +130,6 @@ class InternVit(Tower, frozen=True, kw_only=True):
 
     patch_size: Given[Patch | Annotated[list[Patch], Meta(min_length=2, max_length=2)]] = UNSET  # type: ignore[assignment]
     image_size: Given[Side | Annotated[list[Side], Meta(min_length=2, max_length=2)]] = UNSET
-    num_hidden_layers: Given[Layers] = UNSET
-    num_attention_heads: Given[Heads] = UNSET
     num_channels: Given[Patch] = UNSET
     layer_norm_eps: Given[Epsilon] = UNSET
     norm_type: Given[Name] = UNSET
@@ -146,8 +144,6 @@ class QwenTower(Tower, frozen=True, kw_only=True):
     """What the towers of Qwen2.5-VL and Qwen3-VL are told."""
 
     depth: Given[Layers] = UNSET
-    num_hidden_layers: Given[Layers] = UNSET  # transformers takes it for `depth`, and the next for `num_heads`
-    num_attention_heads: Given[Heads] = UNSET
     num_heads: Given[Heads] = UNSET
     in_channels: Given[Patch] = UNSET
     spatial_merge_size: Given[Patch] = UNSET

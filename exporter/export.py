@@ -32,7 +32,7 @@ from himap_export.engines.weight_file import StoredTensor, check_finite, read_he
 from himap_export.exporter.bind import WeightNames, bind, fitting
 from himap_export.exporter.checkpoint import Checkpoint, open_checkpoint
 from himap_export.exporter.planning import Planned
-from himap_export.exporter.processor import ProcessorData, alias_processor, read_processor
+from himap_export.exporter.processor import ProcessorData, read_processor
 from himap_export.exporter.store import store_weights, write_weights
 from himap_export.exporter.target import settle_target, work_folder
 from himap_export.graphs.build import StageGraph
@@ -60,9 +60,9 @@ class Export:
     records: dict[str, GraphRecord] = field(default_factory=dict)
     engines: dict[str, dict[str, EngineRecord]] = field(default_factory=dict)
     hashes: dict[str, FileRecord] = field(default_factory=dict)
-    finalised: Manifest = field(init=False)
 
     def vision(self) -> str:
+        """Builds a vision graph for each image spec."""
         from himap_export.exporter.vision import vision_graph  # torch: seconds to import
 
         p, batch = self.planned, self.planned.variants[0].budget.batch
@@ -77,7 +77,7 @@ class Export:
         return "vision" if len(self.planned.images) == 1 else f"vision-{image}"
 
     def stages(self) -> str:
-        """Builds every variant's four language graphs, those that are equal once."""
+        """Builds every variant's language graphs, those that are equal once."""
         p, known = self.planned, dict[bytes, str]()
         for v in p.variants:
             played = {"vision": self._vision_name(v.image)}
@@ -129,7 +129,7 @@ class Export:
         ir.save(model, self.work / f"{name}.onnx")
 
     def compile(self) -> str:
-        """Every graph on every backend. Where weights are embedded, one at a time, and what is compiled in goes."""
+        """Builds each graph on each backend; embedded weights one at a time, deleting what is compiled in."""
         p = self.planned
         bundle = Bundle(self.work, self.manifest())
         self.engines = {backend: {} for backend in p.asked.backends}
@@ -155,8 +155,7 @@ class Export:
         for name, content in self.processor.files.items():
             (self.work / name).write_bytes(content)
         self.hashes = digests(self.work)
-        self.finalised = finalised(self.manifest())
-        (self.work / FILE_NAME).write_bytes(manifest_json(self.finalised))
+        (self.work / FILE_NAME).write_bytes(manifest_json(finalised(self.manifest())))
         read_manifest(self.work)  # what cannot be read back was never exported
         return f"{len(self.hashes)} files, {sum(f.bytes for f in self.hashes.values()) / 1e6:.1f} MB"
 
@@ -190,17 +189,21 @@ class Export:
 
 
 def write_bundle(
-    planned: Planned, out: Path, command: tuple[str, ...], overwrite: bool, progress: Progress
-) -> Manifest:
-    """Writes the bundle of `planned` to `out` and returns its manifest; on any failure `out` is as it was."""
+    planned: Planned, out: Path, *, command: tuple[str, ...], overwrite: bool, progress: Progress
+) -> Bundle:
+    """Writes the bundle of `planned` to `out`, and `command` into it as what made it; returns the bundle, opened.
+
+    HimapError if there is something else at `out`, a backend is missing, or a weight is not usable; on any failure
+    `out` is as it was.
+    """
     out = settle_target(out, overwrite)
     for name in planned.asked.backends:
         load_backend(name).check(planned.dtype, planned.asked.gather)
     checkpoint = _checkpoint(planned)
     family = planned.model.family
-    names = WeightNames(checkpoint.names, family.names, family.tied, family.rows)
+    names = WeightNames(checkpoint.names, family)
     _check_weights(planned, checkpoint, names)
-    processor = _processor(planned, checkpoint)
+    processor = read_processor(planned.model.folder, family, planned.images)
     with work_folder(out, overwrite) as work:
         state = Export(
             planned=planned, checkpoint=checkpoint, processor=processor, names=names, work=work, command=command
@@ -209,18 +212,18 @@ def write_bundle(
             start = time.perf_counter()
             result = phase()
             progress(f"{phase.__name__:8} {time.perf_counter() - start:6.1f} s   {result}")
-    return state.finalised
+    return Bundle.open(out, verify=False)
 
 
 def _checkpoint(p: Planned) -> Checkpoint:
-    """The checkpoint's folder opened; for an alias without one, what the registry knows of it."""
+    """Returns the opened checkpoint; for an alias without a folder, what the registry knows of it."""
     if p.model.folder is None:
-        return Checkpoint(folder=Path(), config=p.model.family.fields, generation={}, tensors={}, names=frozenset())
+        return Checkpoint({}, {}, frozenset())
     return open_checkpoint(p.model.folder, p.asked.weight_form != "absent", p.model.tower)
 
 
 def _check_weights(p: Planned, checkpoint: Checkpoint, names: WeightNames) -> None:
-    """That the checkpoint is the model's, before anything is built: decode reads every weight of the decoder."""
+    """Checks before anything is built that the checkpoint is the model's: decode reads every weight of the decoder."""
     if p.asked.weight_form == "absent":
         return
     v, missing = p.variants[0], list[HimapError]()
@@ -236,32 +239,24 @@ def _check_weights(p: Planned, checkpoint: Checkpoint, names: WeightNames) -> No
         raise missing[0]
 
 
-def _processor(p: Planned, checkpoint: Checkpoint) -> ProcessorData:
-    if p.model.folder is None:
-        return alias_processor(p.model.family, p.images)
-    return read_processor(checkpoint.folder, p.model.family, p.images)
-
-
 def _location(stored: StoredTensor) -> str:
     return f"weights/{stored.file.name}"
 
 
 def _model_record(p: Planned, checkpoint: Checkpoint) -> ModelRecord:
-    """Token ids as transformers' `generate` takes them: generation_config.json first, then config.json."""
+    """Returns token ids as transformers' `generate` takes them: generation_config.json's first, then config.json's."""
     config, rules = p.model.family.fields, p.model.family.prompt()
     told = (checkpoint.generation, config.get("text_config", {}), config)
     eos = next((c["eos_token_id"] for c in told if c.get("eos_token_id") is not None), list(rules.eos))
     pad = next((c["pad_token_id"] for c in told if c.get("pad_token_id") is not None), rules.pad)
     eos_tokens = tuple(dict.fromkeys((*(eos if isinstance(eos, list) else (eos,)), *rules.stop)))
-    image = ImageTokens(rules.image_token, rules.between)
-    pad = eos_tokens[0] if pad is None else pad
     return ModelRecord(
         name=p.model.name,
         source=p.model.source,
         architecture=p.model.family.architecture,
-        image=image,
+        image=ImageTokens(rules.image_token, rules.between),
         eos_tokens=eos_tokens,
-        pad_token=pad,
+        pad_token=eos_tokens[0] if pad is None else pad,
     )
 
 

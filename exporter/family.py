@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from himap_export.engines.documents import typed
 from himap_export.engines.image import ImagePreprocessing
+from himap_export.exporter.checks import require, require_even_heads, require_supported
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import DecoderSpec
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     import torch
 
 Config = Mapping[str, Any]
-# Those of transformers that published towers and projectors use, or used.
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish")
 DECODER_ROLES = ("layers.", "embed_tokens.", "norm.", "lm_head.")
 T = TypeVar("T")
 S = TypeVar("S", bound=Struct)
@@ -37,6 +36,18 @@ class ImageOptions:
 
     size: tuple[int, int] | None = None
     tiles: int | None = None
+
+    def require_whole(self) -> None:
+        """Raises HimapError (usage) if tiles are asked of a model that has none."""
+        if self.tiles not in (None, 1):
+            raise HimapError(f"{self.tiles} tiles do not fit", "this model sees its image whole", code=Exit.USAGE)
+
+    def fixed(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Returns `size`, of a tower that takes images of this one; HimapError (usage) if another is asked for."""
+        if self.size not in (None, size):
+            details = f"this model's images are {size[1]}x{size[0]}"
+            raise HimapError(f"an image size of {self.size[1]}x{self.size[0]} does not fit", details, code=Exit.USAGE)
+        return size
 
 
 @dataclass(frozen=True)
@@ -209,48 +220,3 @@ def llama_decoder(text: Any, ropes: tuple[str, ...] = ("default",), **more: Any)
     require(groups > 0 and not rest, f"{found.heads} attention heads are not shared evenly by {found.kv_heads}")
     require_even_heads(found.head_dim)
     return replace(found, **more)
-
-
-def require(holds: bool, otherwise: str) -> None:
-    """HimapError (usage) that says what is the case `otherwise`, unless it `holds`."""
-    if not holds:
-        raise HimapError("unsupported configuration", otherwise, code=Exit.USAGE)
-
-
-def require_supported(what: str, found: object, *supported: object) -> None:
-    """HimapError (usage) unless `found` is one of `supported`."""
-    if found not in supported:
-        raise HimapError(f"unsupported {what} {found}", f"supported: {', '.join(map(str, supported))}", code=Exit.USAGE)
-
-
-def require_model_type(what: str, part: Config, *supported: str) -> None:
-    """HimapError (usage) unless `part` of a configuration is of one of `supported` types, the first if it says none:
-    transformers would make whatever class it names."""
-    require_supported(what, part.get("model_type", supported[0]), *supported)
-
-
-def require_even_heads(head_dim: int) -> None:
-    """HimapError (usage) for heads that rotary positions cannot turn."""
-    require(head_dim % 2 == 0, f"heads of {head_dim} cannot be rotated by halves")
-
-
-def require_tower(width: int, heads: int, activation: str, multiple: int = 1) -> None:
-    """HimapError (usage) unless a vision tower's `width` falls into `heads`, a `multiple` of numbers each, and its
-    `activation` is one that transformers has."""
-    even = width % (heads * multiple) == 0
-    require(even, f"a vision tower of {width} channels has no {heads} equal heads of a multiple of {multiple}")
-    require_supported("activation of the vision tower", activation, *ACTIVATIONS)
-
-
-def require_whole(asked: ImageOptions) -> None:
-    """HimapError (usage) if `asked` are tiles, of a model that has none."""
-    if asked.tiles not in (None, 1):
-        raise HimapError(f"{asked.tiles} tiles do not fit", "this model sees its image whole", code=Exit.USAGE)
-
-
-def fixed_size(asked: ImageOptions, size: tuple[int, int]) -> tuple[int, int]:
-    """Returns `size`, of a tower that takes images of this one; HimapError (usage) if another was asked for."""
-    if asked.size not in (None, size):
-        details = f"this model's images are {size[1]}x{size[0]}"
-        raise HimapError(f"an image size of {asked.size[1]}x{asked.size[0]} does not fit", details, code=Exit.USAGE)
-    return size

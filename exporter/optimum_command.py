@@ -38,14 +38,14 @@ class HimapExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # optimu
         parser._add_container_actions(source)  # as ArgumentParser(parents=[source]) does
 
     def run(self) -> None:
-        """himap-export, to its exit code."""
+        """Runs himap-export, to its exit code."""
         if self.args.out is None and not self.args.dry_run:
             self.parser.error("OUTPUT is needed (or --dry-run)")
         main(list(_words(self.args)))
 
 
 def _as_typed(convert: Callable[[str], object]) -> Callable[[str], str]:
-    """An option's type that refuses what `convert` refuses, and leaves the word as it is."""
+    """Returns an option's type that refuses what `convert` refuses, and leaves the word as it is."""
 
     @wraps(convert, updated=())  # its name is in argparse's messages
     def check(word: str) -> str:
@@ -56,7 +56,7 @@ def _as_typed(convert: Callable[[str], object]) -> Callable[[str], str]:
 
 
 def _words(args: Namespace) -> Iterator[str]:
-    """The command line of himap-export that says the same."""
+    """Yields the words of himap-export's command line that say the same."""
     yield args.model
     if args.out is not None:
         yield from ("--out", args.out)

@@ -10,7 +10,8 @@ from himap_export.engines.backends import Gather
 from himap_export.engines.documents import typed
 from himap_export.engines.image import MAX_PIXELS, MAX_SIDE
 from himap_export.engines.manifest import WeightForm
-from himap_export.exporter.family import ImageOptions, PromptRules, VisionSpec, require
+from himap_export.exporter.checks import require
+from himap_export.exporter.family import ImageOptions, PromptRules, VisionSpec
 from himap_export.exporter.plans import KEYS, Source, flag_plans, named_plans
 from himap_export.exporter.registry import Model
 from himap_export.graphs.errors import Exit, HimapError
@@ -66,7 +67,9 @@ class PlannedVariant:
 
     @property
     def image(self) -> str:
-        return image_name(self.vision)
+        """The name of the image spec: 448x336, or 448x448x4 for four tiles."""
+        height, width = self.vision.size
+        return f"{width}x{height}" + (f"x{self.vision.tiles}" if self.vision.tiles > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -85,14 +88,15 @@ class Planned:
         return {v.image: v.vision for v in self.variants}
 
     def variant_name(self, v: PlannedVariant) -> str:
-        """Unlike that of any other variant: the plan, its text budget, and the image if there are several."""
+        """Returns a name that no other variant has: the plan, its text budget, and the image if there are several."""
         return f"{v.plan_name}-{v.budget.text}" + (f"-{v.image}" if len(self.images) > 1 else "")
 
     def costs(self, v: PlannedVariant) -> tuple[StageCost, ...]:
+        """Returns what each stage holds and what its prefill costs."""
         return stage_costs(self.decoder, v.plan, v.budget, self.dtype)
 
     def ratios(self, v: PlannedVariant, visual: Visual | None = None) -> tuple[float, float]:
-        """FLOPs kept: as the paper counts them (image tokens only), and with the text budget filled."""
+        """Returns the share of FLOPs kept: as the paper counts (image tokens only), and with the text budget filled."""
         visual = visual or v.budget.visual
         paper = paper_ratio(self.decoder, v.plan, visual)
         return paper, true_ratio(self.decoder, v.plan, visual, v.budget.text)
@@ -121,8 +125,8 @@ def plan_export(model: Model, asked: Request) -> Planned:
 
 
 def describe(model: Model, *images: ImageOptions) -> tuple[DecoderSpec, tuple[VisionSpec, ...]]:
-    """The model's decoder, and its vision graph for each of `images` (none: its own). HimapError (usage) if its
-    config.json is damaged, not supported, or knows no such image."""
+    """Returns the model's decoder, and its vision graph for each of `images` (none: its own). HimapError (usage) if
+    its config.json is damaged, not supported, or knows no such image."""
     family = model.family
     try:
         seen = tuple(family.vision(asked) for asked in images or (ImageOptions(),))
@@ -139,7 +143,7 @@ def describe(model: Model, *images: ImageOptions) -> tuple[DecoderSpec, tuple[Vi
 
 
 def _check_vision(vision: VisionSpec) -> None:
-    """Before any table of such a size is made."""
+    """Checks the image's size before any table of that size is made."""
     (height, width), pixels = vision.size, vision.tiles * prod(vision.size)
     if max(height, width) > MAX_SIDE or pixels > MAX_PIXELS or not 1 <= vision.tokens <= MOST_TOKENS:
         details = f"{width}x{height} pixels in {vision.tiles} tiles, {vision.tokens} tokens"
@@ -149,19 +153,14 @@ def _check_vision(vision: VisionSpec) -> None:
 
 
 def _check_image_token(rules: PromptRules, decoder: DecoderSpec) -> None:
-    """Ids below zero are of no vocabulary at all: LLaVA's original layout means them so."""
+    """Checks the image token's id. Those below zero are of no vocabulary: LLaVA's original layout means them so."""
     if rules.image_token >= decoder.vocab:
         details = f"it is {rules.image_token}, the vocabulary has {decoder.vocab}"
         raise HimapError("the image token of config.json is no token", details, code=Exit.USAGE)
 
 
-def image_name(vision: VisionSpec) -> str:
-    """448x336, or 448x448x4 for four tiles."""
-    return f"{vision.size[1]}x{vision.size[0]}" + (f"x{vision.tiles}" if vision.tiles > 1 else "")
-
-
 def _plans(asked: Request) -> dict[str, PruningPlan]:
-    """Every plan by its name, in the order asked for."""
+    """Returns every plan by its name, in the order asked for."""
     values = {key: value for key in KEYS if (value := getattr(asked, key)) is not None}
     if not asked.plans:
         return flag_plans(asked.policies or ("himap",), asked.task, values)
@@ -180,8 +179,8 @@ def _check_positions(model: Model, budget: TokenBudget) -> None:
 
 
 def _own_dtype(config: dict[str, Any], backends: tuple[str, ...]) -> Dtype:
-    """The checkpoint's own; but fp16 for fp32 weights on TensorRT, which has no fused attention in fp32, and fp32 for
-    bf16 weights on onnxruntime, whose CPU kernels know no bf16: every bf16 number is one, where fp16 would overflow.
+    """Returns the checkpoint's own dtype; but fp16 for fp32 weights on TensorRT, which has no fused attention in fp32,
+    and fp32 for bf16 weights on onnxruntime, whose CPU kernels know no bf16: fp32 holds them all, fp16 would overflow.
 
     HimapError (usage) for bf16 weights on both."""
     names: dict[str, Dtype] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}

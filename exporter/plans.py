@@ -46,11 +46,11 @@ _TABLES: tuple[type[_NoCut], ...] = (_NoCut, _OneCut, _TwoCuts)
 
 
 def flag_plans(policies: Sequence[str], task: str, values: Values) -> dict[str, PruningPlan]:
-    """The plan of each policy by its name: the task's cuts, or the policy's own, changed by what was given.
+    """Returns the plan of each policy by its name: the task's cuts, or the policy's own, changed by what was given.
 
     Of several policies each takes what it has cuts for; HimapError (usage) if none does.
     """
-    found, taken = {}, {policy: _allowed(len(POLICIES[policy])) for policy in policies}
+    found, taken = {}, {policy: _allowed(policy) for policy in policies}
     for key in values:
         if not any(key in allowed for allowed in taken.values()):
             raise _not_for(policies[0], key)
@@ -89,7 +89,7 @@ def _plans_of(source: Source) -> Iterator[tuple[str, PruningPlan]]:
 
 
 def _default(policy: str, task: str) -> PruningPlan | None:
-    """A policy's plan before anything is changed; None if it has none: truncation's authors try every layer."""
+    """Returns a policy's plan before anything is changed; None if it has none: truncation's authors try every layer."""
     criteria = POLICIES[policy]
     if len(criteria) == 1:
         return FASTV if policy == "fastv" else None
@@ -113,18 +113,18 @@ def _changed(policy: str, plan: PruningPlan | None, values: Values) -> PruningPl
     return PruningPlan(tuple(changed))
 
 
+def _allowed(policy: str) -> tuple[str, ...]:
+    return _TABLES[len(POLICIES[policy])].__struct_fields__[1:]  # without "policy"
+
+
 def _not_for(policy: str, key: str) -> HimapError:
     count = len(POLICIES[policy])
-    hint = f"it has {count} cut{'s' * (count != 1)}: {', '.join(f'`{own}`' for own in _allowed(count)) or 'no flags'}"
+    hint = f"it has {count} cut{'s' * (count != 1)}: {', '.join(f'`{own}`' for own in _allowed(policy)) or 'no flags'}"
     return HimapError(f"`{key}` is not for the policy {policy}", hint=hint, code=Exit.USAGE)
 
 
-def _allowed(cuts: int) -> tuple[str, ...]:
-    return ((), ("k1", "r1", "keep"), ("k1", "k2", "r1", "r2"))[cuts]
-
-
 def _read(file: Path) -> Iterator[tuple[str, PruningPlan]]:
-    """The plans of a TOML file, one table each.
+    """Yields the plans of a TOML file, one table each.
 
     `[tight]` with `k1 = 2`, `k2 = 8`, `r1 = 0.5`, `r2 = 0.9`, and `policy` if not himap; or with any list of cuts:
     `cuts = [{layer = 2, criterion = "last", keep = 100}]`.

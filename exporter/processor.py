@@ -108,41 +108,31 @@ class ProcessorData:
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def alias_processor(family: Family[Any], images: Mapping[str, VisionSpec]) -> ProcessorData:
-    """Returns that of a published model without its checkpoint: its prompt is known, its tokenizer comes with the
-    weights."""
-    return ProcessorData(_own_images(family, images), _own_prompt(family))
-
-
-def read_processor(folder: Path, family: Family[Any], images: Mapping[str, VisionSpec]) -> ProcessorData:
-    """Returns the processor of the checkpoint in `folder`, for `images` by name. Where it does not say, `family` does.
+def read_processor(folder: Path | None, family: Family[Any], images: Mapping[str, VisionSpec]) -> ProcessorData:
+    """Returns the processor of the checkpoint in `folder`, for `images` by name. Where it does not say, `family` does:
+    without a folder all of it, but for the tokenizer, which comes with the weights.
 
     HimapError: damaged files, an image processor or an option that is not supported, sizes that are not the vision
     tower's, a chat template without exactly one image and one question, a tokenizer at odds with the model.
     """
+    rules = family.prompt()
+    prompt = PromptFormat(rules.template, rules.image_text, image_id=rules.image_token)
+    own = {name: family.image(spec) for name, spec in images.items()}
+    if folder is None:
+        return ProcessorData(own, prompt)
     processor = _read(folder / "processor_config.json", Files)
     flat = processor.image_processor
     if flat is None and os.path.lexists(path := folder / "preprocessor_config.json"):
         flat = read_json(path, dict[str, Any], "image processor", code=Exit.FAILURE)
     flat = {} if family.own_image or flat is None else flat
-    how = {name: _image(flat, default) for name, default in _own_images(family, images).items()}
-    prompt = _own_prompt(family)
+    how = {name: _image(flat, default) for name, default in own.items()}
     if os.path.lexists(folder / TOKENIZER):
         tokenizer = _load_tokenizer(folder, family.model_type)
-        prompt = _told_prompt(folder, processor, tokenizer=tokenizer, rules=family.prompt(), default=prompt)
+        prompt = _told_prompt(folder, processor, tokenizer=tokenizer, rules=rules, default=prompt)
         # Written from what transformers loaded: it may add tokens and BOS rules that the file itself does not hold.
         return ProcessorData(how, prompt, {TOKENIZER: tokenizer.backend_tokenizer.to_str().encode()})
     made = family.tokenizer(folder)
     return ProcessorData(how, None) if made is None else ProcessorData(how, prompt, {TOKENIZER: made})
-
-
-def _own_images(family: Family[Any], images: Mapping[str, VisionSpec]) -> dict[str, ImagePreprocessing]:
-    return {name: family.image(spec) for name, spec in images.items()}
-
-
-def _own_prompt(family: Family[Any]) -> PromptFormat:
-    rules = family.prompt()
-    return PromptFormat(rules.template, rules.image_text, image_id=rules.image_token)
 
 
 def _image(found: Mapping[str, Any], default: ImagePreprocessing) -> ImagePreprocessing:
@@ -184,13 +174,13 @@ def _told_prompt(
 
 
 def _kind(config: Mapping[str, Any]) -> str:
-    """The image processor's class, whichever of its spellings the checkpoint uses."""
+    """Returns the image processor's class, whichever of its spellings the checkpoint uses."""
     name = config.get("image_processor_type") or config.get("feature_extractor_type") or "LlavaImageProcessor"
     return str(name)[:80].replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
 
 
 def read_image_preprocessing(config: Mapping[str, Any]) -> ImagePreprocessing:
-    """From the content of a `preprocessor_config.json`, or of "image_processor" in a `processor_config.json`."""
+    """Returns what a `preprocessor_config.json` says, or the "image_processor" in a `processor_config.json`."""
     name = _kind(config)
     if name not in PROCESSORS:
         raise HimapError(f"unsupported image processor {name}", f"supported: {', '.join(PROCESSORS)}")
@@ -218,7 +208,7 @@ def read_image_preprocessing(config: Mapping[str, Any]) -> ImagePreprocessing:
 
 
 def _size(name: str, value: int | tuple[int, ...] | Size, square: bool) -> int | tuple[int, int]:
-    """The shorter edge, or (height, width). Old configs write one number, or two (transformers' `get_size_dict`)."""
+    """Returns the shorter edge, or (height, width). Old configs write one number or two (`get_size_dict`)."""
     if isinstance(value, int):
         return (value, value) if square else value
     if isinstance(value, tuple):
@@ -235,12 +225,12 @@ def _three(value: float | tuple[float, ...]) -> tuple[float, float, float]:
 
 
 def _read(path: Path, kind: type[S]) -> S:
-    """What a JSON file says; nothing, if there is no such file."""
+    """Returns what a JSON file says; the defaults, if there is no such file."""
     return read_json(path, kind, "processor's file", code=Exit.FAILURE) if os.path.lexists(path) else kind()
 
 
 def _load_tokenizer(folder: Path, model_type: str) -> Any:
-    """The tokenizer as transformers sees it, so that the bundle encodes exactly like Hugging Face.
+    """Returns the tokenizer as transformers sees it, so that the bundle encodes exactly like Hugging Face.
 
     It sees copies of the files that a tokenizer is made of, beside a config.json that says no more than `model_type`:
     no file that they name elsewhere, no code, and no configuration that nobody has checked.
@@ -267,7 +257,7 @@ def _load_tokenizer(folder: Path, model_type: str) -> Any:
 
 
 def _copy_tokenizer(folder: Path, stage: Path) -> None:
-    """The tokenizer's files into `stage`, without what in them names other files."""
+    """Copies the tokenizer's files into `stage`, without what in them names other files."""
     (stage / TOKENIZER).write_bytes(read_tokenizer(folder / TOKENIZER))
     for name in TOKENIZER_FILES:
         if os.path.lexists(folder / name):
@@ -278,7 +268,7 @@ def _copy_tokenizer(folder: Path, stage: Path) -> None:
 
 
 def _chat_template(folder: Path, processor: Files) -> str | None:
-    """The template that Hugging Face's processor would use, or None."""
+    """Returns the template that Hugging Face's processor would use, or None."""
     template = _default(processor.chat_template or _read(folder / "chat_template.json", Files).chat_template)
     path = folder / "chat_template.jinja"
     if template is None and os.path.lexists(path):
@@ -292,12 +282,12 @@ def _chat_template(folder: Path, processor: Files) -> str | None:
 
 
 def _default(template: Any) -> Any:
-    """One of several templates: the one named default, if it is there."""
+    """Returns, of several templates, the one named default, if it is there."""
     return template.get("default", template) if isinstance(template, dict) else template
 
 
 def _render(template: str, special: Mapping[str, Any], image_token: str) -> PromptFormat:
-    """The chat template as a `PromptFormat`: rendered with a sentinel question, then checked with an awkward one."""
+    """Returns the chat template as a `PromptFormat`, rendered with one question and checked with an awkward one."""
     bos = str(special.get("bos_token") or "")
     text, probed = render(template, (SENTINEL, PROBE), special)
     if text.count(SENTINEL) != 1 or text.count(image_token) != 1 or QUESTION in text:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,7 +72,7 @@ def resolve(
     checkpoint: Path | None = None,
     vision_tower: Path | None = None,
 ) -> Model:
-    """Alias, local folder or Hugging Face id to a model; without `weights` an alias needs no network.
+    """Finds the model of an alias, a local folder or a Hugging Face id; without `weights` an alias needs no network.
 
     `checkpoint`: the folder that holds an alias's weights; what the alias says of its sizes then is what they must be.
     `vision_tower`: the folder of the vision tower, for a release that has it apart and names it elsewhere. HimapError:
@@ -83,56 +83,46 @@ def resolve(
     if checkpoint and not alias:
         hint = "a folder is a model by itself: leave `checkpoint` out"
         raise HimapError(f"{name[:80]} is no alias", f"aliases: {', '.join(ALIASES)}", hint, Exit.USAGE)
+    config = alias.config if alias else {}
     if _is_folder(Path(source)):
-        own = read_config(Path(source))
-        return _model(
-            name,
-            source,
-            config=own | alias.config if alias else own,
-            folder=Path(source),
-            weights=weights,
-            vision_tower=vision_tower,
-        )
-    if checkpoint:
+        folder = Path(source)
+    elif checkpoint:
         raise HimapError(f"{checkpoint} is no folder", "`checkpoint` holds the weights of an alias", code=Exit.USAGE)
-    if alias and not weights:
-        return Model(name, source, find_family(alias.config, name).parse(alias.config, name), None)
-    if alias is None and not _HUB_ID.fullmatch(source):
+    elif alias and not weights:
+        return Model(name, source, find_family(config, name).parse(config, name), None)
+    elif alias is None and not _HUB_ID.fullmatch(source):
         known = f"aliases: {', '.join(ALIASES)}; or a Hugging Face id, or a folder{suggestion(source, ALIASES)}"
         raise HimapError(f"unknown model {name[:80]}", known, code=Exit.USAGE)
-    folder = _download(source, revision, weights)
-    own = read_config(folder)
-    if alias and "mm_vision_tower" in alias.config:  # releases name a folder on their authors' machines
-        own["mm_vision_tower"] = alias.config["mm_vision_tower"]
-    return _model(name, source, config=own, folder=folder, weights=weights, vision_tower=vision_tower)
-
-
-def _model(name: str, source: str, config: Config, folder: Path, weights: bool, vision_tower: Path | None) -> Model:
+    else:
+        folder = _download(source, revision, weights)
+        # Releases name a folder on their authors' machines.
+        config = {key: value for key, value in config.items() if key == "mm_vision_tower"}
+    config = read_config(folder) | config
     family = find_family(config, name[:200]).parse(config, f"{name[:200]}: config.json")
-    named = family.tower()
+    return _with_tower(Model(name, source, family, folder), folder, vision_tower, weights)
+
+
+def _with_tower(model: Model, folder: Path, given: Path | None, weights: bool) -> Model:
+    """Returns `model` with the vision tower that its configuration names, if that has a checkpoint of its own."""
+    named = model.family.tower()
     if named is None:
-        if vision_tower is not None:
-            raise HimapError(f"{name} has its vision tower", hint="leave `vision_tower` out", code=Exit.USAGE)
-        return Model(name, source, family, folder)
-    tower = vision_tower or _inside(folder, named)
+        if given is not None:
+            raise HimapError(f"{model.name} has its vision tower", hint="leave `vision_tower` out", code=Exit.USAGE)
+        return model
+    tower = given or _inside(folder, named)
     if tower is None and _HUB_ID.fullmatch(named):
         tower = _download(named, None, weights)
     if tower is None or not _is_folder(tower):
         details = f"config.json names {named[:200]}, no Hugging Face id, and no folder in {folder}"
         details = details if tower is None else f"{tower} is no folder"
         hint = "give the folder of the tower's checkpoint with `vision_tower` DIR"
-        raise HimapError(f"{name}: the vision tower's folder is not there", details, hint, Exit.MISSING)
-    return Model(
-        name=name,
-        source=source,
-        family=family.with_tower(read_config(tower), f"{tower}: config.json"),
-        folder=folder,
-        tower=tower,
-    )
+        raise HimapError(f"{model.name}: the vision tower's folder is not there", details, hint, Exit.MISSING)
+    family = model.family.with_tower(read_config(tower), f"{tower}: config.json")
+    return replace(model, family=family, tower=tower)
 
 
 def _inside(folder: Path, named: str) -> Path | None:
-    """The folder that a checkpoint names, if it is one inside the checkpoint's own, wherever links lead."""
+    """Returns the folder that a checkpoint names, if it is one inside the checkpoint's own, wherever links lead."""
     try:
         home, found = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / named))
     except ValueError:  # a null byte

@@ -9,7 +9,7 @@ from himap_export.exporter.planning import Planned, PlannedVariant
 
 
 def plan_json(p: Planned) -> dict[str, Any]:
-    """One object: model, and the first variant's plan, budget, flops, stages; `variants` lists these for all."""
+    """Returns the model, and the first variant's plan, budget, flops, stages; `variants` lists these for all."""
     variants = [_variant_json(p, v) for v in p.variants]
     return {"model": p.model.name, "source": p.model.source, "dtype": p.dtype, **variants[0], "variants": variants}
 
@@ -29,29 +29,19 @@ def _variant_json(p: Planned, v: PlannedVariant) -> dict[str, Any]:
             "align": p.asked.align,
         },
         "flops": {"paper_ratio": round(paper, 3), "ratio": round(true, 3), "prefill": sum(c.flops for c in costs)},
-        "stages": [
-            {
-                "name": c.name,
-                "layers": [c.layers.start, c.layers.stop],
-                "tokens": c.tokens,
-                "image_tokens": c.image_tokens,
-                "kv_bytes": c.kv_bytes,
-                "flops": c.flops,
-            }
-            for c in costs
-        ],
+        "stages": [vars(c) | {"layers": [c.layers.start, c.layers.stop]} for c in costs],
     }
 
 
 def _plan_json(v: PlannedVariant) -> dict[str, Any]:
-    """The cuts in full, and as the flags that name them: k1, r1, .."""
+    """Returns the cuts in full, and by the parameters that name them: k1, r1, .."""
     flags: dict[str, float] = {f"k{n}": cut.layer for n, cut in enumerate(v.plan.cuts, 1)}
     flags |= {f"r{n}": cut.remove for n, cut in enumerate(v.plan.cuts, 1) if cut.remove is not None}
     return {"name": v.plan_name, "policy": v.plan.policy, **flags, "cuts": [asdict(cut) for cut in v.plan.cuts]}
 
 
 def plan_table(p: Planned) -> str:
-    """The plan as a table: one row per stage, or one per variant where there are several."""
+    """Returns the plan as a table: one row per stage, or one per variant where there are several."""
     head = f"{p.model.name} ({p.model.source})  {p.dtype}  batch {p.variants[0].budget.batch}"
     return "\n".join([head, *(_stages(p, p.variants[0]) if len(p.variants) == 1 else _variants(p))])
 
@@ -77,7 +67,7 @@ def _stages(p: Planned, v: PlannedVariant) -> list[str]:
 
 
 def _cuts(v: PlannedVariant) -> str:
-    """policy himap: cuts at k1=2 (instruction, remove 50%) and k2=8 (image, remove 75% of the rest)"""
+    """Returns "policy himap: cuts at k1=2 (instruction, remove 50%) and k2=8 (image, remove 75% of the rest)"."""
     if not v.plan.cuts:
         return f"policy {v.plan.policy}: no cuts"
     found = []
@@ -88,7 +78,7 @@ def _cuts(v: PlannedVariant) -> str:
 
 
 def _alignment(p: Planned, v: PlannedVariant) -> list[str]:
-    """What `--align` cost and gained: FLOPs, and image tokens that the same tiles of rows now hold."""
+    """Returns what `--align` cost and gained: FLOPs, and image tokens that the same tiles of rows now hold."""
     if p.asked.align is None:
         return []
     before, after = p.ratios(v, v.asked)[1], p.ratios(v)[1]
@@ -118,7 +108,7 @@ def _variants(p: Planned) -> list[str]:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The first row is the head; the first column stands left, the others right."""
+    """Returns the lines of a table: the first row is its head; the first column stands left, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True)))
@@ -127,17 +117,17 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def _bytes(n: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
+def _scaled(n: float, base: int, *units: str) -> str:
+    for unit in units[:-1]:
+        if n < base:
             return f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.2f} GiB"
+        n /= base
+    return f"{n:.2f} {units[-1]}"
 
 
-def _flops(n: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if n < 1000:
-            return f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.2f} T"
+def _bytes(n: int) -> str:
+    return _scaled(n, 1024, "B", "KiB", "MiB", "GiB")
+
+
+def _flops(n: int) -> str:
+    return _scaled(n, 1000, "", "k", "M", "G", "T")

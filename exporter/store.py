@@ -13,14 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from himap_export.engines.weight_file import (
-    StoredTensor,
-    as_numbers,
-    as_stored,
-    check_finite,
-    map_tensors,
-    not_finite,
-)
+from himap_export.engines.weight_file import StoredTensor, as_numbers, as_stored, check_finite, map_tensors, not_finite
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import Dtype
 
@@ -44,7 +37,9 @@ def store_weights(
         by_file.setdefault(t.file, []).append(t)
     folder.mkdir()
     targets = _targets(by_file)
-    with _bar(sum(file.stat().st_size for file in by_file), "weights") as bar:
+    total = sum(file.stat().st_size for file in by_file)
+    # On a terminal only, and only for what takes long.
+    with tqdm(total=total, desc="weights", unit="B", unit_scale=True, leave=False, disable=None, delay=0.5) as bar:
         for file, used in by_file.items():
             unlike = [t for t in used if t.dtype != dtype]
             if unlike and hard_link:
@@ -60,7 +55,7 @@ def store_weights(
 
 
 def _targets(files: Iterable[Path]) -> dict[Path, str]:
-    """Their own names; where two checkpoints use the same one, the second's goes behind its folder's."""
+    """Returns the files' own names; where two checkpoints use the same one, the second's goes behind its folder's."""
     found: dict[Path, str] = {}
     for file in files:
         name = file.name
@@ -77,7 +72,7 @@ def write_weights(
     bar: "tqdm[None] | None" = None,
     allow_overflow: bool = False,
 ) -> None:
-    """A safetensors file of `tensors` in `dtype`, a piece of one in memory at a time.
+    """Writes a safetensors file of `tensors` in `dtype`, a piece of one in memory at a time.
 
     HimapError (usage) for a number that is too large for `dtype`; with `allow_overflow` it becomes the largest that is
     not. (failure) for one that is not finite. Neither is looked for where a tensor has `dtype` already.
@@ -102,7 +97,7 @@ def write_weights(
 
 
 def _converted(tensor: StoredTensor, piece: npt.NDArray[Any], dtype: Dtype, allow_overflow: bool) -> npt.NDArray[Any]:
-    """Numbers of `tensor`, [n] in its own dtype, in `dtype`; HimapError as `write_weights`."""
+    """Returns the numbers `piece` [n] of `tensor`, in its own dtype, as `dtype`; HimapError as `write_weights`."""
     numbers = as_numbers(piece, tensor.dtype)
     made = as_stored(numbers, dtype)
     if not_finite(made, dtype) == 0:
@@ -117,11 +112,6 @@ def _converted(tensor: StoredTensor, piece: npt.NDArray[Any], dtype: Dtype, allo
     return as_stored(np.clip(numbers, -largest, largest), dtype)
 
 
-def _bar(size: int, what: str) -> "tqdm[None]":
-    """On a terminal only, and only for what takes long."""
-    return tqdm(total=size, desc=what, unit="B", unit_scale=True, leave=False, disable=None, delay=0.5)
-
-
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source.resolve(), target)  # a hub snapshot's files are links themselves
@@ -131,7 +121,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _clone(source: Path, target: Path, bar: "tqdm[None]") -> None:
-    """A reflink where the file system can, else a copy."""
+    """Makes a reflink where the file system can, else a copy."""
     with source.open("rb") as src, target.open("wb") as dst:
         try:
             fcntl.ioctl(dst, _FICLONE, src.fileno())

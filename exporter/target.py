@@ -11,6 +11,7 @@ the next one to the same place.
 
 import ctypes
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -30,7 +31,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 
 
 def settle_target(out: Path, overwrite: bool) -> Path:
-    """The absolute path of the bundle's folder `out`; HimapError if a bundle cannot go there.
+    """Returns the absolute path of the bundle's folder `out`; HimapError if a bundle cannot go there.
 
     It is a new or an empty folder or, with `overwrite`, a bundle of ours in which nothing else lies; no link, no mount
     point, no Python package, not the folder that one stands in; and the folder around it can be written.
@@ -59,7 +60,7 @@ def _refused(out: Path, details: str, hint: str) -> HimapError:
 
 
 def _obstacle(target: Path, overwrite: bool) -> str:
-    """What stands in the way at a path that is there; "" for nothing."""
+    """Returns what stands in the way at a path that is there; "" for nothing."""
     if target.is_symlink():
         return "it is a link"
     if not target.is_dir():
@@ -82,7 +83,7 @@ def _obstacle(target: Path, overwrite: bool) -> str:
 
 
 def _check_writable(target: Path) -> None:
-    """That a folder can be made beside `target`, where the bundle will be built."""
+    """Checks that a folder can be made beside `target`, where the bundle will be built."""
     home = next(p for p in target.parents if p.exists())
     try:
         with held_signals():
@@ -94,7 +95,7 @@ def _check_writable(target: Path) -> None:
 
 @contextmanager
 def work_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A fresh folder that becomes `out` (as `settle_target` gave it) on success, and vanishes on any failure.
+    """Yields a fresh folder that becomes `out` (as `settle_target` gave it) on success, and vanishes on any failure.
 
     A signal that comes too late says so: the bundle is in place then.
     """
@@ -135,7 +136,7 @@ def _put(wrapper: Path, out: Path) -> None:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Exchanges two folders in one step; False where kernel or file system cannot. OSError for anything else."""
+    """Exchanges two folders in one step, or returns False where kernel or file system cannot. OSError otherwise."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -149,9 +150,9 @@ def exchange(a: Path, b: Path) -> bool:
 
 def clear_beside(out: Path) -> list[str]:
     """Puts right what killed exports to `out` left beside it: a replaced bundle goes back if nothing took its place,
-    everything else goes. Says what it did."""
+    everything else goes. Returns what it did, in words."""
     done = []
-    for left in sorted(out.parent.glob(f"{_glob_safe(_prefix(out))}*")):
+    for left in sorted(out.parent.glob(f"{glob.escape(_prefix(out))}*")):
         if left.is_symlink() or not _is_ours(left) or not abandoned(left):
             continue
         if (left / OLD).is_dir() and not out.exists():
@@ -169,7 +170,3 @@ def _is_ours(folder: Path) -> bool:
 def _prefix(out: Path) -> str:
     """.NAME.partial-, shortened where the name alone is as long as names may be."""
     return f".{os.fsdecode(os.fsencode(out.name)[:200])}.partial-"
-
-
-def _glob_safe(text: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)

@@ -6,14 +6,14 @@ terabyte. The child is a fork of this process: it costs milliseconds, for everyt
 
 import gc
 import json
+import multiprocessing
 import os
 import resource
-import select
 import signal
-import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from himap_export.engines.documents import MEGABYTE
 from himap_export.engines.supervisor import die_with_parent
@@ -27,7 +27,7 @@ MOST_WAIT = 30.0  # seconds by the clock: the machine may have much else to do
 
 
 def render(template: str, questions: Sequence[str], variables: Mapping[str, Any]) -> tuple[str, ...]:
-    """The prompts that `template` makes of an image and each of `questions`; it sees `variables` besides.
+    """Returns the prompts that `template` makes of an image and each of `questions`; it sees `variables` besides.
 
     HimapError for a template that raises, takes too long, or takes or makes too much.
     """
@@ -50,7 +50,7 @@ def render(template: str, questions: Sequence[str], variables: Mapping[str, Any]
 
 
 def _said(texts: Callable[[], list[str]]) -> bytes:
-    """What `texts` gives, or in one string why it gives nothing, as JSON."""
+    """Returns what `texts` gives, or in one string why it gives nothing, as JSON."""
     answer: list[str] | str
     try:
         answer = texts()
@@ -64,47 +64,41 @@ def _said(texts: Callable[[], list[str]]) -> bytes:
 
 
 def _bounded(work: Callable[[], bytes]) -> bytes:
-    """What `work` returns in a process of its own. HimapError if that does not end in time, or not well."""
-    reader, writer = os.pipe()
-    parent = os.getpid()
+    """Returns what `work` returns in a process of its own. HimapError if that does not end in time, or not well."""
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_in_child, args=(os.getpid(), writer, work))
     # What a signal asks of the parent, the child must not do in its place.
     before = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
-    child = os.fork()
-    if child == 0:
-        _in_child(parent, writer, work)
     try:
+        child.start()
+    finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        os.close(writer)
-        found = _read(reader)
-    finally:
-        os.close(reader)
-        os.kill(child, signal.SIGKILL)
-        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if ended:
-        raise _refused(f"it takes more than {MOST_SECONDS} s or {MOST_MEMORY // MEGABYTE} MB")
-    return found
-
-
-def _in_child(parent: int, writer: int, work: Callable[[], bytes]) -> NoReturn:
-    """Nothing that the parent has open, has caught or wants done at its end concerns the child."""
-    ended = 1
+        writer.close()
     try:
-        gc.disable()
-        for caught in signal.valid_signals():
-            if callable(signal.getsignal(caught)):
-                signal.signal(caught, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
-        die_with_parent(parent)
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        for standard in (0, 1, 2):
-            os.dup2(nowhere, standard)
-        _limit()
-        found = memoryview(work())
-        while found:
-            found = found[os.write(writer, found) :]
-        ended = 0
+        if reader.poll(MOST_WAIT):
+            return reader.recv_bytes()
+    except EOFError:
+        pass  # killed by a limit
     finally:
-        os._exit(ended)
+        child.kill()
+        child.join()
+        reader.close()
+    raise _refused(f"it takes more than {MOST_SECONDS} s or {MOST_MEMORY // MEGABYTE} MB")
+
+
+def _in_child(parent: int, writer: Connection, work: Callable[[], bytes]) -> None:
+    """Nothing that the parent has open or has caught concerns the child."""
+    gc.disable()
+    for caught in signal.valid_signals():
+        if callable(signal.getsignal(caught)):
+            signal.signal(caught, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
+    die_with_parent(parent)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(nowhere, standard)
+    _limit()
+    writer.send_bytes(work())
 
 
 def _limit() -> None:
@@ -119,18 +113,6 @@ def _limit() -> None:
         hard = resource.getrlimit(what)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(what, (most, most))
-
-
-def _read(reader: int) -> bytes:
-    """All that is written, but no longer than MOST_WAIT: then what there is."""
-    until, found, waiting = time.monotonic() + MOST_WAIT, bytearray(), select.poll()
-    waiting.register(reader, select.POLLIN)
-    while waiting.poll(max(0.0, until - time.monotonic()) * 1000):
-        part = os.read(reader, 65536)
-        if not part:
-            break
-        found += part
-    return bytes(found)
 
 
 def _refused(why: str) -> HimapError:

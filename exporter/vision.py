@@ -26,9 +26,10 @@ TORCH_DTYPE: Mapping[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch
 def vision_graph(
     name: str, family: Family[Any], spec: VisionSpec, *, batch: int, hidden: int, dtype: Dtype, names: Names
 ) -> StageGraph:
-    """`pixel_values` [B*tiles,3,H,W] to `image_features` and `deepstack_*` [B,V0,D]; weights are inputs, named by
-    `names` of the module's. What the module computed from its configuration alone, its `constants` by the names of
-    their buffers, is written into the graph."""
+    """Returns the graph from `pixel_values` [B*tiles,3,H,W] to `image_features` and `deepstack_*` [B,V0,D].
+
+    Weights are inputs, to whose names `names` turns the module's. What the module computed from its configuration
+    alone, its `constants` by the names of their buffers, is written into the graph."""
     module = family.module(spec, TORCH_DTYPE[dtype])
     pixels = Port(dtype, (batch * spec.tiles, spec.channels, *spec.size), "pixel_values")
     places = Place("image_features"), *(Place("deepstack", layer) for layer in range(spec.deepstack))
@@ -78,7 +79,7 @@ class _BiasedLinearAsGemm(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
 
 def _gemm(op: OpBuilder, x: ir.Value, w: ir.Value) -> ir.Value:
-    """[..,in] times [out,in] transposed: [..,out]."""
+    """Returns x [..,in] times w [out,in] transposed: [..,out]."""
     assert x.shape is not None and w.shape is not None
     rows, out = (int(n) for n in x.shape.numpy()[:-1]), int(w.shape.numpy()[0])
     flat = op.Reshape(x, op.Constant(value_ints=[-1, int(w.shape.numpy()[1])]))

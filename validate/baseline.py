@@ -43,5 +43,4 @@ def export_baseline(
     )
     request = Request(backends=(backend,), allow_overflow=True)
     planned = Planned(model, decoder, variants=variants, dtype=dtype, asked=request)
-    write_bundle(planned, out, command=("himap-validate",), overwrite=False, progress=lambda line: None)
-    return Bundle.open(out, verify=False)
+    return write_bundle(planned, out, command=("himap-validate",), overwrite=False, progress=lambda line: None)

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from himap_export.engines.documents import typed
+from himap_export.exporter.checks import require, require_supported, require_tower
 from himap_export.exporter.config import InternVit6B
 from himap_export.exporter.families.resize import interpolation, resized
-from himap_export.exporter.family import Config, require, require_supported, require_tower
+from himap_export.exporter.family import Config
 
 if TYPE_CHECKING:
     import torch

@@ -9,19 +9,8 @@ from typing import TYPE_CHECKING
 
 from himap_export.engines.image import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing
 from himap_export.exporter import config as schemas
-from himap_export.exporter.family import (
-    ACTIVATIONS,
-    Family,
-    ImageOptions,
-    PromptRules,
-    VisionSpec,
-    fixed_size,
-    llama_decoder,
-    make_config,
-    require_model_type,
-    require_supported,
-    require_tower,
-)
+from himap_export.exporter.checks import require_activation, require_model_type, require_supported, require_tower
+from himap_export.exporter.family import Family, ImageOptions, PromptRules, VisionSpec, llama_decoder, make_config
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import DecoderSpec
 
@@ -68,7 +57,7 @@ class InternVl(Family[schemas.InternVl]):
         tower, positions = full.vision_config, full.text_config.max_position_embeddings
         require_tower(tower.hidden_size, tower.num_attention_heads, tower.hidden_act)
         require_supported("norm of the vision tower", tower.norm_type, "layer_norm", "rms_norm")
-        require_supported("activation of the projector", full.projector_hidden_act, *ACTIVATIONS)
+        require_activation("projector", full.projector_hidden_act)
         require_supported("vision feature layer", full.vision_feature_layer, -1)
         require_supported("vision feature selection", full.vision_feature_select_strategy, "default")
         require_supported("downsample ratio", full.downsample_ratio, 0.5)
@@ -76,7 +65,7 @@ class InternVl(Family[schemas.InternVl]):
         if height != width or patch != across or height < patch or height // patch % 2:
             details = "supported: square images of an even number of square patches in a row"
             raise HimapError(f"unsupported vision tower of {width}x{height} pixels", details, code=Exit.USAGE)
-        size, tiles = fixed_size(asked, (height, width)), 1 if asked.tiles is None else asked.tiles
+        size, tiles = asked.fixed((height, width)), 1 if asked.tiles is None else asked.tiles
         side = height // patch // 2
         most = (positions - 1) // side**2
         if not 1 <= tiles <= most:

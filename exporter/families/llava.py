@@ -8,21 +8,8 @@ import numpy as np
 
 from himap_export.engines.image import ImagePreprocessing, clip_preprocessing
 from himap_export.exporter import config as schemas
-from himap_export.exporter.family import (
-    ACTIVATIONS,
-    Family,
-    ImageOptions,
-    PromptRules,
-    VisionSpec,
-    fixed_size,
-    llama_decoder,
-    make_config,
-    require,
-    require_model_type,
-    require_supported,
-    require_tower,
-    require_whole,
-)
+from himap_export.exporter.checks import require, require_activation, require_model_type, require_tower
+from himap_export.exporter.family import Family, ImageOptions, PromptRules, VisionSpec, llama_decoder, make_config
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -57,14 +44,14 @@ class Llava(Family[schemas.Llava]):
     def vision(self, asked: ImageOptions) -> VisionSpec:
         tower, layers = self.full.vision_config, self.full.vision_feature_layer
         require_tower(tower.hidden_size, tower.num_attention_heads, tower.hidden_act)
-        require_supported("activation of the projector", self.full.projector_hidden_act, *ACTIVATIONS)
+        require_activation("projector", self.full.projector_hidden_act)
         for layer in [layers] if isinstance(layers, int) else layers:
             depth = tower.num_hidden_layers
             require(-depth - 1 <= layer <= depth, f"vision_feature_layer {layer} of a vision tower of {depth} layers")
         side = tower.image_size // tower.patch_size
         whole = self.full.vision_feature_select_strategy == "full"
-        require_whole(asked)
-        size = fixed_size(asked, (tower.image_size, tower.image_size))
+        asked.require_whole()
+        size = asked.fixed((tower.image_size, tower.image_size))
         return VisionSpec(size, tower.num_channels, side * side + whole, (side, side))
 
     def names(self, role: str) -> Iterator[str]:

@@ -5,11 +5,10 @@ Where the vision tower's tensors lie in a checkpoint of their own, its config.js
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from msgspec import UNSET
@@ -18,22 +17,10 @@ from msgspec.structs import replace
 from himap_export.engines.documents import typed
 from himap_export.engines.image import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing, clip_preprocessing, mean_color
 from himap_export.exporter import config as schemas
+from himap_export.exporter.checks import require, require_supported, require_tower
 from himap_export.exporter.families import intern_vit, sentencepiece
 from himap_export.exporter.families.constants import register_constants
-from himap_export.exporter.family import (
-    Config,
-    Family,
-    ImageOptions,
-    PromptRules,
-    VisionSpec,
-    fixed_size,
-    llama_decoder,
-    make_config,
-    require,
-    require_supported,
-    require_tower,
-    require_whole,
-)
+from himap_export.exporter.family import Family, ImageOptions, PromptRules, VisionSpec, llama_decoder, make_config
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -64,48 +51,34 @@ class LlavaOriginal(Family[schemas.LlavaOriginal]):
         return make_config(LlamaConfig, {name: value for name, value in self.fields.items() if name in known})
 
     @cached_property
-    def intern(self) -> schemas.InternVit6B | None:
-        """The tower's configuration, if it is an InternViT-6B."""
-        found: Config = self.fields.get("vision_config", {})
-        return intern_vit.read_tower(found) if found.get("model_type") == intern_vit.MODEL_TYPE else None
-
-    @cached_property
-    def sizes(self) -> "_Sizes":
-        """The vision tower's; HimapError (usage) for one that `module` does not follow."""
-        found: Config = self.fields.get("vision_config", {})
-        require_supported("vision tower", found.get("model_type"), "clip", "clip_vision_model", intern_vit.MODEL_TYPE)
-        if tower := self.intern:
-            # Trained at 224 px; its authors' CLIPVisionTower chooses by the tower's name.
-            side = 448 if "448" in (self.tower() or "") else 336
-            return _Sizes(
-                side=side,
-                patch=tower.patch_size,
-                width=tower.hidden_size,
-                depth=tower.num_hidden_layers,
-                channels=tower.num_channels,
-            )
-        clip = self.clip
-        require_tower(clip.hidden_size, clip.num_attention_heads, clip.hidden_act)
-        return _Sizes(
-            side=clip.image_size,
-            patch=clip.patch_size,
-            width=clip.hidden_size,
-            depth=clip.num_hidden_layers,
-            channels=clip.num_channels,
-        )
-
-    @cached_property
-    def clip(self) -> "CLIPVisionConfig":
-        """transformers' configuration of the tower, which may stand beside a text encoder's, as openai's does."""
+    def tower_config(self) -> "schemas.InternVit6B | CLIPVisionConfig":
+        """The vision tower's configuration; HimapError (usage) for a tower that `module` does not follow."""
         from transformers import CLIPVisionConfig
 
-        found = self.fields["vision_config"]
-        return make_config(CLIPVisionConfig, found.get("vision_config", found))
+        found = self.fields.get("vision_config", {})
+        require_supported("vision tower", found.get("model_type"), "clip", "clip_vision_model", intern_vit.MODEL_TYPE)
+        if found["model_type"] == intern_vit.MODEL_TYPE:
+            return intern_vit.read_tower(found)
+        clip = make_config(CLIPVisionConfig, found.get("vision_config", found))  # beside a text encoder's: openai's
+        require_tower(clip.hidden_size, clip.num_attention_heads, clip.hidden_act)
+        return clip
+
+    @property
+    def intern(self) -> schemas.InternVit6B | None:
+        """The vision tower's configuration, if it is an InternViT-6B."""
+        return self.tower_config if isinstance(self.tower_config, schemas.InternVit6B) else None
+
+    @property
+    def side(self) -> int:
+        """Pixels of an image's side. InternViT was trained at 224; its authors' code chooses by the tower's name."""
+        if self.intern:
+            return 448 if "448" in (self.tower() or "") else 336
+        return self.tower_config.image_size
 
     @property
     def layers(self) -> int:
         """How many of the tower's layers are read: state 0 is the embeddings', and one state is wanted."""
-        select, depth = self.config.mm_vision_select_layer, self.sizes.depth
+        select, depth = self.config.mm_vision_select_layer, self.tower_config.num_hidden_layers
         require(-depth - 1 <= select <= depth, f"mm_vision_select_layer {select} of a vision tower of {depth} layers")
         return select % (depth + 1)
 
@@ -113,7 +86,7 @@ class LlavaOriginal(Family[schemas.LlavaOriginal]):
         found = self.config.vision_tower if self.config.mm_vision_tower is UNSET else self.config.mm_vision_tower
         return None if found is UNSET else found
 
-    def with_tower(self, config: Config, where: str) -> Self:
+    def with_tower(self, config: Mapping[str, Any], where: str) -> Self:
         if self.config.vision_config is not UNSET:
             return self
         return type(self)(replace(self.config, vision_config=typed(config, schemas.ReleasedTower, where)))
@@ -122,18 +95,17 @@ class LlavaOriginal(Family[schemas.LlavaOriginal]):
         return llama_decoder(self.text)
 
     def vision(self, asked: ImageOptions) -> VisionSpec:
-        config, tower, _ = self.config, self.sizes, self.layers
+        config, tower, side, _ = self.config, self.tower_config, self.side, self.layers
         self._projector_depth()
-        feature, width = config.mm_vision_select_feature, self.fields.get("mm_hidden_size", tower.width)
+        feature, width = config.mm_vision_select_feature, self.fields.get("mm_hidden_size", tower.hidden_size)
         require_supported("mm_vision_select_feature", feature, "patch", "cls_patch")
         require_supported("image_aspect_ratio", config.image_aspect_ratio, None, "square", "pad")
         require_supported("mm_patch_merge_type", config.mm_patch_merge_type, "flat")
-        require_supported("mm_hidden_size", width, tower.width)
-        require_whole(asked)
-        patches = tower.side // tower.patch
-        size = fixed_size(asked, (tower.side, tower.side))
+        require_supported("mm_hidden_size", width, tower.hidden_size)
+        asked.require_whole()
+        patches = side // tower.patch_size
         tokens = patches * patches + (feature == "cls_patch")
-        return VisionSpec(size, tower.channels, tokens, (patches, patches))
+        return VisionSpec(asked.fixed((side, side)), tower.num_channels, tokens, (patches, patches))
 
     def names(self, role: str) -> Iterator[str]:
         """Yields the checkpoint's names, then for the tower those of a checkpoint of its own."""
@@ -168,7 +140,7 @@ class LlavaOriginal(Family[schemas.LlavaOriginal]):
 
     def _projector_depth(self) -> int | None:
         """Returns the linear layers of the projector's MLP; None for one linear layer by itself, 0 for no projector."""
-        kind, width, hidden = self.config.mm_projector_type, self.sizes.width, self.config.hidden_size
+        kind, width, hidden = self.config.mm_projector_type, self.tower_config.hidden_size, self.config.hidden_size
         if kind == "identity":
             require_supported("width of the vision tower under an identity projector", width, hidden)
             return 0
@@ -181,7 +153,7 @@ class LlavaOriginal(Family[schemas.LlavaOriginal]):
         """Returns [...,width] to [...,D], as build_vision_projector in llava/model/multimodal_projector/builder.py."""
         from torch import nn
 
-        depth, width, hidden = self._projector_depth(), self.sizes.width, self.config.hidden_size
+        depth, width, hidden = self._projector_depth(), self.tower_config.hidden_size, self.config.hidden_size
         if depth == 0:
             return nn.Identity()
         if depth is None:
@@ -191,11 +163,12 @@ class LlavaOriginal(Family[schemas.LlavaOriginal]):
 
     def _vision_tower(self) -> "torch.nn.Module":
         """Returns the tower up to the layer whose states are selected: pixels to states [B,1+N,width]."""
-        if self.intern:
-            return intern_vit.intern_vit(self.intern, self.sizes.side, self.layers)
+        config = self.tower_config
+        if isinstance(config, schemas.InternVit6B):
+            return intern_vit.intern_vit(config, self.side, self.layers)
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
-        needed = {**self.clip.to_dict(), "num_hidden_layers": self.layers}
+        needed = {**config.to_dict(), "num_hidden_layers": self.layers}
         made: torch.nn.Module = CLIPVisionModel(CLIPVisionConfig(**needed, attn_implementation="sdpa"))
         return made
 
@@ -203,8 +176,8 @@ class LlavaOriginal(Family[schemas.LlavaOriginal]):
         """Returns the tower and the projector."""
         import torch
 
-        family, tower = self, self.sizes
-        whole, side = spec.tokens > spec.grid[0] * spec.grid[1], tower.side // tower.patch
+        family, patches = self, spec.grid[0]
+        whole = spec.tokens > patches**2
 
         class Vision(torch.nn.Module):
             def __init__(self) -> None:
@@ -220,19 +193,8 @@ class LlavaOriginal(Family[schemas.LlavaOriginal]):
         with torch.device("meta"):
             made = Vision().to(dtype).eval()
         if self.intern:
-            register_constants(made, intern_vit.constants(self.intern, tower.side), "vision_tower")
+            register_constants(made, intern_vit.constants(self.intern, self.side), "vision_tower")
         else:
-            places = np.arange(side**2 + 1)[None]
+            places = np.arange(patches**2 + 1)[None]
             made.constants = {"vision_tower.embeddings.position_ids": places}  # type: ignore[assignment]
         return made
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """A vision tower's: pixels of an image's and of a patch's `side`, `width` of its states, `depth` in layers."""
-
-    side: int
-    patch: int
-    width: int
-    depth: int
-    channels: int

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from himap_export.engines.image import CLIP_MEAN, CLIP_STD
 from himap_export.exporter import config as schemas
+from himap_export.exporter.checks import require
 from himap_export.exporter.families import qwen_vision
 from himap_export.exporter.families.constants import register_constants
-from himap_export.exporter.family import ImageOptions, VisionSpec, make_config, require
+from himap_export.exporter.family import ImageOptions, VisionSpec, make_config
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:

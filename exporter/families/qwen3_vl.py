@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from himap_export.exporter import config as schemas
+from himap_export.exporter.checks import require
 from himap_export.exporter.families import qwen_vision
 from himap_export.exporter.families.constants import register_constants
-from himap_export.exporter.family import ImageOptions, VisionSpec, make_config, require
+from himap_export.exporter.family import ImageOptions, VisionSpec, make_config
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:

@@ -15,17 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from himap_export.engines.image import ImagePreprocessing, mean_color
-from himap_export.exporter.family import (
-    Family,
-    ImageOptions,
-    PromptRules,
-    S,
-    VisionSpec,
-    llama_decoder,
-    require_supported,
-    require_tower,
-    require_whole,
-)
+from himap_export.exporter.checks import require_supported, require_tower
+from himap_export.exporter.family import Family, ImageOptions, PromptRules, S, VisionSpec, llama_decoder
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import DecoderSpec
 
@@ -84,7 +75,7 @@ class QwenFamily(Family[S]):
         require_supported("width of vision features", tower.out_hidden_size, self.full.text_config.hidden_size)
         require_supported("frames of a patch", tower.temporal_patch_size, 2)
         require_tower(tower.hidden_size, tower.num_heads, tower.hidden_act, multiple=4)  # rows and columns turn pairs
-        require_whole(asked)
+        asked.require_whole()
         unit = tower.patch_size * tower.spatial_merge_size
         near = max(1, round(DEFAULT_SIDE / unit)) * unit
         height, width = size = asked.size or (near, near)
@@ -109,12 +100,12 @@ class Windows:
 
     @property
     def reading_order(self) -> Array:
-        """[V]: the index that undoes `order`."""
+        """[V], the index that undoes `order`."""
         return np.argsort(self.order)
 
 
 def windows(grid: tuple[int, int], side: int) -> Windows:
-    """Windows of `side` x `side` merged tokens, the last row and column of them cut off at the image's edge.
+    """Returns windows of `side` x `side` merged tokens, the last row and column of them cut off at the image's edge.
 
     As in transformers' `get_vision_window_index`, but the ragged windows come last so that each size is one batch.
     """
@@ -128,7 +119,7 @@ def windows(grid: tuple[int, int], side: int) -> Windows:
 
 
 def patch_order(grid: tuple[int, int], merge: int, order: Array) -> Array:
-    """[N]: where, in reading order, the patches are that make up the merged tokens `order`, m*m behind each other."""
+    """Returns [N]: where, in reading order, the patches of the merged tokens `order` are, m*m behind each other."""
     rows, columns = grid
     patches = np.arange(rows * columns * merge * merge).reshape(rows, merge, columns, merge)
     ordered: Array = patches.transpose(0, 2, 1, 3).reshape(rows * columns, -1)[order].reshape(-1)
@@ -136,9 +127,9 @@ def patch_order(grid: tuple[int, int], merge: int, order: Array) -> Array:
 
 
 def rotary_tables(tower: Any, columns: int, patches: Array) -> tuple[Array, Array]:
-    """cos and sin [N,E/2] in fp32: half of the frequencies turn by a patch's row, half by its column.
+    """Returns cos and sin [N,E/2] in fp32: half of the frequencies turn by a patch's row, half by its column.
 
-    `columns` patches wide is the image; `patches` their places in reading order. As Hugging Face's
+    The image is `columns` patches wide; `patches` are their places in reading order. As Hugging Face's
     Qwen2_5_VLVisionRotaryEmbedding, whose tables hold each half twice.
     """
     rope, half = getattr(tower, "rope_parameters", None) or {}, tower.hidden_size // tower.num_heads // 2
@@ -150,7 +141,7 @@ def rotary_tables(tower: Any, columns: int, patches: Array) -> tuple[Array, Arra
 
 
 def embed(proj: Any, pixels: "torch.Tensor", order: "torch.Tensor") -> "torch.Tensor":
-    """Patches [B,N,D] in `order`, of pixels [B,3,H,W]: `proj`, a Conv3d over frames, of an image that stands still.
+    """Returns the patches [B,N,D], in `order`, of pixels [B,3,H,W]: `proj`, a Conv3d over frames, of a still image.
 
     The frames become channels: a Conv2d over [c0,c0,c1,c1,..] adds the same products as the Conv3d over two frames.
     """
@@ -164,7 +155,7 @@ def embed(proj: Any, pixels: "torch.Tensor", order: "torch.Tensor") -> "torch.Te
 def attend(
     attention: Any, x: "torch.Tensor", cos: "torch.Tensor", sin: "torch.Tensor", groups: Sequence[tuple[int, int]]
 ) -> "torch.Tensor":
-    """Hugging Face's Qwen VL vision attention, from x [B,N,D] to [B,N,D]; rotary positions in fp32 as there.
+    """Computes Hugging Face's Qwen VL vision attention, from x [B,N,D] to [B,N,D]; rotary positions in fp32 as there.
 
     `groups` (windows, patches of one) cover N: patches attend within their window, and a group is one Attention node.
     """

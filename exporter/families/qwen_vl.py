@@ -12,19 +12,9 @@ from typing import TYPE_CHECKING, Final
 
 from himap_export.engines.image import ImagePreprocessing
 from himap_export.exporter import config as schemas
+from himap_export.exporter.checks import require, require_even_heads, require_model_type, require_supported
 from himap_export.exporter.families import tiktoken
-from himap_export.exporter.family import (
-    Family,
-    ImageOptions,
-    PromptRules,
-    VisionSpec,
-    fixed_size,
-    require,
-    require_even_heads,
-    require_model_type,
-    require_supported,
-    require_whole,
-)
+from himap_export.exporter.family import Family, ImageOptions, PromptRules, VisionSpec
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -87,8 +77,8 @@ class QwenVl(Family[schemas.QwenVl]):
         require(int(width * visual.mlp_ratio) > 0, f"mlp_ratio {visual.mlp_ratio} leaves the tower no hidden layer")
         require(side % visual.patch_size == 0, f"images of {side} pixels are no whole patches of {visual.patch_size}")
         require(tokens == isqrt(tokens) ** 2, f"{tokens} queries are no square")
-        require_whole(asked)
-        return VisionSpec(fixed_size(asked, (side, side)), CHANNELS, tokens, (isqrt(tokens), isqrt(tokens)))
+        asked.require_whole()
+        return VisionSpec(asked.fixed((side, side)), CHANNELS, tokens, (isqrt(tokens), isqrt(tokens)))
 
     def module(self, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.Module":
         from himap_export.exporter.families.qwen_vl_tower import tower

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from himap_export.engines.documents import MEGABYTE, Id, read_file, read_json
-from himap_export.exporter.family import require_supported
+from himap_export.exporter.checks import require_supported
 from himap_export.graphs.errors import Exit, HimapError
 
 SPACE = "\u2581"  # SentencePiece's

@@ -22,11 +22,12 @@ SPECIALS: Final = (
 
 
 def tokenizer_json(file: Path, expected: Mapping[str, int]) -> bytes | None:
-    """A tokenizer equal to `tiktoken.Encoding` over the ranks in `file`, special tokens behind them; None without it.
+    """Returns tokenizer.json, equal to `tiktoken.Encoding` over the ranks in `file` with the special tokens behind;
+    None without such a file.
 
     `expected`: special tokens' ids by the model's configuration. HimapError if the file is damaged or has others.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import normalizers
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     if not os.path.lexists(file):
@@ -38,24 +39,15 @@ def tokenizer_json(file: Path, expected: Mapping[str, int]) -> bytes | None:
             details = f"{token} is {found} behind its {len(ranks)} tokens, {wanted} in the model's config"
             raise HimapError(f"{file} is not the model's", details)
 
-    class Converter(TikTokenConverter):  # type: ignore[misc]
-        @staticmethod
-        def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
-            return ranks
-
-    vocabulary, merges = Converter(str(file)).extract_vocab_merges_from_model(str(file))
-    # `ignore_merges`: tiktoken, too, looks a whole word up before it merges.
-    made = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    converter = TikTokenConverter(str(file), PATTERN, extra_special_tokens=SPECIALS)
+    converter.load_tiktoken_bpe = lambda url: ranks  # it would ask the package tiktoken
+    made = converter.converted()
     made.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
-    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIALS])
     return str(made.to_str()).encode()
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:
-    """Tokens' bytes to their ids 0, 1, .. in order; HimapError for anything else."""
+    """Returns the ids 0, 1, .. by their tokens' bytes, in order; HimapError for a file that holds anything else."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(read_file(file, "tokenizer", MOST_BYTES, Exit.FAILURE).splitlines(), 1):
         if not line:

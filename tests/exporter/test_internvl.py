@@ -97,12 +97,12 @@ def test_names_cover_a_saved_checkpoint(tied: bool, tmp_path: Path) -> None:
     with safe_open(tmp_path / "model.safetensors", "numpy") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, not a mapping
     family = InternVl.parse(chosen)
-    known = WeightNames(stored, family.names, family.tied, family.rows)
+    known = WeightNames(stored, family)
     found = {name: known(decoder_role(name)).name for name in saved.state_dict()}
     assert set(found.values()) == set(stored) and len(found) == len(stored) + tied
     assert {name: tuple(saved.state_dict()[name].shape) for name in found} == {n: stored[f] for n, f in found.items()}
     assert all(name in family.names(decoder_role(name)) for name in saved.state_dict())
-    published = WeightNames((), InternVl.parse({}).names, False, family.rows)
+    published = WeightNames((), InternVl.parse({"tie_word_embeddings": False}))
     assert published("lm_head.weight").name == "language_model.lm_head.weight"
     assert published("layers.3.mlp.up_proj.weight").name == "language_model.model.layers.3.mlp.up_proj.weight"
 

@@ -111,7 +111,7 @@ def test_every_tensor_of_the_release_has_one_role() -> None:
 
 def test_names_of_the_release() -> None:
     config = {**CONFIG, "kv_channels": 128, "num_attention_heads": 32, "visual": RELEASED}
-    known = WeightNames((), (family := QwenVl.parse(config)).names, False, family.rows)
+    known = WeightNames((), family := QwenVl.parse(config))
     wanted = {
         "layers.31.self_attn.k_proj.bias": "transformer.h.31.attn.c_attn.bias[4096:8192]",
         "layers.0.self_attn.q_proj.weight": "transformer.h.0.attn.c_attn.weight[0:4096]",

@@ -75,15 +75,11 @@ class Steps:
 
 def _phase(new: Path, part: int, export: Any) -> str:
     """A fifth of the new bundle; the manifest comes last."""
-    from himap_export.engines.manifest import read_manifest
-
     files = sorted(p for p in new.rglob("*") if p.is_file() and p.name != "manifest.json")
     for file in files[part::4] if part < 4 else [new / "manifest.json"]:
         target = export.work / file.relative_to(new)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
-    if part == 4:
-        export.finalised = read_manifest(export.work)
     return ""
 
 
@@ -107,7 +103,7 @@ def _export(job: Job, new: Path) -> None:
     patches = {place: (lambda self, phase=phase: phase(self)) for place, phase in patches.items()}
     for (_, name), phase in patches.items():
         phase.__name__ = name
-    for name in ("_check_weights", "_processor"):  # they read the checkpoint, and take a second
+    for name in ("_check_weights", "read_processor"):  # they read the checkpoint, and take a second
         patches[export, name] = lambda *_: None
     patches[export, "write_bundle"] = exported
     if not job.exchange:
