@@ -110,6 +110,22 @@ def test_every_module_says_what_it_is() -> None:
     assert silent == []
 
 
+def test_public_docstrings_begin_with_a_verb() -> None:
+    """In the third person; properties and classes are what they are called."""
+    found, others = 0, list[str]()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_") or ast.get_docstring(node) is None:
+                continue
+            if any("property" in ast.unparse(decorator) for decorator in node.decorator_list):
+                continue
+            first = str(ast.get_docstring(node)).split()[0].rstrip(",:;.")
+            found += 1
+            if not re.fullmatch("[A-Z][a-z]+s", first) or first in ("Rows", "Tokens", "Logits", "This", "Its", "Is"):
+                others.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {first}")
+    assert found > 300 and others == []
+
+
 def test_import_contracts_hold(tmp_path: Path) -> None:
     """Seen as a namespace: import-linter takes no package whose parent is one, as the rooms' is."""
     (tmp_path / "himap_export").mkdir()
