@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As argparse, which takes `--limit=--` for an option without a value, and then goes on with a list."""
+        """Parses as argparse does, but for `--limit=--`, which it takes for an option without a value."""
         self._words = words = sys.argv[1:] if args is None else list(args)
         for word in words:
             if word.startswith("--") and word.endswith("=--"):

@@ -47,7 +47,7 @@ def remembering(make: Make, folder: Path) -> Make:
             hidden,
             dtype,
             sorted(names._names),
-            names._tied,
+            family.tied,
         )
         key = hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:20]
         file = folder / f"vision-{key}.onnx"
