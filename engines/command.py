@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parses as argparse does, but for `--limit=--`, which it takes for an option without a value."""
+        """Parses as argparse does, and refuses `--limit=--`, which that takes for an option with an empty list."""
         self._words = words = sys.argv[1:] if args is None else list(args)
         for word in words:
             if word.startswith("--") and word.endswith("=--"):
