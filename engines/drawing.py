@@ -4,18 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from himap_export.engines.files import check_output, write_file
+from himap_export.engines.files import write_file
 from himap_export.engines.image import ImagePreprocessing, crop_view, tile_grid
-from himap_export.graphs.errors import Exit, HimapError
-
-if TYPE_CHECKING:
-    from himap_export.engines.session import Answer
 
 # Pixels; a panel has at least PANEL * PANEL of them, a whole multiple of the model's own.
 PANEL, MARGIN, GAP, HEAD = 672, 48, 36, 84
@@ -43,25 +39,6 @@ def kept_patches(alive: Mask, grid: tuple[int, int], tiles: tuple[int, int]) -> 
     start = len(alive) - thumbnail - shown
     places = alive[start : start + shown].reshape(*tiles, rows, columns).swapaxes(1, 2)
     return places.reshape(tiles[0] * rows, tiles[1] * columns)
-
-
-def draw_answer(file: Path, answer: "Answer") -> None:
-    """Writes the image of an answer as PNG, with the patches that each cut kept. HimapError (usage) if there is no
-    image or no cut, or something else is in the way."""
-    asked, plan = answer.request, answer.request.spec.plan
-    if asked.image is None or asked.processor is None:
-        raise HimapError("there is no image to draw on", "arrays were asked", code=Exit.USAGE)
-    if not plan.cuts:
-        hint = "choose a plan that cuts"
-        raise HimapError(f"the plan {asked.spec.plan_name} cuts nothing", hint=hint, code=Exit.USAGE)
-    check_output(file, ".png")
-    image_tokens = np.flatnonzero(asked.spec.manifest.model.image.find(asked.inputs.input_ids[0]))
-    alive = [np.isin(image_tokens, answer.outputs[f"kept_{cut}"][0]) for cut in plan.stages[1:]]
-    tiles = tile_grid(asked.image, asked.processor.image)
-    draw_kept(
-        file, asked.image, asked.processor.image, masks=[kept_patches(a, asked.spec.image.grid, tiles) for a in alive],
-        cuts=[cut.layer for cut in plan.cuts], question=asked.prompt, answer=answer.text,
-    )  # fmt: skip
 
 
 def draw_kept(

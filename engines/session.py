@@ -19,7 +19,8 @@ from PIL import Image
 from himap_export.engines.arrays import Inputs, as_inputs
 from himap_export.engines.backends import ANYWAY, Opening
 from himap_export.engines.bundle import Bundle, RunSpec
-from himap_export.engines.image import load_image, nearest_size, seen_share, upright
+from himap_export.engines.files import check_output
+from himap_export.engines.image import load_image, nearest_size, seen_share, tile_grid, upright
 from himap_export.engines.layout import Integers, text_tokens
 from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.processor import Processor, load_processor
@@ -83,9 +84,23 @@ class Answer:
     def draw_kept(self, file: Path | str) -> None:
         """Writes the image as PNG, with the patches that each cut kept. HimapError (usage) if there is no image or no
         cut, or if something else is in the way."""
-        from himap_export.engines.drawing import draw_answer
+        from himap_export.engines.drawing import draw_kept, kept_patches
 
-        draw_answer(Path(file), self)
+        asked, spec = self.request, self.request.spec
+        if asked.image is None or asked.processor is None:
+            raise HimapError("there is no image to draw on", "arrays were asked", code=Exit.USAGE)
+        if not spec.plan.cuts:
+            hint = "choose a plan that cuts"
+            raise HimapError(f"the plan {spec.plan_name} cuts nothing", hint=hint, code=Exit.USAGE)
+        check_output(Path(file), ".png")
+        image_tokens = np.flatnonzero(spec.manifest.model.image.find(asked.inputs.input_ids[0]))
+        alive = [np.isin(image_tokens, self.outputs[f"kept_{cut}"][0]) for cut in spec.plan.stages[1:]]
+        tiles = tile_grid(asked.image, asked.processor.image)
+        masks = [kept_patches(mask, spec.image.grid, tiles) for mask in alive]
+        draw_kept(
+            Path(file), asked.image, asked.processor.image, masks=masks,
+            cuts=[cut.layer for cut in spec.plan.cuts], question=asked.prompt, answer=self.text,
+        )  # fmt: skip
 
 
 class AnswerStream(Iterator[str]):
