@@ -91,8 +91,7 @@ class Bundle:
         return {name: t for file in self.manifest.weights for name, t in read_header(self.folder / file).items()}
 
     def weights(self) -> dict[str, StoredTensor]:
-        """Returns those of `tensors` that graphs of the bundle read; HimapError if one is not what the manifest
-        says."""
+        """Returns those of `tensors` that its graphs read; HimapError if one is not what the manifest says."""
         wanted = self.manifest.wanted()
         for name, spec in wanted.items() if self.manifest.weight_form == "shared" else ():
             if problem := _misfit(name, find_tensor(self.tensors, name, spec.rows), spec):

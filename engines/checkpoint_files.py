@@ -83,5 +83,5 @@ def _weight_map(folder: Path) -> Mapping[str, str]:
 
 
 def _is_plain(shard: str) -> bool:
-    """Whether it names a file in the index's own folder."""
+    """Tells whether it names a file in the index's own folder."""
     return shard.isprintable() and "/" not in shard and shard not in (".", "..")

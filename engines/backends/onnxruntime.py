@@ -94,7 +94,7 @@ def _on_device(array: npt.NDArray[Any]) -> Any:
 
 
 def _borrowed(value: Any) -> Any:
-    """The same memory as a value that does not own it: sessions refuse to share one that does."""
+    """Returns the same memory as a value that does not own it: sessions refuse to share one that does."""
     return _onnxruntime().OrtValue.from_dlpack(value)
 
 

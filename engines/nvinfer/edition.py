@@ -32,15 +32,11 @@ class Edition:
         try:
             return import_module(self.module)
         except (ImportError, OSError) as problem:
-            raise HimapError(f"{self.name} is not installed", _reason(problem), self.install, Exit.MISSING) from None
+            details = "" if isinstance(problem, ModuleNotFoundError) else one_line(str(problem))
+            raise HimapError(f"{self.name} is not installed", details, self.install, Exit.MISSING) from None
 
     def version(self) -> str:
         return str(self.api().__version__)
-
-
-def _reason(problem: Exception) -> str:
-    """Why an import failed, unless it is simply absent."""
-    return "" if isinstance(problem, ModuleNotFoundError) else one_line(str(problem))
 
 
 RTX = Edition(

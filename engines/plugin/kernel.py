@@ -25,20 +25,10 @@ def _keys(score, place, tokens: tl.constexpr):
 
 @triton.jit
 def top_k_gather(
-    x,
-    score,
-    position,
-    token_type,
-    y,
-    kept_position,
-    kept_type,
-    tokens: tl.constexpr,
-    keep: tl.constexpr,
-    hidden: tl.constexpr,
-    width: tl.constexpr,
-    rows: tl.constexpr,
-    columns: tl.constexpr,
-):
+    x, score, position, token_type, y, kept_position, kept_type,
+    tokens: tl.constexpr, keep: tl.constexpr, hidden: tl.constexpr,
+    width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
     """Keeps `keep` = K of `tokens` = S, those of highest score, in their order; of equals the earlier, NaN last.
 
     x [B,S,D] fp16, bf16 or fp32; score [B,S] fp32; position, token_type [B,S] int64 -> y [B,K,D];

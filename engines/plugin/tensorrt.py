@@ -35,14 +35,9 @@ def register() -> None:
         return y, *(trtp.from_shape_expr((batch, keep), index.dtype) for index in (position, token_type))
 
     def implement(
-        x: trtp.TensorDesc,
-        score: trtp.TensorDesc,
-        position: trtp.TensorDesc,
-        token_type: trtp.TensorDesc,
-        keep: int,
-        outputs: tuple[trtp.TensorDesc],
-        tactic: int,
-    ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
+        x: trtp.TensorDesc, score: trtp.TensorDesc, position: trtp.TensorDesc, token_type: trtp.TensorDesc, keep: int,
+        outputs: tuple[trtp.TensorDesc], tactic: int,
+    ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:  # fmt: skip
         """Returns the kernel's name, PTX and launch; no scalars between inputs and outputs: sizes are compiled in."""
         kernel = compile_gather(_shape(x, score, position=position, token_type=token_type, keep=keep))
         launch = trtp.KernelLaunchParams(*kernel.grid, *kernel.block, kernel.shared_bytes)
