@@ -1,6 +1,7 @@
 """Binding: which stored tensor is which weight, and ONNX initializers that point into safetensors files."""
 
 from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -12,30 +13,31 @@ from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import Rows, WeightRef
 
 
+@dataclass(frozen=True)
 class WeightNames:
     """Roles ("layers.0.mlp.up_proj.weight") to names in this checkpoint, by the layouts that its `family` allows.
 
     If none of its `names` are known, to those of the published checkpoints: the first candidate.
     """
 
-    def __init__(self, names: Container[str], family: Family[Any]) -> None:
-        self._names, self._family = names, family
+    names: Container[str]
+    family: Family[Any]
 
     def __call__(self, role: str) -> WeightRef:
         """Returns the weight as which the checkpoint stores `role`; HimapError if it does not."""
-        name, rows = self._name(role), self._family.rows(role)
+        name, rows = self._name(role), self.family.rows(role)
         return WeightRef(name) if rows is None else WeightRef(f"{name}[{rows[0]}:{rows[1]}]", Rows(name, *rows))
 
     def _name(self, role: str) -> str:
-        is_tied = role == "lm_head.weight" and self._family.tied
-        if not self._names:
-            return next(self._family.names("embed_tokens.weight" if is_tied else role))
-        for name in self._family.names(role):
-            if name in self._names:
+        is_tied = role == "lm_head.weight" and self.family.tied
+        if not self.names:
+            return next(self.family.names("embed_tokens.weight" if is_tied else role))
+        for name in self.family.names(role):
+            if name in self.names:
                 return name
         if is_tied:
             return self._name("embed_tokens.weight")
-        tried = ", ".join(self._family.names(role))
+        tried = ", ".join(self.family.names(role))
         hint = "is this the checkpoint that config.json describes?"
         raise HimapError(f"the checkpoint holds no tensor {role}", f"looked for {tried}", hint, Exit.MISSING)
 

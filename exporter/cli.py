@@ -5,14 +5,10 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from himap_export.engines.command import BACKENDS, Parser, image_size, number, run_command, whole
 from himap_export.exporter.aliases import ALIASES
 from himap_export.graphs.plan import POLICIES, TASKS
-
-if TYPE_CHECKING:
-    from himap_export.exporter.planning import Planned
 
 TOKENS = 2**20  # the longest contexts are a million tokens
 
@@ -119,21 +115,16 @@ def _export(args: argparse.Namespace, argv: list[str]) -> None:
         print("himap-export: fp16 is for parity only on a CPU; --dtype fp32 is fast there", file=sys.stderr)
     result = plan_json(planned)
     if out is not None:
-        result |= _build(planned, out, args, argv)
+        from himap_export.exporter.export import write_bundle
+
+        say = partial(print, file=sys.stderr, flush=True)
+        told = ("himap-export", *argv)
+        manifest = write_bundle(planned, out, command=told, overwrite=args.overwrite, progress=say).manifest
+        if not args.json:
+            weights = " --weights CHECKPOINT" if args.engines_only else ""
+            print(f"\nsha256: {manifest.digest}   pin it with: himap-run --expect-sha256")
+            print(f"bundle: {args.out}   answer with: himap-run {args.out}{weights} --image FILE --prompt TEXT")
+        result |= {"bundle": str(args.out), "sha256": manifest.digest, "backends": list(manifest.engines)}
+        result["bytes"] = sum(f.bytes for f in manifest.files.values())
     if args.json:
         print(json.dumps(result, indent=1))
-
-
-def _build(planned: "Planned", out: Path, args: argparse.Namespace, argv: list[str]) -> dict[str, object]:
-    from himap_export.exporter.export import write_bundle
-
-    say = partial(print, file=sys.stderr, flush=True)
-    manifest = write_bundle(
-        planned, out, command=("himap-export", *argv), overwrite=args.overwrite, progress=say
-    ).manifest
-    if not args.json:
-        weights = " --weights CHECKPOINT" if manifest.weight_form == "absent" else ""
-        print(f"\nsha256: {manifest.digest}   pin it with: himap-run --expect-sha256")
-        print(f"bundle: {args.out}   answer with: himap-run {args.out}{weights} --image FILE --prompt TEXT")
-    size = sum(f.bytes for f in manifest.files.values())
-    return {"bundle": str(args.out), "sha256": manifest.digest, "backends": list(manifest.engines), "bytes": size}

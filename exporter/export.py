@@ -81,17 +81,15 @@ class Export:
         p, known = self.planned, dict[bytes, str]()
         for v in p.variants:
             played = {"vision": self._vision_name(v.image)}
-            for graph in StagedModel(
-                spec=p.decoder, plan=v.plan, budget=v.budget, dtype=p.dtype, names=self.names
-            ).graphs():
+            model = StagedModel(spec=p.decoder, plan=v.plan, budget=v.budget, dtype=p.dtype, names=self.names)
+            for graph in model.graphs():
                 content = ir.to_proto(graph.model).SerializeToString(deterministic=True)
                 own = graph.name if len(p.variants) == 1 else f"{graph.name}-{p.variant_name(v)}"
                 name = known.setdefault(content, own)
                 self.graphs.setdefault(name, graph)
                 played[graph.name] = name
-            self.variants.append(
-                Variant(plan_name=v.plan_name, plan=v.plan, budget=v.budget, image=v.image, graphs=played)
-            )
+            variant = Variant(plan_name=v.plan_name, plan=v.plan, budget=v.budget, image=v.image, graphs=played)
+            self.variants.append(variant)
         totals = ", ".join(str(list(v.budget.total)) for v in p.variants)
         return f"{len(self.graphs)} graphs, S = {totals}"
 
@@ -108,11 +106,9 @@ class Export:
         wanted = {name: spec for graph in self.graphs.values() for name, spec in graph.weights.items()}
         used = {name: fitting(self.checkpoint.tensors, name, spec.shape, spec.rows) for name, spec in wanted.items()}
         check_finite(used.values())
-        folder = self.work / "weights"
+        folder, over = self.work / "weights", p.asked.allow_overflow
         if p.asked.weight_form == "shared":
-            self.files = store_weights(
-                used.values(), folder, p.dtype, p.asked.hard_link, allow_overflow=p.asked.allow_overflow
-            )
+            self.files = store_weights(used.values(), folder, p.dtype, p.asked.hard_link, allow_overflow=over)
             stored = {name: t for file in self.files for name, t in read_header(folder / file).items()}
             for name, graph in self.graphs.items():
                 self._write(name, bind(graph, stored, _location))
@@ -120,7 +116,7 @@ class Export:
         folder.mkdir()
         for name, graph in self.graphs.items():
             file = folder / f"{name}.safetensors"
-            write_weights([used[w] for w in graph.weights], file, p.dtype, allow_overflow=p.asked.allow_overflow)
+            write_weights([used[w] for w in graph.weights], file, p.dtype, allow_overflow=over)
             self._write(name, bind(graph, read_header(file), _location))
         self.files = [f"{name}.safetensors" for name in self.graphs]
         return f"{sum((folder / file).stat().st_size for file in self.files) / 1e6:.1f} MB, each graph its own"
@@ -161,6 +157,10 @@ class Export:
 
     def manifest(self) -> Manifest:
         p, processor = self.planned, self.processor
+        images = {
+            name: ImageSpec(s.size, s.tiles, tokens=s.tokens, grid=s.grid, preprocessing=processor.images[name])
+            for name, s in p.images.items()
+        }
         return Manifest(
             model=_model_record(p, self.checkpoint),
             decoder=p.decoder,
@@ -170,16 +170,7 @@ class Export:
             engines=self.engines,
             weight_form=p.asked.weight_form,
             weights=tuple(f"weights/{file}" for file in self.files),
-            images={
-                name: ImageSpec(
-                    size=spec.size,
-                    tiles=spec.tiles,
-                    tokens=spec.tokens,
-                    grid=spec.grid,
-                    preprocessing=processor.images[name],
-                )
-                for name, spec in p.images.items()
-            },
+            images=images,
             prompt=processor.prompt,
             tokenizer=TOKENIZER if TOKENIZER in processor.files else None,
             toolchain=_toolchain(p.asked.backends),

@@ -38,17 +38,7 @@ def remembering(make: Make, folder: Path) -> Make:
     ) -> StageGraph:
         if not isinstance(names, WeightNames):
             return make(name, family, spec, batch=batch, hidden=hidden, dtype=dtype, names=names)
-        given = (
-            name,
-            family.architecture,
-            family.fields,
-            repr(spec),
-            batch,
-            hidden,
-            dtype,
-            sorted(names._names),
-            family.tied,
-        )
+        given = (name, family.architecture, family.fields, repr(spec), batch, hidden, dtype, sorted(names.names))
         key = hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:20]
         file = folder / f"vision-{key}.onnx"
         if not file.exists():

@@ -1,6 +1,7 @@
-"""What a vision module computes from its configuration alone, kept beside it while it has no storage."""
+"""Vision modules without storage, and what they compute from their configuration alone, kept beside them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
@@ -8,16 +9,23 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
+NONE: Mapping[str, npt.NDArray[Any]] = MappingProxyType({})
 
-def register_constants(module: "torch.nn.Module", constants: Mapping[str, npt.NDArray[Any]], owner: str = "") -> None:
-    """Gives the part of `module` called `owner` a meta buffer for each constant; their values become its `constants`.
 
-    Call it behind `.to(dtype)`, which would round the tables.
-    """
+def on_meta(
+    make: "Callable[[], torch.nn.Module]",
+    dtype: "torch.dtype",
+    constants: Mapping[str, npt.NDArray[Any]] = NONE,
+    owner: str = "",
+) -> "torch.nn.Module":
+    """Returns the module that `make` makes, in `dtype` on the meta device. The part of it called `owner` gets a buffer
+    for each of `constants`, whose values become the module's `constants`."""
     import torch
 
-    part = module.get_submodule(owner)
-    for name, values in constants.items():
+    with torch.device("meta"):
+        made = make().to(dtype).eval()
+    part, prefix = made.get_submodule(owner), f"{owner}." if owner else ""
+    for name, values in constants.items():  # behind `.to(dtype)`, which would round the tables
         part.register_buffer(name, torch.from_numpy(values).to("meta"), persistent=False)
-    prefix = f"{owner}." if owner else ""
-    module.constants = {prefix + name: values for name, values in constants.items()}  # type: ignore[assignment]
+    made.constants = {prefix + name: values for name, values in constants.items()}  # type: ignore[assignment]
+    return made

@@ -33,7 +33,7 @@ def read_tower(config: Config) -> InternVit6B:
 def intern_vit(tower: InternVit6B, side: int, layers: int) -> "torch.nn.Module":
     """Returns the tower's first `layers` layers, from pixels [B,3,side,side] to states [B,1+N,D], class token first.
 
-    Make it on the meta device, cast it to the model's dtype, then register its `constants`.
+    Make it by `on_meta`, with its `constants`.
     """
     import torch
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from himap_export.engines.image import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing
 from himap_export.exporter import config as schemas
 from himap_export.exporter.checks import require_activation, require_model_type, require_supported, require_tower
+from himap_export.exporter.families.constants import on_meta
 from himap_export.exporter.family import Family, ImageOptions, PromptRules, VisionSpec, llama_decoder, make_config
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import DecoderSpec
@@ -115,5 +116,4 @@ class InternVl(Family[schemas.InternVl]):
                 features: torch.Tensor = self.multi_modal_projector(tokens)
                 return features.reshape(-1, spec.tokens, features.shape[-1])
 
-        with torch.device("meta"):
-            return Vision().to(dtype).eval()
+        return on_meta(Vision, dtype)

@@ -9,6 +9,7 @@ import numpy as np
 from himap_export.engines.image import ImagePreprocessing, clip_preprocessing
 from himap_export.exporter import config as schemas
 from himap_export.exporter.checks import require, require_activation, require_model_type, require_tower
+from himap_export.exporter.families.constants import on_meta
 from himap_export.exporter.family import Family, ImageOptions, PromptRules, VisionSpec, llama_decoder, make_config
 from himap_export.graphs.spec import DecoderSpec
 
@@ -88,8 +89,6 @@ class Llava(Family[schemas.Llava]):
                 super().__init__()
                 self.vision_tower = AutoModel.from_config(full.vision_config, attn_implementation="sdpa")
                 self.multi_modal_projector = LlavaMultiModalProjector(full)
-                buffers = {name: b.shape for name, b in self.named_buffers() if name.endswith("position_ids")}
-                self.constants = {name: np.arange(shape[-1]).reshape(shape) for name, shape in buffers.items()}
 
             def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
                 states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
@@ -99,5 +98,5 @@ class Llava(Family[schemas.Llava]):
                 features: torch.Tensor = self.multi_modal_projector(torch.cat(chosen, dim=-1))
                 return features
 
-        with torch.device("meta"):
-            return Vision().to(dtype).eval()
+        places = np.arange(spec.grid[0] * spec.grid[1] + 1)[None]
+        return on_meta(Vision, dtype, {"position_ids": places}, "vision_tower.embeddings")

@@ -19,7 +19,7 @@ from himap_export.engines.image import IMAGENET_MEAN, IMAGENET_STD, ImagePreproc
 from himap_export.exporter import config as schemas
 from himap_export.exporter.checks import require, require_supported, require_tower
 from himap_export.exporter.families import intern_vit, sentencepiece
-from himap_export.exporter.families.constants import register_constants
+from himap_export.exporter.families.constants import on_meta
 from himap_export.exporter.family import Family, ImageOptions, PromptRules, VisionSpec, llama_decoder, make_config
 from himap_export.graphs.spec import DecoderSpec
 
@@ -190,11 +190,6 @@ class LlavaOriginal(Family[schemas.LlavaOriginal]):
                 features: torch.Tensor = self.mm_projector(states if whole else states[:, 1:])
                 return features
 
-        with torch.device("meta"):
-            made = Vision().to(dtype).eval()
         if self.intern:
-            register_constants(made, intern_vit.constants(self.intern, self.side), "vision_tower")
-        else:
-            places = np.arange(patches**2 + 1)[None]
-            made.constants = {"vision_tower.embeddings.position_ids": places}  # type: ignore[assignment]
-        return made
+            return on_meta(Vision, dtype, intern_vit.constants(self.intern, self.side), "vision_tower")
+        return on_meta(Vision, dtype, {"position_ids": np.arange(patches**2 + 1)[None]}, "vision_tower.embeddings")

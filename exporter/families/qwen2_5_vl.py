@@ -7,7 +7,7 @@ from himap_export.engines.image import CLIP_MEAN, CLIP_STD
 from himap_export.exporter import config as schemas
 from himap_export.exporter.checks import require
 from himap_export.exporter.families import qwen_vision
-from himap_export.exporter.families.constants import register_constants
+from himap_export.exporter.families.constants import on_meta
 from himap_export.exporter.family import ImageOptions, VisionSpec, make_config
 from himap_export.graphs.spec import DecoderSpec
 
@@ -89,10 +89,7 @@ class Qwen25Vl(qwen_vision.QwenFamily[schemas.Qwen25Vl]):
                 features: torch.Tensor = visual.merger.mlp(merged)[:, self.reading_order]
                 return features
 
-        with torch.device("meta"):
-            made = Vision().to(dtype).eval()
         patches = qwen_vision.patch_order(spec.grid, merge, found.order)
         cos, sin = qwen_vision.rotary_tables(tower, spec.grid[1] * merge, patches)
         constants = {"patches": patches, "cos": cos, "sin": sin, "reading_order": found.reading_order}
-        register_constants(made, constants)
-        return made
+        return on_meta(Vision, dtype, constants)

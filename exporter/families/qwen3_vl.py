@@ -9,7 +9,7 @@ import numpy as np
 from himap_export.exporter import config as schemas
 from himap_export.exporter.checks import require
 from himap_export.exporter.families import qwen_vision
-from himap_export.exporter.families.constants import register_constants
+from himap_export.exporter.families.constants import on_meta
 from himap_export.exporter.family import ImageOptions, VisionSpec, make_config
 from himap_export.graphs.spec import DecoderSpec
 
@@ -105,11 +105,8 @@ class Qwen3Vl(qwen_vision.QwenFamily[schemas.Qwen3Vl]):
                         deepstack.append(visual.deepstack_merger_list[layers.index(i)](x).reshape(shape))
                 return (visual.merger(x).reshape(shape), *deepstack)
 
-        with torch.device("meta"):
-            made = Vision().to(dtype).eval()
         rows, columns = (length * merge for length in spec.grid)
         patches = qwen_vision.patch_order(spec.grid, merge, np.arange(spec.tokens))
         cos, sin = qwen_vision.rotary_tables(tower, columns, patches)
         learned = interpolation((rows, columns), isqrt(tower.num_position_embeddings), patches)
-        register_constants(made, {"patches": patches, "cos": cos, "sin": sin, **learned})
-        return made
+        return on_meta(Vision, dtype, {"patches": patches, "cos": cos, "sin": sin, **learned})

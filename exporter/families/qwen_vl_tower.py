@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from himap_export.exporter.config import Visual
-from himap_export.exporter.families.constants import register_constants
+from himap_export.exporter.families.constants import on_meta
 from himap_export.exporter.families.resize import interpolation, resized
 
 EPS = 1e-6  # of every LayerNorm
@@ -120,13 +120,10 @@ class Vision(nn.Module):
         return features
 
 
-def tower(visual: Visual, dtype: torch.dtype) -> Vision:
+def tower(visual: Visual, dtype: torch.dtype) -> nn.Module:
     """Returns config.json's "visual" as a module on the meta device; what its buffers hold is in its `constants`."""
-    with torch.device("meta"):
-        made = Vision(visual).to(dtype).eval()
     side = visual.image_size // visual.patch_size
     # Resizing is done in fp32, as the release does, whatever the model's dtype.
     sides = {"patch_resize": isqrt(POSITIONS), "key_resize": isqrt(visual.n_queries)}
     resizing = {name: interpolation(old, side) for name, old in sides.items() if old != side}
-    register_constants(made, resizing, "visual")
-    return made
+    return on_meta(lambda: Vision(visual), dtype, resizing, "visual")

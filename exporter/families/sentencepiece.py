@@ -31,15 +31,13 @@ def tokenizer_json(folder: Path, image_text: str) -> bytes | None:
     from transformers.tokenization_utils_base import generate_merges
 
     proto = _read(folder / "tokenizer.model")
+    trained = proto.trainer_spec
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces}
     try:
+        merges = generate_merges(vocab, scores)
         model = models.BPE(
-            vocab=vocab,
-            merges=generate_merges(vocab, scores),
-            unk_token=proto.trainer_spec.unk_piece,
-            fuse_unk=True,
-            byte_fallback=proto.trainer_spec.byte_fallback,
+            vocab, merges, unk_token=trained.unk_piece, fuse_unk=True, byte_fallback=trained.byte_fallback
         )
     except Exception as problem:  # tokenizers raises bare Exception
         details = f"{folder / 'tokenizer.model'}: {' '.join(str(problem).split())}"
@@ -55,10 +53,8 @@ def tokenizer_json(folder: Path, image_text: str) -> bytes | None:
     known = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED] + _added(folder, len(vocab))
     made.add_tokens([AddedToken(token, normalized=False) for token in known])
     made.add_special_tokens([AddedToken(image_text, normalized=False)])
-    bos = proto.pieces[proto.trainer_spec.bos_id].piece
-    made.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, proto.trainer_spec.bos_id)]
-    )
+    bos = proto.pieces[trained.bos_id].piece
+    made.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, trained.bos_id)])
     return made.to_str().encode()
 
 
