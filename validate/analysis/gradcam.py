@@ -38,12 +38,7 @@ class Cams:
 
 
 def grad_cams(
-    reference: Reference,
-    sample: Sample,
-    smooth: int = 0,
-    noise: float = 0.1,
-    seed: int = 0,
-    progress: Count = silent,
+    reference: Reference, sample: Sample, smooth: int = 0, noise: float = 0.1, seed: int = 0, progress: Count = silent
 ) -> Cams:
     """Returns the heat maps of one sample; with `smooth` n > 0, their mean over n copies of its pixels.
 

@@ -14,18 +14,7 @@ from himap_export.validate.analysis.sample import average
 from himap_export.validate.analysis.shares import LayerShares
 from himap_export.validate.report.charts import Datum, lines
 from himap_export.validate.report.columns import aligned
-from himap_export.validate.report.page import (
-    Block,
-    Command,
-    Facts,
-    Figure,
-    Gallery,
-    Page,
-    Picture,
-    Section,
-    Table,
-    png,
-)
+from himap_export.validate.report.page import Block, Command, Facts, Figure, Gallery, Page, Picture, Section, Table, png
 
 LAYER = "decoder layer (from 0)"
 SPREAD = "lines are means over questions, bands run from the 10th to the 90th percentile."

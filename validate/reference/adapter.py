@@ -52,11 +52,7 @@ class ModelAdapter:
 
 
 def load_adapter(
-    folder: Path,
-    dtype: torch.dtype,
-    decoder_attention: str,
-    vision_attention: str,
-    vision_tower: Path | None = None,
+    folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str, vision_tower: Path | None = None
 ) -> ModelAdapter:
     """Returns the checkpoint in `folder`, in `dtype`; its tower, if the release has it apart, in `vision_tower` or
     where the release says. ValueError or OSError if a weight is missing or does not fit."""
@@ -79,11 +75,7 @@ def _hugging_face(folder: Path, dtype: torch.dtype, decoder_attention: str, visi
     loaded: tuple[Any, dict[str, Any]] = AutoModelForImageTextToText.from_pretrained(
         folder,
         dtype=dtype,
-        attn_implementation={
-            "": vision_attention,
-            "vision_config": vision_attention,
-            "text_config": decoder_attention,
-        },
+        attn_implementation={"": vision_attention, "vision_config": vision_attention, "text_config": decoder_attention},
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
