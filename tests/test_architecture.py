@@ -169,7 +169,7 @@ def test_all_four_rooms_are_installed_as_one_namespace() -> None:
     assert found <= declared, "a folder with modules is missing in [tool.setuptools] packages"
 
 
-KEYWORDED = ("graphs", "engines", "exporter")
+KEYWORDED = ROOMS
 
 
 def parameters_by_name() -> dict[str, list[int]]:

@@ -137,14 +137,9 @@ def _example(line: bytes, number: int, folder: Path) -> Example:
         raise HimapError(f'"answer" is {answer!r:.80}, expected text')
     name = str(number if found.id is None else found.id)
     return Example(
-        number,
-        name,
-        image=folder / found.image,
-        question=found.question,
-        answer=answer,
-        type=found.type,
+        number, name, image=folder / found.image, question=found.question, answer=answer, type=found.type,
         options=options,
-    )
+    )  # fmt: skip
 
 
 def _option(answer: str | int, options: tuple[str, ...]) -> int:

@@ -59,14 +59,10 @@ class CutParity:
 
     def __add__(self, other: "CutParity") -> "CutParity":
         return CutParity(
-            name=self.name,
-            kept=self.kept + other.kept,
-            swapped=self.swapped + other.swapped,
-            outside=self.outside + other.outside,
-            margin=min(self.margin, other.margin),
-            error=max(self.error, other.error),
-            verdict=max(self.verdict, other.verdict, key=VERDICTS.index),
-        )
+            name=self.name, kept=self.kept + other.kept, swapped=self.swapped + other.swapped,
+            outside=self.outside + other.outside, margin=min(self.margin, other.margin),
+            error=max(self.error, other.error), verdict=max(self.verdict, other.verdict, key=VERDICTS.index),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,6 @@ def worst(values: Floats) -> float:
 def _of_prompt(actual: Floats, expected: Floats) -> DiffSums:
     a, e = (array.ravel().astype(np.float64) for array in (actual, expected))
     return DiffSums(
-        worst(np.abs(a - e)),
-        float(np.abs(e).max()),
-        product=float(a @ e),
-        actual_square=float(a @ a),
+        worst(np.abs(a - e)), float(np.abs(e).max()), product=float(a @ e), actual_square=float(a @ a),
         expected_square=float(e @ e),
-    )
+    )  # fmt: skip

@@ -59,12 +59,9 @@ def load_adapter(
     named = json.loads((folder / "config.json").read_text()).get("architectures") or [""]
     if named[0] == "LlavaLlamaForCausalLM":
         return _llava_original(
-            folder,
-            dtype,
-            decoder_attention=decoder_attention,
-            vision_attention=vision_attention,
+            folder, dtype, decoder_attention=decoder_attention, vision_attention=vision_attention,
             vision_tower=vision_tower,
-        )
+        )  # fmt: skip
     load = _qwen_vl if named[0] == "QWenLMHeadModel" else _hugging_face
     return load(folder, dtype, decoder_attention, vision_attention)
 
@@ -73,14 +70,10 @@ def _hugging_face(folder: Path, dtype: torch.dtype, decoder_attention: str, visi
     if (folder / "adapter_config.json").exists():  # it names another model, which transformers would load in its place
         raise ValueError(f"{folder} holds an adapter: merge it into its model")
     loaded: tuple[Any, dict[str, Any]] = AutoModelForImageTextToText.from_pretrained(
-        folder,
-        dtype=dtype,
+        folder, dtype=dtype,
         attn_implementation={"": vision_attention, "vision_config": vision_attention, "text_config": decoder_attention},
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+        local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+    )  # fmt: skip
     model, report = loaded
     # Hugging Face only warns and goes on with random weights. Unexpected ones (old rotary tables) do no harm.
     if problems := {name: found for name, found in report.items() if found and name != "unexpected_keys"}:
@@ -95,17 +88,14 @@ def _hugging_face(folder: Path, dtype: torch.dtype, decoder_attention: str, visi
     tower = getattr(model.model, "vision_tower", None)
     clip = getattr(tower, "vision_model", tower) if model.config.model_type == "llava" else None
     return ModelAdapter(
-        whole=model,
-        decoder=model.model.language_model,
-        head=model.lm_head,
+        whole=model, decoder=model.model.language_model, head=model.lm_head,
         see=(lambda pixels: _see(model, pixels)) if merged is None else (lambda pixels: merged(model, pixels)),
-        is_image=lambda ids: ids == model.config.image_token_id,
-        stop_tokens=stop_tokens,
+        is_image=lambda ids: ids == model.config.image_token_id, stop_tokens=stop_tokens,
         pad_token=pad if pad is not None else next(iter(stop_tokens), 0),
         grid=lambda size: (size[0] // side, size[1] // side),
         vision_layers=() if clip is None else clip.encoder.layers,
         rope_positions=None if merged is None else (lambda ids, size: _rope_positions(model, ids, size)),
-    )
+    )  # fmt: skip
 
 
 def _see(model: Any, pixels: Tensor) -> VisionFeatures:
@@ -166,13 +156,7 @@ def _original(
     found: Any, grid: Callable[[tuple[int, int]], tuple[int, int]], layers: tuple[torch.nn.Module, ...]
 ) -> ModelAdapter:
     return ModelAdapter(
-        whole=found,
-        decoder=found.causal.model,
-        head=found.causal.lm_head,
-        see=lambda pixels: VisionFeatures(found.image_features(pixels).flatten(0, 1)),
-        is_image=found.is_image,
-        stop_tokens=found.stop_tokens,
-        pad_token=found.pad_token,
-        grid=grid,
-        vision_layers=layers,
-    )
+        whole=found, decoder=found.causal.model, head=found.causal.lm_head,
+        see=lambda pixels: VisionFeatures(found.image_features(pixels).flatten(0, 1)), is_image=found.is_image,
+        stop_tokens=found.stop_tokens, pad_token=found.pad_token, grid=grid, vision_layers=layers,
+    )  # fmt: skip

@@ -85,12 +85,9 @@ class Reference:
         `vision_tower`: the folder of its tower, for a release that has it apart."""
         decoder_attention = register(attn_implementation)
         self.adapter = load_adapter(
-            folder,
-            dtype,
-            decoder_attention=decoder_attention,
-            vision_attention=attn_implementation,
+            folder, dtype, decoder_attention=decoder_attention, vision_attention=attn_implementation,
             vision_tower=vision_tower,
-        )
+        )  # fmt: skip
         self.adapter.whole.to(device)
         self.decoder: Any = self.adapter.decoder
         self.layers = len(self.decoder.layers)
@@ -286,23 +283,15 @@ class Reference:
             scores.append(score)
         state = self.advance(state, self.layers)
         return _Row(
-            tuple(kept),
-            tuple(scores),
-            hidden=(*hidden, state.hidden[0]),
-            logits=self.logits(state),
-            cache=cache,
+            tuple(kept), tuple(scores), hidden=(*hidden, state.hidden[0]), logits=self.logits(state), cache=cache,
             shift=shift,
-        )
+        )  # fmt: skip
 
     def _keep(self, state: State, kept: Tensor) -> State:
         return replace(
-            state,
-            hidden=state.hidden[:, torch.isin(state.alive, kept)],
-            alive=kept,
-            attention=None,
-            query=None,
+            state, hidden=state.hidden[:, torch.isin(state.alive, kept)], alive=kept, attention=None, query=None,
             key=None,
-        )
+        )  # fmt: skip
 
     def _run(
         self,
@@ -327,14 +316,10 @@ class Reference:
         sink: list[tuple[Tensor, Tensor, Tensor]] = []
         for index in layers:
             hidden = self.decoder.layers[index](
-                hidden,
-                attention_mask=mask,
-                position_ids=positions.reshape(-1, positions.shape[-1])[:1],
-                past_key_values=cache,
-                use_cache=cache is not None,
-                position_embeddings=rotary,
+                hidden, attention_mask=mask, position_ids=positions.reshape(-1, positions.shape[-1])[:1],
+                past_key_values=cache, use_cache=cache is not None, position_embeddings=rotary,
                 himap_sink=sink if score and index == layers[-1] else None,
-            )
+            )  # fmt: skip
             hidden = hidden if state is None else state.deepened(index, hidden)
         return hidden, sink[0] if sink else None
 

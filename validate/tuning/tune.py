@@ -128,18 +128,12 @@ def _answers(
 ) -> Sequence[Answered]:
     return [
         Answered(
-            name,
-            0,
-            line=e.line,
-            id=e.id,
-            type=e.type,
-            said=prompter.processor.text([token], ()),
-            expected=expected(e),
-            right=token == label,
+            name, 0, line=e.line, id=e.id, type=e.type, said=prompter.processor.text([token], ()),
+            expected=expected(e), right=token == label,
         )
         for name, token in tokens.items()
         if (name, 0, e.line) not in log.done
-    ]
+    ]  # fmt: skip
 
 
 def _right(file: Path, data: Dataset) -> dict[str, Right]:

@@ -79,13 +79,9 @@ def load(
     home = _tower_folder(folder, config) if vision_tower is None else vision_tower
     inside = {name.removeprefix(_INSIDE): file for name, file in tensors.items() if name.startswith(_INSIDE)}
     tower = _tower(
-        config,
-        home,
-        files=inside or _names(home),
-        prefix=_INSIDE if inside else "",
-        dtype=dtype,
+        config, home, files=inside or _names(home), prefix=_INSIDE if inside else "", dtype=dtype,
         attention=vision_attention,
-    )
+    )  # fmt: skip
     projector = _projector(config, tower.config.hidden_size)
     found = {name.removeprefix(_PROJECTOR): file for name, file in tensors.items() if name.startswith(_PROJECTOR)}
     try:
@@ -100,15 +96,9 @@ def _filled(
 ) -> Any:
     """`kind` with the weights of `folder` or of `state`; ValueError unless all are there."""
     model, report = kind.from_pretrained(
-        folder,
-        config=config,
-        state_dict=state,
-        dtype=dtype,
-        attn_implementation=attention,
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+        folder, config=config, state_dict=state, dtype=dtype, attn_implementation=attention, local_files_only=True,
+        use_safetensors=True, output_loading_info=True,
+    )  # fmt: skip
     # Hugging Face only warns and goes on with random weights. Unexpected are those of the other parts.
     if problems := {name: found for name, found in report.items() if found and name != "unexpected_keys"}:
         raise ValueError(f"{folder or 'the vision tower'} does not hold the model's weights: {problems}")
@@ -200,18 +190,12 @@ def _intern(
     side = 448 if "448" in str(config.get("mm_vision_tower")) else 336  # multimodal_encoder/clip_encoder.py
     eps = vision.get("layer_norm_eps", 1e-6)
     full = InternVLVisionConfig(
-        hidden_size=vision["hidden_size"],
-        num_hidden_layers=layers,
-        num_attention_heads=vision["num_attention_heads"],
-        intermediate_size=vision["intermediate_size"],
-        attention_bias=vision.get("qkv_bias", False),
-        use_qk_norm=vision.get("qk_normalization", True),
-        hidden_act=vision.get("hidden_act", "gelu"),
-        norm_type=vision.get("norm_type", "rms_norm"),
-        layer_norm_eps=eps,
-        image_size=side,
+        hidden_size=vision["hidden_size"], num_hidden_layers=layers, num_attention_heads=vision["num_attention_heads"],
+        intermediate_size=vision["intermediate_size"], attention_bias=vision.get("qkv_bias", False),
+        use_qk_norm=vision.get("qk_normalization", True), hidden_act=vision.get("hidden_act", "gelu"),
+        norm_type=vision.get("norm_type", "rms_norm"), layer_norm_eps=eps, image_size=side,
         patch_size=vision["patch_size"],
-    )
+    )  # fmt: skip
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         for pattern, replacement in _INTERN.items():
