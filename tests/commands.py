@@ -51,6 +51,13 @@ def call(main: Callable[[list[str]], object], *arguments: object) -> int:
     return left.value.code
 
 
+def greedy(
+    reference: Reference, *arrays: Any, max_new_tokens: int, cuts: Cuts = (), seeds: Any = None
+) -> npt.NDArray[np.int64]:
+    """The reference's own answers [B,N], as Hugging Face's `generate` lays them out."""
+    return reference.answer(reference.prefill(*arrays, cuts=cuts, seeds=seeds), max_new_tokens)[0]
+
+
 def spawn(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """An installed command in a process of its own."""
     script = Path(sys.executable).with_name(command)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import Workshop, call, padded
+from commands import Workshop, call, greedy, padded
 from families import FAMILIES, family_inputs, hugging_face_answer
 
 from himap_export.graphs.plan import POLICIES
@@ -60,8 +60,8 @@ def test_pruned_prompts_are_the_references(
         for n, kept in enumerate(wanted.kept, 1):
             np.testing.assert_array_equal(found[f"kept_k{n}"], padded(kept, found[f"kept_k{n}"].shape[1]))
         np.testing.assert_allclose(found["logits"], wanted.logits, rtol=0, atol=1e-3)
-        said = reference.generate(
-            inputs.input_ids, inputs.pixel_values, inputs.attention_mask, max_new_tokens=NEW, cuts=cuts
+        said = greedy(
+            reference, inputs.input_ids, inputs.pixel_values, inputs.attention_mask, max_new_tokens=NEW, cuts=cuts
         )
         np.testing.assert_array_equal(found["tokens"][:, : said.shape[1]], said)
 

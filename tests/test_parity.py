@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import Arrays, Workshop, call, padded, plan_flags, save_inputs
+from commands import Arrays, Workshop, call, greedy, padded, plan_flags, save_inputs
 from numpy.typing import NDArray
 from tiny import Inputs, make_inputs
 from transformers import LlavaForConditionalGeneration
@@ -58,7 +58,7 @@ class Case:
 
     def tokens(self, work: Workshop, inputs: Inputs) -> NDArray[np.int64]:
         ids, pixels, mask = inputs.input_ids, inputs.pixel_values, inputs.attention_mask
-        return work.reference(self.name).generate(ids, pixels, mask, max_new_tokens=NEW, cuts=self.cuts)
+        return greedy(work.reference(self.name), ids, pixels, mask, max_new_tokens=NEW, cuts=self.cuts)
 
 
 def margins(scores: NDArray[np.float32], removed: float) -> list[float]:

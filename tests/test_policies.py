@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import Workshop, call, padded, save_inputs
+from commands import Workshop, call, greedy, padded, save_inputs
 from tiny import make_inputs
 
 from himap_export.engines.bundle import Bundle
@@ -47,7 +47,7 @@ def test_bundles_answer_as_the_reference_does(work: Workshop, policy: str) -> No
     for n, kept in enumerate(truth.kept, 1):
         np.testing.assert_array_equal(found[f"kept_k{n}"], padded(kept, found[f"kept_k{n}"].shape[1]))
     np.testing.assert_allclose(found["logits"], truth.logits, atol=1e-3)
-    said = work.reference("gqa2").generate(*arrays, max_new_tokens=6, cuts=cuts, seeds=seeds)
+    said = greedy(work.reference("gqa2"), *arrays, max_new_tokens=6, cuts=cuts, seeds=seeds)
     np.testing.assert_array_equal(found["tokens"], said)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import greedy
 from numpy.typing import NDArray
 from tiny import TINY, Inputs, Tiny, make_inputs, make_llava
 from transformers import LlavaForConditionalGeneration
@@ -50,7 +51,7 @@ def prefill(reference: Reference, inputs: Inputs, cuts: Cuts = (), **options: An
 
 def generate(reference: Reference, inputs: Inputs, count: int, cuts: Cuts = ()) -> Ints:
     ids, pixels, mask = inputs.input_ids, inputs.pixel_values, inputs.attention_mask
-    return reference.generate(ids, pixels, mask, max_new_tokens=count, cuts=cuts)
+    return greedy(reference, ids, pixels, mask, max_new_tokens=count, cuts=cuts)
 
 
 def hugging_face(folder: Path, attention: str = "eager", dtype: torch.dtype = torch.float32) -> Any:

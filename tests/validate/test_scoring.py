@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from commands import Workshop, call
+from commands import Workshop, call, greedy
 
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import HimapError
@@ -48,7 +48,7 @@ def test_right_answers_are_those_of_the_reference(report: Path) -> None:
     for policy, cuts in (("none", ()), ("qa", reference_himap(2, 8, 0.5, 0.75))):
         for example in data.examples:
             arrays = prompter.arrays(example)
-            said = reference.generate(arrays.input_ids, arrays.pixel_values, max_new_tokens=4, cuts=cuts)[0]
+            said = greedy(reference, arrays.input_ids, arrays.pixel_values, max_new_tokens=4, cuts=cuts)[0]
             (answer,) = [a for a in told if a["policy"] == policy and a["line"] == example.line]
             assert answer["said"] == prompter.processor.text(said.tolist(), reference.stop_tokens)
 

@@ -1,7 +1,7 @@
 """The baselines beside a bundle's plans: cut alike, ranked by nothing, and answering as the reference does."""
 
 import pytest
-from commands import Workshop
+from commands import Workshop, greedy
 from tiny import make_inputs
 
 from himap_export.engines.arrays import Inputs
@@ -60,9 +60,10 @@ def test_everyone_answers_as_the_reference_does(work: Workshop, systems: list[Pl
         budget = system.pipeline.spec.budget
         cuts = reference_cuts(system.pipeline.spec.plan, budget.visual)
         seeds = [request_seed(system.seed, number) for number in numbers]
-        said = work.reference("gqa2").generate(
-            inputs.input_ids, inputs.pixel_values, inputs.attention_mask, max_new_tokens=5, cuts=cuts, seeds=seeds
-        )
+        said = greedy(
+            work.reference("gqa2"), inputs.input_ids, inputs.pixel_values, inputs.attention_mask,
+            max_new_tokens=5, cuts=cuts, seeds=seeds,
+        )  # fmt: skip
         assert system.answer(batch, numbers) == said.tolist(), system.name
 
 

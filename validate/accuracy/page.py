@@ -69,14 +69,14 @@ def _cell(summary: Summary, name: str, kind: str = ALL) -> Cell:
 
 def _plot(summary: Summary) -> Figure:
     data = [
-        Datum(name, kind, 100 * i.mean, 100 * i.low, 100 * i.high)
+        Datum(name, kind, y=100 * i.mean, low=100 * i.low, high=100 * i.high)
         for name, cells in summary.cells.items()
         for kind in summary.types
         for i in (cells[kind].accuracy,)
     ]
     title = "Right answers by type of question, with 95 % intervals"
     how = "taller is better. Where two lines overlap, look at the paired differences below: they are sharper."
-    return bars("accuracy", title, how, data, "type", "right answers (%)")
+    return bars("accuracy", title, how=how, data=data, x_label="type", y_label="right answers (%)")
 
 
 def _table(summary: Summary, systems: Sequence[PlanSystem]) -> Table:

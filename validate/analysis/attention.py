@@ -25,14 +25,10 @@ class Prompt:
     def __init__(self, reference: Reference, sample: Sample) -> None:
         self._state = reference.start(sample.input_ids, sample.pixel_values)
         self.sample, self.spans = sample, spans_of(self._state.is_image.cpu().numpy())
-        self.layers = reference.layers
-        self._decoder, self._head = reference.decoder, reference.adapter.head
+        self.layers, self._reference = reference.layers, reference
         self.embeds = self._state.hidden  # [1,S,D]
-        size, device = self.embeds.shape[1], self.embeds.device
-        self._positions = torch.arange(size, device=device)[None]
-        with torch.no_grad():
-            self._rotary = reference.rotary(self.embeds, reference.rope_positions(self._state))
-        self.causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+        self._positions, size = reference.rope_positions(self._state), self.embeds.shape[1]
+        self.causal = torch.ones(size, size, dtype=torch.bool, device=self.embeds.device).tril()
 
     def run(self, layer: int, hidden: Tensor, allowed: Tensor | None = None) -> Tensor:
         """Runs layer `layer` on `hidden` [1,S,D].
@@ -41,16 +37,14 @@ class Prompt:
         """
         allowed = self.causal if allowed is None else allowed
         mask = torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(~allowed, -torch.inf)
-        output: Tensor = self._decoder.layers[layer](
-            hidden, attention_mask=mask[None, None], position_ids=self._positions, position_embeddings=self._rotary
-        )
-        return self._state.deepened(layer, output)
+        only, state = range(layer, layer + 1), self._state
+        return self._reference.run(only, hidden, self._positions, state=state, mask=mask[None, None])[0]
 
     def run_with_map(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Returns what `run` does, causal; also the attention probabilities [1,H,S,S], in the output's graph if there
         is one."""
         found: list[Tensor] = []
-        module = self._decoder.layers[layer].self_attn
+        module = self._reference.decoder.layers[layer].self_attn
         hook = module.register_forward_hook(lambda module, arguments, outputs: found.append(outputs[1]))
         try:
             output = self.run(layer, hidden)
@@ -70,7 +64,7 @@ class Prompt:
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns the logits [W], in the model's dtype, that follow the last token of what the last layer passed on,
         [1,S,D]."""
-        logits: Tensor = self._head(self._decoder.norm(hidden[0, -1]))
+        logits: Tensor = self._reference.adapter.head(self._reference.decoder.norm(hidden[0, -1]))
         return logits
 
 

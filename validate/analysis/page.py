@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from himap_export.validate.analysis.disruption import KINDS, Disruption, bias_ratio
+from himap_export.validate.analysis.disruption import KINDS, bias_ratio
 from himap_export.validate.analysis.flow import Flow
 from himap_export.validate.analysis.saliency import LayerFlow
 from himap_export.validate.analysis.sample import average
@@ -103,10 +103,11 @@ def _saliency(flow: Flow) -> tuple[Block, ...]:
         *_curve("image to image, S_vv", flow.flows, lambda f: f.visual_to_visual / _visual(f)),
         *_curve("image to instruction, S_vt", flow.flows, lambda f: f.visual_to_text / _visual(f)),
     ]
+    told = "A token's share of saliency, by kind of token"
     title = "What leaves the image: to other image tokens, or to the instruction"
     return (
-        _lines("saliency-shares", "A token's share of saliency, by kind of token", SPREAD, shares, "share per token"),
-        _lines("saliency-visual", title, SPREAD, both, "share of the image's saliency"),
+        _lines("saliency-shares", told, how=SPREAD, data=shares, unit="share per token"),
+        _lines("saliency-visual", title, how=SPREAD, data=both, unit="share of the image's saliency"),
     )
 
 
@@ -117,30 +118,29 @@ def _visual(f: LayerFlow) -> float:
 def _attention(flow: Flow) -> tuple[Block, ...]:
     found = [d for name in ("system", "image", "user") for d in _curve(name, flow.shares, _of(name))]
     title = "The answer token's attention, by kind of token"
-    return (_lines("attention-shares", title, SPREAD, found, "share of attention"),)
+    return (_lines("attention-shares", title, how=SPREAD, data=found, unit="share of attention"),)
 
 
 def _disruption(flow: Flow) -> tuple[Block, ...]:
     width = _width(flow)
     window = f"when attention is blocked in {'one layer' if width == 1 else f'{width} layers from here on'}"
-    label, score = "Answers that stay the same", "Overlap of the five likeliest tokens"
+    label, score = f"Answers that stay the same, {window}", f"Overlap of the five likeliest tokens, {window}"
     questions = f"{len(flow.flows)} questions"
     low = "where a line falls, the answer needs that attention, if it falls lower than random's. Bands:"
     ratios = bias_ratio(flow.disruptions)
     bias = [Datum("D", layer, ratios.get(layer)) for layer in range(flow.layers)]
+    title = "Above 0 the image talks to itself, below 0 to the text"
     how = "E is 1 - score consistency. There is no point where blocking one of the two changes nothing."
     return (
         _lines(
-            "label-consistency", f"{label}, {window}", f"{low} 95 % for a share of {questions}.",
-            _kept(flow, "label_consistency"), "share of questions",
+            "label-consistency", label, how=f"{low} 95 % for a share of {questions}.",
+            data=_kept(flow, "label_consistency"), unit="share of questions",
         ),
         _lines(
-            "score-consistency", f"{score}, {window}", f"{low} at least 95 %, of the mean over {questions}.",
-            _kept(flow, "score_consistency"), "Jaccard index",
+            "score-consistency", score, how=f"{low} at least 95 %, of the mean over {questions}.",
+            data=_kept(flow, "score_consistency"), unit="Jaccard index",
         ),
-        _lines(
-            "bias-ratio", "Above 0 the image talks to itself, below 0 to the text", how, bias, "D = log(E_vv / E_vt)"
-        ),
+        _lines("bias-ratio", title, how=how, data=bias, unit="D = log(E_vv / E_vt)"),
     )  # fmt: skip
 
 
@@ -148,15 +148,10 @@ def _kept(flow: Flow, field: str) -> list[Datum]:
     """Returns `field` of every disruption, with 1.96 standard errors to both sides, inside [0, 1]."""
     found = []
     for d in flow.disruptions:
-        share, half = getattr(d, field), 1.96 * _error(d, field)
-        found.append(Datum(d.kind, d.first, share, max(0.0, share - half), min(1.0, share + half)))
+        share: float = getattr(d, field)  # of a mean in [0, 1] the error of a share is an upper bound
+        half = 1.96 * sqrt(share * (1 - share) / d.samples)
+        found.append(Datum(d.kind, d.first, y=share, low=max(0.0, share - half), high=min(1.0, share + half)))
     return found
-
-
-def _error(d: Disruption, field: str) -> float:
-    """Returns the standard error of a share; of a mean in [0, 1] it is an upper bound."""
-    p: float = getattr(d, field)
-    return sqrt(p * (1 - p) / d.samples)
 
 
 def _cams(flow: Flow) -> tuple[Block, ...]:
@@ -181,7 +176,7 @@ def _of(name: str) -> Callable[[LayerFlow | LayerShares], float]:
 
 
 def _lines(name: str, title: str, how: str, data: Sequence[Datum], unit: str) -> Figure:
-    return lines(name, title, how, data, LAYER, unit)
+    return lines(name, title, how=how, data=data, x_label=LAYER, y_label=unit)
 
 
 def _width(flow: Flow) -> int:

@@ -90,7 +90,7 @@ def _bars(speed: Speed) -> Figure:
     ]  # fmt: skip
     title = "Time by phase, median with the lowest and highest repetition"
     how = "shorter bars are faster; a line runs from the lowest to the highest of all repetitions."
-    return bars("speed", title, how, data, "phase", "ms")
+    return bars("speed", title, how=how, data=data, x_label="phase", y_label="ms")
 
 
 def _time(t: Times, phase: str) -> str:

@@ -138,7 +138,7 @@ _MERGED: Mapping[str, Callable[[Any, Tensor], VisionFeatures]] = {"qwen2_5_vl": 
 def _llava_original(
     folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str, vision_tower: Path | None
 ) -> ModelAdapter:
-    found = llava_original.load(folder, dtype, decoder_attention, vision_attention, vision_tower)
+    found = llava_original.load(folder, dtype, decoder_attention, vision_attention, vision_tower=vision_tower)
     patch = found.tower.config.patch_size
     side = patch if isinstance(patch, int) else patch[0]
     clip = getattr(found.tower, "vision_model", found.tower)

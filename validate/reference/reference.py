@@ -57,18 +57,6 @@ class Prefill:
     shifts: tuple[int, ...]  # per sample; under M-RoPE what is added to a position behind the prompt
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One sample of a Prefill. `kept` and `scores` have one entry per cut, `hidden` one per stage."""
-
-    kept: tuple[Tensor, ...]  # [S1], [S2], .. int64
-    scores: tuple[Tensor, ...]  # [V0], [V1], .. fp32
-    hidden: tuple[Tensor, ...]  # [S0,D], [S1,D], ..
-    logits: Tensor  # [W] fp32
-    cache: DynamicCache
-    shift: int
-
-
 class Reference:
     """A checkpoint in Hugging Face's modules, unpruned or cut. Deterministic; every method runs without gradients."""
 
@@ -119,30 +107,7 @@ class Reference:
         for sample, state in enumerate(self._embed(input_ids, pixel_values, attention_mask)):
             given = None if forced is None else [_real(kept[sample]).to(self.device) for kept in forced]
             rows.append(self._row(state, cuts, given, 0 if seeds is None else int(seeds[sample])))
-        return _stack(rows)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Ints,
-        pixel_values: Floats | None,
-        attention_mask: Ints | None = None,
-        *,
-        max_new_tokens: int,
-        cuts: Cuts = (),
-        forced: Sequence[Ints] | None = None,
-        seeds: Sequence[int] | None = None,
-    ) -> Ints:
-        """Returns greedy answers [B,N], N <= max_new_tokens, laid out as Hugging Face's `generate` does.
-
-        A row ends with its stop token and is padded behind it; N is where the last row ended.
-        """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        start = self.prefill(
-            input_ids, pixel_values, attention_mask=attention_mask, cuts=cuts, forced=forced, seeds=seeds
-        )
-        return self.answer(start, max_new_tokens)[0]
+        return self._stacked(rows)
 
     @torch.no_grad()
     def start(self, input_ids: Ints, pixel_values: Floats | None) -> State:
@@ -154,7 +119,7 @@ class Reference:
     def advance(self, state: State, layer: int, attention: bool = False) -> State:
         """Returns `state` after the layers before `layer`, with the probabilities of the last one if `attention`."""
         layers = range(state.layer, layer)
-        hidden, seen = self._run(
+        hidden, seen = self.run(
             layers, state.hidden, self.rope_positions(state), state.cache, score=attention, state=state
         )
         probabilities, query, key = seen or (None, None, None)
@@ -177,8 +142,8 @@ class Reference:
 
     @torch.no_grad()
     def answer(self, start: Prefill, max_new_tokens: int, given: Ints | None = None) -> tuple[Ints, Floats]:
-        """Returns the answers [B,N] to a prefill, greedy as `generate`'s or the `given` ones, and logits [B,N,W]: entry
-        n follows the first n tokens.
+        """Returns the answers [B,N] to a prefill, greedy or the `given` ones, and logits [B,N,W]: entry n follows the
+        first n tokens. N <= max_new_tokens is where the last row ended, with its stop token; others are padded behind.
 
         One flipped token does not end a comparison of logits behind given tokens. Appends to the caches of `start`:
         answer a prefill once.
@@ -200,7 +165,7 @@ class Reference:
         hidden = self.decoder.embed_tokens(tokens.to(self.device)[:, None])
         at = torch.tensor([position + shift], device=self.device)
         # No mask: a single row may see all that is cached, and each layer has cached only what was alive in its stage.
-        hidden, _ = self._run(range(self.layers), hidden, at.expand(3, 1) if self.adapter.rope_positions else at, cache)
+        hidden, _ = self.run(range(self.layers), hidden, at.expand(3, 1) if self.adapter.rope_positions else at, cache)
         return self._logits(hidden)
 
     @torch.no_grad()
@@ -217,7 +182,7 @@ class Reference:
     def forward(self, state: State) -> tuple[Tensor, DynamicCache]:
         """Returns the unpruned decoder's logits [B,W] fp32 at the last token of what `embed` gives, and its cache."""
         cache = DynamicCache(config=self.decoder.config)
-        hidden, _ = self._run(range(self.layers), state.hidden, self.rope_positions(state), cache, state=state)
+        hidden, _ = self.run(range(self.layers), state.hidden, self.rope_positions(state), cache, state=state)
         return self._logits(hidden), cache
 
     def see(self, pixel_values: Floats) -> VisionFeatures:
@@ -268,57 +233,66 @@ class Reference:
         if any(a >= b for a, b in pairwise(layers)) or any(not 0 <= share <= 1 for share in shares):
             raise ValueError(f"{cuts} is out of range: layers rise from 1 to {self.layers - 1}, fractions from 0 to 1")
 
-    def _row(self, state: State, cuts: Cuts, forced: list[Tensor] | None, seed: int) -> _Row:
-        """One stage more than there are cuts."""
-        cache = DynamicCache(config=self.decoder.config)
-        state = replace(state, cache=cache)
-        shift = 0 if state.rope_positions is None else int(state.rope_positions.max()) + 1 - len(state.alive)
-        kept, scores, hidden = [], [], []
+    def _row(
+        self, state: State, cuts: Cuts, forced: list[Tensor] | None, seed: int
+    ) -> tuple[list[State], list[Tensor]]:
+        """The state at the end of each stage, one more than there are cuts, and the scores [V] of each cut."""
+        state, ended, scores = replace(state, cache=DynamicCache(config=self.decoder.config)), list[State](), []
         for n, cut in enumerate(cuts):
             state = self.advance(state, cut.layer, attention=True)
-            hidden.append(state.hidden[0])
+            ended.append(replace(state, attention=None, query=None, key=None))
             ranked, score = self.cut(state, cut, seed)
             state = ranked if forced is None else self._keep(state, _checked(forced[n], state.alive))
-            kept.append(state.alive)
             scores.append(score)
-        state = self.advance(state, self.layers)
-        return _Row(
-            tuple(kept), tuple(scores), hidden=(*hidden, state.hidden[0]), logits=self.logits(state), cache=cache,
-            shift=shift,
-        )  # fmt: skip
+        return [*ended, self.advance(state, self.layers)], scores
+
+    def _stacked(self, rows: Sequence[tuple[list[State], list[Tensor]]]) -> Prefill:
+        """One Prefill of the samples."""
+        stages, last = list(zip(*(ended for ended, _ in rows), strict=True)), [ended[-1] for ended, _ in rows]
+        ranked = zip(*(scores for _, scores in rows), strict=True)
+        caches = tuple(state.cache for state in last if state.cache is not None)
+        lengths = [cache.get_seq_length(0) for cache in caches]
+        turned = zip((state.rope_positions for state in last), lengths, strict=True)
+        return Prefill(
+            lengths=np.array(lengths, np.int64),
+            kept=tuple(_pad([state.alive.cpu().numpy() for state in stage], -1) for stage in stages[1:]),
+            scores=tuple(_pad([score.float().cpu().numpy() for score in cut], np.nan) for cut in ranked),
+            hidden=tuple(tuple(state.hidden[0].float().cpu().numpy() for state in stage) for stage in stages),
+            logits=np.stack([self.logits(state).cpu().numpy() for state in last]),
+            caches=caches,
+            shifts=tuple(0 if rope is None else int(rope.max()) + 1 - length for rope, length in turned),
+        )
 
     def _keep(self, state: State, kept: Tensor) -> State:
-        return replace(
-            state, hidden=state.hidden[:, torch.isin(state.alive, kept)], alive=kept, attention=None, query=None,
-            key=None,
-        )  # fmt: skip
+        hidden = state.hidden[:, torch.isin(state.alive, kept)]
+        return replace(state, hidden=hidden, alive=kept, attention=None, query=None, key=None)
 
-    def _run(
+    def run(
         self,
         layers: range,
         hidden: Tensor,
         positions: Tensor,
-        cache: DynamicCache | None,
+        cache: DynamicCache | None = None,
         score: bool = False,
         state: State | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-        """Hugging Face's decoder `layers` on `hidden` [B,S,D], at `positions` [S] or [3,S], appended to `cache` if
-        there is one; what `state` adds to image tokens is added.
+        """Runs Hugging Face's decoder `layers` on `hidden` [B,S,D], at `positions` [S] or [3,S], appended to `cache` if
+        there is one, under `mask` [1,1,S,S] or causal; what `state` adds to image tokens is added. With gradients.
 
-        Also, of the last of the layers, the attention probabilities [S,S] fp32, averaged over the heads, its queries
-        [H,S,E] and keys [G,S,E], if `score`.
+        Also returns, of the last of the layers, the attention probabilities [S,S] fp32, averaged over the heads, its
+        queries [H,S,E] and keys [G,S,E], if `score`.
         """
-        rotary = self.rotary(hidden, positions)
-        mask = None
-        if self._eager and hidden.shape[1] > 1:  # sdpa is causal by itself where there is no mask and more than one row
-            size = hidden.shape[1]
+        ids = positions.reshape(-1, 1, positions.shape[-1])  # Hugging Face's [3,1,S] under M-RoPE, else [1,S]
+        rotary = self.decoder.rotary_emb(hidden, position_ids=ids if len(ids) > 1 else ids[0])
+        size = hidden.shape[1]
+        if mask is None and self._eager and size > 1:  # sdpa is causal where there is no mask and more than one row
             mask = torch.full((1, 1, size, size), -torch.inf, dtype=hidden.dtype, device=hidden.device).triu(1)
         sink: list[tuple[Tensor, Tensor, Tensor]] = []
         for index in layers:
             hidden = self.decoder.layers[index](
-                hidden, attention_mask=mask, position_ids=positions.reshape(-1, positions.shape[-1])[:1],
-                past_key_values=cache, use_cache=cache is not None, position_embeddings=rotary,
-                himap_sink=sink if score and index == layers[-1] else None,
+                hidden, attention_mask=mask, position_ids=ids[0], position_embeddings=rotary, past_key_values=cache,
+                use_cache=cache is not None, himap_sink=sink if score and index == layers[-1] else None,
             )  # fmt: skip
             hidden = hidden if state is None else state.deepened(index, hidden)
         return hidden, sink[0] if sink else None
@@ -326,12 +300,6 @@ class Reference:
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits [B,W] fp32 of the last row of `hidden` [B,S,D]."""
         return self.adapter.head(self.decoder.norm(hidden[:, -1])).float()
-
-    def rotary(self, hidden: Tensor, positions: Tensor) -> Any:
-        """Returns Hugging Face's cos and sin for `positions` [S] or [3,S], as its layers take them."""
-        return self.decoder.rotary_emb(
-            hidden, position_ids=positions[None] if positions.ndim == 1 else positions[:, None]
-        )
 
 
 def _winners(scores: Tensor, keep: int) -> Tensor:
@@ -359,18 +327,3 @@ def _pad(rows: Sequence[NDArray[Item]], fill: float) -> NDArray[Item]:
     for target, row in zip(padded, rows, strict=True):
         target[: len(row)] = row
     return padded
-
-
-def _stack(rows: Sequence[_Row]) -> Prefill:
-    """One Prefill of the samples."""
-    cuts = range(len(rows[0].kept))
-    stages = zip(*(row.hidden for row in rows), strict=True)
-    return Prefill(
-        lengths=np.array([row.cache.get_seq_length(0) for row in rows], np.int64),
-        kept=tuple(_pad([row.kept[cut].cpu().numpy() for row in rows], -1) for cut in cuts),
-        scores=tuple(_pad([row.scores[cut].float().cpu().numpy() for row in rows], np.nan) for cut in cuts),
-        hidden=tuple(tuple(hidden.float().cpu().numpy() for hidden in stage) for stage in stages),
-        logits=np.stack([row.logits.cpu().numpy() for row in rows]),
-        caches=tuple(row.cache for row in rows),
-        shifts=tuple(row.shift for row in rows),
-    )

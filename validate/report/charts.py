@@ -55,7 +55,7 @@ def lines(name: str, title: str, how: str, data: Sequence[Datum], x_label: str, 
     point = base.mark_point(filled=True, size=55, opacity=1, invalid="filter").encode(
         y, shape=shape, tooltip=_tooltip("series", alt.Tooltip("x:Q", title=x_label), y_label)
     )
-    return _figure(name, title, how, band + line + point, data, {"x": x_label, "y": y_label})
+    return _figure(name, title, how=how, chart=band + line + point, data=data, head={"x": x_label, "y": y_label})
 
 
 def bars(name: str, title: str, how: str, data: Sequence[Datum], x_label: str, y_label: str) -> Figure:
@@ -74,7 +74,7 @@ def bars(name: str, title: str, how: str, data: Sequence[Datum], x_label: str, y
     color, faded = alt.Color("series:N", **_key(names)), alt.Opacity("series:O", **_key(names, FADED))
     bar = base.mark_bar().encode(alt.Y("y:Q", title=y_label), color=color, opacity=faded)
     rule = base.mark_rule(strokeWidth=1.3).encode(alt.Y("low:Q", title=y_label), alt.Y2("high:Q"))
-    return _figure(name, title, how, bar + rule, data, {"x": x_label, "y": y_label})
+    return _figure(name, title, how=how, chart=bar + rule, data=data, head={"x": x_label, "y": y_label})
 
 
 def pareto(name: str, title: str, how: str, data: Sequence[Point], x_label: str, y_label: str) -> Figure:
@@ -99,7 +99,7 @@ def pareto(name: str, title: str, how: str, data: Sequence[Point], x_label: str,
         x, y, text="number:N", opacity=listed
     )
     head = {"x": x_label, "y": y_label, "on_front": "on the front"}
-    return _figure(name, title, how, joined + rule + point + number, data, head)
+    return _figure(name, title, how=how, chart=joined + rule + point + number, data=data, head=head)
 
 
 def _chart(data: Sequence[Datum], more: Sequence[dict[str, Any]] = ()) -> Any:
@@ -142,4 +142,6 @@ def _figure(name: str, title: str, how: str, chart: Any, data: Sequence[Datum], 
     spec = chart.properties(width="container", autosize=fit, description=title).to_dict()
     rows = [asdict(d) for d in data]
     columns = tuple(head.get(key, key) for key in rows[0]) if rows else ()
-    return Figure(name, title, how, spec, columns, tuple(tuple(finite(list(row.values()))) for row in rows))
+    return Figure(
+        name, title, how=how, spec=spec, head=columns, rows=tuple(tuple(finite(list(row.values()))) for row in rows)
+    )

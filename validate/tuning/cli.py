@@ -100,7 +100,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     folder = checkpoint_folder(args.model)
     layers = describe(resolve(str(folder)))[0].layers
     k1, k2 = defaults(layers)
-    candidates = grid(args.k1 or k1, args.r1, args.k2 or k2, args.r2, layers)
+    candidates = grid(args.k1 or k1, args.r1, k2s=args.k2 or k2, r2s=args.r2, layers=layers)
     check_count((len(candidates) + 1) * len(data.examples))
     say(f"{len(candidates)} plans, {len(data.examples)} questions, up to {args.workers} at a time")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
         candidates=candidates, workers=args.workers, dtype=args.dtype, seed=args.seed, keep=args.min_accuracy,
         iterations=iterations, threads=args.threads, baseline=args.baseline != "none",
     )  # fmt: skip
-    tuned = tune(folder, args.dataset, data, args.out / LOG, options)
+    tuned = tune(folder, args.dataset, data=data, log_file=args.out / LOG, options=options)
     about = {"model": args.model, "dataset": str(args.dataset), "dtype": args.dtype, "seed": args.seed}
     plans, facts = args.out / PLANS, finite(about | tuned_json(tuned))
     write_file(plans, methodcaller("write", toml(tuned).encode()))

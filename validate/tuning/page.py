@@ -111,21 +111,21 @@ def _chosen(t: Tuned) -> list[tuple[str, str, str]]:
 
 def _plots(t: Tuned) -> tuple[Block, ...]:
     y, u = "right answers (%)", t.unpruned
-    whole = Point(UNPRUNED, 100, 100 * u.mean, 100 * u.low, 100 * u.high, label=UNPRUNED)
+    whole = Point(UNPRUNED, 100, y=100 * u.mean, low=100 * u.low, high=100 * u.high, label=UNPRUNED)
     by_flops = [whole, *(_point(j, j.flops) for j in t.ranked)]
     how = "up and to the left is better. The line joins the front: no other plan is at least as right for at most its"
     figures = [
         pareto(
-            "flops", "Accuracy against FLOPs, with 95 % intervals", f"{how} FLOPs.", _fronted(by_flops),
-            "share of the decoder's prefill FLOPs (%)", y,
+            "flops", "Accuracy against FLOPs, with 95 % intervals", how=f"{how} FLOPs.", data=_fronted(by_flops),
+            x_label="share of the decoder's prefill FLOPs (%)", y_label=y,
         )
     ]  # fmt: skip
     if t.times:
         by_time = [whole, *(_point(j, 1 / t.times[j.candidate.name].speed_up[0]) for j in t.front)]
         figures.append(
             pareto(
-                "time", "Accuracy against measured prefill time, plans of the front above", f"{how} time.",
-                _fronted(by_time), "share of the unpruned prefill time, onnxruntime (%)", y,
+                "time", "Accuracy against measured prefill time, plans of the front above", how=f"{how} time.",
+                data=_fronted(by_time), x_label="share of the unpruned prefill time, onnxruntime (%)", y_label=y,
             )
         )  # fmt: skip
     return tuple(figures)
@@ -133,7 +133,7 @@ def _plots(t: Tuned) -> tuple[Block, ...]:
 
 def _point(j: RankedPlan, share: float) -> Point:
     a = j.accuracy
-    return Point("himap", 100 * share, 100 * a.mean, 100 * a.low, 100 * a.high, label=j.candidate.name)
+    return Point("himap", 100 * share, y=100 * a.mean, low=100 * a.low, high=100 * a.high, label=j.candidate.name)
 
 
 def _fronted(points: Sequence[Point]) -> list[Point]:
