@@ -18,6 +18,7 @@ from himap_export.engines.layout import text_tokens
 from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.session import open_pipeline
 from himap_export.validate.checkpoint import Source, load_reference, source_of
+from himap_export.validate.parity import polygraphy_json
 from himap_export.validate.parity.compare import Parity, compare
 from himap_export.validate.parity.limits import ParityOptions
 from himap_export.validate.parity.pixels import compare_pixels, with_pixels
@@ -128,9 +129,11 @@ def validate(
     given = given or drawn_inputs(run, prompts, seed)
     pixels = compare_pixels(given.pixel_values, image, run.image, source) if isinstance(image, Path) else None
     threads = threads or len(os.sched_getaffinity(0))
-    _check_captures(run, captures or {})
+    if captures:
+        polygraphy_json.check_folders(run, *captures.values())
     pipeline = open_pipeline(run, backend, Opening(threads, device))
-    _save_captures(pipeline, given, captures or {})
+    if captures:
+        _save_captures(pipeline, given, captures)
     progress(f"judged by the checkpoint in {source.folder}")
     options = ParityOptions(min(max_new_tokens or ANSWER, run.budget.new), atol, rtol, outputs is not None)
     load = partial(load_reference, source.folder, threads=threads, vision_tower=source.tower)
@@ -187,18 +190,7 @@ def check_places(report: Path | None, outputs: Path | None, captures: Mapping[st
         check_report(folder, ())
 
 
-def _check_captures(run: RunSpec, captures: Mapping[str, Path]) -> None:
-    if captures:
-        from himap_export.validate.parity.polygraphy_json import check_folders
-
-        check_folders(run, *captures.values())
-
-
 def _save_captures(pipeline: Pipeline, inputs: Inputs, captures: Mapping[str, Path]) -> None:
-    if not captures:
-        return
-    from himap_export.validate.parity import polygraphy_json
-
     captured = polygraphy_json.capture(pipeline, inputs)
     if (folder := captures.get("inputs")) is not None:
         polygraphy_json.save_inputs(folder, captured)

@@ -115,13 +115,16 @@ def _right(answered: Sequence[Answered], name: str, lines: Sequence[int]) -> npt
     return np.array([[found[seed, line] for line in lines] for seed in seeds])
 
 
+def accuracy_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """Returns how many questions there are of each type, then each system's accuracy on them."""
+    first = next(iter(summary.cells.values()))
+    rows = [(name, *(percent(cells[kind].accuracy) for kind in summary.types)) for name, cells in summary.cells.items()]
+    return [("questions", *(f"{first[kind].questions}" for kind in summary.types)), *rows]
+
+
 def summary_lines(summary: Summary) -> list[str]:
     """Returns, a line each, accuracy by system and type, then each system against its baselines."""
-    first = next(iter(summary.cells.values()))
-    rows = [("", *summary.types), ("questions", *(f"{first[kind].questions}" for kind in summary.types))]
-    for name, cells in summary.cells.items():
-        rows.append((name, *(percent(cells[kind].accuracy) for kind in summary.types)))
-    lines = aligned(rows)
+    lines = aligned([("", *summary.types), *accuracy_rows(summary)])
     differences = [("", "over", "points, with their 95 % interval")]
     for name, cells in summary.cells.items():
         differences += [(name, other, points(i)) for other, i in cells[ALL].over.items()]

@@ -10,7 +10,7 @@ from himap_export.engines.image import load_image, tile_grid
 from himap_export.graphs.plan import POLICIES
 from himap_export.validate.accuracy.answers import Answered
 from himap_export.validate.accuracy.dataset import Dataset, Example
-from himap_export.validate.accuracy.evaluate import ALL, Cell, Summary, percent, points
+from himap_export.validate.accuracy.evaluate import ALL, Summary, accuracy_rows, points
 from himap_export.validate.accuracy.prompter import Prompter
 from himap_export.validate.accuracy.systems import PlanSystem, request_seed
 from himap_export.validate.report.charts import Datum, bars
@@ -49,22 +49,13 @@ def accuracy_page(
 
 
 def _facts(summary: Summary, first: PlanSystem) -> Facts:
-    items = [
-        (
-            "questions",
-            f"{_cell(summary, first.name).questions}",
-            f"of {len(summary.types) - 1} types" if len(summary.types) > 1 else "",
-        )
-    ]
+    types = f"of {len(summary.types) - 1} types" if len(summary.types) > 1 else ""
+    items = [("questions", f"{summary.cells[first.name][ALL].questions}", types)]
     for name in dict.fromkeys((first.name, *first.baselines)):
-        i = _cell(summary, name).accuracy
+        i = summary.cells[name][ALL].accuracy
         items.append((name, f"{i.mean:.1%}", f"{i.low:.1%} to {i.high:.1%}"))
     items.append(("FLOPs kept", f"{first.flops:.0%}", f"by {first.name}, of the decoder's prefill"))
     return Facts(tuple(items))
-
-
-def _cell(summary: Summary, name: str, kind: str = ALL) -> Cell:
-    return summary.cells[name][kind]
 
 
 def _plot(summary: Summary) -> Figure:
@@ -80,14 +71,10 @@ def _plot(summary: Summary) -> Figure:
 
 
 def _table(summary: Summary, systems: Sequence[PlanSystem]) -> Table:
-    flops = {c.name: c.flops for c in systems}
-    rows = []
-    for name, cells in summary.cells.items():
-        found = [cells[kind].accuracy for kind in summary.types]
-        rows.append((name, f"{flops[name]:.0%}", *map(percent, found)))
-    counts = ("questions", "", *(f"{next(iter(summary.cells.values()))[kind].questions}" for kind in summary.types))
+    flops = {c.name: f"{c.flops:.0%}" for c in systems}
+    rows = tuple((name, flops.get(name, ""), *found) for name, *found in accuracy_rows(summary))
     caption = "Right answers, in percent, with their 95 % interval."
-    return Table("right", ("", "FLOPs kept", *summary.types), (counts, *rows), caption)
+    return Table("right", ("", "FLOPs kept", *summary.types), rows, caption)
 
 
 def _differences(summary: Summary) -> Table:

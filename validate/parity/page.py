@@ -4,6 +4,7 @@ import math
 
 from himap_export.engines.bundle import RunSpec
 from himap_export.validate.parity.compare import Parity
+from himap_export.validate.parity.results import tensor_rows
 from himap_export.validate.report.charts import Datum, bars
 from himap_export.validate.report.page import Block, Facts, Figure, Page, Section, Table
 from himap_export.validate.speed.benchmark import PHASES, Times
@@ -37,7 +38,7 @@ def _facts(parity: Parity, speed: Speed | None, run: RunSpec) -> Facts:
     failed = [gate.name for gate in parity.gates if not gate.passed]
     items = [
         ("parity", "failed" if failed else "passed", ", ".join(failed) or f"{len(parity.gates)} gates"),
-        ("prompts", f"{parity.prompts}", "against PyTorch in fp32"),
+        ("prompt" if parity.prompts == 1 else "prompts", f"{parity.prompts}", "against PyTorch in fp32"),
         ("tokens equal", f"{parity.answers.equal} of {parity.answers.total}", "greedy answers"),
     ]
     if speed is not None:
@@ -48,14 +49,7 @@ def _facts(parity: Parity, speed: Speed | None, run: RunSpec) -> Facts:
 
 
 def _tensors(parity: Parity) -> Table:
-    gates = {gate.name: gate for gate in parity.gates}
-    rows = [
-        (
-            t.name, f"{t.max_abs:.1e}", f"{gates[t.name].limit:.1e}", f"{t.scale:.1e}",
-            f"{max(0.0, 1 - t.cosine):.1e}", "ok" if gates[t.name].passed else "FAIL",
-        )
-        for t in parity.tensors
-    ]  # fmt: skip
+    rows = tensor_rows(parity)
     wrong = tuple(n for n, row in enumerate(rows) if row[-1] == "FAIL")
     head = ("tensor", "largest difference", "allowed", "largest value", "1 - cosine", "gate")
     return Table("tensors", head, tuple(rows), strong=wrong)

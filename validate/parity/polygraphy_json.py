@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy.typing as npt
@@ -41,7 +40,7 @@ def check_folders(run: RunSpec, *folders: Path) -> None:
 
     HimapError: usage for a bf16 bundle, or a folder in which their files cannot be; missing without polygraphy.
     """
-    _polygraphy("json")
+    required("polygraphy.json")
     _refuse_bf16(run)
     for folder in folders:
         check_report(folder, tuple(f"{graph}.json" for graph in run.variant.graphs.values()))
@@ -76,7 +75,7 @@ def save_inputs(folder: Path, captured: Mapping[str, Captured]) -> None:
 def save_outputs(folder: Path, captured: Mapping[str, Captured], runner_name: str) -> None:
     """Writes FOLDER/<graph>.json for `polygraphy run --load-outputs`: RunResults of one iteration of the runner
     `runner_name`. HimapError as `save_inputs`."""
-    made = _polygraphy("comparator").RunResults
+    made = required("polygraphy.comparator").RunResults
     results = {graph: made() for graph in captured}
     for graph, run in captured.items():
         results[graph].add([dict(run.outputs)], runner_name=runner_name)
@@ -97,13 +96,9 @@ def _refuse_bf16(run: RunSpec) -> None:
                 raise HimapError("polygraphy's JSON cannot hold bf16 tensors", details, hint, Exit.USAGE)
 
 
-def _polygraphy(module: str) -> ModuleType:
-    return required(f"polygraphy.{module}")
-
-
 def _write(folder: Path, contents: Mapping[str, object]) -> None:
     """Each file whole or not at all; polygraphy's log, which would go to stdout, is silenced."""
-    to_json, logger = _polygraphy("json").to_json, _polygraphy("logger").G_LOGGER
+    to_json, logger = required("polygraphy.json").to_json, required("polygraphy.logger").G_LOGGER
     check_report(folder, tuple(f"{graph}.json" for graph in contents))
     try:
         folder.mkdir(parents=True, exist_ok=True)

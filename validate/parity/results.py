@@ -12,15 +12,14 @@ from himap_export.validate.report.page import finite
 
 def parity_lines(parity: Parity, bundle: Bundle, backend: str) -> list[str]:
     """Returns one row per tensor, per cut, and for the answer; a mark for every gate; what else is to be said."""
-    m, gates = bundle.manifest, {gate.name: gate for gate in parity.gates}
-    marks = {name: "ok  " if gate.passed else "FAIL" for name, gate in gates.items()}
+    m, marks = bundle.manifest, {gate.name: "ok  " if gate.passed else "FAIL" for gate in parity.gates}
+    prompts = f"{parity.prompts} prompt{'s' * (parity.prompts > 1)}"
     lines = [
-        f"{m.model.name}, {backend}, {m.dtype}, against PyTorch in fp32: {parity.prompts} prompts",
+        f"{m.model.name}, {backend}, {m.dtype}, against PyTorch in fp32: {prompts}",
         f"      {'':10}{'max-abs':>10}{'allowed':>10}{'largest':>10}{'1 - cosine':>12}",
     ]
-    for t in parity.tensors:
-        far = f"{t.max_abs:>10.1e}{gates[t.name].limit:>10.1e}{t.scale:>10.1e}{max(0.0, 1 - t.cosine):>12.1e}"
-        lines.append(f"{marks[t.name]}  {t.name:10}{far}")
+    for name, *far, cosine, mark in tensor_rows(parity):
+        lines.append(f"{mark:4}  {name:10}{''.join(f'{cell:>10}' for cell in far)}{cosine:>12}")
     for c in parity.cuts:
         facts = f"{c.verdict}, {c.kept - c.swapped} of {c.kept} image tokens agree"
         if c.verdict == "tie":
@@ -31,8 +30,17 @@ def parity_lines(parity: Parity, bundle: Bundle, backend: str) -> list[str]:
     a, facts = parity.answers, f"{parity.answers.equal} of {parity.answers.total} equal"
     if a.first is not None:
         facts += f"; first parts at token {a.first}, best two logits {a.margin:.1e} apart"
-        facts += f" (a tie up to {gates['tokens'].limit:.1e})"
+        facts += f" (a tie up to {next(gate.limit for gate in parity.gates if gate.name == 'tokens'):.1e})"
     return [*lines, f"{marks['tokens']}  {'tokens':10}  {facts}", *(f"      {note}" for note in parity.notes)]
+
+
+def tensor_rows(parity: Parity) -> list[tuple[str, ...]]:
+    """Returns, of each tensor, its name, largest difference, what is allowed, largest value, 1 - cosine and verdict."""
+    gates, rows = {gate.name: gate for gate in parity.gates}, []
+    for t in parity.tensors:
+        numbers = t.max_abs, gates[t.name].limit, t.scale, max(0.0, 1 - t.cosine)
+        rows.append((t.name, *(f"{number:.1e}" for number in numbers), "ok" if gates[t.name].passed else "FAIL"))
+    return rows
 
 
 def parity_json(parity: Parity) -> dict[str, Any]:

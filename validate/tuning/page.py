@@ -44,15 +44,8 @@ def tuned_lines(t: Tuned) -> list[str]:
 
 
 _HEAD = (
-    "on the front",
-    "image tokens",
-    "FLOPs",
-    "right",
-    "unpruned - plan",
-    "plan - random",
-    "prefill time",
-    "by FLOPs",
-)
+    "on the front", "image tokens", "FLOPs", "right", "unpruned - plan", "plan - random", "prefill time", "by FLOPs",
+)  # fmt: skip
 
 
 def _rows(t: Tuned) -> list[tuple[str, ...]]:
