@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import ImageSpec
 from himap_export.graphs.plan import PruningPlan, TokenBudget, Visual
@@ -36,9 +38,7 @@ def export_baseline(
     model = resolve(str(checkpoint), vision_tower=vision_tower)
     decoder, (vision,) = describe(model, ImageOptions(image.size, image.tiles) if image else ImageOptions())
     variants = tuple(
-        PlannedVariant(
-            name, plan, budget=TokenBudget(visual, like.text, like.new, like.batch), asked=visual, vision=vision
-        )
+        PlannedVariant(name, plan, budget=replace(like, visual=visual), asked=visual, vision=vision)
         for name, (plan, visual) in plans.items()
     )
     request = Request(backends=(backend,), allow_overflow=True)

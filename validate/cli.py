@@ -16,26 +16,16 @@ from himap_export.validate.progress import RESUMED, say
 def _parser() -> Parser:
     p = Parser(prog="himap-validate", description=__doc__)
     p.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that himap-export wrote")
-    p.add_argument(
-        "--model", metavar="MODEL", help="the checkpoint to compare with (default: the one it was made from)"
-    )
-    p.add_argument(
-        "--vision-tower", type=Path, metavar="DIR", help="its vision tower, where the checkpoint names one elsewhere"
-    )
+    p.add_argument("--model", metavar="MODEL", help="the checkpoint to compare with (default: what it was made from)")
+    p.add_argument("--vision-tower", type=Path, metavar="DIR", help="its vision tower, where it names one elsewhere")
     p.add_argument("--backend", help="default: the first one in the bundle that opens here")
-    p.add_argument(
-        "--device", choices=("cpu", "cuda"), help="for onnxruntime (default: cuda where it has the provider)"
-    )
+    p.add_argument("--device", choices=("cpu", "cuda"), help="for onnxruntime (default: cuda if it has the provider)")
     p.add_argument(
         "--plan", "--policy", action="append", default=[], metavar="NAME",
         help="one of the bundle's plans (default: its first); repeatable with --dataset (default there: all)",
     )  # fmt: skip
-    p.add_argument(
-        "--text-budget", type=whole(1, 2**20), metavar="N", help="default: the smallest of the bundle's that fits"
-    )
-    p.add_argument(
-        "--image-size", type=image_size, metavar="WxH", help="one of the bundle's (default: the nearest to the image)"
-    )
+    p.add_argument("--text-budget", type=whole(1, 2**20), metavar="N", help="default: the bundle's smallest that fits")
+    p.add_argument("--image-size", type=image_size, metavar="WxH", help="one of the bundle's (default: the nearest)")
     p.add_argument("--image", type=Path, metavar="FILE", help="the image to ask about")
     p.add_argument("--prompt", metavar="TEXT", help="the question, without the model's chat template")
     p.add_argument("--load-inputs", type=Path, metavar="F.npz", help="as himap-run's; default: drawn from --seed")
@@ -56,12 +46,8 @@ def _parser() -> Parser:
     p.add_argument("--no-speed", action="store_true", help="parity only")
     p.add_argument("--iterations", type=whole(1, 10_000), default=10, help="repetitions of each phase (default: 10)")
     p.add_argument("--warm-up", type=whole(0, 10_000), default=2, help="repetitions not counted (default: 2)")
-    p.add_argument(
-        "--threads",
-        type=whole(1, MOST_THREADS),
-        default=len(os.sched_getaffinity(0)),
-        help="CPU threads (default: all)",
-    )
+    threads = len(os.sched_getaffinity(0))
+    p.add_argument("--threads", type=whole(1, MOST_THREADS), default=threads, help="CPU threads (default: all)")
     p.add_argument(
         "--report", type=Path, metavar="DIR",
         help="write report.html, report.json and the plots there (default with --dataset: BUNDLE-DATASET)",
@@ -69,9 +55,7 @@ def _parser() -> Parser:
     p.add_argument("--json", action="store_true", help="print one JSON object")
     scoring = p.add_argument_group("accuracy, beside the unpruned model and the baselines at equal FLOPs")
     scoring.add_argument("--dataset", type=Path, metavar="F.jsonl", help="lines of image, question, answer; options")
-    scoring.add_argument(
-        "--seeds", type=whole(1, 1000), default=5, metavar="N", help="of the random baseline (default: 5)"
-    )
+    scoring.add_argument("--seeds", type=whole(1, 1000), default=5, metavar="N", help="of the random one (default: 5)")
     scoring.add_argument("--limit", type=whole(1, 10**9), metavar="N", help="the first N questions only")
     scoring.add_argument("--skip-bad", action="store_true", help="leave out lines that cannot be read, and say so")
     return p

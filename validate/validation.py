@@ -55,9 +55,8 @@ class Report:
 
     def lines(self) -> list[str]:
         """Returns what was found, for people."""
-        return parity_lines(self.parity, self.run.bundle, self.backend) + (
-            speed_lines(self.speed) if self.speed else []
-        )
+        speed = speed_lines(self.speed) if self.speed else []
+        return parity_lines(self.parity, self.run.bundle, self.backend) + speed
 
     def to_json(self) -> dict[str, Any]:
         """Returns what was found, for programs; NaN and infinity are None."""
@@ -151,10 +150,8 @@ def _timed(
     report: Report, source: Source, iterations: int, warm_up: int, *, threads: int, tell: Lines, progress: Progress
 ) -> Report:
     tell(["", f"speed: FLOPs allow {ceiling(report.run):.2f}x over the unpruned decoder prefill"])
-    progress(
-        f"exporting the unpruned baseline; then {warm_up} + {iterations} repetitions by three processes, "
-        f"on {report.device}"
-    )
+    repetitions = f"{warm_up} + {iterations} repetitions"
+    progress(f"exporting the unpruned baseline; then {repetitions} by three processes, on {report.device}")
     speed = measure(
         report.run, source.folder, report.backend, report.device, iterations=iterations, warm_up=warm_up,
         threads=threads, vision_tower=source.tower,

@@ -84,9 +84,8 @@ def run(
 
 def _answered(system: System, e: Example, said: str) -> Answered:
     right = is_right(e, said)
-    return Answered(
-        system.name, system.seed, line=e.line, id=e.id, type=e.type, said=said, expected=expected(e), right=right
-    )
+    name, seed = system.name, system.seed
+    return Answered(name, seed, line=e.line, id=e.id, type=e.type, said=said, expected=expected(e), right=right)
 
 
 def summarise(answered: Sequence[Answered], dataset: Dataset, baselines: Mapping[str, Sequence[str]]) -> Summary:

@@ -110,12 +110,10 @@ def _examples(first: PlanSystem, answered: Sequence[Answered], data: Dataset, pr
     good = [(n, e) for n, e in numbered if right[first.name, e.line].right]
     lost = [(n, e) for n, e in numbered if not right[first.name, e.line].right and right[whole, e.line].right]
     chosen = [*good[: SHOWN // 2], *lost[: SHOWN // 2]]
-    pictures = [
-        Picture(f"kept-{e.line}", _drawn(first, n, e, prompter), _caption(right[first.name, e.line], e))
-        for n, e in chosen
-    ]
+    drawn = ((e, _drawn(first, n, e, prompter), right[first.name, e.line]) for n, e in chosen)
+    pictures = tuple(Picture(f"kept-{e.line}", image, _caption(answer, e)) for e, image, answer in drawn)
     cut = first.pipeline.stages[-1].upper()
-    return (Gallery(tuple(pictures), f"The patches that {first.name} keeps behind its last cut, {cut}."),)
+    return (Gallery(pictures, f"The patches that {first.name} keeps behind its last cut, {cut}."),)
 
 
 def _drawn(first: PlanSystem, number: int, e: Example, prompter: Prompter) -> bytes:

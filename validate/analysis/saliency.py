@@ -57,10 +57,8 @@ def flow_of(saliency: NDArray[np.float64], spans: Spans) -> LayerFlow:
     if not sum(shares) > 0:
         raise HimapError("the loss of a prompt depends on no attention", "its gradient is 0", "is it computed in fp16?")
     system, image, instruction = (share / sum(shares) for share in shares)
-    visual_to_visual, visual_to_text = (float(saliency[np.ix_(to, spans.image)].sum()) for to in kinds[1:])
-    return LayerFlow(
-        system, image, instruction=instruction, visual_to_visual=visual_to_visual, visual_to_text=visual_to_text
-    )
+    inward, outward = (float(saliency[np.ix_(to, spans.image)].sum()) for to in kinds[1:])
+    return LayerFlow(system, image, instruction=instruction, visual_to_visual=inward, visual_to_text=outward)
 
 
 def _flows(prompt: Prompt) -> tuple[LayerFlow, ...]:

@@ -144,11 +144,8 @@ def compare(
         progress("PyTorch reference in fp32")
         reference = load("fp32")
         for prompts, file in zip(batches, files, strict=True):
-            found.append(
-                _compare_batch(
-                    reference, pipeline, prompts=prompts, options=options, file=None if dtype == "fp32" else file
-                )
-            )
+            kept = None if dtype == "fp32" else file
+            found.append(_compare_batch(reference, pipeline, prompts=prompts, options=options, file=kept))
             progress(f"compared {sum(c.prompts for c in found)} of {total} prompts")
         if dtype != "fp32":
             del reference
@@ -248,13 +245,11 @@ def _conclude(pipeline: Pipeline, found: Sequence[Compared], rounding: Sums, opt
     # which has its own gates: a flip it does not explain is a mistake in choosing tokens, not in computing logits.
     slack = max(min(g.value, g.limit) for g in gates if g.name in ("logits", "decode"))
     gates.append(Gate("tokens", answers.margin, 2 * slack))
-    pad_token, outputs = m.model.pad_token, Outputs()
+    total, pad_token, outputs = sum(c.prompts for c in found), m.model.pad_token, Outputs()
     for name in found[0].outputs:
         rows = _as_wide([c.outputs[name] for c in found], pad_token if name.endswith("tokens") else -1)
         outputs[name] = np.concatenate(rows)
-    return Parity(
-        sum(c.prompts for c in found), tensors, cuts=cuts, answers=answers, gates=tuple(gates), outputs=outputs
-    )
+    return Parity(total, tensors, cuts=cuts, answers=answers, gates=tuple(gates), outputs=outputs)
 
 
 def _outputs(actual: EngineRun, expected: ReferenceRun) -> Outputs:
@@ -276,6 +271,5 @@ def _outputs(actual: EngineRun, expected: ReferenceRun) -> Outputs:
 def _as_wide(arrays: Sequence[npt.NDArray[Any]], fill: int) -> list[npt.NDArray[Any]]:
     """Rows [b,n,..] of different widths filled up on the right, up to the widest."""
     width = max(a.shape[1] for a in arrays)
-    return [
-        np.pad(a, [(0, 0), (0, width - a.shape[1]), *[(0, 0)] * (a.ndim - 2)], constant_values=fill) for a in arrays
-    ]
+    added = [((0, 0), (0, width - a.shape[1]), *[(0, 0)] * (a.ndim - 2)) for a in arrays]
+    return [np.pad(a, more, constant_values=fill) for a, more in zip(arrays, added, strict=True)]

@@ -89,7 +89,7 @@ def _hugging_face(folder: Path, dtype: torch.dtype, decoder_attention: str, visi
     clip = getattr(tower, "vision_model", tower) if model.config.model_type == "llava" else None
     return ModelAdapter(
         whole=model, decoder=model.model.language_model, head=model.lm_head,
-        see=(lambda pixels: _see(model, pixels)) if merged is None else (lambda pixels: merged(model, pixels)),
+        see=lambda pixels: (merged or _see)(model, pixels),
         is_image=lambda ids: ids == model.config.image_token_id, stop_tokens=stop_tokens,
         pad_token=pad if pad is not None else next(iter(stop_tokens), 0),
         grid=lambda size: (size[0] // side, size[1] // side),
@@ -100,9 +100,8 @@ def _hugging_face(folder: Path, dtype: torch.dtype, decoder_attention: str, visi
 
 def _see(model: Any, pixels: Tensor) -> VisionFeatures:
     """Towers that take pictures: LLaVA's, InternVL's."""
-    return VisionFeatures(
-        torch.cat(list(model.model.get_image_features(pixel_values=pixels).pooler_output)).flatten(0, -2)
-    )
+    found = model.model.get_image_features(pixel_values=pixels).pooler_output
+    return VisionFeatures(torch.cat(list(found)).flatten(0, -2))
 
 
 def _see_patches(model: Any, pixels: Tensor) -> VisionFeatures:

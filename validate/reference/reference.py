@@ -40,6 +40,7 @@ from himap_export.validate.reference.criteria import CRITERIA, Cuts, ReferenceCu
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Item = TypeVar("Item", bound=np.generic)
+Row = tuple[list[State], list[Tensor]]  # of one sample: by stage, how it ends; by cut, the scores of its candidates
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -119,9 +120,8 @@ class Reference:
     def advance(self, state: State, layer: int, attention: bool = False) -> State:
         """Returns `state` after the layers before `layer`, with the probabilities of the last one if `attention`."""
         layers = range(state.layer, layer)
-        hidden, seen = self.run(
-            layers, state.hidden, self.rope_positions(state), state.cache, score=attention, state=state
-        )
+        positions = self.rope_positions(state)
+        hidden, seen = self.run(layers, state.hidden, positions, state.cache, score=attention, state=state)
         probabilities, query, key = seen or (None, None, None)
         return replace(state, layer=layer, hidden=hidden, attention=probabilities, query=query, key=key)
 
@@ -233,9 +233,7 @@ class Reference:
         if any(a >= b for a, b in pairwise(layers)) or any(not 0 <= share <= 1 for share in shares):
             raise ValueError(f"{cuts} is out of range: layers rise from 1 to {self.layers - 1}, fractions from 0 to 1")
 
-    def _row(
-        self, state: State, cuts: Cuts, forced: list[Tensor] | None, seed: int
-    ) -> tuple[list[State], list[Tensor]]:
+    def _row(self, state: State, cuts: Cuts, forced: list[Tensor] | None, seed: int) -> Row:
         """The state at the end of each stage, one more than there are cuts, and the scores [V] of each cut."""
         state, ended, scores = replace(state, cache=DynamicCache(config=self.decoder.config)), list[State](), []
         for n, cut in enumerate(cuts):
@@ -246,7 +244,7 @@ class Reference:
             scores.append(score)
         return [*ended, self.advance(state, self.layers)], scores
 
-    def _stacked(self, rows: Sequence[tuple[list[State], list[Tensor]]]) -> Prefill:
+    def _stacked(self, rows: Sequence[Row]) -> Prefill:
         """One Prefill of the samples."""
         stages, last = list(zip(*(ended for ended, _ in rows), strict=True)), [ended[-1] for ended, _ in rows]
         ranked = zip(*(scores for _, scores in rows), strict=True)

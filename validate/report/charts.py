@@ -95,9 +95,8 @@ def pareto(name: str, title: str, how: str, data: Sequence[Point], x_label: str,
     rule = base.mark_rule(strokeWidth=1.3).encode(alt.Y("low:Q", **_axis(y_label)), alt.Y2("high:Q"))
     point = base.mark_point(filled=True, size=90).encode(y, shape=alt.Shape("series:N", **_key(names, SHAPES)))
     listed = alt.Opacity("entry:O", **_key(entries, (1,), orient="bottom", symbolSize=0, offset=8))
-    number = chosen.mark_text(fontWeight="bold", align="right", dx=-6, dy=-9).encode(
-        x, y, text="number:N", opacity=listed
-    )
+    text = chosen.mark_text(fontWeight="bold", align="right", dx=-6, dy=-9)
+    number = text.encode(x, y, text="number:N", opacity=listed)
     head = {"x": x_label, "y": y_label, "on_front": "on the front"}
     return _figure(name, title, how=how, chart=joined + rule + point + number, data=data, head=head)
 

@@ -225,9 +225,8 @@ def _vega() -> Any:
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     if most != resource.RLIM_INFINITY and most < ADDRESSES:
         details = f"they need {ADDRESSES // 10**9} GB of addresses, of which few are used; {most / 1e9:.0f} are allowed"
-        raise HimapError(
-            "a report's charts cannot be drawn", details, "lift the limit: ulimit -v unlimited", Exit.MISSING
-        )
+        hint = "lift the limit: ulimit -v unlimited"
+        raise HimapError("a report's charts cannot be drawn", details, hint, Exit.MISSING)
     return vl_convert
 
 

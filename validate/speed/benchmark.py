@@ -68,9 +68,8 @@ def benchmark(
         children = [stack.enter_context(_child(system, threads)) for system in systems]
         for one in children:
             one.ask(MEMORY)  # all are open before any is timed
-        repeated = {
-            phase: [[one.ask(phase) for one in children] for _ in range(warm_up + iterations)] for phase in phases
-        }
+        times = range(warm_up + iterations)
+        repeated = {phase: [[one.ask(phase) for one in children] for _ in times] for phase in phases}
         found = []
         for n, (system, one) in enumerate(zip(systems, children, strict=True)):
             seconds = {phase: tuple(row[n] for row in rows[warm_up:]) for phase, rows in repeated.items()}

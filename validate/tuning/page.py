@@ -95,11 +95,9 @@ def tuned_page(t: Tuned, model: str, made: tuple[Block, ...], plans: str) -> Pag
 
 
 def _chosen(t: Tuned) -> list[tuple[str, str, str]]:
-    found = [j for j in t.ranked if j.candidate == t.choice.candidate]
-    items = [
-        ("its accuracy", f"{j.accuracy.mean:.1%}", f"{j.accuracy.low:.1%} to {j.accuracy.high:.1%}") for j in found
-    ]
-    return [*items, *(("its FLOPs", f"{j.flops:.0%}", "of the decoder's prefill") for j in found)]
+    found = [(j.accuracy, j.flops) for j in t.ranked if j.candidate == t.choice.candidate]
+    items = [("its accuracy", f"{a.mean:.1%}", f"{a.low:.1%} to {a.high:.1%}") for a, _ in found]
+    return [*items, *(("its FLOPs", f"{flops:.0%}", "of the decoder's prefill") for _, flops in found)]
 
 
 def _plots(t: Tuned) -> tuple[Block, ...]:

@@ -70,9 +70,8 @@ def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, op
     text = max(prompter.text_tokens(e) for e in data.examples)
     flops = {c.name: true_ratio(spec, c.plan, c.plan.kept(tokens), text) for c in options.candidates}
     with AnswerLog(log_file, _header(checkpoint, dataset_file, options)) as log:
-        job = Job(
-            checkpoint, options.dtype, threads=1, candidates=options.candidates, policy="himap", seed=options.seed
-        )
+        candidates, seed = options.candidates, options.seed
+        job = Job(checkpoint, options.dtype, threads=1, candidates=candidates, policy="himap", seed=seed)
         answer = partial(_answer, data=data, log=log, prompter=prompter, workers=options.workers)
         answer(job)
         right = _right(log.file, data)
