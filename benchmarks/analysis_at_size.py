@@ -77,8 +77,7 @@ def analyses(reference: "Reference", samples: "Sequence[Sample]") -> dict[str, C
     """What is measured, by name: every layer, every kind of disruption at every layer."""
     from himap_export.validate.analysis.disruption import disruption
     from himap_export.validate.analysis.gradcam import grad_cams
-    from himap_export.validate.analysis.saliency import saliency
-    from himap_export.validate.analysis.shares import shares
+    from himap_export.validate.analysis.saliency import saliency, shares
 
     return {
         "saliency": lambda: saliency(reference, samples),

@@ -93,13 +93,11 @@ def _complete(model: str, vision_tower: Path | None) -> tuple[Model, Path]:
 def _check_criteria(bundle: Bundle) -> None:
     from himap_export.validate.reference.criteria import CRITERIA  # torch: seconds to import
 
-    for variant in bundle.manifest.variants:
-        for cut in variant.plan.cuts:
-            if cut.criterion not in CRITERIA:
-                details = f"known: {', '.join(CRITERIA)}"
-                hint = "one of your own is registered with its reference before"
-                summary = f"{bundle.folder} is cut by {cut.criterion}, which no reference ranks by"
-                raise HimapError(summary, details, hint, Exit.USAGE)
+    for criterion in (cut.criterion for variant in bundle.manifest.variants for cut in variant.plan.cuts):
+        if criterion not in CRITERIA:
+            summary = f"{bundle.folder} is cut by {criterion}, which no reference ranks by"
+            hint = "one of your own is registered with its reference before"
+            raise HimapError(summary, f"known: {', '.join(CRITERIA)}", hint, Exit.USAGE)
 
 
 def _check_sizes(bundle: Bundle, model: Model) -> None:

@@ -9,8 +9,8 @@ from commands import Workshop
 from tiny import TINY, make_inputs
 from transformers import LlavaForConditionalGeneration
 
+from himap_export.validate.analysis.saliency import LayerShares, shares
 from himap_export.validate.analysis.sample import Sample, average
-from himap_export.validate.analysis.shares import LayerShares, shares
 from himap_export.validate.reference.reference import Reference
 
 PROMPTS = {"plain": ((9,), (5,), 1), "split": ((7,), (3,), 3), "image first": ((6,), (0,), 1)}

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from himap_export.engines.bundle import RunSpec
 from himap_export.engines.drawing import fade_dropped, kept_patches, model_view
 from himap_export.engines.image import load_image, tile_grid
 from himap_export.graphs.plan import POLICIES
@@ -31,12 +30,12 @@ def accuracy_page(
     systems: Sequence[PlanSystem],
     data: Dataset,
     prompter: Prompter,
-    run: RunSpec,
     made: tuple[Block, ...],
 ) -> Page:
     """Returns headline, chart and tables, example images with the patches that the first pruned plan kept, and what
     `made` the report."""
-    m, first = run.manifest, next((c for c in systems if c.pipeline.spec.plan.cuts), systems[0])
+    first = next((c for c in systems if c.pipeline.spec.plan.cuts), systems[0])
+    run, m = first.pipeline.spec, first.pipeline.spec.manifest
     sections = (
         Section("Accuracy", (_facts(summary, first), _plot(summary), _table(summary, systems))),
         Section("Against the unpruned model and against chance", (_differences(summary), HOW)),

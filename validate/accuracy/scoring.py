@@ -81,7 +81,7 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
         facts |= summary_json(summary)
         digests = {"bundle's digest": bundle.manifest.digest, "data set's sha256": header["dataset"]}
         made = provenance(asked.command, digests)
-        page = accuracy_page(summary, answered, systems=systems, data=data, prompter=prompter, run=spec, made=made)
+        page = accuracy_page(summary, answered, systems=systems, data=data, prompter=prompter, made=made)
     written = write_report(asked.report, page, facts)
     return [*summary_lines(summary), "", f"report: {written}"], facts
 

@@ -71,9 +71,8 @@ def disruption(
             plain = prompt.logits(states[-1])
             for kind, first in kept:
                 allowed = allowed_by(kind, prompt.spans, np.random.default_rng((seed, index, first)))
-                kept[kind, first].append(
-                    agreement(plain, _disturbed(prompt, states[first], first=first, width=width, allowed=allowed))
-                )
+                logits = _disturbed(prompt, states[first], first=first, width=width, allowed=allowed)
+                kept[kind, first].append(agreement(plain, logits))
     means = ((*case, *np.mean(pairs, axis=0).tolist()) for case, pairs in kept.items())
     return tuple(
         Disruption(kind, first, width=width, label_consistency=label, score_consistency=score, samples=len(samples))

@@ -13,9 +13,8 @@ from himap_export.validate.analysis.disruption import KINDS, Disruption, disrupt
 from himap_export.validate.analysis.gradcam import grad_cams
 from himap_export.validate.analysis.overlay import overlay, strip
 from himap_export.validate.analysis.recommend import Curves, Recommendation, recommend
-from himap_export.validate.analysis.saliency import LayerFlow, saliency
+from himap_export.validate.analysis.saliency import LayerFlow, LayerShares, saliency, shares
 from himap_export.validate.analysis.sample import Sample, average
-from himap_export.validate.analysis.shares import LayerShares, shares
 from himap_export.validate.progress import counted
 from himap_export.validate.reference.reference import Reference
 
@@ -99,13 +98,9 @@ def curves(flows: Sequence[Sequence[LayerFlow]], disruptions: Sequence[Disruptio
         found = {d.first: 1 - d.label_consistency for d in disruptions if d.kind == kind}
         changes[kind] = tuple(found[min(layer, max(found))] for layer in range(layers))
     means = average(flows)
-    return Curves(
-        changes["image-to-text"],
-        changes["image-to-image"],
-        random_changes=changes["random"],
-        visual_to_visual=tuple(f.visual_to_visual for f in means),
-        visual_to_text=tuple(f.visual_to_text for f in means),
-    )
+    inward, outward = tuple(f.visual_to_visual for f in means), tuple(f.visual_to_text for f in means)
+    text, image, chance = (changes[kind] for kind in ("image-to-text", "image-to-image", "random"))
+    return Curves(text, image, random_changes=chance, visual_to_visual=inward, visual_to_text=outward)
 
 
 def _seen(

@@ -94,10 +94,11 @@ def _tower(reference: Reference, sample: Sample, gradient: Tensor, side: tuple[i
     if not reference.adapter.vision_layers:
         return np.zeros((0, *side), np.float32)
     outputs: list[Tensor] = []
-    hooks = [
-        layer.register_forward_hook(lambda module, arguments, output: outputs.append(_first(output)))
-        for layer in reference.adapter.vision_layers
-    ]
+
+    def keep(module: torch.nn.Module, arguments: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [layer.register_forward_hook(keep) for layer in reference.adapter.vision_layers]
     try:
         with torch.enable_grad():
             pixels = torch.as_tensor(sample.pixel_values).to(reference.device, reference.dtype).requires_grad_()
@@ -108,9 +109,3 @@ def _tower(reference: Reference, sample: Sample, gradient: Tensor, side: tuple[i
             hook.remove()
     pairs = [(f[0].detach(), g[0]) for f, g in zip(outputs, gradients, strict=True) if g is not None]
     return np.stack([heat_of(f, g, side) for f, g in pairs])
-
-
-def _first(output: Any) -> Tensor:
-    """A layer's hidden states, which some modules return in a tuple."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from math import sqrt
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,7 +12,6 @@ from himap_export.validate.analysis.disruption import KINDS, bias_ratio
 from himap_export.validate.analysis.flow import Flow
 from himap_export.validate.analysis.saliency import LayerFlow
 from himap_export.validate.analysis.sample import average
-from himap_export.validate.analysis.shares import LayerShares
 from himap_export.validate.report.charts import Datum, lines
 from himap_export.validate.report.columns import aligned
 from himap_export.validate.report.page import Block, Command, Facts, Figure, Gallery, Page, Picture, Section, Table, png
@@ -62,7 +62,8 @@ def _rows(flow: Flow) -> list[tuple[str, ...]]:
 
 
 def _note(flow: Flow) -> str:
-    window = f"{_width(flow)} layer{'s' * (_width(flow) > 1)} from this one on"
+    width = flow.disruptions[0].width
+    window = f"{width} layer{'s' * (width > 1)} from this one on"
     return f"{', '.join(KINDS)}: answers that stay the same when this attention is blocked in {window}"
 
 
@@ -98,7 +99,7 @@ _METHOD = (
 
 
 def _saliency(flow: Flow) -> tuple[Block, ...]:
-    shares = [d for name in ("system", "image", "instruction") for d in _curve(name, flow.flows, _of(name))]
+    shares = [d for name in ("system", "image", "instruction") for d in _curve(name, flow.flows, attrgetter(name))]
     both = [
         *_curve("image to image, S_vv", flow.flows, lambda f: f.visual_to_visual / _visual(f)),
         *_curve("image to instruction, S_vt", flow.flows, lambda f: f.visual_to_text / _visual(f)),
@@ -116,13 +117,13 @@ def _visual(f: LayerFlow) -> float:
 
 
 def _attention(flow: Flow) -> tuple[Block, ...]:
-    found = [d for name in ("system", "image", "user") for d in _curve(name, flow.shares, _of(name))]
+    found = [d for name in ("system", "image", "user") for d in _curve(name, flow.shares, attrgetter(name))]
     title = "The answer token's attention, by kind of token"
     return (_lines("attention-shares", title, how=SPREAD, data=found, unit="share of attention"),)
 
 
 def _disruption(flow: Flow) -> tuple[Block, ...]:
-    width = _width(flow)
+    width = flow.disruptions[0].width
     window = f"when attention is blocked in {'one layer' if width == 1 else f'{width} layers from here on'}"
     label, score = f"Answers that stay the same, {window}", f"Overlap of the five likeliest tokens, {window}"
     questions = f"{len(flow.flows)} questions"
@@ -171,13 +172,5 @@ def _curve(name: str, samples: Sequence[Sequence[Layer]], value: Callable[[Layer
     return [Datum(name, layer, *numbers) for layer, numbers in enumerate(found)]
 
 
-def _of(name: str) -> Callable[[LayerFlow | LayerShares], float]:
-    return lambda layer: float(getattr(layer, name))
-
-
 def _lines(name: str, title: str, how: str, data: Sequence[Datum], unit: str) -> Figure:
     return lines(name, title, how=how, data=data, x_label=LAYER, y_label=unit)
-
-
-def _width(flow: Flow) -> int:
-    return flow.disruptions[0].width

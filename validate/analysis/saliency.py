@@ -1,4 +1,6 @@
-"""Which attention an answer depends on: saliency by Taylor expansion, layer by layer (arXiv 2503.13108, section 3).
+"""Which attention an answer depends on, and how the answer's own divides over the prompt, layer by layer.
+
+Saliency is a Taylor expansion (arXiv 2503.13108, section 3):
 
     I_l = mean over heads of |A_l * dL/dA_l|,   A_l the attention probabilities of layer l,
                                                 L the cross entropy of the answer's first token
@@ -9,6 +11,10 @@ therefore is A_l * dL/dA_l already, and then by A_l once more: they record A_l^2
 Plain autograd would hold every layer's [H,S,S] maps at once. Here a pass without gradients keeps what enters each
 layer, [S,D]; then, from the last layer to the first, one layer at a time is run again with its graph, gives its I_l and
 the gradient of what entered it, and is freed. The numbers are those of plain autograd.
+
+Shares are lambda_sys, lambda_img, lambda_usr of arXiv 2406.06579, equations 4-6: the attention probabilities of the row
+that produces the answer, the prompt's last, averaged over the heads and summed over system, image and user
+(instruction) tokens. That row may see every token, so the three sum to 1.
 """
 
 import math
@@ -43,10 +49,25 @@ class LayerFlow:
     visual_to_text: float
 
 
+@dataclass(frozen=True)
+class LayerShares:
+    """lambda_sys, lambda_img and lambda_usr of one layer; they sum to 1 up to the rounding of the model's dtype."""
+
+    system: float
+    image: float
+    user: float
+
+
 def saliency(reference: Reference, samples: SampleSet, progress: Count = silent) -> list[tuple[LayerFlow, ...]]:
     """Returns, for each sample, the flow in each of the L layers. HimapError if a loss depends on no attention."""
     with prompts(reference, samples, progress) as each:
         return [_flows(prompt) for prompt in each]
+
+
+def shares(reference: Reference, samples: SampleSet, progress: Count = silent) -> list[tuple[LayerShares, ...]]:
+    """Returns, for each sample, the answer's attention shares in each of the L layers."""
+    with prompts(reference, samples, progress) as each:
+        return [_shares(prompt) for prompt in each]
 
 
 def flow_of(saliency: NDArray[np.float64], spans: Spans) -> LayerFlow:
@@ -77,6 +98,17 @@ def _flows(prompt: Prompt) -> tuple[LayerFlow, ...]:
         gradient, more = _unit(to_hidden)
         scale *= more
     return tuple(reversed(flows))
+
+
+@torch.no_grad()
+def _shares(prompt: Prompt) -> tuple[LayerShares, ...]:
+    hidden, found = prompt.embeds, []
+    for layer in range(prompt.layers):
+        hidden, attention = prompt.run_with_map(layer, hidden)
+        row = attention[0, :, -1].double().mean(0).cpu().numpy()
+        spans = (prompt.spans.system, prompt.spans.image, prompt.spans.instruction)
+        found.append(LayerShares(*(float(row[span].sum()) for span in spans)))
+    return tuple(found)
 
 
 def _loss_gradient(prompt: Prompt, hidden: Tensor) -> tuple[Tensor, float]:

@@ -9,6 +9,7 @@ from himap_export.validate.report.charts import Datum, bars
 from himap_export.validate.report.page import Block, Facts, Figure, Page, Section, Table
 from himap_export.validate.speed.benchmark import PHASES, Times
 from himap_export.validate.speed.measure import UNPRUNED, Speed
+from himap_export.validate.speed.results import ratio
 
 HOW = (
     "Everything is compared with Hugging Face's own modules in fp32, cut between their layers. A kept set may differ "
@@ -66,7 +67,7 @@ def _kept(parity: Parity) -> Table:
 
 def _speed(speed: Speed) -> tuple[Block, ...]:
     rows = [(t.name, *(_time(t, phase) for phase in PHASES), f"{t.peak_bytes / 2**20:.0f} MiB") for t in speed.times]
-    over = [(f"over {name}", *(_ratio(speed.over(name, phase)) for phase in PHASES), "") for name in speed.others]
+    over = [(f"over {name}", *(ratio(speed.over(name, phase)) for phase in PHASES), "") for name in speed.others]
     head = ("", *PHASES, "peak memory")
     caption = "Medians with the lowest and highest repetition; ratios are taken within a repetition."
     note = (speed.note,) if speed.note else ()
@@ -90,7 +91,3 @@ def _bars(speed: Speed) -> Figure:
 def _time(t: Times, phase: str) -> str:
     seconds = t.seconds[phase]
     return f"{1e3 * t.median(phase):.1f} ms ({1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f})"
-
-
-def _ratio(found: tuple[float, float, float]) -> str:
-    return f"{found[0]:.2f}x ({found[1]:.2f} to {found[2]:.2f})"

@@ -6,7 +6,6 @@ stage boundary: what lies behind is compared on the same tokens. Decode is compa
 Letters as in docs/architecture.md: b prompts, S tokens, V image tokens, D hidden, W vocabulary, N tokens of an answer.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +126,7 @@ def run_engine(pipeline: Pipeline, prompts: Prompts, reference: ReferenceRun, ne
     inputs, rows = prompts.inputs, len(prompts)
     layout = pipeline.load(inputs.input_ids, inputs.pixel_values, inputs.attention_mask, prompts.seeds)
     pipeline.run("vision")
-    tensors = {name: _copies(pipeline.read(*place)[:rows]) for name, place in _vision(pipeline).items()}
+    tensors = {name: list(pipeline.read(*place)[:rows].copy()) for name, place in _vision(pipeline).items()}
     cuts: list[RankedCut] = []
     for stage, name in enumerate(pipeline.stages):
         pipeline.run(name)
@@ -137,8 +136,8 @@ def run_engine(pipeline: Pipeline, prompts: Prompts, reference: ReferenceRun, ne
             tensors |= {f"score {name}": scores} if scores else {}
         last = name == pipeline.stages[-1]
         hidden = pipeline.read("last_hidden") if last else pipeline.read("hidden", cut=stage + 1)
-        tensors[name] = _copies(hidden[row, : len(tokens)] for row, tokens in enumerate(reference.tensors[name]))
-    tensors["logits"] = _copies(pipeline.read("logits")[:rows])
+        tensors[name] = [hidden[row, : len(tokens)].copy() for row, tokens in enumerate(reference.tensors[name])]
+    tensors["logits"] = list(pipeline.read("logits")[:rows].copy())
     engine_tokens = _answer(pipeline, layout, rows, new_tokens)
     if reference.reference_tokens.shape[1] > 1:
         tensors["decode"] = _replay(pipeline, layout, reference.reference_tokens)
@@ -200,8 +199,3 @@ def _vision(pipeline: Pipeline) -> dict[str, Place]:
     """The vision graph's outputs by their names in a comparison."""
     deepstack = range(pipeline.manifest.decoder.deepstack)
     return {"vision": Place("image_features")} | {f"vision {i}": Place("deepstack", i) for i in deepstack}
-
-
-def _copies(rows: Iterable[Floats]) -> list[Floats]:
-    """The rows, out of the tensors that the next run writes."""
-    return [row.copy() for row in rows]

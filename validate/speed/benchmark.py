@@ -8,12 +8,12 @@ in one dtype, on one device where they can.
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from himap_export.engines.bundle import RunSpec
-from himap_export.engines.isolation import Child, child
+from himap_export.engines.isolation import child
 
 PHASES = ("vision", "prefill", "decode")
 MEMORY = "memory"
@@ -64,8 +64,10 @@ def benchmark(
 
     HimapError if one cannot be opened, or its process dies.
     """
+    limits = {"OMP_NUM_THREADS": str(threads), "KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}  # read at its start
     with ExitStack() as stack:
-        children = [stack.enter_context(_child(system, threads)) for system in systems]
+        opened = (child(f"timing {system.name}", limits, _doing, system, threads) for system in systems)
+        children = [stack.enter_context(one) for one in opened]
         for one in children:
             one.ask(MEMORY)  # all are open before any is timed
         times = range(warm_up + iterations)
@@ -75,11 +77,6 @@ def benchmark(
             seconds = {phase: tuple(row[n] for row in rows[warm_up:]) for phase, rows in repeated.items()}
             found.append(Times(system.name, seconds, int(one.ask(MEMORY))))
         return found
-
-
-def _child(system: System, threads: int) -> AbstractContextManager[Child[str, float]]:
-    limits = {"OMP_NUM_THREADS": str(threads), "KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}  # read at its start
-    return child(f"timing {system.name}", limits, _doing, system, threads)
 
 
 def _doing(system: System, threads: int) -> Callable[[str], float]:

@@ -16,14 +16,16 @@ def speed_lines(speed: Speed) -> list[str]:
         cells = f"{ms['prefill']:>9.1f} ms{ms['decode']:>9.2f} ms/tok{ms['vision']:>9.1f} ms"
         lines.append(f"      {t.name:{width}}{cells}{t.peak_bytes / 2**20:>10.0f} MiB")
     for name in speed.others:
-        prefill, decode = speed.over(name, "prefill"), speed.over(name, "decode")
-        lines.append(
-            f"      over {name}: prefill {prefill[0]:.2f}x ({prefill[1]:.2f} to {prefill[2]:.2f}), "
-            f"decode {decode[0]:.2f}x ({decode[1]:.2f} to {decode[2]:.2f})"
-        )
+        over = (f"{phase} {ratio(speed.over(name, phase))}" for phase in ("prefill", "decode"))
+        lines.append(f"      over {name}: {', '.join(over)}")
     share = speed.over(UNPRUNED, "prefill")[0] / speed.ceiling
     lines.append(f"      prefill reaches {share:.0%} of the {speed.ceiling:.2f}x that FLOPs allow")
     return [*lines, f"      {speed.note}"] if speed.note else lines
+
+
+def ratio(found: tuple[float, float, float]) -> str:
+    """Returns a speed-up and its spread: 2.01x (1.98 to 2.05)."""
+    return f"{found[0]:.2f}x ({found[1]:.2f} to {found[2]:.2f})"
 
 
 def speed_json(speed: Speed) -> dict[str, Any]:
