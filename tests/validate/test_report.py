@@ -132,6 +132,11 @@ def test_tables_and_the_report_are_data_too() -> None:
     assert found == {"report.json": '{"a": 1}\n', "t.csv": 'a,"b, c"\nx,"y ""z"""\n'}
 
 
+def test_a_table_without_caption_or_head_is_named_by_its_section() -> None:
+    bare, headed = Table("t", ("", ""), (("date", "today"),)), Table("u", ("a", "b"), (("x", "y"),))
+    assert Seen(render(page(bare, headed))).values("aria-label") == ["Found", "a, b"]
+
+
 def test_wrong_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="row 0 has 1 cells, the head has 2"):
         Table("t", ("a", "b"), (("c",),))

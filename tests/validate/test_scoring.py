@@ -186,10 +186,11 @@ def test_bad_lines_are_left_out_when_asked(bundle: Path, tmp_path: Path, capsys:
     assert "left out: line 1" in err and len(json.loads(out)["skipped"]) == 1
 
 
-def test_parity_and_speed_make_a_report_too(work: Workshop, tmp_path: Path) -> None:
+def test_parity_and_speed_make_a_report_too(work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--prompts", 1, "--max-new-tokens", 2, "--iterations", 1, "--warm-up", 0, "--threads", 1)
     assert call(main, work.bundle("golden"), *flags, "--report", tmp_path) == 0
     page, found = (tmp_path / "report.html").read_text(), json.loads((tmp_path / "report.json").read_text())
     assert found["passed"] and "FLOPs allow" in page and (tmp_path / "speed.png").is_file()
     for tensor in ("vision", "prefix", "score k1", "logits"):
         assert tensor in page
+    assert "against PyTorch in fp32: 1 prompt\n" in capsys.readouterr().out and "<dt>prompt</dt>" in page

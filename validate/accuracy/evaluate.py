@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,22 +18,11 @@ from himap_export.validate.accuracy.statistics import (
     over_seeds,
     paired_difference,
 )
+from himap_export.validate.accuracy.systems import PlanSystem
 from himap_export.validate.progress import Count
 from himap_export.validate.report.columns import aligned
 
 ALL = "all"
-
-
-class System(Protocol):
-    """Who answers, greedily, up to `batch` prompts at a time; `numbers`: the examples' places in the data set."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def batch(self) -> int: ...
-    def answer(self, inputs: Sequence[Inputs], numbers: Sequence[int]) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -56,14 +45,14 @@ class Summary:
 
 
 def run(
-    systems: Sequence[System],
+    systems: Sequence[PlanSystem],
     dataset: Dataset,
     prompter: Prompter,
     log: AnswerLog,
     stop_tokens: Collection[int],
     progress: Count,
 ) -> None:
-    """Asks everyone whatever `log` does not hold yet."""
+    """Asks everyone, up to `batch` prompts at a time, whatever `log` does not hold yet."""
     size, total = max(c.batch for c in systems), len(systems) * len(dataset.examples)
     numbered = list(enumerate(dataset.examples))
     progress(done := sum((c.name, c.seed, e.line) in log.done for c in systems for e in dataset.examples), total)
@@ -82,7 +71,7 @@ def run(
                 progress(done := done + len(batch), total)
 
 
-def _answered(system: System, e: Example, said: str) -> Answered:
+def _answered(system: PlanSystem, e: Example, said: str) -> Answered:
     right = is_right(e, said)
     name, seed = system.name, system.seed
     return Answered(name, seed, line=e.line, id=e.id, type=e.type, said=said, expected=expected(e), right=right)

@@ -41,7 +41,13 @@ def check_folders(run: RunSpec, *folders: Path) -> None:
     HimapError: usage for a bf16 bundle, or a folder in which their files cannot be; missing without polygraphy.
     """
     required("polygraphy.json")
-    _refuse_bf16(run)
+    for stage in run.variant.graphs:
+        record = run.graph(stage)
+        for name, spec in {**record.inputs, **record.outputs}.items():
+            if spec.dtype == "bf16":
+                details = f"NumPy, which it stores, has no such type, and {name} of {stage} is one"
+                hint = "export with `dtype` fp16 or fp32"
+                raise HimapError("polygraphy's JSON cannot hold bf16 tensors", details, hint, Exit.USAGE)
     for folder in folders:
         check_report(folder, tuple(f"{graph}.json" for graph in run.variant.graphs.values()))
 
@@ -84,16 +90,6 @@ def save_outputs(folder: Path, captured: Mapping[str, Captured], runner_name: st
 
 def _read(pipeline: Pipeline, ports: Mapping[str, Port]) -> Arrays:
     return {name: pipeline.tensors[port.place].read() for name, port in ports.items()}
-
-
-def _refuse_bf16(run: RunSpec) -> None:
-    for stage in run.variant.graphs:
-        record = run.graph(stage)
-        for name, spec in {**record.inputs, **record.outputs}.items():
-            if spec.dtype == "bf16":
-                details = f"NumPy, which it stores, has no such type, and {name} of {stage} is one"
-                hint = "export with `dtype` fp16 or fp32"
-                raise HimapError("polygraphy's JSON cannot hold bf16 tensors", details, hint, Exit.USAGE)
 
 
 def _write(folder: Path, contents: Mapping[str, object]) -> None:

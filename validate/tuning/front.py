@@ -1,6 +1,6 @@
 """Which plans are worth having, and which one to take."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from himap_export.validate.accuracy.evaluate import percent
 from himap_export.validate.accuracy.statistics import Interval, accuracy_interval, least_questions, paired_difference
 from himap_export.validate.tuning.grid import Candidate
 
+Worth = tuple[float, float]  # what a plan costs, and how right it is
 Right = npt.NDArray[np.bool_]  # [n] of one plan
 
 
@@ -36,17 +37,18 @@ def rank(
     candidates: Sequence[Candidate], flops: Mapping[str, float], right: Mapping[str, Right], unpruned: Right
 ) -> tuple[RankedPlan, ...]:
     """Returns all plans, cheapest first. One is on the front if no other is at least as right for at most its FLOPs."""
-    means = {c.name: float(right[c.name].mean()) for c in candidates}
+    worth = {c.name: (flops[c.name], float(right[c.name].mean())) for c in candidates}
     found = []
-    for c in sorted(candidates, key=lambda c: (flops[c.name], -means[c.name])):
-        beaten = any(
-            flops[o.name] <= flops[c.name] and means[o.name] >= means[c.name]
-            and (flops[o.name], -means[o.name]) != (flops[c.name], -means[c.name])
-            for o in candidates
-        )  # fmt: skip
+    for c in sorted(candidates, key=lambda c: (worth[c.name][0], -worth[c.name][1])):
         accuracy, loss = accuracy_interval(right[c.name]), paired_difference(unpruned, right[c.name])
-        found.append(RankedPlan(c, flops[c.name], accuracy=accuracy, loss=loss, on_front=not beaten))
+        best = on_front(worth[c.name], worth.values())
+        found.append(RankedPlan(c, flops[c.name], accuracy=accuracy, loss=loss, on_front=best))
     return tuple(found)
+
+
+def on_front(own: Worth, everyone: Iterable[Worth]) -> bool:
+    """Returns whether no other is at least as right as `own` for at most its cost."""
+    return not any(cost <= own[0] and right >= own[1] and (cost, right) != own for cost, right in everyone)
 
 
 def choose(ranked: Sequence[RankedPlan], unpruned: float, keep: float) -> Choice:

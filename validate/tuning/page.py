@@ -10,7 +10,7 @@ from himap_export.validate.accuracy.systems import UNPRUNED
 from himap_export.validate.report.charts import Point, pareto
 from himap_export.validate.report.columns import aligned
 from himap_export.validate.report.page import Block, Command, Facts, Page, Section, Table
-from himap_export.validate.tuning.front import RankedPlan
+from himap_export.validate.tuning.front import RankedPlan, on_front
 from himap_export.validate.tuning.tune import Tuned
 
 HOW = (
@@ -128,8 +128,6 @@ def _point(j: RankedPlan, share: float) -> Point:
 
 
 def _fronted(points: Sequence[Point]) -> list[Point]:
-    """On the front if no other, the unpruned model included, is at least as right for at most the cost."""
-    return [
-        replace(p, on_front=not any(o.x <= p.x and o.y >= p.y and (o.x, o.y) != (p.x, p.y) for o in points))
-        for p in points
-    ]
+    """On the front of all points, that of the unpruned model included."""
+    worth = [(p.x, p.y) for p in points]
+    return [replace(p, on_front=on_front(own, worth)) for p, own in zip(points, worth, strict=True)]
