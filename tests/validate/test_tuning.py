@@ -132,9 +132,9 @@ def test_a_chosen_plan_is_told_of_though_another_dominates_it(
         for n, example in examples:
             yield example, {name: int(row[n]) for name, row in right.items()}, 1
 
-    def drawn(name: str, title: str, how: str, found: Sequence[Point], x: str, y: str) -> Figure:
-        points.extend(found)
-        return pareto(name, title, how, found, x, y)
+    def drawn(*words: str, data: Sequence[Point], **labels: str) -> Figure:
+        points.extend(data)
+        return pareto(*words, data=data, **labels)
 
     monkeypatch.setattr("himap_export.validate.tuning.tune.sweep", sweep)
     monkeypatch.setattr("himap_export.validate.tuning.page.pareto", drawn)
