@@ -74,7 +74,7 @@ def test_a_criterion_of_ones_own_is_exported_and_judged(
     assert truth.kept[0].tolist() != by_image.kept[0].tolist()
     np.testing.assert_allclose(found["logits"], truth.logits, atol=1e-3)
     capsys.readouterr()
-    assert call(validate_main, bundle, "--model", work.checkpoint("gqa2"), "--threads", 1, "--json") == 0
+    assert call(validate_main, bundle, "--model", work.checkpoint("gqa2"), "--threads", 1, "--no-speed", "--json") == 0
     assert json.loads(capsys.readouterr().out)["passed"]
 
 
@@ -82,7 +82,7 @@ def test_a_reference_that_ranks_otherwise_fails_the_gate(
     bundle: Path, work: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(criteria.CRITERIA, "key-norm", lambda state, keep, seed: -key_norm_reference(state, keep, seed))
-    assert call(validate_main, bundle, "--model", work.checkpoint("gqa2"), "--threads", 1) == Exit.GATE
+    assert call(validate_main, bundle, "--model", work.checkpoint("gqa2"), "--threads", 1, "--no-speed") == Exit.GATE
 
 
 def test_a_bundle_runs_where_its_criterion_is_unknown_and_is_not_judged_there(
