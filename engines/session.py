@@ -146,6 +146,7 @@ class Session:
         self.bundle, self._plan, self._text_budget, self._image_size = bundle, plan, text_budget, image_size
         self._backend, self._opening = backend, opening
         self._pipelines: dict[tuple[str, str, int], Pipeline] = {}
+        self._processors: dict[str, Processor] = {}
         self._busy = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -179,12 +180,18 @@ class Session:
         shown = upright(image) if isinstance(image, Image.Image) else load_image(Path(image))
         sizes = [spec.size for spec in self.bundle.manifest.images.values()]
         size = self._image_size or nearest_size((shown.height, shown.width), sizes)
-        processor = load_processor(self.bundle, self.bundle.manifest.images[self.bundle.image_name(size)])
+        processor = self._processor(self.bundle.image_name(size))
         if (share := seen_share(shown, processor.image)) < LEAST_SEEN:
             told = f"the model sees {share:.0%} of this image: its preprocessing crops to the centre"
             warnings.warn(HimapWarning(told), stacklevel=2)
         inputs = processor.inputs(shown, prompt)
         return Request(inputs, self._fitting(inputs), image=shown, prompt=prompt, processor=processor)
+
+    def _processor(self, image: str) -> Processor:
+        """That of an image spec by its name; read once, for a large vocabulary takes a second."""
+        if image not in self._processors:
+            self._processors[image] = load_processor(self.bundle, self.bundle.manifest.images[image])
+        return self._processors[image]
 
     def prepare_arrays(self, arrays: Inputs | Mapping[str, npt.NDArray[Any]]) -> Request:
         """Returns the request of prompts as arrays: `input_ids` [b,S] with image placeholders expanded, `pixel_values`
