@@ -15,6 +15,7 @@ from PIL import Image
 from tiny import make_inputs
 
 import himap_export as hx
+from himap_export.engines import session as session_module
 from himap_export.engines.cli import main as run_main
 
 ROOT = Path(__file__).parents[1]
@@ -143,3 +144,21 @@ def test_validation(bundle: hx.Bundle, tmp_path: Path) -> None:
     shown = re.sub(r"<[^>]*>", "", page.read_text())
     assert "python &#39;a script.py&#39;" in shown and bundle.manifest.digest in shown
     assert not hx.validate(bundle, prompts=1, speed=False, threads=1, atol=0.0).passed
+    by_name = hx.validate(bundle, image=str(IMAGE), prompt=QUESTION, max_new_tokens=1, speed=False, threads=1)
+    assert "pixels" in {t.name for t in by_name.parity.tensors}  # they are judged however the file is named
+
+
+def test_a_question_that_is_half_asked_is_no_validation(bundle: hx.Bundle) -> None:
+    with pytest.raises(hx.HimapError, match="`image` and `prompt` go together"):
+        hx.validate(bundle, image=IMAGE)
+    with pytest.raises(hx.HimapError, match="`inputs` excludes `image`"):
+        hx.validate(bundle, image=IMAGE, prompt=QUESTION, inputs={})
+
+
+def test_a_session_reads_its_tokenizer_once(bundle: hx.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[object] = []
+    real = session_module.load_processor
+    monkeypatch.setattr(session_module, "load_processor", lambda *asked: read.append(asked) or real(*asked))
+    session = bundle.session(threads=1)
+    assert session.prepare(IMAGE, QUESTION).processor is session.prepare(IMAGE, "what?").processor
+    assert len(read) == 1

@@ -10,13 +10,13 @@ from typing import Any
 import numpy.typing as npt
 from PIL import Image
 
-from himap_export.engines.arrays import Inputs, as_inputs, save_outputs
+from himap_export.engines.arrays import Inputs, save_outputs
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle, RunSpec
 from himap_export.engines.files import check_output, check_report
-from himap_export.engines.layout import text_tokens
 from himap_export.engines.pipeline import Pipeline
-from himap_export.engines.session import open_pipeline
+from himap_export.engines.session import Request, Session, open_pipeline
+from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.checkpoint import Source, load_reference, source_of
 from himap_export.validate.parity import polygraphy_json
 from himap_export.validate.parity.compare import Parity, compare
@@ -89,7 +89,7 @@ def validate(
     plan: str | None = None,
     text_budget: int | None = None,
     image_size: tuple[int, int] | None = None,
-    image: Path | Image.Image | None = None,
+    image: Image.Image | Path | str | None = None,
     prompt: str | None = None,
     inputs: Inputs | Mapping[str, npt.NDArray[Any]] | None = None,
     prompts: int = 4,
@@ -121,12 +121,12 @@ def validate(
     HimapError: usage for what does not fit the bundle, missing for what is not there; a gate that fails is no error.
     """
     bundle, source = judged_bundle(bundle, model, vision_tower)
-    if image is not None and prompt is not None:
-        inputs = bundle.session(image_size=image_size).prepare(image, prompt).inputs
-    given = inputs if inputs is None or isinstance(inputs, Inputs) else as_inputs(inputs)
-    run = _fitting(bundle, given, plan=plan, text_budget=text_budget, image_size=image_size)
-    given = given or drawn_inputs(run, prompts, seed)
-    pixels = compare_pixels(given.pixel_values, image, run.image, source) if isinstance(image, Path) else None
+    session = bundle.session(plan=plan, text_budget=text_budget, image_size=image_size)
+    request = _request(session, image, prompt, inputs)
+    run = request.spec if request else bundle.select(plan, text_budget, image_size=image_size)
+    given = request.inputs if request else drawn_inputs(run, prompts, seed)
+    file = None if image is None or isinstance(image, Image.Image) else Path(image)
+    pixels = compare_pixels(given.pixel_values, file, run.image, source) if file else None
     threads = threads or len(os.sched_getaffinity(0))
     if captures:
         polygraphy_json.check_folders(run, *captures.values())
@@ -144,6 +144,22 @@ def validate(
     found = Report(run, pipeline.backend, pipeline.engines.device, parity=parity, speed=None)
     del pipeline  # its memory, while others are timed
     return _timed(found, source, iterations, warm_up, threads=threads, tell=tell, progress=progress) if speed else found
+
+
+def _request(
+    session: Session,
+    image: Image.Image | Path | str | None,
+    prompt: str | None,
+    inputs: Inputs | Mapping[str, npt.NDArray[Any]] | None,
+) -> Request | None:
+    """What the caller asks, and the variant that it fits; None if prompts are to be drawn."""
+    if (image is None) != (prompt is None):
+        raise HimapError("`image` and `prompt` go together", code=Exit.USAGE)
+    if inputs is not None and image is not None:
+        raise HimapError("`inputs` excludes `image` and `prompt`", code=Exit.USAGE)
+    if image is not None and prompt is not None:
+        return session.prepare(image, prompt)
+    return None if inputs is None else session.prepare_arrays(inputs)
 
 
 def _timed(
@@ -166,13 +182,6 @@ def judged_bundle(bundle: Bundle, model: str | None, vision_tower: Path | None) 
     if bundle.manifest.weight_form == "absent":
         bundle = bundle.with_weights([folder for folder in (source.folder, source.tower) if folder is not None])
     return bundle, source
-
-
-def _fitting(bundle: Bundle, inputs: Inputs | None, **chosen: Any) -> RunSpec:
-    if inputs is None:
-        return bundle.select(**chosen)
-    needed = text_tokens(inputs.input_ids, inputs.attention_mask, bundle.manifest.model.image)
-    return bundle.select(**chosen | {"text_tokens": needed, "image_size": inputs.image_size})
 
 
 def check_places(report: Path | None, outputs: Path | None, captures: Mapping[str, Path], *read: Path | None) -> None:
