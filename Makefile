@@ -13,7 +13,7 @@ install: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[export,onnxruntime,tensorrt-rtx,plugin,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[export,onnxruntime,openvino,tensorrt-rtx,plugin,dev]'
 	# Only its Python: the contract test runs it over stand-ins of the libraries, which no public package holds.
 	test -d $(VENV)/tensorrt-bindings || \
 		$(BIN)/pip install --quiet --no-deps --target $(VENV)/tensorrt-bindings tensorrt-cu13-bindings==11.4.0.106

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from himap_export.engines.command import MOST_THREADS, Parser, image_size, number, run_command, whole
+from himap_export.engines.command import DEVICES, MOST_THREADS, Parser, image_size, number, run_command, whole
 from himap_export.graphs.errors import Exit, HimapError
 
 if TYPE_CHECKING:
@@ -24,7 +24,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--image", type=Path, action="append", metavar="FILE", help="the image to ask about")
     p.add_argument("--prompt", metavar="TEXT", help="the question, without the model's chat template")
     p.add_argument("--backend", help="default: the first one in the bundle that opens here")
-    p.add_argument("--device", choices=("cpu", "cuda"), help="for onnxruntime (default: cuda if it has the provider)")
+    p.add_argument(
+        "--device",
+        choices=DEVICES,
+        help="cpu or cuda for onnxruntime (default: cuda if it has the provider), cpu, gpu or npu for openvino",
+    )
     p.add_argument("--threads", type=whole(1, MOST_THREADS), help="CPU threads (default: all)")
     p.add_argument("--plan", "--policy", metavar="NAME", help="one of the bundle's plans (default: its first)")
     p.add_argument("--text-budget", type=whole(1, 2**20), metavar="N", help="default: the bundle's smallest that fits")

@@ -20,7 +20,8 @@ from himap_export.engines.supervisor import leaves, left, supervise
 from himap_export.graphs.errors import MEANINGS, Exit, HimapError, HimapWarning, suggestion
 
 # One module each in engines/backends; named here, where nothing is imported.
-BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+BACKENDS = ("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
+DEVICES = ("cpu", "cuda", "gpu", "npu")  # cuda for onnxruntime, gpu and npu (Intel's) for openvino
 # More threads than this only wait for each other, and starting a hundred thousand takes the machine down.
 MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))
 LONGEST = 1000  # characters of a message

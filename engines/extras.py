@@ -8,6 +8,7 @@ from himap_export.graphs.errors import Exit, HimapError
 # Module -> the extra of pyproject.toml that brings it.
 EXTRAS = {
     "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
     "tensorrt_rtx": "tensorrt-rtx",
     "tensorrt": "tensorrt",
     "cuda": "tensorrt-rtx",

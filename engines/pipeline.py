@@ -20,7 +20,7 @@ from himap_export.engines.sampling import Sampler, Sampling
 from himap_export.engines.weight_file import NUMPY
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import Place, Port, Role
-from himap_export.graphs.spec import PADDING
+from himap_export.graphs.spec import PADDING, PRIME
 
 FP16_MAX, FP32_MAX = float(np.finfo(np.float16).max), float(np.finfo(np.float32).max)
 
@@ -86,7 +86,7 @@ class Pipeline:
         self._run[stage]()
 
     def read(self, role: Role, layer: int | None = None, cut: int | None = None) -> npt.NDArray[Any]:
-        """Returns a copy of a tensor, in the form in which its backend holds it."""
+        """Returns a copy of a tensor; bf16 as fp32."""
         return self.tensors[Place(role, layer, cut)].read()
 
     def _write(self, values: Mapping[Role, npt.NDArray[Any]]) -> None:
@@ -129,7 +129,7 @@ class Pipeline:
             "position_ids": layout.position_ids,
             "token_type": layout.token_type,
             "rope_position_ids": layout.rope_position_ids,
-            "seed": np.concatenate([given, *[given[-1:]] * missing])[:, None],
+            "seed": np.concatenate([given, *[given[-1:]] * missing])[:, None] % PRIME,
         })  # fmt: skip
         self._rope_shift = layout.rope_shift
         return layout

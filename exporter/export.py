@@ -43,6 +43,8 @@ from himap_export.graphs.stages import StagedModel
 _TOOLS = ("himap-export", "numpy", "onnx", "onnx-ir", "onnxscript", "torch", "transformers", "tokenizers", "pillow")
 Progress = Callable[[str], None]
 
+_READ_GRAPHS = {"onnxruntime", "openvino"}  # backends whose engines are graphs, with weights beside them
+
 
 @dataclass
 class Export:
@@ -132,7 +134,7 @@ class Export:
         for graphs in [[g] for g in self.records] if p.asked.weight_form == "embedded" else [list(self.records)]:
             for backend in p.asked.backends:
                 self.engines[backend] |= build_all(backend, bundle, graphs, p.asked.gather)
-            if p.asked.weight_form == "embedded" and "onnxruntime" not in p.asked.backends:
+            if p.asked.weight_form == "embedded" and not _READ_GRAPHS & set(p.asked.backends):
                 self._drop_graph(graphs[0])
         if p.asked.weight_form == "embedded" and not self.files:
             (self.work / "weights").rmdir()

@@ -17,10 +17,9 @@ from onnxscript import OpBuilder
 from himap_export.graphs.build import dim
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.plan import Criterion, PruningPlan
-from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, DecoderSpec
+from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, PRIME, DecoderSpec
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
-PRIME = 2**31 - 1  # products of two residues fit into int64, and x^5 permutes them: 5 does not divide PRIME - 1
 
 
 @dataclass(frozen=True)
@@ -78,14 +77,23 @@ def boundary_score(s: ScoringContext) -> ir.Value:
 def random_score(s: ScoringContext) -> ir.Value:
     """Draws a number in [0, 2^24), exact in fp32, from the request's seed, the cut's layer and the position.
 
-    Three rounds of x -> x^5 + c modulo PRIME: integers only, so that every runtime draws the same numbers.
+    Three rounds of x -> x^5 + c modulo PRIME: integers only, so that every runtime draws the same numbers. Each product
+    and each sum is of residues and reduced at once: OpenVINO's CPU code has no integers of more than 32 bits.
     """
     op = s.op
-    x = op.Add(op.Mul(op.Mod(s.seed, PRIME), 48271), op.Add(op.Mul(s.position, 16807), s.layer * 69621 + 1))
-    for constant in (1013904223, 374761393, 668265263):
-        x = op.Mod(x, PRIME)
-        fourth = op.Mod(op.Mul(square := op.Mod(op.Mul(x, x), PRIME), square), PRIME)
-        x = op.Add(op.Mod(op.Mul(fourth, x), PRIME), constant)
+
+    def times(a: ir.Value, b: ir.Value | int) -> ir.Value:
+        return op.Mod(op.Mul(a, b), PRIME)
+
+    def plus(a: ir.Value, b: ir.Value | int) -> ir.Value:
+        return op.Mod(op.Add(a, b), PRIME)
+
+    def fifth(x: ir.Value) -> ir.Value:
+        return times(times(square := times(x, x), square), x)
+
+    x = plus(times(op.Mod(s.seed, PRIME), 48271), plus(times(s.position, 16807), s.layer * 69621 + 1))
+    x = plus(fifth(plus(fifth(x), 1013904223)), 374761393)
+    x = op.Add(op.Mod(fifth(x), 2**24), 668265263 % 2**24)
     return op.Cast(op.Mod(x, 2**24), to=FLOAT)
 
 

@@ -42,7 +42,10 @@ ANYWAY = Opening()
 
 
 class Tensor(Protocol):
-    """A static tensor in the backend's memory, allocated once and bound to the graphs that read or write it."""
+    """A static tensor in the backend's memory, allocated once and bound to the graphs that read or write it.
+
+    `write` takes and `read` copies numbers: those of a bf16 tensor are read as fp32.
+    """
 
     @property
     def spec(self) -> TensorSpec: ...

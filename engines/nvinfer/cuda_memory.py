@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.engines.weight_file import NUMPY, StoredTensor, as_stored, map_tensors
+from himap_export.engines.weight_file import NUMPY, StoredTensor, as_numbers, as_stored, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import TensorSpec
 
@@ -123,7 +123,7 @@ class DeviceTensor:
     def read(self) -> npt.NDArray[Any]:
         array = np.empty(self.spec.shape, self._dtype)
         self._gpu.download(self._buffer, array)
-        return array
+        return as_numbers(array, self.spec.dtype)
 
 
 class DeviceWeights:

@@ -1,0 +1,77 @@
+"""OpenVINO on x86 CPUs, Intel's GPUs and NPUs: an engine is the bundle's ONNX graph, compiled when it is opened.
+
+Compiling takes a second for 200 M parameters and depends on the CPU, so what is kept is the graph, its functions
+inlined: OpenVINO's frontend does not know model-local ones. GPUs and NPUs have not been seen.
+"""
+
+import time
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from himap_export.engines.backends import ANYWAY, Gather, Opening
+from himap_export.engines.bundle import Bundle
+from himap_export.engines.extras import how_to_install, required
+from himap_export.engines.manifest import EngineRecord
+from himap_export.engines.openvino.run import Compiler, OpenVino
+from himap_export.graphs.errors import Exit, HimapError
+
+OLDEST = (2026, 4)  # older ones were not tried
+_NO_KERNELS = ("Const", "Input", "Output", "Parameter", "Result", "Reshape")
+
+
+def _openvino() -> ModuleType:
+    ov = required("openvino")
+    found = tuple(int(part) for part in ov.__version__.split("-")[0].split(".")[:2])
+    if found < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        raise HimapError(
+            f"openvino {ov.__version__.split('-')[0]} is too old", f"expected {wanted} or newer",
+            how_to_install("openvino"), Exit.MISSING,
+        )  # fmt: skip
+    return ov
+
+
+def check(dtype: str, gather: Gather) -> None:
+    _openvino()
+    if gather == "plugin":
+        hint = "leave `gather` out: OpenVINO runs the gather's standard operators"
+        raise HimapError("OpenVINO has no plugins", hint=hint, code=Exit.USAGE)
+    Compiler("cpu", dtype)
+
+
+def environment(gather: Gather, scratch: Path) -> None:
+    return None
+
+
+def version() -> dict[str, str]:
+    return {"openvino": _openvino().__version__}
+
+
+def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
+    """Inlines the graph's functions and compiles it once: proof that every node has a kernel, which are recorded."""
+    import onnx
+    import onnx.inliner
+
+    start = time.perf_counter()
+    record, file = bundle.manifest.graphs[graph], f"{graph}.openvino.onnx"  # beside the weights that it points to
+    model = onnx.load(bundle.path(record.file), load_external_data=False)
+    onnx.save(onnx.inliner.inline_local_functions(model), bundle.path(file))
+    engine = Compiler("cpu", bundle.manifest.dtype).compile(bundle.path(file), None)
+    form: Literal["ops", "none"] = "ops" if any(port.role == "score" for port in record.inputs.values()) else "none"
+    seconds = round(time.perf_counter() - start, 3)
+    return EngineRecord(file, seconds, form, kernels=_kernels(engine.model))
+
+
+def _kernels(engine: Any) -> tuple[str, ...]:
+    """Returns what the compiled model runs, equal ones counted: "57x FullyConnected (brgemm_avx512_amx_bf16)"."""
+    nodes = [node.get_rt_info() for node in engine.get_runtime_model().get_ops()]
+    kinds = [(node["layerType"].value, node["primitiveType"].value) for node in nodes]
+    found = Counter(f"{kind} ({kernel})" for kind, kernel in kinds if kind not in _NO_KERNELS)
+    return tuple(f"{count}x {kernel}" for kernel, count in found.most_common())
+
+
+def open_engines(bundle: Bundle, opening: Opening = ANYWAY) -> OpenVino:
+    _openvino()
+    return OpenVino(bundle, opening)

@@ -1,0 +1,178 @@
+"""Our graphs in OpenVINO's operators: rules for the ONNX nodes that its frontend reads slowly, wrongly or not at all.
+
+1. `TensorScatter` it does not know. What prefill writes at a cache's head becomes the whole cache, zeros behind it. A
+   token that decode appends is `Appended`: it stays outside the cache, which the graph then only reads.
+2. `Attention` it reads as one operator that its CPU code takes apart again, transposing the whole key cache for each
+   token. Ours is taken apart here: for one token keys times query, [C,E] x [E,n], so that the cache is read as it lies.
+3. `Gemm` it reads as alpha * x W + beta * C. Folding an alpha of 1 into each weight copies it: seconds at 200 M.
+4. `Mod`, by which random scores are drawn: its CPU code computes int64 in 32 bits, and divides them as fp32.
+
+Why appends are taken out: a scatter that works in place gets memory of its own from the CPU plugin, so all caches would
+be copied at every token, 30 MB and 10 of 42 ms in docs/log.md.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+
+from himap_export.engines.extras import required
+from himap_export.graphs.errors import HimapError
+from himap_export.graphs.spec import PRIME
+
+Rule = Callable[[Any], Any]  # from the frontend's node to OpenVINO's
+_BITS = 31  # PRIME is 2^31 - 1: modulo it 2^31 is 1, and a product's upper half wraps around to its lower one
+_LIMB = 11  # bits: three limbs hold a residue, and three products of two limbs stay below 2^31
+
+
+@dataclass(frozen=True)
+class Appended:
+    """A cache [B,G,C,E] as the graph finds it, and `new` [B,G,1,E], which belongs into it at slots `at` [B]."""
+
+    cache: Any
+    new: Any
+    at: Any
+
+
+def rules(appended: dict[str, Appended]) -> Mapping[str, Rule]:
+    """Returns what makes OpenVINO's operators of ONNX nodes, by their types; appends to caches go into `appended`, by
+    the name of the node that stands for the cache with the token in it."""
+    return {
+        "TensorScatter": lambda node: _tensor_scatter(node, appended),
+        "Attention": lambda node: _attention(node, appended),
+        "Gemm": _gemm,
+        "Mod": _mod,
+    }
+
+
+def _ops() -> Any:
+    return required("openvino.opset15")
+
+
+def _shape(value: Any) -> list[int]:
+    return [axis.get_length() for axis in value.get_partial_shape()]
+
+
+def _float(value: float, like: Any) -> Any:
+    return _ops().convert(_ops().constant(np.float32(value)), like.get_element_type())
+
+
+def _tensor_scatter(node: Any, appended: dict[str, Appended]) -> Any:
+    """Writes [B,G,n,E] into a cache [B,G,C,E]: at its head, or one token at slots `at` [B]."""
+    op, (cache, new, at) = _ops(), (node.get_input(i) for i in range(3))
+    shape, count = _shape(cache), _shape(new)[2]
+    head = at.get_node().get_type_name() == "Constant" and not np.any(at.get_node().get_data())
+    if node.get_attribute("axis", -2) not in (2, -2) or len(shape) != 4 or not (head or count == 1):
+        raise HimapError("TensorScatter writes neither at a cache's head nor one token, as our graphs do")
+    if head:
+        rest = op.broadcast(_float(0, new), [*shape[:2], shape[2] - count, shape[3]])
+        return op.concat([new, rest], 2)
+    here = op.equal(op.constant(np.arange(shape[2])[:, None]), op.reshape(at, [-1, 1, 1, 1], False))
+    whole = op.select(here, new, cache)
+    appended[whole.get_name()] = Appended(cache, new, at)
+    return whole
+
+
+def _attention(node: Any, appended: Mapping[str, Appended]) -> Any:
+    """Attends from q [B,H,S,E] to k, v [B,G,C,E], causally or by a mask that broadcasts to [B,H,S,C], or to all."""
+    op, (q, k, v) = _ops(), (node.get_input(i) for i in range(3))
+    if node.get_input_size() > 4 or len(_shape(q)) != 4 or node.get_attribute("softcap", 0.0):
+        raise HimapError("Attention has caches, flat heads or a cap, which no graph of ours has")
+    scale = _float(node.get_attribute("scale", _shape(q)[3] ** -0.5), q)
+    mask = node.get_input(3) if node.get_input_size() == 4 else None
+    if k.get_node().get_name() in appended and mask is not None:
+        keys, values = (appended[x.get_node().get_name()] for x in (k, v))
+        return _cached(q, keys, values, mask=mask, scale=scale)
+    if mask is not None and mask.get_element_type().to_string() == "boolean":
+        mask = op.select(mask, _float(0, q), _float(-np.inf, q))
+    if node.get_attribute("is_causal", 0):
+        seen = np.arange(_shape(k)[2]) <= np.arange(_shape(q)[2])[:, None]
+        causal = op.constant(np.where(seen, 0, -np.inf).astype(np.float32)[None, None])
+        mask = op.convert(causal, q.get_element_type())
+    k, v = (_repeated(x, _shape(q)[1] // _shape(x)[1]) for x in (k, v))
+    logits = op.multiply(op.matmul(q, k, False, True), scale)
+    probability = op.softmax(logits if mask is None else op.add(logits, mask), -1)
+    return op.matmul(probability, v, False, False)
+
+
+def _cached(q: Any, keys: Appended, values: Appended, mask: Any, scale: Any) -> Any:
+    """Attends from one token, q [B,H,1,E], to the caches as they are, the slot of its own hidden, and to itself."""
+    op, (batch, heads, _, width) = _ops(), _shape(q)
+    groups, length = _shape(keys.cache)[1:3]
+    by_group = op.reshape(q, [batch, groups, heads // groups, width], False)
+    own = op.equal(op.constant(np.arange(length)), op.reshape(keys.at, [-1, 1, 1, 1], False))
+    hidden = op.select(own, _float(-np.inf, q), mask)
+    # Keys times query: the other way round the CPU plugin transposes the cache.
+    past = op.transpose(op.matmul(keys.cache, by_group, False, True), [0, 1, 3, 2])
+    past = op.add(op.multiply(past, scale), hidden)
+    itself = op.multiply(op.matmul(by_group, keys.new, False, True), scale)
+    probability = op.softmax(op.concat([past, itself], 3), -1)
+    parts = op.variadic_split(probability, op.constant(np.int64(3)), op.constant(np.array([length, 1])))
+    out = op.add(op.matmul(parts.output(0), values.cache, False, False), op.multiply(parts.output(1), values.new))
+    return op.reshape(out, [batch, heads, 1, width], False)
+
+
+def _repeated(x: Any, share: int) -> Any:
+    """Returns [B,G,C,E] as [B,G*share,C,E], each head as often as queries share it."""
+    if share == 1:
+        return x
+    op, (batch, groups, length, width) = _ops(), _shape(x)
+    wide = op.broadcast(op.unsqueeze(x, [2]), [batch, groups, share, length, width])
+    return op.reshape(wide, [batch, groups * share, length, width], False)
+
+
+def _gemm(node: Any) -> Any:
+    """Multiplies [M,in] by [in,out] or, transposed, [out,in], and adds what there is to add."""
+    op = _ops()
+    if node.get_attribute("alpha", 1.0) != 1 or node.get_attribute("beta", 1.0) != 1:
+        raise HimapError("Gemm scales its factors, which no graph of ours does")
+    transposed = (bool(node.get_attribute(name, 0)) for name in ("transA", "transB"))
+    y = op.matmul(node.get_input(0), node.get_input(1), *transposed)
+    return op.add(y, node.get_input(2)) if node.get_input_size() == 3 else y
+
+
+def _mod(node: Any) -> Any:
+    """Returns x modulo y of integers from 0 on: y is a power of two or PRIME, and then x below 2^31, or the product or
+    the sum of two residues."""
+    op, x, divisor = _ops(), node.get_input(0), node.get_input(1).get_node()
+    y = int(divisor.get_data().item()) if divisor.get_type_name() == "Constant" else 0
+    if y & (y - 1) == 0 and y > 0:
+        return op.bitwise_and(x, _int(y - 1))
+    if y != PRIME:
+        raise HimapError("Mod divides by something else than 2^n or 2^31 - 1, which no graph of ours does")
+    made = x.get_node()
+    if exact := {"Multiply": _times, "Add": _plus}.get(made.get_type_name()):
+        return exact(*(port.get_source_output() for port in made.inputs()))
+    return op.select(op.equal(x, _int(PRIME)), _int(0), x)
+
+
+def _int(value: int) -> Any:
+    return _ops().constant(np.int64(value))
+
+
+def _plus(a: Any, b: Any) -> Any:
+    """Returns a + b modulo PRIME of residues, without a number beyond 31 bits: below zero it is PRIME too small."""
+    op = _ops()
+    under = op.subtract(a, op.subtract(_int(PRIME), b))
+    return op.select(op.less(under, _int(0)), op.add(under, _int(PRIME)), under)
+
+
+def _times(a: Any, b: Any) -> Any:
+    """Returns a * b modulo PRIME of residues, as a sum of their limbs' products, each turned round to its place."""
+    op, (first, second) = _ops(), (_limbs(x) for x in (a, b))
+    places = [(i, j) for i in range(len(first)) for j in range(len(second))]
+    return reduce(_plus, [_turned(op.multiply(first[i], second[j]), (i + j) * _LIMB % _BITS) for i, j in places])
+
+
+def _limbs(x: Any) -> list[Any]:
+    op, lowest = _ops(), _int(2**_LIMB - 1)
+    return [op.bitwise_and(op.bitwise_right_shift(x, _int(n * _LIMB)), lowest) for n in range(3)]
+
+
+def _turned(x: Any, bits: int) -> Any:
+    """Returns x * 2^bits modulo PRIME of a residue: its 31 bits, turned round."""
+    op, above = _ops(), _BITS - bits
+    lower = op.bitwise_left_shift(op.bitwise_and(x, _int(2**above - 1)), _int(bits))
+    return op.add(lower, op.bitwise_right_shift(x, _int(above)))
