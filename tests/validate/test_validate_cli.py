@@ -110,7 +110,7 @@ def test_speed_in_the_same_run(work: Workshop, capsys: Capture) -> None:
     assert found["device"] == "cpu" and list(speed["systems"]) == ["pruned", "unpruned", "PyTorch SDPA fp32, cpu"]
     assert speed["ceiling"] > 1
     for times in speed["systems"].values():
-        assert all(times[what] > 0 for what in ("vision", "prefill", "decode", "peak_bytes"))
+        assert all(times[what] > 0 for what in ("vision", "prefill", "decode", "peak_bytes", "open_s"))
     for over in speed["over"].values():
         for middle, low, high in over.values():
             assert low <= middle <= high
