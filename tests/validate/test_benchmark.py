@@ -1,6 +1,7 @@
 """The interleaved benchmark: everyone on the device and in the dtype asked for, and what becomes of who cannot run."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from himap_export.graphs.spec import Dtype
 from himap_export.validate.parity.page import _speed as blocks_of
 from himap_export.validate.reference import reference
 from himap_export.validate.reference.criteria import reference_himap
+from himap_export.validate.speed import benchmark as timing
 from himap_export.validate.speed import measure as speed
 from himap_export.validate.speed.benchmark import OPENED, PHASES, System, Times, _doing, benchmark
 from himap_export.validate.speed.measure import Speed, measure, torch_device
@@ -63,6 +65,25 @@ def test_a_bug_in_a_system_is_told_as_what_it_is(work: Workshop, capfd: pytest.C
     with pytest.raises(HimapError, match=r"timing pruned failed: KeyError: 'dance'") as told:
         benchmark([system], iterations=1, warm_up=0, threads=1, phases=("dance",))
     assert "memory" not in str(told.value) and "Traceback" in capfd.readouterr().err
+
+
+def test_each_opens_alone_before_any_is_timed(work: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Stub:
+        def __init__(self, what: str) -> None:
+            self.what = what
+            told.append(f"{what} starts")
+
+        def ask(self, asked: str) -> float:
+            told.append(f"{self.what} {asked}")
+            return float(len(told))
+
+    monkeypatch.setattr(timing, "child", lambda what, *arguments: nullcontext(Stub(what)))
+    systems = [System(name, "bundle", bundle_of(work), work.checkpoint("gqa2"), "onnxruntime") for name in ("a", "b")]
+    found = benchmark(systems, iterations=1, warm_up=0, threads=1, phases=("prefill",))
+    assert told[:4] == ["timing a starts", "timing a opened", "timing b starts", "timing b opened"]
+    assert [t.open_seconds for t in found] == [2, 4] and "opened" not in "".join(told[4:])
 
 
 def test_pytorch_follows_the_engines_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from himap_export.engines.bundle import RunSpec
-from himap_export.engines.isolation import child
+from himap_export.engines.isolation import Child, child
 from himap_export.graphs.spec import Dtype
 
 PHASES = ("vision", "prefill", "decode")
@@ -71,16 +71,16 @@ def benchmark(
     """
     limits = {"OMP_NUM_THREADS": str(threads), "KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}  # read at its start
     with ExitStack() as stack:
-        opened = (child(f"timing {system.name}", limits, _doing, system, threads) for system in systems)
-        children = [stack.enter_context(one) for one in opened]
-        for one in children:
-            one.ask(MEMORY)  # all are open before any is timed
+        children, opened = list[Child[str, float]](), list[float]()
+        for system in systems:  # each opens alone, and all are open before any is timed
+            children.append(stack.enter_context(child(f"timing {system.name}", limits, _doing, system, threads)))
+            opened.append(children[-1].ask(OPENED))
         times = range(warm_up + iterations)
         repeated = {phase: [[one.ask(phase) for one in children] for _ in times] for phase in phases}
         found = []
         for n, (system, one) in enumerate(zip(systems, children, strict=True)):
             seconds = {phase: tuple(row[n] for row in rows[warm_up:]) for phase, rows in repeated.items()}
-            found.append(Times(system.name, seconds, int(one.ask(MEMORY)), one.ask(OPENED)))
+            found.append(Times(system.name, seconds, int(one.ask(MEMORY)), opened[n]))
         return found
 
 
