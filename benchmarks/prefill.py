@@ -51,7 +51,7 @@ def export_pruned(model: Path, out: Path) -> "RunSpec":
 
     bundle = hx.export(
         model, out=out, overwrite=True, progress=partial(print, file=sys.stderr), k1=2, k2=8, r1=0.5, r2=0.75,
-        text_budget=TEXT, max_new_tokens=64, dtype="fp32",
+        text_budget=TEXT, max_new_tokens=64, dtype="fp32", backend="onnxruntime",
     )  # fmt: skip
     return bundle.select()
 

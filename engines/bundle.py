@@ -70,7 +70,8 @@ class Bundle:
 
         `plan` (by its name or its policy's), `text_budget` and `image_size` (height, width) hold it to one of the
         bundle's; else it takes the first plan, and what fits each prompt. `backend`: the bundle's first that opens
-        here; `device`: cpu or cuda, for onnxruntime; CPU `threads`: all.
+        here; `device`: cpu or cuda for onnxruntime, cpu, gpu or npu for openvino; CPU `threads`: as many as gain
+        anything.
         """
         from himap_export.engines.backends import Opening
         from himap_export.engines.session import Session

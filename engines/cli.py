@@ -8,14 +8,21 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from himap_export.engines.command import DEVICES, MOST_THREADS, Parser, image_size, number, run_command, whole
+from himap_export.engines.command import (
+    ALL_DEVICES,
+    DEVICE_HELP,
+    MOST_THREADS,
+    Parser,
+    image_size,
+    number,
+    run_command,
+    whole,
+)
 from himap_export.graphs.errors import Exit, HimapError
 
 if TYPE_CHECKING:
     from himap_export.engines.bundle import Bundle
     from himap_export.engines.session import Answer, AnswerStream, Request, Session
-
-STEADY = 8  # steps from which on a rate says something
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -24,12 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--image", type=Path, action="append", metavar="FILE", help="the image to ask about")
     p.add_argument("--prompt", metavar="TEXT", help="the question, without the model's chat template")
     p.add_argument("--backend", help="default: the first one in the bundle that opens here")
-    p.add_argument(
-        "--device",
-        choices=DEVICES,
-        help="cpu or cuda for onnxruntime (default: cuda if it has the provider), cpu, gpu or npu for openvino",
-    )
-    p.add_argument("--threads", type=whole(1, MOST_THREADS), help="CPU threads (default: all)")
+    p.add_argument("--device", choices=ALL_DEVICES, help=DEVICE_HELP)
+    p.add_argument("--threads", type=whole(1, MOST_THREADS), help="CPU threads (default: all that gain anything)")
     p.add_argument("--plan", "--policy", metavar="NAME", help="one of the bundle's plans (default: its first)")
     p.add_argument("--text-budget", type=whole(1, 2**20), metavar="N", help="default: the bundle's smallest that fits")
     p.add_argument(
@@ -143,7 +146,7 @@ def _as_json(answer: "Answer", opened: float) -> str:
         "device": answer.device,
         "open_s": round(opened, 3),
         "first_token_s": round(answer.first_token_s, 4),
-        "tokens_per_s": round(answer.tokens_per_s, 1),
+        "tokens_per_s": None if answer.tokens_per_s is None else round(answer.tokens_per_s, 1),
         "image_tokens": list(spec.budget.visual),
         "plan": spec.plan_name,
         "text_budget": spec.budget.text,
@@ -153,7 +156,8 @@ def _as_json(answer: "Answer", opened: float) -> str:
 
 def _as_line(answer: "Answer") -> str:
     spec = answer.request.spec
-    speed = f"{answer.tokens_per_s:.0f} tokens/s" if answer.steps >= STEADY else f"{answer.steps + 1} tokens"
+    rate = answer.tokens_per_s
+    speed = f"{answer.steps + 1} tokens" if rate is None else f"{rate:.0f} tokens/s"
     tokens = " -> ".join(map(str, spec.budget.visual))
     spoken = [f"first token {answer.first_token_s * 1e3:.0f} ms", speed, f"image tokens {tokens}"]
     if len(spec.manifest.variants) > 1:

@@ -21,7 +21,14 @@ from himap_export.graphs.errors import MEANINGS, Exit, HimapError, HimapWarning,
 
 # One module each in engines/backends; named here, where nothing is imported.
 BACKENDS = ("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
-DEVICES = ("cpu", "cuda", "gpu", "npu")  # cuda for onnxruntime, gpu and npu (Intel's) for openvino
+DEVICES = {  # that each runs on
+    "onnxruntime": ("cpu", "cuda"),
+    "openvino": ("cpu", "gpu", "npu"),
+    "tensorrt-rtx": ("cuda",),
+    "tensorrt": ("cuda",),
+}
+ALL_DEVICES = tuple(dict.fromkeys(device for devices in DEVICES.values() for device in devices))
+DEVICE_HELP = "onnxruntime: cpu or cuda; openvino: cpu, gpu or npu (default: the backend's choice)"
 # More threads than this only wait for each other, and starting a hundred thousand takes the machine down.
 MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))
 LONGEST = 1000  # characters of a message

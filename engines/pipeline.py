@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from himap_export.engines.arrays import memory_bytes
-from himap_export.engines.backends import ANYWAY, Engines, Opening, Tensor, load_backend
+from himap_export.engines.backends import ANYWAY, Engines, Opening, Tensor, open_backend
 from himap_export.engines.bundle import RunSpec
 from himap_export.engines.layout import Integers, PromptLayout, lay_out
 from himap_export.engines.sampling import Sampler, Sampling
@@ -45,7 +45,7 @@ class Pipeline:
         if backend not in self.manifest.engines:
             held = ", ".join(self.manifest.engines)
             raise HimapError(f"{spec.bundle.folder} holds no {backend} engines", f"it holds {held}", code=Exit.MISSING)
-        self.engines: Engines = engines or load_backend(backend).open_engines(spec.bundle, opening)
+        self.engines: Engines = engines or open_backend(backend, spec.bundle, opening)
         self.tensors: dict[Place, Tensor] = {}
         self.stages = spec.plan.stages
         self._check_memory()

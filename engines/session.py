@@ -19,6 +19,7 @@ from PIL import Image
 from himap_export.engines.arrays import Inputs, as_inputs
 from himap_export.engines.backends import ANYWAY, Opening
 from himap_export.engines.bundle import Bundle, RunSpec
+from himap_export.engines.command import DEVICES
 from himap_export.engines.files import check_output
 from himap_export.engines.image import load_image, nearest_size, seen_share, tile_grid, upright
 from himap_export.engines.layout import Integers, text_tokens
@@ -28,6 +29,7 @@ from himap_export.engines.prompt import Detokenizer
 from himap_export.engines.sampling import Sampling
 from himap_export.graphs.errors import Exit, HimapError, HimapWarning
 
+STEADY = 8  # steps of decoding from which on a rate says something
 LEAST_SEEN = 0.5  # of an image; less is said: a photograph of 3:2 shows two thirds
 
 
@@ -77,9 +79,9 @@ class Answer:
         return self.outputs["tokens"]
 
     @property
-    def tokens_per_s(self) -> float:
-        """Of decoding; 0 for an answer of one token."""
-        return self.steps / self.decoding_s if self.steps else 0.0
+    def tokens_per_s(self) -> float | None:
+        """Of decoding; None for fewer than STEADY steps, of which a rate says nothing."""
+        return self.steps / self.decoding_s if self.steps >= STEADY else None
 
     def draw_kept(self, file: Path | str) -> None:
         """Writes the image as PNG, with the patches that each cut kept. HimapError (usage) if there is no image or no
@@ -301,9 +303,10 @@ class _Drawn:
 
 
 def open_pipeline(spec: RunSpec, backend: str | None = None, opening: Opening = ANYWAY) -> Pipeline:
-    """Returns the variant's pipeline on `backend`, or on the first backend of the bundle that opens on this machine:
-    of one that does not a HimapWarning says why. HimapError (missing) if none does."""
-    held = tuple(spec.manifest.engines)
+    """Returns the variant's pipeline on `backend`, or on the first of the bundle's backends that knows the device and
+    opens on this machine: of one that does not open a HimapWarning says why. HimapError (missing) if none does."""
+    engines, device = tuple(spec.manifest.engines), opening.device
+    held = tuple(name for name in engines if device in (None, *DEVICES[name])) or engines
     for name in (backend,) if backend else held:
         try:
             return Pipeline(spec, name, opening)

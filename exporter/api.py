@@ -1,14 +1,17 @@
 """What callers use of the exporter: `plan`, which needs no weights, and `export`, which writes a bundle."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 from himap_export.engines.backends import Gather
 from himap_export.engines.bundle import Bundle
+from himap_export.engines.choice import slow_dtype
 from himap_export.exporter.planning import Planned, Request, plan_export
 from himap_export.exporter.registry import resolve
 from himap_export.exporter.target import settle_target
+from himap_export.graphs.errors import HimapWarning
 from himap_export.graphs.plan import PruningPlan
 from himap_export.graphs.spec import Dtype
 
@@ -23,10 +26,10 @@ class ExportOptions(TypedDict, total=False):
     POLICIES; or `plan`: a task, a TOML file, a PruningPlan or plans by name. Budgets: `text_budget` (192) tokens that
     are not the image's, `max_new_tokens` (128), `batch` (1), `align`: keep more, up to a multiple of so many tokens a
     stage. Images: `image_size` (height, width) and `tiles`, for models that have a choice. Engines: `backend`
-    (onnxruntime), `dtype` (the checkpoint's own), `gather`, the top-k gather's form. Weights: `weight_form` shared (the
-    default), embedded, or absent: the bundle then holds engines only; `hard_link` instead of copies; `allow_overflow`
-    of a smaller dtype. The model: `revision` of a Hugging Face id, `checkpoint` with an alias's weights,
-    `vision_tower`, where a checkpoint names one outside its folder.
+    (the best that is installed and runs here), `dtype` (the checkpoint's own, where the backend computes it), `gather`,
+    the top-k gather's form. Weights: `weight_form` shared (the default), embedded, or absent: the bundle then holds
+    engines only; `hard_link` instead of copies; `allow_overflow` of a smaller dtype. The model: `revision` of a Hugging
+    Face id, `checkpoint` with an alias's weights, `vision_tower`, where a checkpoint names one outside its folder.
     """
 
     task: str
@@ -63,7 +66,7 @@ SOURCE = ("revision", "checkpoint", "vision_tower")  # of the model
 
 def plan(model: str | Path, *, weights: bool = False, **options: Unpack[ExportOptions]) -> Planned:
     """Returns what an export would build: stages, budgets, FLOPs. `model` is an alias, a Hugging Face id or a folder;
-    `weights`: whether they are fetched.
+    `weights`: whether they are fetched. A HimapWarning tells of a dtype that is slow on the backend.
 
     HimapError: usage for what is no model, or a plan that it cannot follow; missing for what cannot be fetched.
     """
@@ -75,7 +78,10 @@ def plan(model: str | Path, *, weights: bool = False, **options: Unpack[ExportOp
     for name, value in options.items():
         if name not in SOURCE:
             asked[PLURAL.get(name, name)] = _several(name, value) if name in PLURAL else value
-    return plan_export(found, Request(**asked))
+    planned = plan_export(found, Request(**asked))
+    if slow := slow_dtype(planned.asked.backends, planned.dtype):
+        warnings.warn(HimapWarning(slow), stacklevel=2)
+    return planned
 
 
 def export(

@@ -55,9 +55,12 @@ def _parser() -> argparse.ArgumentParser:
         "--batch", type=whole(1, 4096), default=1, metavar="N", help="prompts answered together (default: 1)"
     )
     p.add_argument(
-        "--dtype", choices=("fp16", "bf16", "fp32"), help="default: the checkpoint's; fp16 if TensorRT meets fp32"
+        "--dtype", choices=("fp16", "bf16", "fp32"), help="default: the checkpoint's, if the backend computes it"
     )
-    p.add_argument("--backend", action="append", choices=BACKENDS, help="repeatable (default: onnxruntime)")
+    p.add_argument(
+        "--backend", action="append", default=[], choices=BACKENDS,
+        help="repeatable (default: the best that is installed and runs here)",
+    )  # fmt: skip
     p.add_argument(
         "--gather", choices=("auto", "plugin", "ops"), default="auto",
         help="top-k gather as a TensorRT plugin or in standard operators (auto: plugin on tensorrt, else ops)",
@@ -104,15 +107,13 @@ def _export(args: argparse.Namespace, argv: list[str]) -> None:
         args.model, weights=not (args.dry_run or args.engines_only), task=args.task, plan=args.plan, policy=args.policy,
         k1=args.k1, k2=args.k2, r1=args.r1, r2=args.r2, keep=args.keep, text_budget=args.text_budget,
         max_new_tokens=args.max_new_tokens, batch=args.batch, align=args.align, image_size=args.image_size,
-        tiles=args.tiles, backend=args.backend or "onnxruntime", dtype=args.dtype, gather=args.gather,
+        tiles=args.tiles, backend=args.backend, dtype=args.dtype, gather=args.gather,
         weight_form="absent" if args.engines_only else args.weight_form, hard_link=args.hard_link,
         allow_overflow=args.allow_overflow, revision=args.revision, checkpoint=args.checkpoint,
         vision_tower=args.vision_tower,
     )  # fmt: skip
     if not args.json:
         print(plan_table(planned))
-    if planned.dtype == "fp16" and "onnxruntime" in planned.asked.backends:
-        print("himap-export: fp16 is for parity only on a CPU; --dtype fp32 is fast there", file=sys.stderr)
     result = plan_json(planned)
     if out is not None:
         from himap_export.exporter.export import write_bundle

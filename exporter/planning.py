@@ -1,12 +1,13 @@
 """From what the user asked to what will be built: model, plans, budgets, dtype. Needs no weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, get_args
 
 import msgspec
 
-from himap_export.engines.backends import Gather
+from himap_export.engines.backends import Gather, load_backend
+from himap_export.engines.choice import best_backend
 from himap_export.engines.documents import typed
 from himap_export.engines.image import MAX_PIXELS, MAX_SIDE
 from himap_export.engines.manifest import WeightForm
@@ -26,7 +27,8 @@ MOST_VARIANTS = 256  # each has graphs of its own, seconds to build
 
 @dataclass(frozen=True)
 class Request:
-    """What an export is asked for; None where the user left the choice to us. `image_sizes` are (height, width).
+    """What an export is asked for; None, or nothing, where the user left the choice to us. `image_sizes` are (height,
+    width).
 
     `plans` holds names of the authors' tasks, TOML files, plans and plans by name; empty: each of `policies` (none
     named: himap), the `task`'s cuts changed by `k1`, `k2`, `r1`, `r2`, `keep`.
@@ -47,7 +49,7 @@ class Request:
     batch: int = 1
     align: int | None = None
     dtype: Dtype | None = None
-    backends: tuple[str, ...] = ("onnxruntime",)
+    backends: tuple[str, ...] = ()
     gather: Gather = "auto"
     weight_form: WeightForm = "shared"
     hard_link: bool = False
@@ -74,13 +76,14 @@ class PlannedVariant:
 
 @dataclass(frozen=True)
 class Planned:
-    """Everything an export has decided before it touches a weight."""
+    """Everything an export has decided before it touches a weight. `why`: what speaks for a backend of our choice."""
 
     model: Model
     decoder: DecoderSpec
     variants: tuple[PlannedVariant, ...]
     dtype: Dtype
     asked: Request
+    why: str = ""
 
     @property
     def images(self) -> dict[str, VisionSpec]:
@@ -103,8 +106,12 @@ class Planned:
 
 
 def plan_export(model: Model, asked: Request) -> Planned:
-    """Fills in what was left open and checks the whole; HimapError (usage) for a plan that the model cannot follow."""
-    dtype = asked.dtype or _own_dtype(model.family.fields, asked.backends)
+    """Fills in what was left open and checks the whole; HimapError (usage) for a plan that the model cannot follow, as
+    `best_backend` if that is left open."""
+    choice = None if asked.backends else best_backend()
+    if choice is not None:
+        asked = replace(asked, backends=(choice.backend,))
+    dtype = asked.dtype or _suitable_dtype(_own_dtype(model.family.fields), asked.backends)
     sizes, plans = dict.fromkeys(asked.image_sizes or (None,)), _plans(asked)
     texts, variants = dict.fromkeys(asked.text_budgets), list[PlannedVariant]()
     if (count := len(sizes) * len(plans) * len(texts)) > MOST_VARIANTS:
@@ -121,7 +128,8 @@ def plan_export(model: Model, asked: Request) -> Planned:
                 _check_positions(model, budget)
                 typed(msgspec.to_builtins(budget), TokenBudget, "the budget")
                 variants.append(PlannedVariant(plan_name=name, plan=plan, budget=budget, asked=kept, vision=vision))
-    return Planned(model=model, decoder=decoder, variants=tuple(variants), dtype=dtype, asked=asked)
+    why = choice.why if choice else ""
+    return Planned(model=model, decoder=decoder, variants=tuple(variants), dtype=dtype, asked=asked, why=why)
 
 
 def describe(model: Model, *images: ImageOptions) -> tuple[DecoderSpec, tuple[VisionSpec, ...]]:
@@ -178,11 +186,8 @@ def _check_positions(model: Model, budget: TokenBudget) -> None:
         raise HimapError("the budgets are too long", details, "lower `text_budget` or `max_new_tokens`", Exit.USAGE)
 
 
-def _own_dtype(config: dict[str, Any], backends: tuple[str, ...]) -> Dtype:
-    """Returns the checkpoint's own dtype; but fp16 for fp32 weights on TensorRT, which has no fused attention in fp32,
-    and fp32 for bf16 weights on onnxruntime, whose CPU kernels know no bf16: fp32 holds them all, fp16 would overflow.
-
-    HimapError (usage) for bf16 weights on both."""
+def _own_dtype(config: dict[str, Any]) -> Dtype:
+    """Returns the dtype in which the checkpoint's weights are stored. HimapError (usage) for one that is not ours."""
     names: dict[str, Dtype] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
     text = config.get("text_config", {})
     flags = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # Qwen-VL's way of saying it
@@ -192,11 +197,25 @@ def _own_dtype(config: dict[str, Any], backends: tuple[str, ...]) -> Dtype:
         raise HimapError(
             f"unsupported dtype {stored} in config.json", f"use `dtype` {'|'.join(get_args(Dtype))}", code=Exit.USAGE
         )
-    own, tensorrt = names[stored], any(b.startswith("tensorrt") for b in backends)
-    if own == "bf16" and tensorrt and "onnxruntime" in backends:
-        details = "onnxruntime's CPU kernels know no bf16, TensorRT no fused fp32 attention, fp16 may overflow"
-        hint = "export one bundle for each, or take the risk with `dtype` fp16"
-        raise HimapError("bf16 weights have no dtype that suits all backends", details, hint, Exit.USAGE)
-    if own == "bf16" and "onnxruntime" in backends:
-        return "fp32"
-    return "fp16" if own == "fp32" and tensorrt else own
+    return names[stored]
+
+
+def _suitable_dtype(own: Dtype, backends: tuple[str, ...]) -> Dtype:
+    """Returns `own` if all `backends` compute it. If not, fp32, which holds all of fp16 and bf16; for fp32 weights, to
+    which TensorRT has no fused attention, fp16. HimapError (usage) if that does not suit all of them either."""
+    other: Dtype = "fp16" if own == "fp32" else "fp32"
+    for dtype in (own, other):
+        if all(_computes(backend, dtype) for backend in backends):
+            return dtype
+    refused = ", ".join(f"{b} no {dtype}" for dtype in (own, other) for b in backends if not _computes(b, dtype))
+    details, hint = f"{refused}; fp16 may overflow", "export one bundle for each, or take the risk with `dtype` fp16"
+    raise HimapError(f"{own} weights have no dtype that suits all backends", details, hint, Exit.USAGE)
+
+
+def _computes(backend: str, dtype: Dtype) -> bool:
+    """Whether a backend takes `dtype`. One that is not installed is no obstacle to a plan: the export says so."""
+    try:
+        load_backend(backend).check(dtype, "ops")
+    except HimapError as problem:
+        return problem.code == Exit.MISSING
+    return True

@@ -11,7 +11,8 @@ from himap_export.exporter.planning import Planned, PlannedVariant
 def plan_json(p: Planned) -> dict[str, Any]:
     """Returns the model, and the first variant's plan, budget, flops, stages; `variants` lists these for all."""
     variants = [_variant_json(p, v) for v in p.variants]
-    return {"model": p.model.name, "source": p.model.source, "dtype": p.dtype, **variants[0], "variants": variants}
+    head = {"model": p.model.name, "source": p.model.source, "dtype": p.dtype, "backends": list(p.asked.backends)}
+    return {**head, "backend_chosen_because": p.why or None, **variants[0], "variants": variants}
 
 
 def _variant_json(p: Planned, v: PlannedVariant) -> dict[str, Any]:
@@ -43,7 +44,8 @@ def _plan_json(v: PlannedVariant) -> dict[str, Any]:
 def plan_table(p: Planned) -> str:
     """Returns the plan as a table: one row per stage, or one per variant where there are several."""
     head = f"{p.model.name} ({p.model.source})  {p.dtype}  batch {p.variants[0].budget.batch}"
-    return "\n".join([head, *(_stages(p, p.variants[0]) if len(p.variants) == 1 else _variants(p))])
+    engines = f"engines for {', '.join(p.asked.backends)}" + (f" ({p.why})" if p.why else "")
+    return "\n".join([head, engines, *(_stages(p, p.variants[0]) if len(p.variants) == 1 else _variants(p))])
 
 
 def _stages(p: Planned, v: PlannedVariant) -> list[str]:

@@ -40,6 +40,7 @@ MAIN = {  # where each command's `main` is
     "himap-analyze": "himap_export.validate.analysis.cli",
     "himap-tune": "himap_export.validate.tuning.cli",
 }
+ORT = ("--backend", "onnxruntime")  # what an export is for here, whatever else is installed
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
@@ -128,7 +129,7 @@ class Workshop:
     def bundle(self, name: str, *flags: object, cuts: Cuts | None = None) -> Path:
         """What `himap-export` makes of a checkpoint. Read it only; its defaults here are small."""
         text = [str(flag) for flag in flags] + list(plan_flags(cuts) if cuts else ())
-        for option, default in (("--text-budget", "24"), ("--max-new-tokens", "32")):
+        for option, default in (("--text-budget", "24"), ("--max-new-tokens", "32"), ORT):
             text += [] if option in text else [option, default]
         source = self.checkpoint(name)
         key = hashlib.sha256(" ".join(text).encode()).hexdigest()[:12]
@@ -148,6 +149,7 @@ class Workshop:
         """What `himap-export` makes of one of FAMILIES; `key` tells apart files that go by one name."""
         own = () if "--image-size" in flags else FAMILIES[name].flags
         text = [*map(str, (*own, *flags)), "--text-budget", str(text_budget), "--max-new-tokens", "16"]
+        text += [] if "--backend" in text else ORT
         digest = hashlib.sha256(" ".join([*text, key]).encode()).hexdigest()[:12]
         with self._once(f"family-{name}-{digest}") as (folder, missing):
             if missing:

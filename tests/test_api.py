@@ -28,7 +28,16 @@ IMAGE, QUESTION = IMAGES / LINES[0]["image"], LINES[0]["question"]
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> hx.Bundle:
     told: list[str] = []
     out = tmp_path_factory.mktemp("api") / "bundle"
-    made = hx.export("shapes", out=out, r1=0.5, r2=0.75, text_budget=(32, 48), dtype="fp32", progress=told.append)
+    made = hx.export(
+        "shapes",
+        out=out,
+        r1=0.5,
+        r2=0.75,
+        text_budget=(32, 48),
+        dtype="fp32",
+        backend="onnxruntime",
+        progress=told.append,
+    )
     assert [line.split()[0] for line in told] == ["vision", "stages", "weights", "compile", "finalise"]
     return made
 
@@ -123,7 +132,12 @@ def test_plans_as_objects(work: Workshop, tmp_path: Path) -> None:
     assert [v.budget.visual for v in planned.variants] == [(16, 5, 4)] and planned.variants[0].plan_name == "custom"
     assert not list(tmp_path.iterdir())
     made = hx.export(
-        checkpoint, out=tmp_path / "b", plan={"tight": plan, "whole": hx.PruningPlan()}, dtype="fp32", max_new_tokens=8
+        checkpoint,
+        out=tmp_path / "b",
+        plan={"tight": plan, "whole": hx.PruningPlan()},
+        dtype="fp32",
+        max_new_tokens=8,
+        backend="onnxruntime",
     )
     assert [v.plan_name for v in made.manifest.variants] == ["tight", "whole"]
     inputs = make_inputs(work.tiny("gqa2"), [9], [5], seed=4)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import HIMAP_TINY, Workshop, golden_inputs, greedy, padded, plan_flags, spawn
+from commands import HIMAP_TINY, ORT, Workshop, golden_inputs, greedy, padded, plan_flags, spawn
 from transformers import LlavaForConditionalGeneration
 
 from himap_export.validate.reference.criteria import reference_himap
@@ -66,7 +66,7 @@ def test_the_installed_commands_give_the_authors_answer(tmp_path: Path) -> None:
     """Nothing in this process: two commands, as a shell runs them."""
     golden, cuts = np.load(HIMAP_TINY / "golden_k2_5_n8_2.npz"), GOLDEN["golden_k2_5_n8_2.npz"]
     bundle, outputs = tmp_path / "bundle", tmp_path / "out.npz"
-    flags = ("--text-budget", TEXT, "--max-new-tokens", 4, *plan_flags(cuts))
+    flags = ("--text-budget", TEXT, "--max-new-tokens", 4, *ORT, *plan_flags(cuts))
     exported = spawn("himap-export", HIMAP_TINY, *flags, "--out", bundle)
     assert exported.returncode == 0, exported.stderr
     assert str(bundle) in exported.stdout

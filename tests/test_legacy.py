@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from commands import Workshop, call, golden_inputs, padded, plan_flags, save_inputs
+from commands import ORT, Workshop, call, golden_inputs, padded, plan_flags, save_inputs
 from legacy import FIXTURES, make_both_layouts, make_internvl_v1, make_qwen_vl
 from PIL import Image
 from tiny import TINY, make_inputs
@@ -28,7 +28,7 @@ GOLDEN = {
     ("qwen-vl-tiny", "golden_k1_4_n128_64.npz"): reference_himap(1, 4, 0.5, 0.5),
     ("internvl-v1-tiny", "golden_k2_5_n288_72.npz"): reference_himap(2, 5, 0.5, 0.75),
 }
-SMALL = ("--text-budget", "40", "--max-new-tokens", "8")
+SMALL = ("--text-budget", "40", "--max-new-tokens", "8", *ORT)
 
 
 def export(folder: Path, checkpoint: Path, *flags: object) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import Arrays, Workshop, call, greedy, padded, plan_flags, save_inputs
+from commands import ORT, Arrays, Workshop, call, greedy, padded, plan_flags, save_inputs
 from numpy.typing import NDArray
 from tiny import Inputs, make_inputs
 from transformers import LlavaForConditionalGeneration
@@ -323,7 +323,7 @@ def test_overwrite_replaces_a_bundle_and_nothing_else_does(work: Workshop, tmp_p
     inputs = CASES["sharded-9-image-tokens"].inputs(work)
 
     def export(cuts: Cuts, *flags: object) -> int:
-        budgets = ("--batch", 4, "--text-budget", TEXT, "--max-new-tokens", NEW)
+        budgets = ("--batch", 4, "--text-budget", TEXT, "--max-new-tokens", NEW, *ORT)
         return call(export_main, source, *budgets, *plan_flags(cuts), *flags, "--out", out)
 
     def files() -> dict[str, bytes]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import real_size
-from commands import Workshop, call
+from commands import ORT, Workshop, call
 
 from himap_export.engines.bundle import Bundle
 from himap_export.exporter.checkpoint import open_checkpoint, read_config
@@ -24,7 +24,7 @@ def test_a_random_checkpoint_is_whole_and_exports(work: Workshop, tmp_path: Path
     assert written == sum(t.nbytes for t in made.tensors.values())
     assert max(sum(t.nbytes for t in made.tensors.values() if t.file == f) for f in files) <= 50_000
     out = tmp_path / "bundle"
-    flags = ("--k1", 1, "--k2", 3, "--text-budget", 24, "--dtype", "fp16", "--hard-link")
+    flags = ("--k1", 1, "--k2", 3, "--text-budget", 24, "--dtype", "fp16", "--hard-link", *ORT)
     assert call(export_main, tmp_path / "model", *flags, "--out", out) == 0
     bundle = Bundle.open(out)
     assert bundle.manifest.dtype == "fp16" and bundle.tensors.keys() <= shapes.keys()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from commands import Workshop, call, padded
+from commands import ORT, Workshop, call, padded
 from tiny import make_inputs
 from torch import Tensor
 
@@ -139,7 +139,7 @@ def test_a_family_of_ones_own_exports(work: Workshop, tmp_path: Path, monkeypatc
     with pytest.raises(HimapError, match="unsupported architecture RenamedFor"):
         resolve(str(renamed))
     assert register_family(Renamed) is Renamed is register_family(Renamed)
-    flags = ("--k1", 2, "--k2", 4, "--text-budget", 24, "--max-new-tokens", 32)
+    flags = ("--k1", 2, "--k2", 4, "--text-budget", 24, "--max-new-tokens", 32, *ORT)
     assert call(export_main, renamed, *flags, "--out", tmp_path / "bundle") == 0
     assert Bundle.open(tmp_path / "bundle").manifest.model.architecture == Renamed.architecture
     inputs = make_inputs(work.tiny("gqa2"), [9], [5], seed=4)

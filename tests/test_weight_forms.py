@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import HIMAP_TINY, Workshop, call, golden_inputs, save_inputs
+from commands import HIMAP_TINY, ORT, Workshop, call, golden_inputs, save_inputs
 from safetensors.torch import load_file, save_file
 from tiny import make_inputs
 
@@ -67,7 +67,7 @@ def test_engines_only_are_completed_by_the_checkpoint(work: Workshop, name: str,
     bare, out = tmp_path / "bare", tmp_path / "bundle"
     absent = "*.safetensors" if name == "sharded" else ""
     shutil.copytree(source, bare, ignore=shutil.ignore_patterns(absent))
-    flags = ("--k1", 1, "--k2", 3, "--text-budget", 24, "--max-new-tokens", 32, "--engines-only")
+    flags = ("--k1", 1, "--k2", 3, "--text-budget", 24, "--max-new-tokens", 32, "--engines-only", *ORT)
     assert call(export_main, bare, *flags, "--out", out) == 0
     assert not (out / "weights").exists()
     inputs = make_inputs(work.tiny(name), [9], [5])
@@ -110,7 +110,7 @@ def test_a_wrong_folder_is_refused_before_anything_is_loaded(
 def test_an_alias_needs_no_network(tmp_path: Path) -> None:
     """LLaVA-7B at real size: graphs and their weights' names, no weights."""
     out = tmp_path / "bundle"
-    assert call(export_main, "llava-7b", "--engines-only", "--out", out) == 0
+    assert call(export_main, "llava-7b", "--engines-only", *ORT, "--out", out) == 0
     manifest = Bundle.open(out).manifest
     wanted = manifest.graphs["k2"].weights
     assert wanted["language_model.model.layers.31.mlp.down_proj.weight"] == WeightSpec("fp16", (4096, 11008))
@@ -124,7 +124,7 @@ def test_an_alias_needs_no_network(tmp_path: Path) -> None:
 
 def test_hard_links_are_made_on_request(work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = Path(shutil.copytree(work.checkpoint("gqa2"), tmp_path / "model"))
-    flags = ("--k1", 1, "--k2", 3, "--text-budget", 24)
+    flags = ("--k1", 1, "--k2", 3, "--text-budget", 24, *ORT)
     for link in ((), ("--hard-link",)):
         out = tmp_path / f"bundle{len(link)}"
         assert call(export_main, source, *flags, *link, "--out", out) == 0
@@ -185,7 +185,7 @@ def test_weights_that_are_no_numbers_are_refused(
     words: str,
 ) -> None:
     source, out = spoiled(tmp_path / "model", kind, **{name: value}), tmp_path / "out"
-    assert call(export_main, source, "--k2", 5, "--text-budget", 24, "--dtype", "fp16", "--out", out) == code
+    assert call(export_main, source, "--k2", 5, "--text-budget", 24, "--dtype", "fp16", *ORT, "--out", out) == code
     said = capsys.readouterr().err
     assert words in said and "Warning" not in said and not out.exists()
     assert kind != torch.int64 or "vision" not in said  # what the decoder needs is looked at before anything is built
@@ -193,7 +193,7 @@ def test_weights_that_are_no_numbers_are_refused(
 
 def test_only_what_a_graph_reads_must_be_finite_and_on_request_it_is_cut_down(tmp_path: Path) -> None:
     source, out = spoiled(tmp_path / "model", **{LAYER: -1e5, UNUSED: float("nan")}), tmp_path / "out"
-    flags = ("--k2", 5, "--text-budget", 24, "--dtype", "fp16", "--allow-overflow")
+    flags = ("--k2", 5, "--text-budget", 24, "--dtype", "fp16", "--allow-overflow", *ORT)
     assert call(export_main, source, *flags, "--out", out) == 0
     stored = load_file(out / "weights" / "model.safetensors")
     assert stored[LAYER].view(-1)[7].item() == -65504 and UNUSED not in stored

@@ -8,7 +8,16 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from himap_export.engines.command import DEVICES, MOST_THREADS, Parser, image_size, number, run_command, whole
+from himap_export.engines.command import (
+    ALL_DEVICES,
+    DEVICE_HELP,
+    MOST_THREADS,
+    Parser,
+    image_size,
+    number,
+    run_command,
+    whole,
+)
 from himap_export.graphs.errors import Exit
 from himap_export.validate.progress import RESUMED, say
 
@@ -19,11 +28,7 @@ def _parser() -> Parser:
     p.add_argument("--model", metavar="MODEL", help="the checkpoint to compare with (default: what it was made from)")
     p.add_argument("--vision-tower", type=Path, metavar="DIR", help="its vision tower, where it names one elsewhere")
     p.add_argument("--backend", help="default: the first one in the bundle that opens here")
-    p.add_argument(
-        "--device",
-        choices=DEVICES,
-        help="cpu or cuda for onnxruntime (default: cuda if it has the provider), cpu, gpu or npu for openvino",
-    )
+    p.add_argument("--device", choices=ALL_DEVICES, help=DEVICE_HELP)
     p.add_argument(
         "--plan", "--policy", action="append", default=[], metavar="NAME",
         help="one of the bundle's plans (default: its first); repeatable with --dataset (default there: all)",

@@ -143,7 +143,12 @@ def validate(
         save_outputs(outputs, parity.outputs)
     found = Report(run, pipeline.backend, pipeline.engines.device, parity=parity, speed=None)
     del pipeline  # its memory, while others are timed
-    return _timed(found, source, iterations, warm_up, threads=threads, tell=tell, progress=progress) if speed else found
+    if not speed:
+        return found
+    return _timed(
+        found, source, asked=device, iterations=iterations, warm_up=warm_up, threads=threads, tell=tell,
+        progress=progress,
+    )  # fmt: skip
 
 
 def _request(
@@ -163,13 +168,21 @@ def _request(
 
 
 def _timed(
-    report: Report, source: Source, iterations: int, warm_up: int, *, threads: int, tell: Lines, progress: Progress
+    report: Report,
+    source: Source,
+    *,
+    asked: str | None,
+    iterations: int,
+    warm_up: int,
+    threads: int,
+    tell: Lines,
+    progress: Progress,
 ) -> Report:
     tell(["", f"speed: FLOPs allow {ceiling(report.run):.2f}x over the unpruned decoder prefill"])
     repetitions = f"{warm_up} + {iterations} repetitions"
-    progress(f"exporting the unpruned baseline; then {repetitions} by three processes, on {report.device}")
+    progress(f"exporting the unpruned baseline; then {repetitions}, a process for each system, on {report.device}")
     speed = measure(
-        report.run, source.folder, report.backend, report.device, iterations=iterations, warm_up=warm_up,
+        report.run, source.folder, report.backend, report.device, asked=asked, iterations=iterations, warm_up=warm_up,
         threads=threads, vision_tower=source.tower,
     )  # fmt: skip
     tell(speed_lines(speed))

@@ -4,6 +4,7 @@
 was built. Both raise HimapError with exit code 4 when the backend's package or device is missing.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,19 +14,23 @@ from typing import Any, Literal, Protocol, cast
 import numpy.typing as npt
 
 from himap_export.engines.bundle import Bundle
-from himap_export.engines.command import BACKENDS, MOST_THREADS
+from himap_export.engines.command import BACKENDS, DEVICES, MOST_THREADS
 from himap_export.engines.isolation import isolated
 from himap_export.engines.manifest import EngineRecord
 from himap_export.engines.scratch import scratch_folder
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.flops import stage_costs
 from himap_export.graphs.ports import TensorSpec
 
 Gather = Literal["auto", "plugin", "ops"]  # the form of the top-k gather in an engine
+# FLOPs of a prefill from which on one more thread gains anything (docs/log.md, CPU backend).
+WORTH_A_THREAD = 500_000_000
 
 
 @dataclass(frozen=True)
 class Opening:
-    """How to open engines: CPU `threads` (None: all); `device` "cpu" or "cuda" where a backend knows both.
+    """How to open engines: CPU `threads` (None: as many as gain anything); `device`, one of the backend's DEVICES
+    (None: its choice).
 
     HimapError (usage) for a number of threads that no machine should start.
     """
@@ -36,6 +41,16 @@ class Opening:
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
             raise HimapError(f"cannot use {self.threads} threads", f"expected 1 to {MOST_THREADS}", code=Exit.USAGE)
+
+    def cpu_threads(self, bundle: Bundle) -> int:
+        """Returns the number asked for, else one for each WORTH_A_THREAD of the longest decoder prefill in `bundle`, at
+        least one and at most all that this process may use."""
+        if self.threads is not None:
+            return self.threads
+        m = bundle.manifest
+        costs = (stage_costs(m.decoder, v.plan, v.budget, m.dtype) for v in m.variants)
+        longest = max(sum(cost.flops for cost in stages) for stages in costs)
+        return max(1, min(longest // WORTH_A_THREAD, len(os.sched_getaffinity(0))))
 
 
 ANYWAY = Opening()
@@ -96,6 +111,16 @@ def load_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise HimapError(f"unknown backend {name}", hint=f"known: {', '.join(BACKENDS)}", code=Exit.USAGE)
     return cast(Backend, import_module(f"{__name__}.{name.replace('-', '_')}"))
+
+
+def open_backend(name: str, bundle: Bundle, opening: Opening = ANYWAY) -> Engines:
+    """Returns a bundle's engines of a backend, opened. HimapError (usage) for a device that is none of the backend's,
+    (missing) for one that is not here."""
+    backend, devices = load_backend(name), DEVICES[name]
+    if opening.device not in (None, *devices):
+        details = f"it runs on {' or '.join(devices)}"
+        raise HimapError(f"{name} does not run on `device` {opening.device}", details, code=Exit.USAGE)
+    return backend.open_engines(bundle, opening)
 
 
 def build_all(name: str, bundle: Bundle, graphs: Sequence[str], gather: Gather) -> dict[str, EngineRecord]:

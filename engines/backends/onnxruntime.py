@@ -8,7 +8,6 @@ for runs on the CPU, and so do computations of shapes, which onnxruntime puts th
 of them might refuse sound graphs. So each is named on standard error.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,13 +36,13 @@ def _onnxruntime() -> ModuleType:
 
 
 def check(dtype: str, gather: Gather) -> None:
-    _onnxruntime()
     if dtype == "bf16":
         hint = "use `dtype` fp16 or fp32"
         raise HimapError("onnxruntime's CPU kernels do not compute in bf16", hint=hint, code=Exit.USAGE)
     if gather == "plugin":
         hint = "leave `gather` out: onnxruntime runs the gather's standard operators"
         raise HimapError("onnxruntime has no plugins", hint=hint, code=Exit.USAGE)
+    _onnxruntime()
 
 
 def environment(gather: Gather, scratch: Path) -> None:
@@ -101,7 +100,9 @@ def _borrowed(value: Any) -> Any:
 def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Opening, device: str) -> Any:
     """Opens a graph over `weights`, as far as it reads them from outside its own file."""
     ort, options = _onnxruntime(), _onnxruntime().SessionOptions()
-    options.intra_op_num_threads = opening.threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = opening.cpu_threads(bundle)
+    # Each session has threads of its own. While those of one graph spin, they keep the next graph's from the cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     record = bundle.manifest.graphs[graph]
     if bundle.manifest.weight_form == "shared":

@@ -14,7 +14,7 @@ from himap_export.engines.backends import ANYWAY, Gather, Opening
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.extras import how_to_install, required
 from himap_export.engines.manifest import EngineRecord
-from himap_export.engines.openvino.run import Compiler, OpenVino
+from himap_export.engines.openvino.run import Compiler, OpenVino, computed
 from himap_export.graphs.errors import Exit, HimapError
 
 OLDEST = (2026, 4)  # older ones were not tried
@@ -34,11 +34,13 @@ def _openvino() -> ModuleType:
 
 
 def check(dtype: str, gather: Gather) -> None:
-    _openvino()
     if gather == "plugin":
         hint = "leave `gather` out: OpenVINO runs the gather's standard operators"
         raise HimapError("OpenVINO has no plugins", hint=hint, code=Exit.USAGE)
-    Compiler("cpu", dtype)
+    _openvino()
+    if dtype not in (own := computed()):
+        hint = f"use `dtype` {' or '.join(own)}, or export where it does"
+        raise HimapError(f"this CPU does not compute in {dtype}", hint=hint, code=Exit.USAGE)
 
 
 def environment(gather: Gather, scratch: Path) -> None:
@@ -58,7 +60,7 @@ def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
     record, file = bundle.manifest.graphs[graph], f"{graph}.openvino.onnx"  # beside the weights that it points to
     model = onnx.load(bundle.path(record.file), load_external_data=False)
     onnx.save(onnx.inliner.inline_local_functions(model), bundle.path(file))
-    engine = Compiler("cpu", bundle.manifest.dtype).compile(bundle.path(file), None)
+    engine = Compiler("cpu", bundle.manifest.dtype).compile(bundle.path(file), ANYWAY.cpu_threads(bundle))
     form: Literal["ops", "none"] = "ops" if any(port.role == "score" for port in record.inputs.values()) else "none"
     seconds = round(time.perf_counter() - start, 3)
     return EngineRecord(file, seconds, form, kernels=_kernels(engine.model))

@@ -15,11 +15,11 @@ from himap_export.graphs.errors import Exit, HimapError
 
 
 def check(edition: Edition, dtype: str) -> None:
-    """Raises HimapError if the product is not installed, or has no fused attention in `dtype`."""
-    edition.api()
+    """Raises HimapError if the product has no fused attention in `dtype`, or is not installed."""
     if dtype == "fp32":
         hint = "use `dtype` fp16 or bf16"
         raise HimapError(f"{edition.title} has no fused attention kernel in fp32", hint=hint, code=Exit.USAGE)
+    edition.api()
 
 
 def build(edition: Edition, bundle: Bundle, graph: str, gather: Gather) -> EngineRecord:

@@ -1,6 +1,5 @@
 """A bundle's graphs as OpenVINO's compiled models, over tensors that they share and update in place."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ class OpenVino:
     """The compiled models of a bundle on one device. Each holds the weights that it reads, in its kernels' order."""
 
     def __init__(self, bundle: Bundle, opening: Opening) -> None:
-        self._bundle, self._threads, self.device = bundle, opening.threads, opening.device or "cpu"
+        self._bundle, self._threads, self.device = bundle, opening.cpu_threads(bundle), opening.device or "cpu"
         self._compiler = Compiler(self.device, bundle.manifest.dtype)
         absent = bundle.manifest.weight_form == "absent"
         self._weights = map_tensors(bundle.weights().values()) if absent else {}
@@ -111,21 +110,20 @@ class Compiler:
         if self._device not in held:
             details = f"it sees {', '.join(sorted(held)).lower() or 'none'}"
             raise HimapError(f"OpenVINO sees no device {device} here", details, "give another `device`", Exit.MISSING)
-        can = self._core.get_property(self._device, "OPTIMIZATION_CAPABILITIES")
-        if dtype.upper() not in can:
-            own = ", ".join(dtype for dtype in get_args(Dtype) if dtype.upper() in can)
-            name = self._core.get_property(self._device, "FULL_DEVICE_NAME")
-            hint = "export with another `dtype`"
-            raise HimapError(f"{name} does not compute in {dtype}", f"it computes in {own}", hint, Exit.MISSING)
+        if dtype not in (own := _computed(self._core, self._device)):
+            name, hint = self._core.get_property(self._device, "FULL_DEVICE_NAME"), "export with another `dtype`"
+            raise HimapError(
+                f"{name} does not compute in {dtype}", f"it computes in {', '.join(own)}", hint, Exit.MISSING
+            )
         self._frontend = Frontend(self._core)
 
-    def compile(self, path: Path, threads: int | None, weights: Mapping[str, npt.NDArray[Any]] = _NONE) -> Compiled:
+    def compile(self, path: Path, threads: int, weights: Mapping[str, npt.NDArray[Any]] = _NONE) -> Compiled:
         """Returns the graph in `path`, compiled to compute as it says: fp32 where it casts to fp32, else in its own
-        dtype, with as many `threads` (None: all). `weights` stand for the inputs of their names."""
+        dtype, with as many CPU `threads`. `weights` stand for the inputs of their names."""
         settings = {
             "EXECUTION_MODE_HINT": "ACCURACY",  # else fp32 scores, too, would be computed in bf16
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads or len(os.sched_getaffinity(0)),
+            "INFERENCE_NUM_THREADS": threads,
         }
         try:
             graph = self._frontend.read(path, weights)
@@ -133,6 +131,16 @@ class Compiler:
         except RuntimeError as problem:
             hint = "check openvino's version against the manifest's"
             raise HimapError(f"OpenVINO refuses {path}", _line(problem), hint) from None
+
+
+def computed(device: str = "cpu") -> tuple[Dtype, ...]:
+    """Returns the dtypes that a device computes in."""
+    return _computed(required("openvino").Core(), device.upper())
+
+
+def _computed(core: Any, device: str) -> tuple[Dtype, ...]:
+    can = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
+    return tuple(dtype for dtype in get_args(Dtype) if dtype.upper() in can)
 
 
 def _line(problem: Exception) -> str:

@@ -62,9 +62,9 @@ class Study:
     def judge(self, name: str) -> Path:
         """Exports and scores budget `name`; the folder of its report."""
         bundle, report = self.out / f"bundle-{name}", self.out / f"report-{name}"
-        budgets = ("--text-budget", TEXT, "--max-new-tokens", 4, "--batch", BATCH)
+        plans, budgets = self.out / f"{name}.toml", ("--text-budget", TEXT, "--max-new-tokens", 4, "--batch", BATCH)
         if not bundle.exists():
-            command("himap-export", "shapes", "--plan", self.out / f"{name}.toml", *budgets, "--out", bundle)
+            command("himap-export", "shapes", "--backend", "onnxruntime", "--plan", plans, *budgets, "--out", bundle)
         flags = ("--dataset", self.dataset, "--report", report, "--seeds", self.seeds, "--threads", 1)
         command("himap-validate", bundle, *flags, "--max-new-tokens", 2)
         return report

@@ -1,6 +1,9 @@
-"""The onnxruntime backend's devices. There is no GPU here: device memory is the CPU's, everything else is real."""
+"""The onnxruntime backend's devices and threads. There is no GPU here: device memory is the CPU's, all else is real."""
 
-from dataclasses import dataclass
+import json
+import os
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,14 +12,18 @@ import numpy.typing as npt
 import onnxruntime as ort
 import pytest
 from commands import Workshop, call, save_inputs
+from msgspec import structs
 from tiny import make_inputs
 
+from himap_export.engines import backends
 from himap_export.engines.backends import Opening, build_all, onnxruntime
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.scratch import scratch_place
+from himap_export.engines.session import STEADY, open_pipeline
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.flops import stage_costs
 from himap_export.graphs.ports import Place
 from himap_export.validate.reference.criteria import reference_himap
 
@@ -171,3 +178,63 @@ def test_a_build_leaves_its_temporary_folder_where_leftovers_are_cleared(
     monkeypatch.setattr(onnxruntime, "environment", lambda gather, scratch: seen.append(scratch))
     assert build_all("onnxruntime", Bundle.open(work.bundle("gqa2", cuts=CUTS)), [], "auto") == {}
     assert scratch_place() in seen[0].parents and not seen[0].exists()
+
+
+def test_threads_are_as_many_as_gain_anything(work: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    bundle = Bundle.open(work.bundle("gqa2", cuts=CUTS))
+    assert Opening().cpu_threads(bundle) == 1
+    assert Opening(threads=3).cpu_threads(bundle) == 3
+    m = bundle.manifest
+    flops = sum(c.flops for c in stage_costs(m.decoder, m.variants[0].plan, m.variants[0].budget, m.dtype))
+    for worth, threads in ((flops // 2, 2), (flops // 200, 64)):
+        monkeypatch.setattr(backends, "WORTH_A_THREAD", worth)
+        assert Opening().cpu_threads(bundle) == threads
+
+
+def test_idle_threads_of_one_graph_leave_the_cores_to_the_next(work: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[ort.SessionOptions] = []
+    real = ort.InferenceSession
+    monkeypatch.setattr(
+        ort, "InferenceSession", lambda path, options, **more: opened.append(options) or real(path, options, **more)
+    )
+    Pipeline(Bundle.open(work.bundle("gqa2", cuts=CUTS)).select(), "onnxruntime", Opening(threads=2))
+    assert len(opened) == 5 and {options.intra_op_num_threads for options in opened} == {2}
+    assert {options.get_session_config_entry("session.intra_op.allow_spinning") for options in opened} == {"0"}
+
+
+@pytest.mark.parametrize(("backend", "device"), [("onnxruntime", "npu"), ("tensorrt-rtx", "cpu"), ("tensorrt", "gpu")])
+def test_a_device_that_is_none_of_the_backends(work: Workshop, backend: str, device: str) -> None:
+    bundle = Bundle.open(work.bundle("gqa2", cuts=CUTS))
+    with pytest.raises(HimapError, match=f"{backend} does not run on `device` {device}: it runs on c") as refused:
+        backends.open_backend(backend, bundle, Opening(device=device))
+    assert refused.value.code == Exit.USAGE
+
+
+def test_the_first_backend_that_knows_the_device_is_opened(work: Workshop) -> None:
+    bundle = Bundle.open(work.bundle("gqa2", cuts=CUTS))
+    engines = {"tensorrt-rtx": bundle.manifest.engines["onnxruntime"], **bundle.manifest.engines}
+    found = replace(bundle, manifest=structs.replace(bundle.manifest, engines=engines)).select()
+    with warnings.catch_warnings(action="error"):  # of a backend that was tried in vain
+        pipeline = open_pipeline(found, opening=Opening(1, "cpu"))
+    assert pipeline.backend == "onnxruntime"
+    with pytest.raises(HimapError, match="tensorrt-rtx does not run on `device` gpu") as refused:
+        open_pipeline(found, opening=Opening(1, "gpu"))
+    assert refused.value.code == Exit.USAGE
+
+
+@pytest.mark.parametrize(("new", "told"), [(STEADY, False), (STEADY + 1, True)])
+def test_a_rate_is_told_of_eight_steps_or_more(
+    work: Workshop, new: int, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first token is prefill's: `new` tokens take a step less."""
+    bundle = work.bundle("gqa2", cuts=CUTS)
+    inputs = save_inputs(tmp_path / "in.npz", make_inputs(work.tiny("gqa2"), [9], [5], seed=1))
+    asked = (bundle, "--load-inputs", inputs, "--max-new-tokens", new, "--threads", 1)
+    capsys.readouterr()
+    assert call(run_main, *asked, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["tokens"][0]) == new and (found["tokens_per_s"] is not None) == told
+    assert call(run_main, *asked) == 0
+    out, err = capsys.readouterr()
+    assert not out and ("tokens/s" in err) == told and (f", {new} tokens," in err) != told

@@ -111,7 +111,20 @@ def _export(job: Job, new: Path) -> None:
     for (owner, name), stand_in in patches.items():
         mock.patch.object(owner, name, stand_in).start()
     # Only under its own name does a command fork the process that works.
-    asked = [job.model, "--k1", "1", "--k2", "3", "--text-budget", "24", "--out", job.out, "--overwrite"]
+    asked = [
+        job.model,
+        "--k1",
+        "1",
+        "--k2",
+        "3",
+        "--text-budget",
+        "24",
+        "--backend",
+        "onnxruntime",
+        "--out",
+        job.out,
+        "--overwrite",
+    ]
     sys.argv = ["himap-export" if job.supervised else "crash", *asked]
     sys.addaudithook(steps.hook)
     main()

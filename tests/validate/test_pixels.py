@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import Workshop, call
+from commands import ORT, Workshop, call
 from families import FAMILIES
 from msgspec.structs import asdict
 from PIL import Image
@@ -160,7 +160,7 @@ def test_the_command_tells_of_the_pixels(
     from himap_export.exporter.cli import main as export_main
 
     bundle = tmp_path / "bundle"
-    assert call(export_main, "shapes", "--out", bundle) == 0
+    assert call(export_main, "shapes", *ORT, "--out", bundle) == 0
     asked = (bundle, "--image", photograph, "--prompt", "what?", "--no-speed", "--max-new-tokens", 2, "--threads", 1)
     capsys.readouterr()
     assert call(main, *asked) == 0

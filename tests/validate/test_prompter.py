@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import Workshop, call
+from commands import ORT, Workshop, call
 from msgspec import structs
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
@@ -33,7 +33,7 @@ def shapes() -> Prompter:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("shapes") / "bundle"
-    assert call(export_main, "shapes", "--text-budget", "48", "--out", folder) == 0
+    assert call(export_main, "shapes", "--text-budget", "48", *ORT, "--out", folder) == 0
     return Bundle.open(folder)
 
 

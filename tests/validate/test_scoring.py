@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from commands import Workshop, call, greedy
+from commands import ORT, Workshop, call, greedy
 
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import HimapError
@@ -24,7 +24,7 @@ SHAPES, IMAGES = ROOT / "exporter" / "shapes", ROOT / "examples" / "shapes" / "i
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("scoring") / "bundle"
-    flags = ("--policy", "himap", "--policy", "fastv", "--text-budget", 20, "--max-new-tokens", 12, "--batch", 2)
+    flags = ("--policy", "himap", "--policy", "fastv", "--text-budget", 20, "--max-new-tokens", 12, "--batch", 2, *ORT)
     assert call(export_main, "shapes", *flags, "--out", out) == 0
     return out
 

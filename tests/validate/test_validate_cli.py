@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import Workshop, blocked_python, call, plan_flags, save_inputs
+from commands import ORT, Workshop, blocked_python, call, plan_flags, save_inputs
 from legacy import FIXTURES
 from msgspec import structs
 from tiny import make_inputs
@@ -110,7 +110,7 @@ def test_speed_in_the_same_run(work: Workshop, capsys: Capture) -> None:
     assert found["device"] == "cpu" and list(speed["systems"]) == ["pruned", "unpruned", "PyTorch SDPA fp32, cpu"]
     assert speed["ceiling"] > 1
     for times in speed["systems"].values():
-        assert all(times[what] > 0 for what in ("vision", "prefill", "decode", "peak_bytes"))
+        assert all(times[what] > 0 for what in ("vision", "prefill", "decode", "peak_bytes", "open_s"))
     for over in speed["over"].values():
         for middle, low, high in over.values():
             assert low <= middle <= high
@@ -121,7 +121,7 @@ def test_a_vision_tower_that_lies_elsewhere(tmp_path: Path, capsys: Capture) -> 
     model, tower = Path(shutil.copytree(FIXTURES / "internvl-v1-tiny", tmp_path / "model")), tmp_path / "tower"
     (model / "vision_tower_intern_vit_6b").rename(tower)
     bundle, flag = tmp_path / "bundle", ("--vision-tower", tower)
-    small = ("--text-budget", 40, "--max-new-tokens", 8, *plan_flags(reference_himap(2, 5, 0.5, 0.75)))
+    small = ("--text-budget", 40, "--max-new-tokens", 8, *ORT, *plan_flags(reference_himap(2, 5, 0.5, 0.75)))
     assert call(export_main, model, *small, *flag, "--out", bundle) == 0
     capsys.readouterr()
     assert call(main, bundle, *QUICK, "--no-speed") == 4

@@ -66,9 +66,12 @@ def _kept(parity: Parity) -> Table:
 
 
 def _speed(speed: Speed) -> tuple[Block, ...]:
-    rows = [(t.name, *(_time(t, phase) for phase in PHASES), f"{t.peak_bytes / 2**20:.0f} MiB") for t in speed.times]
-    over = [(f"over {name}", *(ratio(speed.over(name, phase)) for phase in PHASES), "") for name in speed.others]
-    head = ("", *PHASES, "peak memory")
+    rows = [
+        (t.name, *(_time(t, phase) for phase in PHASES), f"{t.peak_bytes / 2**20:.0f} MiB", f"{t.open_seconds:.2f} s")
+        for t in speed.times
+    ]
+    over = [(f"over {name}", *(ratio(speed.over(name, phase)) for phase in PHASES), "", "") for name in speed.others]
+    head = ("", *PHASES, "peak memory", "opens")
     caption = "Medians with the lowest and highest repetition; ratios are taken within a repetition."
     note = (speed.note,) if speed.note else ()
     return _bars(speed), Table("times", head, (*rows, *over), caption), *note

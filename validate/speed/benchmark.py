@@ -1,8 +1,8 @@
 """An interleaved benchmark: timing that can be compared, one process per system.
 
 A runtime's spinning threads slow its neighbours, so each system lives alone in a process; the machine's speed drifts,
-so each repetition of a phase is done by all, one after the other, and ratios are taken within a repetition. All compute
-in one dtype, on one device where they can.
+so each repetition of a phase is done by all, one after the other, and ratios are taken within a repetition. All run on
+one device where they can.
 """
 
 import statistics
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from himap_export.engines.bundle import RunSpec
-from himap_export.engines.isolation import child
+from himap_export.engines.isolation import Child, child
+from himap_export.graphs.spec import Dtype
 
 PHASES = ("vision", "prefill", "decode")
-MEMORY = "memory"
+MEMORY, OPENED = "memory", "opened"  # what else a child is asked for: bytes, seconds
 DECODE_STEPS = 16
 LEAST_SECONDS = 0.1  # that a repetition takes
 Phases = Mapping[str, Callable[[], float]]  # by name, what does one repetition and returns its seconds
@@ -24,10 +25,11 @@ Phases = Mapping[str, Callable[[], float]]  # by name, what does one repetition 
 
 @dataclass(frozen=True)
 class System:
-    """`kind` "bundle" (`backend` has its engines) or "torch" (the checkpoint, PyTorch SDPA, unpruned; prompts and dtype
-    as the bundle's). `device`: "cpu" or "cuda"; None: the backend's choice, PyTorch's is the CPU.
+    """`kind` "bundle" (`backend` has its engines) or "torch" (the checkpoint, PyTorch SDPA, unpruned; prompts as the
+    bundle's). `device`: one of the backend's or PyTorch's; None: the backend's choice, PyTorch's is the CPU.
 
-    `vision_tower`: where the checkpoint's tower lies, if elsewhere.
+    `dtype`: what PyTorch computes in; None: the bundle's, as its engines do. `vision_tower`: where the checkpoint's
+    tower lies, if elsewhere.
     """
 
     name: str
@@ -36,16 +38,19 @@ class System:
     checkpoint: Path
     backend: str = ""
     device: str | None = None
+    dtype: Dtype | None = None
     vision_tower: Path | None = None
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each repetition by phase, of one system, and its peak resident memory in bytes."""
+    """Seconds of each repetition by phase, of one system, its peak resident memory in bytes, and the seconds in which
+    it opened: weights and engines, not the libraries' import, till it could answer."""
 
     name: str
     seconds: dict[str, tuple[float, ...]]
     peak_bytes: int
+    open_seconds: float
 
     def median(self, phase: str) -> float:
         return statistics.median(self.seconds[phase])
@@ -66,23 +71,25 @@ def benchmark(
     """
     limits = {"OMP_NUM_THREADS": str(threads), "KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}  # read at its start
     with ExitStack() as stack:
-        opened = (child(f"timing {system.name}", limits, _doing, system, threads) for system in systems)
-        children = [stack.enter_context(one) for one in opened]
-        for one in children:
-            one.ask(MEMORY)  # all are open before any is timed
+        children, opened = list[Child[str, float]](), list[float]()
+        for system in systems:  # each opens alone, and all are open before any is timed
+            children.append(stack.enter_context(child(f"timing {system.name}", limits, _doing, system, threads)))
+            opened.append(children[-1].ask(OPENED))
         times = range(warm_up + iterations)
         repeated = {phase: [[one.ask(phase) for one in children] for _ in times] for phase in phases}
         found = []
         for n, (system, one) in enumerate(zip(systems, children, strict=True)):
             seconds = {phase: tuple(row[n] for row in rows[warm_up:]) for phase, rows in repeated.items()}
-            found.append(Times(system.name, seconds, int(one.ask(MEMORY))))
+            found.append(Times(system.name, seconds, int(one.ask(MEMORY)), opened[n]))
         return found
 
 
 def _doing(system: System, threads: int) -> Callable[[str], float]:
-    """Returns what does one repetition of a phase and returns its seconds; asked for MEMORY, bytes of all till then."""
-    phases = (_bundle if system.kind == "bundle" else _torch)(system, threads)
-    return lambda asked: _peak_bytes() if asked == MEMORY else phases[asked]()
+    """Returns what does one repetition of a phase and returns its seconds; asked for MEMORY, bytes of all till then;
+    for OPENED, the seconds in which the system opened."""
+    opened, phases = (_bundle if system.kind == "bundle" else _torch)(system, threads)
+    facts: Phases = {MEMORY: _peak_bytes, OPENED: lambda: opened}
+    return lambda asked: (facts.get(asked) or phases[asked])()
 
 
 def _peak_bytes() -> float:
@@ -119,58 +126,68 @@ def _repeated(work: Callable[[], object]) -> Callable[[], float]:
     return timed
 
 
-def _bundle(system: System, threads: int) -> Phases:
-    """Prefill and decode run as they do in an answer: the stages of prefill chained, on a GPU by one launch."""
-    from himap_export.engines.backends import Opening
+def _bundle(system: System, threads: int) -> tuple[float, Phases]:
+    """Returns the seconds in which the engines opened, and what runs them as an answer does.
+
+    An answer's prefill is one chain, of vision and all stages, on a GPU by one launch. Here it is timed in two: vision,
+    and the chain of the stages, which is what FLOPs are counted of and what PyTorch's prefill does.
+    """
+    from himap_export.engines.backends import Opening, load_backend
     from himap_export.engines.pipeline import Pipeline
     from himap_export.validate.parity.prompts import drawn_inputs
 
-    run = system.run
+    load_backend(system.backend).version()  # imports its library
+    start, run = time.perf_counter(), system.run
     pipeline = Pipeline(run, system.backend, Opening(threads, system.device))
+    opened = time.perf_counter() - start
     inputs = drawn_inputs(run, run.budget.batch, 0, fill=True)
     prefilled, layout = pipeline.prefill(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
-    tokens = prefilled.logits.argmax(axis=1)
-    steps, chained = min(DECODE_STEPS, run.budget.new), pipeline.chained(*pipeline.stages)
+    tokens, chained = prefilled.logits.argmax(axis=1), pipeline.chained(*pipeline.stages)
 
     def prefill() -> None:
         chained()
         pipeline.read("logits")
 
     def decode() -> float:
-        return _clock(lambda: [pipeline.step(tokens, layout.lengths + i) for i in range(steps)]) / steps
+        places = [layout.lengths + step % run.budget.new for step in range(DECODE_STEPS)]
+        return _clock(lambda: [pipeline.step(tokens, place) for place in places]) / DECODE_STEPS
 
     def vision() -> None:
         pipeline.run("vision")
         pipeline.read("image_features")
 
-    return {"vision": _repeated(vision), "prefill": _repeated(prefill), "decode": decode}
+    return opened, {"vision": _repeated(vision), "prefill": _repeated(prefill), "decode": decode}
 
 
-def _torch(system: System, threads: int) -> Phases:
-    """Every phase ends with its result in the host's memory, as the bundle's do: nobody's clock stops while a GPU
-    is at work."""
+def _torch(system: System, threads: int) -> tuple[float, Phases]:
+    """Returns the seconds in which the model loaded, and what runs it. Every phase ends with its result in the host's
+    memory, as the bundle's do: nobody's clock stops while a GPU is at work."""
     import torch
 
     from himap_export.validate.checkpoint import load_reference
     from himap_export.validate.parity.prompts import drawn_inputs
+    from himap_export.validate.reference import reference  # noqa: F401  transformers: seconds to import
 
     run, device = system.run, system.device or "cpu"
     inputs = drawn_inputs(run, run.budget.batch, 0, fill=True)
+    start = time.perf_counter()
     model = load_reference(
-        system.checkpoint, run.manifest.dtype, threads,
+        system.checkpoint, system.dtype or run.manifest.dtype, threads,
         attention="sdpa", device=device, vision_tower=system.vision_tower,
     )  # fmt: skip
+    opened = time.perf_counter() - start
     quiet = torch.inference_mode()  # as a decorator
     prompts = quiet(model.embed)(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
-    steps, length = min(DECODE_STEPS, run.budget.new), prompts.hidden.shape[1]
+    length = prompts.hidden.shape[1]
 
     def decode() -> float:
         logits, cache = model.forward(prompts)
         tokens = logits.cpu().argmax(-1)
-        return _clock(lambda: [model.step(tokens, length + i, cache).cpu() for i in range(steps)]) / steps
+        positions = [length + step % run.budget.new for step in range(DECODE_STEPS)]
+        return _clock(lambda: [model.step(tokens, place, cache).cpu() for place in positions]) / DECODE_STEPS
 
     pixels = torch.as_tensor(inputs.pixel_values).to(device, model.dtype)
-    return {
+    return opened, {
         "vision": quiet(_repeated(lambda: model.adapter.see(pixels).features.cpu())),
         "prefill": quiet(_repeated(lambda: model.forward(prompts)[0].cpu())),
         "decode": quiet(decode),

@@ -1,12 +1,15 @@
 """Is it as much faster as its FLOPs promise? The bundle, the same backend unpruned, and PyTorch, side by side."""
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
+from himap_export.engines.arrays import memory_bytes
 from himap_export.engines.bundle import RunSpec
 from himap_export.engines.scratch import scratch_folder
-from himap_export.graphs.flops import true_ratio
+from himap_export.graphs.flops import BYTES, true_ratio
 from himap_export.graphs.plan import PruningPlan
+from himap_export.graphs.spec import Dtype
 from himap_export.validate.baseline import export_baseline
 from himap_export.validate.speed.benchmark import System, Times, benchmark, ratios
 
@@ -15,7 +18,7 @@ PRUNED, UNPRUNED, TORCH = "pruned", "unpruned", "PyTorch SDPA"
 
 @dataclass(frozen=True)
 class Speed:
-    """Times of the three systems, the bundle's first; `ceiling` is the prefill speed-up over unpruned that FLOPs
+    """Times of all systems, the bundle's first; `ceiling` is the prefill speed-up over unpruned that FLOPs
     allow, `note` what is to be said of the comparison, if anything is."""
 
     ceiling: float
@@ -24,7 +27,7 @@ class Speed:
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Returns whom the bundle is compared with: itself unpruned, and PyTorch with its dtype and device."""
+        """Returns whom the bundle is compared with: itself unpruned, and PyTorch by dtype and device."""
         return tuple(t.name for t in self.times[1:])
 
     def over(self, name: str, phase: str) -> tuple[float, float, float]:
@@ -46,36 +49,61 @@ def measure(
     iterations: int,
     warm_up: int,
     threads: int,
+    asked: str | None = None,
     vision_tower: Path | None = None,
 ) -> Speed:
-    """Returns the times of the bundle, of its unpruned baseline, exported for it, and of PyTorch, in one dtype.
+    """Returns the times of the bundle, of its unpruned baseline, exported for it in the same dtype, and of PyTorch: in
+    that dtype and, if it is another, in fp32.
 
-    `device` is what the backend's engines say they run on: "cpu", "cuda", or a GPU's name. `vision_tower` as for
-    `export_baseline`.
+    `device` is what the backend's engines say they run on, `asked` the one that they were opened for, None if any: both
+    bundles are opened for it again. `vision_tower` as for `export_baseline`.
     """
     dtype = run.manifest.dtype
-    asked = device if device in ("cpu", "cuda") else None  # a GPU's name: the backend knows no other device
     torchs = torch_device(device)
+    compared, note = _dtypes_of_pytorch(run, torchs)
     with scratch_folder("unpruned") as folder:
         plans = {"none": (PruningPlan(), run.budget.visual[:1])}
         unpruned = export_baseline(
             checkpoint, run.budget, dtype=dtype, backend=backend, plans=plans, out=folder / "bundle",
             image=run.image, vision_tower=vision_tower,
         )  # fmt: skip
-        torch_name = f"{TORCH} {dtype}, {torchs}"
-        systems = (
-            System(PRUNED, "bundle", run, checkpoint, backend=backend, device=asked),
-            System(UNPRUNED, "bundle", unpruned.select(), checkpoint, backend=backend, device=asked),
-            System(torch_name, "torch", run, checkpoint, device=torchs, vision_tower=vision_tower),
+        bundles = ((PRUNED, run), (UNPRUNED, unpruned.select()))
+        systems = [System(name, "bundle", each, checkpoint, backend=backend, device=asked) for name, each in bundles]
+        systems += (
+            System(
+                f"{TORCH} {each}, {torchs}",
+                "torch",
+                run,
+                checkpoint,
+                device=torchs,
+                dtype=each,
+                vision_tower=vision_tower,
+            )
+            for each in compared
         )
         times = tuple(benchmark(systems, iterations=iterations, warm_up=warm_up, threads=threads))
-    apart = device != "cpu" and torchs == "cpu"
-    note = f"PyTorch has no CUDA here: it ran on the CPU, the engines on {device}" if apart else ""
+    if torchs == "cpu" != device:
+        missing = "no support of it" if device in ("gpu", "npu") else "no CUDA"
+        note = f"PyTorch has {missing} here: it ran on the CPU, the engines on {device}{'; ' * bool(note)}{note}"
     return Speed(ceiling(run), times, note)
 
 
+def _dtypes_of_pytorch(run: RunSpec, torchs: str) -> tuple[tuple[Dtype, ...], str]:
+    """Returns the bundle's dtype and fp32, and why fp32 is not among them: all systems are in memory at once."""
+    dtype = run.manifest.dtype
+    weights = {name: prod(w.shape) for g in run.manifest.graphs.values() for name, w in g.weights.items()}
+    # On a CPU the engines of both bundles, and PyTorch in two dtypes; a GPU's memory is not known here.
+    needed = sum(weights.values()) * (3 * BYTES[dtype] + BYTES["fp32"])
+    if dtype != "fp32" and torchs == "cpu" and needed > memory_bytes():
+        return (dtype,), f"PyTorch in fp32 was left out: with it all systems take {needed / 1e9:.0f} GB"
+    return tuple(dict.fromkeys((dtype, "fp32"))), ""
+
+
 def torch_device(device: str) -> str:
-    """Returns where PyTorch runs beside engines on `device`: there too, unless that is a GPU that it cannot use."""
+    """Returns where PyTorch runs beside engines on `device`: there too, unless that is one that it cannot use. "gpu" is
+    OpenVINO's word for Intel's, "npu" what PyTorch has no name for; any other is NVIDIA's."""
     import torch
 
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    if device == "gpu":
+        return "xpu" if torch.xpu.is_available() else "cpu"
+    return "cuda" if device not in ("cpu", "npu") and torch.cuda.is_available() else "cpu"

@@ -10,11 +10,11 @@ def speed_lines(speed: Speed) -> list[str]:
     """Returns medians side by side, then the bundle's speed-up over the others with its spread and its share of the
     ceiling."""
     width = max(14, *(len(t.name) + 1 for t in speed.times))
-    lines = [f"      {'':{width}}{'prefill':>12}{'decode':>16}{'vision':>12}{'peak memory':>14}"]
+    lines = [f"      {'':{width}}{'prefill':>12}{'decode':>16}{'vision':>12}{'peak memory':>14}{'opens':>10}"]
     for t in speed.times:
         ms = {phase: t.median(phase) * 1e3 for phase in PHASES}
         cells = f"{ms['prefill']:>9.1f} ms{ms['decode']:>9.2f} ms/tok{ms['vision']:>9.1f} ms"
-        lines.append(f"      {t.name:{width}}{cells}{t.peak_bytes / 2**20:>10.0f} MiB")
+        lines.append(f"      {t.name:{width}}{cells}{t.peak_bytes / 2**20:>10.0f} MiB{t.open_seconds:>8.2f} s")
     for name in speed.others:
         over = (f"{phase} {ratio(speed.over(name, phase))}" for phase in ("prefill", "decode"))
         lines.append(f"      over {name}: {', '.join(over)}")
@@ -29,13 +29,18 @@ def ratio(found: tuple[float, float, float]) -> str:
 
 
 def speed_json(speed: Speed) -> dict[str, Any]:
-    """Returns medians in seconds, peak memory in bytes, speed-ups as [median, lowest, highest] of all repetitions;
-    PyTorch's name says its dtype and device."""
+    """Returns medians in seconds, peak memory in bytes, seconds to open, speed-ups as [median, lowest, highest] of all
+    repetitions; PyTorch's names say dtype and device."""
     return {
         "ceiling": speed.ceiling,
         "of_ceiling": speed.over(UNPRUNED, "prefill")[0] / speed.ceiling,
         "systems": {
-            t.name: {**{phase: t.median(phase) for phase in PHASES}, "peak_bytes": t.peak_bytes} for t in speed.times
+            t.name: {
+                **{phase: t.median(phase) for phase in PHASES},
+                "peak_bytes": t.peak_bytes,
+                "open_s": t.open_seconds,
+            }
+            for t in speed.times
         },
         "over": {name: {phase: speed.over(name, phase) for phase in PHASES} for name in speed.others},
         "note": speed.note,

@@ -1,0 +1,84 @@
+"""Which backend is best on this machine: a table, read from the top."""
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from himap_export.engines.command import BACKENDS
+from himap_export.engines.extras import how_to_install
+from himap_export.engines.nvinfer.edition import RTX
+from himap_export.graphs.errors import Exit, HimapError
+
+X86 = ("x86_64", "AMD64")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A `backend` whose Python `module` is installed is best where `usable` says so; `why`: a phrase for people."""
+
+    backend: str
+    module: str
+    usable: Callable[[], bool]
+    why: str
+
+
+def best_backend() -> Choice:
+    """Returns the first of the table that is installed and usable here. HimapError (missing) if there is none."""
+    for choice in _TABLE:
+        if _installed(choice.module) and choice.usable():
+            return choice
+    others = ", ".join(name for name in BACKENDS if name != "onnxruntime")
+    details = "with `backend` an engine is built for another machine"
+    hint = f"{how_to_install('onnxruntime')}; other extras: {others}"
+    raise HimapError("no backend that runs on this machine is installed", details, hint, Exit.MISSING)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ImportError:  # an import hook's
+        return False
+
+
+def slow_dtype(backends: Sequence[str], dtype: str) -> str:
+    """Returns what is to be said before a bundle of `dtype` is built for `backends`, "" if nothing is."""
+    if dtype != "fp16" or "onnxruntime" not in backends or _has_cuda_provider():
+        return ""
+    fast = "`dtype` fp32 or `backend` openvino"
+    return f"onnxruntime computes fp16 on a CPU for parity only, 2.5 times slower than fp32: {fast} is fast there"
+
+
+def _has_cuda_provider() -> bool:
+    """Whether the module onnxruntime is that of onnxruntime-gpu; asked without its import."""
+    try:
+        return bool(version("onnxruntime-gpu"))
+    except PackageNotFoundError:
+        return False
+
+
+def _capability() -> int | None:
+    """The first GPU's compute capability, 80 for SM 8.0; None without a GPU, or without cuda-core, which sees it."""
+    from himap_export.engines.nvinfer.cuda_memory import NoGpu, cuda_core, first_gpu
+
+    try:
+        found = first_gpu(cuda_core()).compute_capability
+    except (NoGpu, HimapError):
+        return None
+    return int(10 * found.major + found.minor)
+
+
+_TABLE = (
+    Choice("tensorrt", "tensorrt", lambda: _capability() is not None, "TensorRT and a GPU are here"),
+    Choice(
+        "tensorrt-rtx", "tensorrt_rtx", lambda: _capability() in RTX.capabilities,
+        "TensorRT-RTX and a GPU that it knows are here",
+    ),
+    Choice(
+        "onnxruntime", "onnxruntime", lambda: _has_cuda_provider() and _capability() is not None,
+        "onnxruntime-gpu and a GPU are here",
+    ),
+    Choice("openvino", "openvino", lambda: platform.machine() in X86, "the fastest that is installed, on an x86 CPU"),
+    Choice("onnxruntime", "onnxruntime", lambda: True, "installed, and runs on any CPU"),
+)  # fmt: skip
