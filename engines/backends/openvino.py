@@ -60,10 +60,11 @@ def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
     record, file = bundle.manifest.graphs[graph], f"{graph}.openvino.onnx"  # beside the weights that it points to
     model = onnx.load(bundle.path(record.file), load_external_data=False)
     onnx.save(onnx.inliner.inline_local_functions(model), bundle.path(file))
-    engine = Compiler("cpu", bundle.manifest.dtype).compile(bundle.path(file), ANYWAY.cpu_threads(bundle))
+    compiler = Compiler("cpu", bundle.manifest.dtype, ANYWAY.cpu_threads(bundle))
+    engine = compiler.compile(compiler.read(bundle.path(file)))
     form: Literal["ops", "none"] = "ops" if any(port.role == "score" for port in record.inputs.values()) else "none"
     seconds = round(time.perf_counter() - start, 3)
-    return EngineRecord(file, seconds, form, kernels=_kernels(engine.model))
+    return EngineRecord(file, seconds, form, kernels=_kernels(engine))
 
 
 def _kernels(engine: Any) -> tuple[str, ...]:

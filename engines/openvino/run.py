@@ -1,7 +1,8 @@
 """A bundle's graphs as OpenVINO's compiled models, over tensors that they share and update in place."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
@@ -11,7 +12,8 @@ import numpy.typing as npt
 from himap_export.engines.backends import Opening, Tensor
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.extras import required
-from himap_export.engines.openvino.frontend import Append, Frontend
+from himap_export.engines.manifest import GraphRecord
+from himap_export.engines.openvino.frontend import Append, Frontend, ReadGraph
 from himap_export.engines.weight_file import NUMPY, as_numbers, as_stored, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import PortType, TensorSpec
@@ -38,47 +40,78 @@ class OvTensor:
 
 
 class OpenVino:
-    """The compiled models of a bundle on one device. Each holds the weights that it reads, in its kernels' order."""
+    """The compiled models of a bundle on one device. Each holds the weights that it reads, in its kernels' order.
+
+    They are compiled side by side: `bind` begins, `chain` and the first run wait.
+    """
 
     def __init__(self, bundle: Bundle, opening: Opening) -> None:
-        self._bundle, self._threads, self.device = bundle, opening.cpu_threads(bundle), opening.device or "cpu"
-        self._compiler = Compiler(self.device, bundle.manifest.dtype)
+        self._bundle, self.device = bundle, opening.device or "cpu"
+        self._compiler = Compiler(self.device, bundle.manifest.dtype, opening.cpu_threads(bundle))
         absent = bundle.manifest.weight_form == "absent"
         self._weights = map_tensors(bundle.weights().values()) if absent else {}
+        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compile")
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         return OvTensor(spec)
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
-        record, file = self._bundle.manifest.graphs[graph], self._bundle.manifest.engines["openvino"][graph].file
-        engine = self._compiler.compile(self._bundle.path(file), self._threads, self._weights)
-        request, appends = engine.model.create_infer_request(), list[Callable[[], None]]()
-        read = {name for port in engine.model.inputs for name in port.get_names()}
-        for name in (*record.inputs, *record.outputs):
-            tensor = tensors[name]
-            assert isinstance(tensor, OvTensor)  # tensors come from this object's own `tensor`
-            if name in engine.appends:
-                appends.append(_append(request, engine.appends[name], tensor))
-            elif name in read or name in record.outputs:
-                request.set_tensor(name, tensor.value)
-
-        def run() -> None:
-            try:
-                request.start_async()  # `infer` would copy every output into an array of its own
-                request.wait()
-            except RuntimeError as problem:
-                raise HimapError(f"OpenVINO cannot run {graph}", _line(problem)) from None
-            for append in appends:
-                append()
-
-        return run
+        file = self._bundle.manifest.engines["openvino"][graph].file
+        read = self._compiler.read(self._bundle.path(file), self._weights)
+        compiling = self._pool.submit(self._compiler.compile, read)
+        return Run(graph, self._bundle.manifest.graphs[graph], compiling, tensors, read.appends)
 
     def chain(self, runs: Sequence[Callable[[], None]]) -> Callable[[], None]:
+        for each in runs:
+            assert isinstance(each, Run)  # they come from this object's own `bind`
+            each.wait()
+
         def run() -> None:
             for each in runs:
                 each()
 
         return run
+
+
+class Run:
+    """One compiled model over its tensors, ready when it has been compiled. Called, it runs."""
+
+    def __init__(
+        self,
+        graph: str,
+        record: GraphRecord,
+        compiling: Future[Any],
+        tensors: Mapping[str, Tensor],
+        appends: Mapping[str, Append],
+    ) -> None:
+        self._graph, self._record, self._compiling = graph, record, compiling
+        self._tensors, self._taken_out = tensors, appends
+        self._appends: list[Callable[[], None]] = []
+        self._request: Any = None
+
+    def wait(self) -> None:
+        if self._request is not None:
+            return
+        model = self._compiling.result()
+        request, read = model.create_infer_request(), {name for port in model.inputs for name in port.get_names()}
+        for name in (*self._record.inputs, *self._record.outputs):
+            tensor = self._tensors[name]
+            assert isinstance(tensor, OvTensor)  # as they come from the engines' own `tensor`
+            if name in self._taken_out:
+                self._appends.append(_append(request, self._taken_out[name], tensor))
+            elif name in read or name in self._record.outputs:
+                request.set_tensor(name, tensor.value)
+        self._request = request
+
+    def __call__(self) -> None:
+        self.wait()
+        try:
+            self._request.start_async()  # `infer` would copy every output into an array of its own
+            self._request.wait()
+        except RuntimeError as problem:
+            raise HimapError(f"OpenVINO cannot run {self._graph}", _line(problem)) from None
+        for append in self._appends:
+            append()
 
 
 def _append(request: Any, append: Append, cache: OvTensor) -> Callable[[], None]:
@@ -93,19 +126,11 @@ def _append(request: Any, append: Append, cache: OvTensor) -> Callable[[], None]
     return run
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """A compiled model; `appends`: what it leaves to do after it has run, by the outputs of its ONNX graph."""
-
-    model: Any
-    appends: Mapping[str, Append]
-
-
 class Compiler:
     """OpenVINO on one device; HimapError (missing) if there is none such, or it does not compute in `dtype`."""
 
-    def __init__(self, device: str, dtype: str) -> None:
-        self._core, self._device = required("openvino").Core(), device.upper()
+    def __init__(self, device: str, dtype: str, threads: int) -> None:
+        self._core, self._device, self._threads = required("openvino").Core(), device.upper(), threads
         held = {name.partition(".")[0] for name in self._core.available_devices}
         if self._device not in held:
             details = f"it sees {', '.join(sorted(held)).lower() or 'none'}"
@@ -117,20 +142,28 @@ class Compiler:
             )
         self._frontend = Frontend(self._core)
 
-    def compile(self, path: Path, threads: int, weights: Mapping[str, npt.NDArray[Any]] = _NONE) -> Compiled:
-        """Returns the graph in `path`, compiled to compute as it says: fp32 where it casts to fp32, else in its own
-        dtype, with as many CPU `threads`. `weights` stand for the inputs of their names."""
+    def read(self, path: Path, weights: Mapping[str, npt.NDArray[Any]] = _NONE) -> ReadGraph:
+        """Returns the graph in `path`; `weights` stand for the inputs of their names."""
+        try:
+            return self._frontend.read(path, weights)
+        except RuntimeError as problem:
+            raise _refused(path.name, problem) from None
+
+    def compile(self, graph: ReadGraph) -> Any:
+        """Returns the model, compiled to compute as it says: fp32 where it casts to fp32, else in its own dtype."""
         settings = {
             "EXECUTION_MODE_HINT": "ACCURACY",  # else fp32 scores, too, would be computed in bf16
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_NUM_THREADS": self._threads,
         }
         try:
-            graph = self._frontend.read(path, weights)
-            return Compiled(self._core.compile_model(graph.model, self._device, settings), graph.appends)
+            return self._core.compile_model(graph.model, self._device, settings)
         except RuntimeError as problem:
-            hint = "check openvino's version against the manifest's"
-            raise HimapError(f"OpenVINO refuses {path}", _line(problem), hint) from None
+            raise _refused(graph.model.get_friendly_name(), problem) from None
+
+
+def _refused(graph: str, problem: RuntimeError) -> HimapError:
+    return HimapError(f"OpenVINO refuses {graph}", _line(problem), "check openvino's version against the manifest's")
 
 
 def computed(device: str = "cpu") -> tuple[Dtype, ...]:
