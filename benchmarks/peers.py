@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatch
@@ -28,6 +29,11 @@ from himap_export.validate.speed.benchmark import Times
 from himap_export.validate.speed.measure import ceiling
 
 PHASES = (PREFILL, DECODE)
+BEGAN = time.monotonic()
+
+
+def say(line: str) -> None:
+    print(f"{time.monotonic() - BEGAN:6.0f} s  {line}", file=sys.stderr, flush=True)
 
 
 def chosen(patterns: Sequence[str]) -> list[Compared]:
@@ -47,7 +53,7 @@ def rounds(systems: Mapping[str, Running], names: Mapping[str, str], count: int,
         for number in range(warm_up + count):
             for key, system in systems.items():
                 seconds[key][phase].append(system.ask(phase))
-            print(f"{phase} round {number + 1} of {warm_up + count}", file=sys.stderr)
+            say(f"{phase}, round {number + 1} of {warm_up + count}")
     return {
         key: Times(
             names[key], {phase: tuple(found[warm_up:]) for phase, found in seconds[key].items()},
@@ -65,12 +71,12 @@ def measured(
     missing: dict[str, str] = {}
     with ExitStack() as stack:
         for system in systems:
-            print(f"opening {system.name}", file=sys.stderr)
+            say(f"opening {system.name}")
             try:
                 opened[system.key] = stack.enter_context(running(system, models, threads))
             except HimapError as problem:
                 missing[system.key] = str(problem)
-                print(f"{system.name} is left out: {missing[system.key]}", file=sys.stderr)
+                say(f"{system.name} is left out: {missing[system.key]}")
         return rounds(opened, {s.key: s.name for s in systems}, count, warm_up), missing
 
 
