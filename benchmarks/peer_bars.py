@@ -39,6 +39,7 @@ BARS = (
     Bar("prefill", FP32, "ours-ort-fp32", 1.3),
     Bar("prefill", FP32, "torch-fp32", 2.4),
 )  # fmt: skip
+NOT_CHOSEN = "not chosen"
 FLOOR_BAR = 1.4  # times the memory floor, that a decode step of PRUNED may take
 LOAD_BAR = 3.0  # seconds, that a bundle may take to open the second time
 LOADED = ("ours-ort-fp32", FP32, PRUNED)
@@ -89,7 +90,7 @@ class Results:
         """Returns why a bar over systems does not apply, or ""."""
         for key in keys:
             if key not in self.times:
-                return f"{key}: {self.missing.get(key, 'not chosen')}"
+                return f"{key}: {self.missing.get(key, NOT_CHOSEN)}"
         slow = not set(self.features.split(", ")) & set(FAST_BF16)
         return f"this CPU has neither {' nor '.join(FAST_BF16)}" if slow and any("bf16" in key for key in keys) else ""
 

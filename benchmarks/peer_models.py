@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from himap_export.graphs.spec import Dtype
 
 WORKERS = Path(__file__).parent / "peer_workers"
 PRUNED = {"k1": 2, "k2": 8, "r1": 0.5, "r2": 0.75}
+Words = list[Path | str]
 MISSING = "`make peers-env` makes the peers' environment"
 ENVIRONMENT = Path(__file__).parents[1] / ".peers-venv"
 
@@ -66,24 +67,29 @@ class Models:
 
     def openvino(self, family: str) -> Path:
         """Returns optimum-intel's export of "llava" or "qwen2_vl", fp32."""
-        source = self._checkpoints() / family
-        program = [self.environment / "bin" / "optimum-cli", "export", "openvino", "--model", source]
-        program += ["--task", "image-text-to-text", "--weight-format", "fp32"]
-        return self._made(f"openvino-{family}", lambda out: self._run([*program, out]))
+        tool: Words = [self.environment / "bin" / "optimum-cli", "export", "openvino", "--model"]
+        tool += [self._checkpoints() / family, "--task", "image-text-to-text", "--weight-format", "fp32"]
+        return self._tool(f"openvino-{family}", tool)
 
     def onnxruntime_genai(self, precision: str) -> Path:
-        program = [self.python, WORKERS / "ort_model.py", "-e", "cpu", "-p", precision]
-        program += ["-i", self._checkpoints() / "llama", "-c", self.work / "builder-cache", "-o"]
-        return self._made(f"onnxruntime-genai-{precision}", lambda out: self._run([*program, out]))
+        """Returns what its model builder makes of the decoder in a precision of the builder's."""
+        tool: Words = [self.python, WORKERS / "ort_model.py", "-e", "cpu", "-p", precision, "-i"]
+        tool += [self._checkpoints() / "llama", "-c", self.work / "builder-cache", "-o"]
+        return self._tool(f"onnxruntime-genai-{precision}", tool)
 
     def gguf(self, precision: str) -> Path:
+        """Returns the decoder in llama.cpp's format, fp32 or bf16."""
         kind = {"fp32": "F32", "bf16": "BF16"}[precision]
-        program = [self.python, WORKERS / "gguf_file.py", self._checkpoints() / "llama", kind]
-        return self._made(f"decoder-{precision}.gguf", lambda out: self._run([*program, out]))
+        checkpoint = self._checkpoints() / "llama"
+        return self._tool(f"decoder-{precision}.gguf", [self.python, WORKERS / "gguf_file.py", checkpoint, kind])
 
     def _checkpoints(self) -> Path:
-        program = [self.python, WORKERS / "checkpoints.py", self.checkpoint()]
-        return self._made("checkpoints", lambda out: self._run([*program, out]))
+        return self._tool("checkpoints", [self.python, WORKERS / "checkpoints.py", self.checkpoint()])
+
+    def _tool(self, name: str, words: Words) -> Path:
+        """Returns `name` of the work folder, which a program of the peers' environment makes: its last word is where.
+        HimapError if it is not installed, or fails."""
+        return self._made(name, lambda out: self._run(name, [*words, out]))
 
     def _made(self, name: str, make: Callable[[Path], None]) -> Path:
         """Returns `name` of the work folder; `make` is told where to write it if it is not there yet."""
@@ -99,15 +105,14 @@ class Models:
                     part.unlink()
         return found
 
-    def _run(self, program: Sequence[Path | str]) -> None:
-        """Runs a program of the peers' environment, without a network; what it prints goes to a file."""
-        if not Path(program[0]).exists():
-            raise HimapError(f"{program[0]} is not there", hint=MISSING, code=Exit.MISSING)
-        words = [str(word) for word in program]
-        print(f"making {words[-1].rsplit('-', 1)[-1]} with {Path(words[0]).name}", file=sys.stderr)
-        log = self.work / "making.log"
+    def _run(self, name: str, words: Words) -> None:
+        """Runs a program without a network; what it prints goes to a file."""
+        if not Path(words[0]).exists():
+            raise HimapError(f"{words[0]} is not there", hint=MISSING, code=Exit.MISSING)
+        print(f"making {name}", file=sys.stderr)
+        log, offline = self.work / "making.log", {**os.environ, "HF_HUB_OFFLINE": "1"}
         with log.open("ab") as out:
-            done = subprocess.run(words, stdout=out, stderr=out, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+            done = subprocess.run(words, stdout=out, stderr=out, env=offline, check=False)
         if done.returncode:
             last = log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise HimapError(f"{Path(words[0]).name} failed", " ".join(last), f"see {log}")
+            raise HimapError(f"{name} could not be made", " ".join(last), f"see {log}")

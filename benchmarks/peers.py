@@ -29,6 +29,7 @@ from himap_export.validate.speed.benchmark import Times
 from himap_export.validate.speed.measure import ceiling
 
 PHASES = (PREFILL, DECODE)
+LEAST_MEMORY = 3 * 2**30  # what the largest peer takes while it is opened
 BEGAN = time.monotonic()
 
 
@@ -73,11 +74,25 @@ def measured(
         for system in systems:
             say(f"opening {system.name}")
             try:
+                check_memory(available_bytes())
                 opened[system.key] = stack.enter_context(running(system, models, threads))
             except HimapError as problem:
                 missing[system.key] = str(problem)
                 say(f"{system.name} is left out: {missing[system.key]}")
         return rounds(opened, {s.key: s.name for s in systems}, count, warm_up), missing
+
+
+def check_memory(available: int) -> None:
+    """HimapError if there is too little memory for one more system beside those that are open: all stay open."""
+    if available < LEAST_MEMORY:
+        summary = f"{available / 2**30:.1f} GiB of memory are left beside the systems that are open"
+        raise HimapError(summary, f"expected {LEAST_MEMORY / 2**30:.0f}", "choose fewer with --systems")
+
+
+def available_bytes() -> int:
+    """Returns the memory that Linux can give to a new process without swapping."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
 
 
 def table(times: Mapping[str, Times]) -> Iterator[str]:
@@ -110,7 +125,7 @@ def plot(times: Mapping[str, Times], title: str, file: Path) -> None:
             for t in times.values()
         ]  # fmt: skip
         who = alt.Y("system:N", sort=[t.name for t in times.values()], title=None, axis=alt.Axis(labelLimit=400))
-        base = alt.Chart(alt.Data(values=rows)).encode(who)
+        base = alt.Chart({"values": rows}).encode(who)
         bars = base.mark_bar().encode(alt.X("ms:Q", title=label), color=alt.Color("ours:N", legend=None))
         spread = base.mark_rule().encode(alt.X("low:Q"), alt.X2("high:Q"))
         panels.append((bars + spread).properties(width=360))
@@ -172,7 +187,9 @@ def report(args: argparse.Namespace, models: Models) -> peer_bars.Results:
         print(f"FLOPs allow {results.ceiling:.2f}x over unpruned prefill")
     for key, why in missing.items():
         print(f"left out: {key}: {why}")
-    print(*(verdict.line() for verdict in peer_bars.verdicts(results)), sep="\n")
+    for verdict in peer_bars.verdicts(results):
+        if not verdict.found.endswith(peer_bars.NOT_CHOSEN):
+            print(verdict.line())
     if args.plot and times:
         plot(times, f"{cpu}, {args.threads} threads", args.plot)
     print(json.dumps(results_json(results, bandwidth, cpu, args.threads)))

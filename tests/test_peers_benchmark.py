@@ -172,6 +172,13 @@ def test_rounds_leave_out_warm_up_and_the_table_shows_the_spread() -> None:
     assert line.split() == ["A", "2.5", "(2.0", "to", "3.0)", "5.5", "(5.0", "to", "6.0)", "3", "MiB", "1.50", "s"]
 
 
+def test_nothing_more_is_opened_when_memory_is_short() -> None:
+    peers.check_memory(4 * 2**30)
+    assert peers.available_bytes() > 2**20
+    with pytest.raises(HimapError, match="2.0 GiB of memory are left beside the systems that are open: expected 3"):
+        peers.check_memory(2 * 2**30)
+
+
 def test_the_plot_is_a_picture_and_all_is_in_the_json(tmp_path: Path) -> None:
     told = results(times("ours-ov-bf16", 0.1, 0.03), times("torch-bf16", 0.35, 0.05))
     peers.plot(told.times, "a CPU", tmp_path / "plot.png")
