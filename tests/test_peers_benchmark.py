@@ -175,7 +175,7 @@ def test_rounds_leave_out_warm_up_and_the_table_shows_the_spread() -> None:
 def test_nothing_more_is_opened_when_memory_is_short() -> None:
     peers.check_memory(4 * 2**30)
     assert peers.available_bytes() > 2**20
-    with pytest.raises(HimapError, match="2.0 GiB of memory are left beside the systems that are open: expected 3"):
+    with pytest.raises(HimapError, match=r"2\.0 GiB of memory are left beside the systems that are open: expected 3"):
         peers.check_memory(2 * 2**30)
 
 
