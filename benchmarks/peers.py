@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -46,40 +47,48 @@ def chosen(patterns: Sequence[str]) -> list[Compared]:
     return [s for s in SYSTEMS if not patterns or any(fnmatch(s.key, pattern) for pattern in patterns)]
 
 
-def rounds(systems: Mapping[str, Running], names: Mapping[str, str], count: int, warm_up: int) -> dict[str, Times]:
-    """Returns the times of open systems, by key, over `count` rounds of each phase behind `warm_up` that do not count.
-    Phases are not mixed: the second prefill in a row is timed, as the second decode is."""
+@dataclass(frozen=True)
+class Opened:
+    """A system that runs, its name, and the seconds that it took to open."""
+
+    name: str
+    one: Running
+    seconds: float
+
+
+def rounds(systems: Mapping[str, Opened], count: int, warm_up: int) -> dict[str, Times]:
+    """Returns the times of systems, by key, over `count` rounds of each phase behind `warm_up` that do not count.
+    Phases are not mixed: what is timed is a prefill behind prefills, a decode behind decodes."""
     seconds: dict[str, dict[str, list[float]]] = {key: {phase: [] for phase in PHASES} for key in systems}
     for phase in PHASES:
         for number in range(warm_up + count):
             for key, system in systems.items():
-                seconds[key][phase].append(system.ask(phase))
+                seconds[key][phase].append(system.one.ask(phase))
             say(f"{phase}, round {number + 1} of {warm_up + count}")
-    return {
-        key: Times(
-            names[key], {phase: tuple(found[warm_up:]) for phase, found in seconds[key].items()},
-            int(system.ask(MEMORY)), system.ask(OPENED),
-        )
-        for key, system in systems.items()
-    }  # fmt: skip
+    found = {}
+    for key, system in systems.items():
+        counted = {phase: tuple(every[warm_up:]) for phase, every in seconds[key].items()}
+        found[key] = Times(system.name, counted, int(system.one.ask(MEMORY)), system.seconds)
+    return found
 
 
 def measured(
     systems: Sequence[Compared], models: Models, *, count: int, warm_up: int, threads: int
 ) -> tuple[dict[str, Times], dict[str, str]]:
     """Returns the times of the systems that can be run here, and why the others cannot, both by key."""
-    opened: dict[str, Running] = {}
+    opened: dict[str, Opened] = {}
     missing: dict[str, str] = {}
     with ExitStack() as stack:
         for system in systems:
             say(f"opening {system.name}")
             try:
                 check_memory(available_bytes())
-                opened[system.key] = stack.enter_context(running(system, models, threads))
+                one = stack.enter_context(running(system, models, threads))
+                opened[system.key] = Opened(system.name, one, one.ask(OPENED))  # before the next one opens
             except HimapError as problem:
                 missing[system.key] = str(problem)
-                say(f"{system.name} is left out: {missing[system.key]}")
-        return rounds(opened, {s.key: s.name for s in systems}, count, warm_up), missing
+                say(f"{system.name} is left out: {problem}")
+        return rounds(opened, count, warm_up), missing
 
 
 def check_memory(available: int) -> None:

@@ -162,11 +162,11 @@ def test_rounds_leave_out_warm_up_and_the_table_shows_the_spread() -> None:
 
         def ask(self, request: str) -> float:
             self.asked.append(request)
-            return {"memory": 3 * 2**20, "opened": 1.5}.get(request, len(self.asked) / 1000)
+            return 3 * 2**20 if request == "memory" else len(self.asked) / 1000
 
     a, b = Open(), Open()
-    told = peers.rounds({"a": a, "b": b}, {"a": "A", "b": "B"}, count=2, warm_up=1)
-    assert a.asked == b.asked == ["prefill"] * 3 + ["decode"] * 3 + ["memory", "opened"]
+    told = peers.rounds({"a": peers.Opened("A", a, 1.5), "b": peers.Opened("B", b, 2.5)}, count=2, warm_up=1)
+    assert a.asked == b.asked == ["prefill"] * 3 + ["decode"] * 3 + ["memory"]
     assert told["a"].seconds == {"prefill": (0.002, 0.003), "decode": (0.005, 0.006)}
     _, line, _ = peers.table(told)
     assert line.split() == ["A", "2.5", "(2.0", "to", "3.0)", "5.5", "(5.0", "to", "6.0)", "3", "MiB", "1.50", "s"]
