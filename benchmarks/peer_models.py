@@ -33,7 +33,7 @@ def export(model: Path, out: Path, backend: str, dtype: Dtype, pruned: bool) -> 
     asked: hx.ExportOptions = dict(PRUNED) if pruned else {"policy": "none"}
     hx.export(
         model, out=out, overwrite=True, progress=partial(print, file=sys.stderr), backend=backend, dtype=dtype,
-        text_budget=TEXT, max_new_tokens=64, hard_link=True, **asked,
+        text_budget=TEXT, max_new_tokens=64, hard_link=dtype == "fp32", **asked,
     )  # fmt: skip
 
 
