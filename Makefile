@@ -7,7 +7,7 @@ BUNDLE ?= demo/shapes
 IMAGE ?= examples/shapes/images/$(shell sed -n '1s/.*"image": "\([^"]*\)".*/\1/p' examples/shapes/images/questions.jsonl)
 QUESTION ?= $(shell sed -n '1s/.*"question": "\([^"]*\)".*/\1/p' examples/shapes/images/questions.jsonl)
 
-.PHONY: install demo docs test test-slow fuzz lint bench bench-7b bench-gpu bench-engines bench-analysis shapes study clean
+.PHONY: install demo docs test test-slow fuzz lint bench bench-7b bench-gpu bench-engines bench-analysis bench-peers peers-env shapes study clean
 
 install: $(READY)
 
@@ -74,6 +74,28 @@ bench-engines: install
 
 bench-analysis: install
 	$(BIN)/python benchmarks/analysis_at_size.py
+
+# An hour on 2 quiet cores, most of it llama.cpp's and onnxruntime-genai's; docs/benchmarks.md.
+bench-peers: install peers-env
+	$(BIN)/python benchmarks/peers.py --work build/peers --plot build/peers/peers.png
+
+# The peers live in an environment of their own; of llama.cpp only its benchmark is built, for this CPU.
+PEERS := .peers-venv
+LLAMA := $(PEERS)/src/llama_cpp_python-0.3.36
+peers-env: $(PEERS)/.ready
+
+$(PEERS)/.ready: benchmarks/peers-requirements.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --requirement $<
+	$(PEERS)/bin/python -c 'import torchvision' 2> /dev/null || $(PEERS)/bin/pip uninstall --quiet --yes torchvision
+	$(PEERS)/bin/pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(PEERS)/src llama-cpp-python==0.3.36
+	tar xzf $(LLAMA).tar.gz --directory $(PEERS)/src
+	PATH=$(CURDIR)/$(PEERS)/bin:$$PATH nice -n 10 sh -c 'cmake -G Ninja -S $(LLAMA)/vendor/llama.cpp -B $(LLAMA)/build \
+		-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF \
+		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF > $(PEERS)/llama.log 2>&1 && \
+		cmake --build $(LLAMA)/build --target llama-bench -j 2 >> $(PEERS)/llama.log 2>&1'
+	cp $(LLAMA)/build/bin/llama-bench $(PEERS)/bin/
+	touch $@
 
 # Half an hour on 2 cores: policies, budgets and controls on 6,000 held-out questions; an interrupted one goes on.
 study: install
