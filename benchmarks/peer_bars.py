@@ -1,7 +1,8 @@
 """What the peers' benchmark must show: ratios within one run, each against its bar; and the floor of a decode step."""
 
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from himap_export.engines.bundle import RunSpec
@@ -56,16 +57,16 @@ def decode_bytes(run: RunSpec) -> int:
     return weights + sum(cost.kv_bytes * tokens // capacity for cost, tokens, capacity in held)
 
 
-def best_bandwidth(threads: int, size: int = 2**30) -> float:
-    """Returns the bytes a second that `threads` read: the best of 10 each of a sum, a dot product and a matrix-vector
-    product over `size` bytes of fp32. Nothing is written."""
+def reading(threads: int, size: int = 2**30) -> Callable[[str], float]:
+    """Returns what answers, whatever it is asked, the seconds that `threads` take to read a byte: the best of 2 each of
+    a sum, a dot product and a matrix-vector product over `size` bytes of fp32. Nothing is written."""
     import torch
 
     torch.set_num_threads(threads)
     values = torch.ones(size // 4)
     half, matrix = len(values) // 2, values.view(-1, 4096)
     readers = (values.sum, lambda: torch.dot(values[:half], values[half:]), lambda: matrix @ values[:4096])
-    return max(size / _seconds(read) for read in readers for _ in range(10))
+    return lambda asked: min(_seconds(read) for read in readers for _ in range(2)) / size
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -77,14 +78,22 @@ def _seconds(work: Callable[[], object]) -> float:
 @dataclass(frozen=True)
 class Results:
     """Of one run: the times of the systems that ran and why others did not, by key; `ceiling`, the prefill speed-up
-    over unpruned that FLOPs allow; `floor`, seconds of PRUNED's decode step at the memory's bandwidth, None if it did
-    not run; `features` of the CPU, comma-separated."""
+    over unpruned that FLOPs allow; `read_bytes` by a decode step of PRUNED, None if it did not run; `byte_seconds` that
+    reading a byte took in each round; `features` of the CPU, comma-separated."""
 
     times: Mapping[str, Times]
     missing: Mapping[str, str]
     ceiling: float
-    floor: float | None
+    read_bytes: int | None
+    byte_seconds: Sequence[float]
     features: str
+
+    def over_floor(self, key: str, read_bytes: int) -> tuple[float, float, float]:
+        """Returns a system's decode step over the time that reading `read_bytes` took, within each round: median,
+        lowest, highest."""
+        steps = self.times[key].seconds["decode"]
+        found = [step / (read_bytes * byte) for step, byte in zip(steps, self.byte_seconds, strict=True)]
+        return statistics.median(found), min(found), max(found)
 
     def inapplicable(self, *keys: str) -> str:
         """Returns why a bar over systems does not apply, or ""."""
@@ -124,9 +133,9 @@ def verdicts(results: Results) -> Iterator[Verdict]:
         yield Verdict(what, middle >= bar.least, told)
     if why := results.inapplicable(PRUNED):
         yield Verdict(f"decode, {PRUNED}", None, why)
-    elif results.floor:
-        over = results.times[PRUNED].median("decode") / results.floor
-        told = f"{over:.2f}x the memory floor of {results.floor * 1e3:.1f} ms, the bar is {FLOOR_BAR}"
+    elif results.read_bytes:
+        over, low, high = results.over_floor(PRUNED, results.read_bytes)
+        told = f"{over:.2f}x the memory floor ({low:.2f} to {high:.2f}), the bar is {FLOOR_BAR}"
         yield Verdict(f"decode, {PRUNED}", over <= FLOOR_BAR, told)
     for key in LOADED:
         why, what = results.inapplicable(key), f"second opening, {key}"

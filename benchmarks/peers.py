@@ -8,6 +8,7 @@ who is missing is said and left out. docs/benchmarks.md says how each is run and
 import argparse
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +20,11 @@ from typing import Any
 
 import peer_bars
 from peer_models import ENVIRONMENT, Models
-from peer_systems import DECODE, MEMORY, OPENED, PREFILL, SYSTEMS, Compared, Running, running
+from peer_systems import DECODE, MEMORY, OPENED, PREFILL, QUIET, SYSTEMS, Compared, Running, running
 from prefill import work_folder
 
 from himap_export.engines.bundle import RunSpec
-from himap_export.engines.isolation import isolated
+from himap_export.engines.isolation import child
 from himap_export.graphs.errors import HimapError
 from himap_export.validate.report.machine import cpu_and_features
 from himap_export.validate.speed.benchmark import Times
@@ -56,26 +57,32 @@ class Opened:
     seconds: float
 
 
-def rounds(systems: Mapping[str, Opened], count: int, warm_up: int) -> dict[str, Times]:
-    """Returns the times of systems, by key, over `count` rounds of each phase behind `warm_up` that do not count.
-    Phases are not mixed: what is timed is a prefill behind prefills, a decode behind decodes."""
+def rounds(
+    systems: Mapping[str, Opened], reader: Running, count: int, warm_up: int
+) -> tuple[dict[str, Times], list[float]]:
+    """Returns the times of systems, by key, over `count` rounds of each phase behind `warm_up` that do not count, and
+    `reader`'s answers in the rounds of decode. Phases are not mixed: what is timed is a prefill behind prefills, a
+    decode behind decodes."""
+    read = list[float]()
     seconds: dict[str, dict[str, list[float]]] = {key: {phase: [] for phase in PHASES} for key in systems}
     for phase in PHASES:
         for number in range(warm_up + count):
             for key, system in systems.items():
                 seconds[key][phase].append(system.one.ask(phase))
+            read += [reader.ask(phase)] if phase == DECODE else []
             say(f"{phase}, round {number + 1} of {warm_up + count}")
     found = {}
     for key, system in systems.items():
         counted = {phase: tuple(every[warm_up:]) for phase, every in seconds[key].items()}
         found[key] = Times(system.name, counted, int(system.one.ask(MEMORY)), system.seconds)
-    return found
+    return found, read[warm_up:]
 
 
 def measured(
     systems: Sequence[Compared], models: Models, *, count: int, warm_up: int, threads: int
-) -> tuple[dict[str, Times], dict[str, str]]:
-    """Returns the times of the systems that can be run here, and why the others cannot, both by key."""
+) -> tuple[dict[str, Times], list[float], dict[str, str]]:
+    """Returns the times of the systems that can be run here, by key, the seconds that reading a byte took in each
+    round, and why the other systems cannot be run."""
     opened: dict[str, Opened] = {}
     missing: dict[str, str] = {}
     with ExitStack() as stack:
@@ -88,7 +95,10 @@ def measured(
             except HimapError as problem:
                 missing[system.key] = str(problem)
                 say(f"{system.name} is left out: {problem}")
-        return rounds(opened, count, warm_up), missing
+        limits = QUIET | {"OMP_NUM_THREADS": str(threads)}
+        reader = stack.enter_context(child("reading memory", limits, peer_bars.reading, threads))
+        times, read = rounds(opened, reader, count, warm_up)
+        return times, read, missing
 
 
 def check_memory(available: int) -> None:
@@ -142,15 +152,15 @@ def plot(times: Mapping[str, Times], title: str, file: Path) -> None:
     drawn.save(str(file), scale_factor=2)
 
 
-def results_json(results: peer_bars.Results, bandwidth: float, cpu: str, threads: int) -> dict[str, Any]:
-    """Returns all that was found: seconds of every round, bytes, ceiling and floor, and the verdicts."""
+def results_json(results: peer_bars.Results, cpu: str, threads: int) -> dict[str, Any]:
+    """Returns all that was found: seconds of every round, bytes, ceiling, and the verdicts."""
     return {
         "cpu": cpu,
         "features": results.features,
         "threads": threads,
-        "bandwidth_bytes_per_second": bandwidth,
+        "seconds_to_read_a_byte": results.byte_seconds,
         "ceiling": results.ceiling,
-        "decode_floor_seconds": results.floor,
+        "bytes_read_by_a_decode_step": results.read_bytes,
         "systems": {
             key: {"name": t.name, **t.seconds, "peak_bytes": t.peak_bytes, "open_seconds": t.open_seconds}
             for key, t in results.times.items()
@@ -160,40 +170,28 @@ def results_json(results: peer_bars.Results, bandwidth: float, cpu: str, threads
     }
 
 
-def floor(systems: Sequence[Compared], models: Models, bytes_per_second: float) -> Iterator[tuple[str, str, float]]:
-    """Yields key, explanation and seconds of the memory floor of a decode step, of each of our systems that ran."""
-    for system in systems:
-        if system.kind == "ours":
-            run = _run(system, models)
-            read = peer_bars.decode_bytes(run)
-            yield system.key, f"{read / 1e6:.0f} MB of weights and caches", read / bytes_per_second
-
-
-def _run(system: Compared, models: Models) -> RunSpec:
-    return models.bundle(system.backend, "bf16" if system.dtype == "bf16" else "fp32", system.pruned)
-
-
-def report(args: argparse.Namespace, models: Models) -> peer_bars.Results:
-    """Measures and prints everything but the last line."""
+def report(args: argparse.Namespace, models: Models) -> None:
+    """Measures and prints."""
     cpu, features = cpu_and_features(Path("/proc/cpuinfo"))
     print(f"{cpu}, {args.threads} threads; {features}")
-    bandwidth: float = isolated("reading memory", {}, peer_bars.best_bandwidth, args.threads)
-    print(f"memory is read at {bandwidth / 1e9:.1f} GB/s: the best of 10 sums, dot and matrix-vector products of 1 GiB")
     systems = chosen(args.systems)
-    times, missing = measured(systems, models, count=args.rounds, warm_up=args.warm_up, threads=args.threads)
-    ran = [system for system in systems if system.key in times]
-    floors = {key: (why, seconds) for key, why, seconds in floor(ran, models, bandwidth)}
-    pruned = next((_run(s, models) for s in ran if s.kind == "ours" and s.pruned), None)
-    ours = floors.get(peer_bars.PRUNED)
+    times, read, missing = measured(systems, models, count=args.rounds, warm_up=args.warm_up, threads=args.threads)
+    ours = {s.key: _run(s, models) for s in systems if s.kind == "ours" and s.key in times}
+    found = {key: peer_bars.decode_bytes(run) for key, run in ours.items()}
+    promised = next((ceiling(run) for run in ours.values() if run.plan.cuts), 0.0)
     results = peer_bars.Results(
-        times, missing, ceiling=ceiling(pruned) if pruned else 0.0, floor=ours[1] if ours else None, features=features
+        times, missing, ceiling=promised, read_bytes=found.get(peer_bars.PRUNED), byte_seconds=read, features=features
     )
     print(*table(times), sep="\n")
-    for key, (why, seconds) in floors.items():
-        over = times[key].median(DECODE) / seconds
-        print(f"decode, {times[key].name}: {why}, {seconds * 1e3:.1f} ms; measured {over:.2f}x that")
-    if pruned:
-        print(f"FLOPs allow {results.ceiling:.2f}x over unpruned prefill")
+    slow, middle, fast = (1e-9 / of(read) for of in (max, statistics.median, min))
+    print(f"memory is read at {middle:.1f} GB/s ({slow:.1f} to {fast:.1f})")
+    for key, size in found.items():
+        over, weights = results.over_floor(key, size), ours[key].bundle.tensors.values()
+        print(f"decode, {times[key].name}: reads {size / 1e6:.0f} MB of weights and caches, {over[0]:.2f}x that time")
+        copies = times[key].peak_bytes / sum(t.nbytes for t in weights)
+        print(f"memory, {times[key].name}: {copies:.1f} times its weights at its peak, mapped files included")
+    if promised:
+        print(f"FLOPs allow {promised:.2f}x over unpruned prefill")
     for key, why in missing.items():
         print(f"left out: {key}: {why}")
     for verdict in peer_bars.verdicts(results):
@@ -201,8 +199,11 @@ def report(args: argparse.Namespace, models: Models) -> peer_bars.Results:
             print(verdict.line())
     if args.plot and times:
         plot(times, f"{cpu}, {args.threads} threads", args.plot)
-    print(json.dumps(results_json(results, bandwidth, cpu, args.threads)))
-    return results
+    print(json.dumps(results_json(results, cpu, args.threads)))
+
+
+def _run(system: Compared, models: Models) -> RunSpec:
+    return models.bundle(system.backend, "bf16" if system.dtype == "bf16" else "fp32", system.pruned)
 
 
 def main() -> None:
