@@ -5,6 +5,8 @@ environment (`peer_workers/serving.py`); llama.cpp is its own `llama-bench`, sta
 """
 
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,9 +74,22 @@ SYSTEMS = (
 
 class Running(Protocol):
     """A system that is open. Asked PREFILL or DECODE it answers seconds, of decode per token behind the prompt; asked
-    MEMORY, peak resident bytes till then; asked OPENED, the seconds that its last opening took."""
+    MEMORY, peak resident bytes till then; asked OPENED, the seconds that its last opening took. `pid`: its process, if
+    it has one all the time."""
 
+    @property
+    def pid(self) -> int | None: ...
     def ask(self, request: str) -> float: ...
+
+
+@contextmanager
+def alone(one: Running) -> Iterator[None]:
+    """Lets a system run in here and stops it behind: threads of some runtimes go on spinning in the next one's turn."""
+    if one.pid is not None:
+        os.kill(one.pid, signal.SIGCONT)
+    yield
+    if one.pid is not None:
+        os.kill(one.pid, signal.SIGSTOP)
 
 
 @contextmanager
@@ -118,6 +133,7 @@ class Worker:
 
     def __init__(self, name: str, process: "subprocess.Popen[str]", log: Path) -> None:
         self._name, self._process, self._log = name, process, log
+        self.pid: int | None = process.pid
         self._opened = self._answer("load")
 
     def ask(self, request: str) -> float:
@@ -165,6 +181,8 @@ class LlamaBench:
 
     It says no load time: that is the time of the whole process for a prompt of one token, without its warm-up.
     """
+
+    pid: int | None = None
 
     def __init__(self, program: Sequence[str], log: Path) -> None:
         if not Path(program[0]).exists():

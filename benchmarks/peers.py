@@ -20,7 +20,7 @@ from typing import Any
 
 import peer_bars
 from peer_models import ENVIRONMENT, Models
-from peer_systems import DECODE, MEMORY, OPENED, PREFILL, QUIET, SYSTEMS, Compared, Running, running
+from peer_systems import DECODE, MEMORY, OPENED, PREFILL, QUIET, SYSTEMS, Compared, Running, alone, running
 from prefill import work_folder
 
 from himap_export.engines.bundle import RunSpec
@@ -68,13 +68,17 @@ def rounds(
     for phase in PHASES:
         for number in range(warm_up + count):
             for key, system in systems.items():
-                seconds[key][phase].append(system.one.ask(phase))
-            read += [reader.ask(phase)] if phase == DECODE else []
+                with alone(system.one):
+                    seconds[key][phase].append(system.one.ask(phase))
+            if phase == DECODE:
+                with alone(reader):
+                    read.append(reader.ask(phase))
             say(f"{phase}, round {number + 1} of {warm_up + count}")
     found = {}
     for key, system in systems.items():
         counted = {phase: tuple(every[warm_up:]) for phase, every in seconds[key].items()}
-        found[key] = Times(system.name, counted, int(system.one.ask(MEMORY)), system.seconds)
+        with alone(system.one):
+            found[key] = Times(system.name, counted, int(system.one.ask(MEMORY)), system.seconds)
     return found, read[warm_up:]
 
 
@@ -91,7 +95,8 @@ def measured(
             try:
                 check_memory(available_bytes())
                 one = stack.enter_context(running(system, models, threads))
-                opened[system.key] = Opened(system.name, one, one.ask(OPENED))  # before the next one opens
+                with alone(one):
+                    opened[system.key] = Opened(system.name, one, one.ask(OPENED))  # before the next one opens
             except HimapError as problem:
                 missing[system.key] = str(problem)
                 say(f"{system.name} is left out: {problem}")

@@ -38,6 +38,10 @@ class Child(Generic[Request, Answer]):
     def __init__(self, what: str, pipe: Connection, process: subprocess.Popen[bytes], hint: str) -> None:
         self._what, self._pipe, self._process, self._hint = what, pipe, process, hint
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def send(self, request: Request) -> None:
         """Asks for something; HimapError as `receive`, if the child is no longer there."""
         try:

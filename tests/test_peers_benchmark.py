@@ -161,6 +161,7 @@ def test_rounds_leave_out_warm_up_and_the_table_shows_the_spread() -> None:
     class Open:
         def __init__(self) -> None:
             self.asked: list[str] = []
+            self.pid: int | None = None
 
         def ask(self, request: str) -> float:
             self.asked.append(request)
