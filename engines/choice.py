@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
+from himap_export.engines.backends import load_backend
 from himap_export.engines.command import BACKENDS
 from himap_export.engines.extras import how_to_install
 from himap_export.engines.nvinfer.edition import RTX
@@ -24,11 +25,12 @@ class Choice:
     why: str
 
 
-def best_backend() -> Choice:
-    """Returns the first of the table that is installed and usable here. HimapError (missing) if there is none."""
-    for choice in _TABLE:
-        if _installed(choice.module) and choice.usable():
-            return choice
+def best_backend(dtype: str | None = None) -> Choice:
+    """Returns the first of the table that is installed and usable here; the first of those that builds graphs of
+    `dtype`, if one does. HimapError (missing) if there is none."""
+    found = [choice for choice in _TABLE if _installed(choice.module) and choice.usable()]
+    if found:
+        return next((choice for choice in found if dtype is None or _builds(choice.backend, dtype)), found[0])
     others = ", ".join(name for name in BACKENDS if name != "onnxruntime")
     details = "with `backend` an engine is built for another machine"
     hint = f"{how_to_install('onnxruntime')}; other extras: {others}"
@@ -40,6 +42,14 @@ def _installed(module: str) -> bool:
         return find_spec(module) is not None
     except ImportError:  # an import hook's
         return False
+
+
+def _builds(backend: str, dtype: str) -> bool:
+    try:
+        load_backend(backend).check(dtype, "auto")
+    except HimapError:
+        return False
+    return True
 
 
 def slow_dtype(backends: Sequence[str], dtype: str) -> str:

@@ -62,6 +62,15 @@ def test_the_best_that_is_installed_and_runs_here(
     assert found.backend == backend and found.why
 
 
+def test_the_best_that_builds_a_dtype(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.has(modules=("onnxruntime", "openvino"))
+    monkeypatch.setattr(choice, "_builds", lambda backend, dtype: (backend, dtype) == ("onnxruntime", "fp16"))
+    assert [choice.best_backend(dtype).backend for dtype in (None, "fp16")] == ["openvino", "onnxruntime"]
+    assert choice.best_backend("bf16").backend == "openvino"  # none: the best one says why
+    monkeypatch.undo()
+    assert choice._builds("onnxruntime", "fp32") and not choice._builds("onnxruntime", "bf16")
+
+
 @pytest.mark.parametrize("modules", [(), ("tensorrt", "tensorrt_rtx")])
 def test_nothing_that_runs_here(machine: Machine, modules: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     machine.has(modules=modules)

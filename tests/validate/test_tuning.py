@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import Workshop, call
+from commands import ORT, Workshop, call
 from tiny import make_inputs
 
 from himap_export.engines.arrays import Inputs
+from himap_export.engines.choice import best_backend
 from himap_export.exporter.plans import named_plans
 from himap_export.graphs.errors import HimapError
 from himap_export.validate.accuracy.dataset import Example
@@ -156,6 +157,7 @@ def test_a_chosen_plan_is_told_of_though_another_dominates_it(
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("tune") / "out"
     flags = ("--dataset", IMAGES / "questions.jsonl", "--out", out, *SMALL, "--iterations", 2, "--min-accuracy", 0.1)
+    flags += ("--threads", 1)
     assert call(main, "shapes", *flags) == 0
     yield out
 
@@ -168,6 +170,7 @@ def test_plans_can_be_exported(tuned: Path) -> None:
     by_name = {c.name: c.plan for c in grid((1, 2), (0.5,), (4,), (0.5, 0.75), 10)}
     assert {name: by_name[name] for name in front} == {name: plans[name] for name in front}
     assert set(found["times"]) == {"none", *front} and found["times"]["none"]["speed_up"] == [1, 1, 1]
+    assert found["timed_on"] == {"backend": best_backend().backend, "threads": 1}
     assert set(found["over_random"]) == set(front) and found["questions"] == 5
     text = re.sub("<[^>]*>", "", (tuned / "report.html").read_text())
     assert "himap-export shapes --plan" in text and (tuned / "flops.png").is_file() and (tuned / "time.png").is_file()
@@ -181,7 +184,7 @@ def test_a_sweep_goes_on_where_it_stopped(tuned: Path, tmp_path: Path, capsys: p
     assert call(main, "shapes", *flags) == 0
     assert sorted((again / "sweep.jsonl").read_text().splitlines()) == sorted(line.strip() for line in lines)
     before, after = json.loads((tuned / "report.json").read_text()), json.loads(capsys.readouterr().out)
-    assert after["plans"] == before["plans"] and after["times"] == {}
+    assert after["plans"] == before["plans"] and after["times"] == {} and after["timed_on"] is None
 
 
 def test_options_are_bounded_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,6 +203,7 @@ def test_options_are_bounded_before_any_work(tmp_path: Path, capsys: pytest.Capt
         ("--min-accuracy", "nan", "'nan' is not a number"),
         ("--limit", 0, "'0' is not a whole number"),
         ("--workers", 100_000, "'100000' is not a whole number from 1 to "),
+        ("--backend", "onnx", "'onnx' is none of onnxruntime, "),
         ("--threads", 100_000, "'100000' is not a whole number from 1 to "),
         ("--iterations", 10**9, "is not a whole number from 1 to 1000"),
         ("--seed", -1, "'-1' is not a whole number"),
@@ -238,7 +242,7 @@ def test_what_is_refused(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ((*data, "--out", tmp_path / "full"), "is neither empty nor ours"),
         ((*data, "--out", tuned, *SMALL, "--seed", 1), "logs another measurement: seed is 1, was 0"),
         ((*data, "--out", tuned, *SMALL, "--r1", "0.25"), "grid is {'k1': [1, 2], 'r1': [0.25], "),
-        ((*data, "--out", tmp_path / "a", "--dtype", "bf16"), "do not compute in bf16"),
+        ((*data, "--out", tmp_path / "a", "--dtype", "bf16", *ORT), "do not compute in bf16"),
         ((*data, "--out", tmp_path / "a", "--k1", "4", "--k2", "2"), "no plan is left to try"),
         ((*data, "--out", tmp_path / "a", "--k2", "10"), "--k2 10 is past the last layer"),
         ((*data, "--out", tmp_path / "a", "--r1", "1"), "is outside [0, 1)"),

@@ -9,7 +9,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import TypeVar
 
-from himap_export.engines.command import MOST_THREADS, Parser, number, run_command, whole
+from himap_export.engines.command import BACKENDS, MOST_THREADS, Parser, number, run_command, whole
 from himap_export.validate.progress import RESUMED, say
 
 LOG, PLANS = "sweep.jsonl", "plans.toml"
@@ -53,15 +53,22 @@ def _parser() -> argparse.ArgumentParser:
         help="repetitions in which the plans of the front are timed (default: 10)",
     )  # fmt: skip
     p.add_argument(
-        "--threads", type=whole(1, MOST_THREADS), default=1, metavar="N",
-        help="CPU threads of the engines that are timed (default: 1; of more, idle ones disturb the others)",
+        "--backend", choices=BACKENDS,
+        help="of the engines that are timed (default: the best that is installed and runs here)",
+    )  # fmt: skip
+    p.add_argument(
+        "--threads", type=whole(1, MOST_THREADS), metavar="N",
+        help="CPU threads of the engines that are timed (default: as many as gain anything)",
     )  # fmt: skip
     p.add_argument("--no-time", action="store_true", help="measure accuracy only")
     p.add_argument(
         "--baseline", "--control", choices=("random", "none"), default="random",
         help="whom the front's rankings have to beat at their own cuts (default: random)",
     )  # fmt: skip
-    p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of PyTorch (default: fp32)")
+    p.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32",
+        help="of PyTorch and of the engines that are timed (default: fp32)",
+    )  # fmt: skip
     p.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of the random baseline (default: 0)")
     p.add_argument("--skip-bad", action="store_true", help="leave out lines that cannot be read, and say so")
     p.add_argument("--json", action="store_true", help="print one JSON object")
@@ -76,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.engines.backends import load_backend
     from himap_export.engines.bundle import digest
+    from himap_export.engines.choice import best_backend
     from himap_export.engines.files import write_file
     from himap_export.exporter.planning import describe
     from himap_export.exporter.registry import resolve
@@ -86,7 +94,6 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.validate.report.page import check_libraries, finite, write_report
     from himap_export.validate.tuning.grid import defaults, grid
     from himap_export.validate.tuning.page import toml, tuned_json, tuned_lines, tuned_page
-    from himap_export.validate.tuning.timing import BACKEND
     from himap_export.validate.tuning.tune import TuneOptions, tune
 
     claim(args.out, LOG, PLANS)
@@ -95,8 +102,10 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
         say(f"left out: {line}")
     data = Dataset(data.examples[: args.limit], data.skipped)
     check_libraries()
+    backend = ""
     if not args.no_time:
-        load_backend(BACKEND).check(args.dtype, "auto")  # now, not after hours of sweeping
+        backend = args.backend or best_backend(args.dtype).backend
+        load_backend(backend).check(args.dtype, "auto")  # now, not after hours of sweeping
     folder = checkpoint_folder(args.model)
     layers = describe(resolve(str(folder)))[0].layers
     k1, k2 = defaults(layers)
@@ -104,10 +113,9 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     check_count((len(candidates) + 1) * len(data.examples))
     say(f"{len(candidates)} plans, {len(data.examples)} questions, up to {args.workers} at a time")
     args.out.mkdir(parents=True, exist_ok=True)
-    iterations = 0 if args.no_time else args.iterations
     options = TuneOptions(
         candidates=candidates, workers=args.workers, dtype=args.dtype, seed=args.seed, keep=args.min_accuracy,
-        iterations=iterations, threads=args.threads, baseline=args.baseline != "none",
+        backend=backend, iterations=args.iterations, threads=args.threads, baseline=args.baseline != "none",
     )  # fmt: skip
     tuned = tune(folder, args.dataset, data=data, log_file=args.out / LOG, options=options)
     about = {"model": args.model, "dataset": str(args.dataset), "dtype": args.dtype, "seed": args.seed}

@@ -33,7 +33,8 @@ def tuned_json(t: Tuned) -> dict[str, Any]:
         "unpruned": asdict(t.unpruned),
         "plans": [asdict(j) | {"name": j.candidate.name} for j in t.ranked],
         "over_random": {name: asdict(i) for name, i in t.over_random.items()},
-        "times": {name: asdict(time) for name, time in t.times.items()},
+        "times": {name: asdict(time) for name, time in t.timing.plans.items()} if t.timing else {},
+        "timed_on": {"backend": t.timing.backend, "threads": t.timing.threads} if t.timing else None,
         "choice": {"name": t.choice.candidate and t.choice.candidate.name, "reason": t.choice.reason},
     }
 
@@ -63,9 +64,9 @@ def _rows(t: Tuned) -> list[tuple[str, ...]]:
 
 
 def _time(t: Tuned, name: str) -> str:
-    if name not in t.times:
+    if t.timing is None:
         return "-"
-    time = t.times[name]
+    time = t.timing.plans[name]
     return f"{1e3 * time.seconds:.1f} ms, {time.speed_up[0]:.2f}x"
 
 
@@ -111,12 +112,13 @@ def _plots(t: Tuned) -> tuple[Block, ...]:
             x_label="share of the decoder's prefill FLOPs (%)", y_label=y,
         )
     ]  # fmt: skip
-    if t.times:
-        by_time = [whole, *(_point(j, 1 / t.times[j.candidate.name].speed_up[0]) for j in t.front)]
+    if t.timing:
+        by_time = [whole, *(_point(j, 1 / t.timing.plans[j.candidate.name].speed_up[0]) for j in t.front)]
+        on = f"{t.timing.backend}, threads: {t.timing.threads}"
         figures.append(
             pareto(
                 "time", "Accuracy against measured prefill time, plans of the front above", how=f"{how} time.",
-                data=_fronted(by_time), x_label="share of the unpruned prefill time, onnxruntime (%)", y_label=y,
+                data=_fronted(by_time), x_label=f"share of the unpruned prefill time (%); {on}", y_label=y,
             )
         )  # fmt: skip
     return tuple(figures)

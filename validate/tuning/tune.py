@@ -22,16 +22,17 @@ from himap_export.validate.progress import counted
 from himap_export.validate.tuning.front import Choice, RankedPlan, Right, choose, rank
 from himap_export.validate.tuning.grid import Candidate
 from himap_export.validate.tuning.sweep import Job, sweep
-from himap_export.validate.tuning.timing import Timed, measure
+from himap_export.validate.tuning.timing import Timing, measure
 
 BASELINE = "random-"  # before a plan's name in the log: its cuts, ranked by chance
 
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """How to sweep. `keep`: the fraction of the unpruned accuracy that a plan must keep; 0 `iterations`: no times.
+    """How to sweep. `keep`: the fraction of the unpruned accuracy that a plan must keep.
 
-    `threads`: of the engines that are timed; `baseline`: whether chance answers too, at the cuts of the front.
+    `backend`, `threads` (None: as many as gain anything): of the engines that are timed, `iterations` times; without
+    a backend none are. `baseline`: whether chance answers too, at the cuts of the front.
     """
 
     candidates: tuple[Candidate, ...]
@@ -39,16 +40,17 @@ class TuneOptions:
     dtype: Dtype
     seed: int
     keep: float
+    backend: str
     iterations: int
-    threads: int
+    threads: int | None
     baseline: bool
 
 
 @dataclass(frozen=True)
 class Tuned:
     """`front`: with the chosen plan, should one that dominates it have the wider interval. `over_random`: by name of a
-    plan of the front, how much righter it is than chance at its cuts; `times` likewise, and of the unpruned model. Both
-    are empty if they were not asked for."""
+    plan of the front, how much righter it is than chance at its cuts; `timing`: of these plans and of the unpruned
+    model. Empty and None if they were not asked for."""
 
     questions: int
     image_tokens: int
@@ -57,7 +59,7 @@ class Tuned:
     ranked: tuple[RankedPlan, ...]
     front: tuple[RankedPlan, ...]
     over_random: Mapping[str, Interval]
-    times: Mapping[str, Timed]
+    timing: Timing | None
     choice: Choice
 
 
@@ -85,16 +87,16 @@ def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, op
             answer(replace(job, candidates=plans, policy="random"))
             right = _right(log.file, data)
             over = {c.name: paired_difference(right[c.name], right[BASELINE + c.name]) for c in plans}
-    times: dict[str, Timed] = {}
-    if options.iterations:
+    timing = None
+    if options.backend:
         named = {c.name: c.plan for c in plans}
-        times = measure(
-            checkpoint, named, image_tokens=tokens, text=text, dtype=options.dtype, threads=options.threads,
-            iterations=options.iterations,
+        timing = measure(
+            checkpoint, named, image_tokens=tokens, text=text, dtype=options.dtype, backend=options.backend,
+            threads=options.threads, iterations=options.iterations,
         )  # fmt: skip
     return Tuned(
         questions=len(data.examples), image_tokens=tokens, text=text, unpruned=unpruned, ranked=ranked, front=front,
-        over_random=over, times=times, choice=choice,
+        over_random=over, timing=timing, choice=choice,
     )  # fmt: skip
 
 
