@@ -39,7 +39,7 @@ def test_every_extra_is_one_of_the_package() -> None:
         ("himap-analyze", ("shapes", "--dataset", DATA, "--out", "OUT"), {"torch"}, "export"),
         ("himap-tune", ("shapes", "--dataset", DATA, "--out", "OUT"), TRANSFORMERS, "export"),
         ("himap-tune", ("shapes", "--dataset", DATA, "--out", "OUT", "--no-time"), {"torch"}, "export"),
-        ("himap-tune", ("shapes", "--dataset", DATA, "--out", "OUT"), {"onnxruntime"}, "onnxruntime"),
+        ("himap-tune", ("shapes", "--dataset", DATA, "--out", "OUT"), {"onnxruntime", "openvino"}, "onnxruntime"),
     ],
 )  # fmt: skip
 def test_a_missing_package_is_one_line_with_both_ways_to_install_it(
