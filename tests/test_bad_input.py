@@ -179,7 +179,7 @@ def test_weights_of_another_model(checkpoint: Path, tmp_path: Path, capsys: pyte
         (("--max-new-tokens", 0), "--max-new-tokens: '0' is not a whole number from 1"),
         (("--text-budget", 10**9), "is not a whole number from 1 to 1048576"),
         (("--batch", "٣"), "is not a whole number"),
-        (("--k2", 5, "--dtype", "bf16"), "do not compute in bf16"),
+        (("--k2", 5, "--dtype", "bf16", *ORT), "do not compute in bf16"),
         (("--k2", 5, "--dtype", "fp32", "--backend", "tensorrt-rtx"), "fp32"),
     ],
 )

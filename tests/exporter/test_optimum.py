@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Workshop, call, spawn
+from commands import ORT, Workshop, call, spawn
 from optimum.commands import optimum_cli
 
 from himap_export.exporter import optimum_command
@@ -26,7 +26,7 @@ def substance(bundle: Path) -> dict[str, Any]:
 
 def test_the_bundle_is_himap_exports(work: Workshop, tmp_path: Path) -> None:
     model, out = work.checkpoint("golden"), tmp_path / "bundle"
-    words = ("--model", model, "--text-budget", 24, "--max-new-tokens", 8, out)
+    words = ("--model", model, "--text-budget", 24, "--max-new-tokens", 8, *ORT, out)
     done = spawn("optimum-cli", "export", "himap", *words)
     assert done.returncode == 0, done.stderr
     assert f"bundle: {out}" in done.stdout
@@ -48,7 +48,7 @@ def test_the_bundle_is_himap_exports(work: Workshop, tmp_path: Path) -> None:
         (("--model", "shapes", "--no-such-flag", "OUT"), 2, "unrecognized arguments: --no-such-flag"),
         (("--model", "shapes"), 2, "OUTPUT is needed (or --dry-run)"),
         (("OUT",), 2, "the following arguments are required: --model"),
-        (("--model", "shapes", "--dtype", "bf16", "OUT"), 2, "himap-export: error: onnxruntime's CPU kernels"),
+        (("--model", "shapes", "--dtype", "bf16", *ORT, "OUT"), 2, "himap-export: error: onnxruntime's CPU kernels"),
     ],
 )
 def test_a_mistake_is_one_line_and_an_exit_code(words: tuple[str, ...], code: int, said: str, tmp_path: Path) -> None:
