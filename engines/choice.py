@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 from himap_export.engines.backends import load_backend
 from himap_export.engines.command import BACKENDS
@@ -54,10 +55,25 @@ def _builds(backend: str, dtype: str) -> bool:
 
 def slow_dtype(backends: Sequence[str], dtype: str) -> str:
     """Returns what is to be said before a bundle of `dtype` is built for `backends`, "" if nothing is."""
-    if dtype != "fp16" or "onnxruntime" not in backends or _has_cuda_provider():
+    flags = _cpu_flags()
+    if dtype != "fp16":
         return ""
-    fast = "`dtype` fp32 or `backend` openvino"
-    return f"onnxruntime computes fp16 on a CPU for parity only, 2.5 times slower than fp32: {fast} is fast there"
+    if "onnxruntime" in backends and not _has_cuda_provider():
+        fast = "`dtype` fp32 or `backend` openvino with another `dtype`"
+        return f"onnxruntime computes fp16 on a CPU for parity only, 2.5 times slower than fp32: {fast} is fast there"
+    if "openvino" in backends and "amx_fp16" not in flags:
+        fast = "bf16" if flags & {"amx_bf16", "avx512_bf16"} else "fp32"
+        return f"OpenVINO computes fp16 slower than fp32 on a CPU without amx_fp16: `dtype` {fast} is fast there"
+    return ""
+
+
+def _cpu_flags() -> frozenset[str]:
+    """The features of an x86 CPU by Linux's names."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def _has_cuda_provider() -> bool:

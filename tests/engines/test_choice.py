@@ -107,7 +107,11 @@ def test_a_slow_dtype_is_told_before_the_work(
     assert call(main, "llava-7b", "--dry-run", *ORT, *flags) == 0
     err = capsys.readouterr().err
     assert bool(err) == warned
-    assert not warned or ("parity only" in err and "--dtype fp32 or --backend openvino" in err and err.count("\n") == 1)
+    assert not warned or (
+        "parity only" in err
+        and "--dtype fp32 or --backend openvino with another --dtype" in err
+        and err.count("\n") == 1
+    )
 
 
 def test_a_slow_dtype_is_told_to_callers(
@@ -126,6 +130,16 @@ def test_no_dtype_is_slow_where_a_gpu_computes_it(machine: Machine) -> None:
     assert choice.slow_dtype(("onnxruntime",), "fp16") == ""
     machine.has(modules=("onnxruntime",))
     assert choice.slow_dtype(("tensorrt-rtx",), "fp16") == choice.slow_dtype(("onnxruntime",), "fp32") == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"), [({"avx2"}, "fp32"), ({"avx512_fp16", "amx_bf16"}, "bf16"), ({"amx_fp16", "amx_bf16"}, "")]
+)
+def test_fp16_is_slow_on_cpus_without_tiles_of_it(flags: set[str], fast: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_cpu_flags", lambda: frozenset(flags))
+    told = choice.slow_dtype(("openvino",), "fp16")
+    assert (f"`dtype` {fast} is fast there" in told) if fast else told == ""
+    assert choice.slow_dtype(("openvino",), "bf16") == choice.slow_dtype(("openvino",), "fp32") == ""
 
 
 def test_weights_go_in_the_dtype_that_a_backend_computes(monkeypatch: pytest.MonkeyPatch) -> None:
