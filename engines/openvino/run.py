@@ -93,14 +93,21 @@ class Run:
         if self._request is not None:
             return
         model = self._compiling.result()
-        request, read = model.create_infer_request(), {name for port in model.inputs for name in port.get_names()}
-        for name in (*self._record.inputs, *self._record.outputs):
-            tensor = self._tensors[name]
-            assert isinstance(tensor, OvTensor)  # as they come from the engines' own `tensor`
-            if name in self._taken_out:
-                self._appends.append(_append(request, self._taken_out[name], tensor))
-            elif name in read or name in self._record.outputs:
-                request.set_tensor(name, tensor.value)
+        request, read = model.create_infer_request(), [port.get_names() for port in model.inputs]
+        try:
+            for names in read:
+                if not names & self._record.inputs.keys():
+                    raise RuntimeError(f"it reads {min(names)}, which the manifest does not name")
+            for name in (*self._record.inputs, *self._record.outputs):
+                tensor = self._tensors[name]
+                assert isinstance(tensor, OvTensor)  # as they come from the engines' own `tensor`
+                if name in self._taken_out:
+                    self._appends.append(_append(request, self._taken_out[name], tensor))
+                elif name in self._record.outputs or any(name in names for names in read):
+                    request.set_tensor(name, tensor.value)
+        except RuntimeError as problem:
+            hint = "the graph and the manifest do not fit: export the bundle again"
+            raise HimapError(f"OpenVINO cannot bind {self._graph}", _line(problem), hint) from None
         self._request = request
 
     def __call__(self) -> None:
@@ -108,10 +115,10 @@ class Run:
         try:
             self._request.start_async()  # `infer` would copy every output into an array of its own
             self._request.wait()
-        except RuntimeError as problem:
+            for append in self._appends:
+                append()
+        except (RuntimeError, IndexError) as problem:  # IndexError: of a slot outside its cache
             raise HimapError(f"OpenVINO cannot run {self._graph}", _line(problem)) from None
-        for append in self._appends:
-            append()
 
 
 def _append(request: Any, append: Append, cache: OvTensor) -> Callable[[], None]:
@@ -140,13 +147,15 @@ class Compiler:
             raise HimapError(
                 f"{name} does not compute in {dtype}", f"it computes in {', '.join(own)}", hint, Exit.MISSING
             )
-        self._frontend = Frontend(self._core)
+        self._frontend = Frontend()
 
     def read(self, path: Path, weights: Mapping[str, npt.NDArray[Any]] = _NONE) -> ReadGraph:
         """Returns the graph in `path`; `weights` stand for the inputs of their names."""
         try:
             return self._frontend.read(path, weights)
-        except RuntimeError as problem:
+        except HimapError as problem:  # a rule's
+            raise HimapError(f"OpenVINO refuses {path.name}", str(problem)) from None
+        except Exception as problem:  # OpenVINO's own share no base class
             raise _refused(path.name, problem) from None
 
     def compile(self, graph: ReadGraph) -> Any:
@@ -162,7 +171,7 @@ class Compiler:
             raise _refused(graph.model.get_friendly_name(), problem) from None
 
 
-def _refused(graph: str, problem: RuntimeError) -> HimapError:
+def _refused(graph: str, problem: Exception) -> HimapError:
     return HimapError(f"OpenVINO refuses {graph}", _line(problem), "check openvino's version against the manifest's")
 
 
