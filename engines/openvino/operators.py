@@ -152,7 +152,8 @@ def _mod(node: Any) -> Any:
     made = x.get_node()
     if exact := {"Multiply": _times, "Add": _plus}.get(made.get_type_name()):
         return exact(*(port.get_source_output() for port in made.inputs()))
-    return op.select(op.equal(x, _int(PRIME)), _int(0), x)
+    over = op.subtract(x, _int(PRIME))  # compared as they are, PRIME and PRIME - 1 would be equal: fp32 again
+    return op.select(op.equal(over, _int(0)), over, x)
 
 
 def _int(value: int) -> Any:
