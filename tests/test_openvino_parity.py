@@ -1,6 +1,6 @@
 """OpenVINO's engines against PyTorch, the authors' goldens and the NumPy oracle: families, policies, forms, dtypes.
 
-Through the commands, on one thread; an engine takes a fifth of a second to compile, so each bundle proves several things.
+Through the commands, on one thread. An engine takes a fifth of a second to compile: each bundle proves several things.
 """
 
 import json

@@ -14,6 +14,9 @@ from himap_export.engines.openvino.operators import Appended, Rule, rules
 from himap_export.graphs.errors import HimapError
 
 
+UNKNOWN = "No conversion rule found"  # so says OpenVINO of operators
+
+
 @dataclass(frozen=True)
 class Append:
     """An output of the ONNX graph that the model gives in two parts: what is new in a cache, and at which slots."""
@@ -55,8 +58,9 @@ class Frontend:
         self._refused.clear()
         try:
             model = self._onnx.convert(self._onnx.load(str(path)))
-        except Exception:  # OpenVINO's share no base class
-            if self._refused:
+        except Exception as problem:  # OpenVINO's share no base class
+            # Behind an operator that nobody knows shapes are not known either, which rules refuse.
+            if self._refused and UNKNOWN not in str(problem):
                 raise self._refused[0] from None
             raise
         _fill(model, weights)

@@ -13,7 +13,7 @@ from himap_export.engines.backends import Opening, Tensor
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.extras import required
 from himap_export.engines.manifest import GraphRecord
-from himap_export.engines.openvino.frontend import Append, Frontend, ReadGraph
+from himap_export.engines.openvino.frontend import UNKNOWN, Append, Frontend, ReadGraph
 from himap_export.engines.weight_file import NUMPY, as_numbers, as_stored, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import PortType, TensorSpec
@@ -186,6 +186,6 @@ def _computed(core: Any, device: str) -> tuple[Dtype, ...]:
 
 
 def _line(problem: Exception) -> str:
-    """Returns the last line that says something: the first ones say where in OpenVINO's source."""
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return lines[-1] if lines else type(problem).__name__
+    """Returns the line that names unknown operators, else the last one: the first ones say where in OpenVINO's source."""
+    lines = [line.strip(" -") for line in str(problem).splitlines() if line.strip(" -")]
+    return next((line for line in lines if UNKNOWN in line), lines[-1] if lines else type(problem).__name__)
