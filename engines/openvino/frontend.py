@@ -13,7 +13,6 @@ from himap_export.engines.extras import required
 from himap_export.engines.openvino.operators import Appended, Rule, rules
 from himap_export.graphs.errors import HimapError
 
-
 UNKNOWN = "No conversion rule found"  # so says OpenVINO of operators
 
 

@@ -186,6 +186,6 @@ def _computed(core: Any, device: str) -> tuple[Dtype, ...]:
 
 
 def _line(problem: Exception) -> str:
-    """Returns the line that names unknown operators, else the last one: the first ones say where in OpenVINO's source."""
+    """Returns the line that names unknown operators, else the last: the first ones say where in OpenVINO's source."""
     lines = [line.strip(" -") for line in str(problem).splitlines() if line.strip(" -")]
     return next((line for line in lines if UNKNOWN in line), lines[-1] if lines else type(problem).__name__)
