@@ -91,10 +91,19 @@ def _attention(node: Any, appended: Mapping[str, Appended]) -> Any:
         seen = np.arange(_shape(k)[2]) <= np.arange(_shape(q)[2])[:, None]
         causal = op.constant(np.where(seen, 0, -np.inf).astype(np.float32)[None, None])
         mask = op.convert(causal, q.get_element_type())
-    k, v = (_repeated(x, _shape(q)[1] // _shape(x)[1]) for x in (k, v))
-    logits = op.multiply(op.matmul(q, k, False, True), scale)
-    probability = op.softmax(logits if mask is None else op.add(logits, mask), -1)
-    return op.matmul(probability, v, False, False)
+    logits = op.multiply(_by_head(q, k, True), scale)
+    probability = op.softmax(logits if mask is None else op.add(logits, mask), -1).output(0)
+    return _by_head(probability, v, False)
+
+
+def _by_head(x: Any, y: Any, transposed: bool) -> Any:
+    """Returns x [B,H,S,n] times the y [B,G,C,E] of each head's group."""
+    op, (batch, heads, length, width), groups = _ops(), _shape(x), _shape(y)[1]
+    if groups == heads or heads != length:
+        return op.matmul(x, _repeated(y, heads // groups), False, transposed)
+    # Of as many heads as tokens the CPU plugin's fused attention is wrong (2026.4): by groups it is not fused.
+    product = op.matmul(op.reshape(x, [batch, groups, -1, width], False), y, False, transposed)
+    return op.reshape(product, [batch, heads, length, -1], False)
 
 
 def _cached(q: Any, keys: Appended, values: Appended, mask: Any, scale: Any) -> Any:
