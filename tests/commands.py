@@ -41,6 +41,7 @@ MAIN = {  # where each command's `main` is
     "himap-tune": "himap_export.validate.tuning.cli",
 }
 ORT = ("--backend", "onnxruntime")  # what an export is for here, whatever else is installed
+OPENVINO = ("--backend", "openvino")
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
@@ -156,9 +157,9 @@ class Workshop:
                 assert call(export_main, self.family(name), *text, "--out", folder) == 0
         return folder
 
-    def pipeline(self, bundle: Path) -> Pipeline:
+    def pipeline(self, bundle: Path, backend: str = "onnxruntime") -> Pipeline:
         """One thread: tests share two cores, and sums come out the same every time."""
-        return Pipeline(Bundle.open(bundle).select(), "onnxruntime", Opening(threads=1))
+        return Pipeline(Bundle.open(bundle).select(), backend, Opening(threads=1))
 
     def answer(self, bundle: Path, inputs: Inputs, *flags: object) -> Arrays:
         """What `himap-run` saves for `inputs`: kept_k1, kept_k2, logits, tokens."""

@@ -64,8 +64,10 @@ def test_importing_a_room_loads_no_torch(room: str) -> None:
     assert done.stdout.splitlines()[1] == "[]"
 
 
-def test_himap_run_needs_neither_torch_nor_onnx(work: Workshop, tmp_path: Path) -> None:
-    bundle = work.bundle("golden", "--text-budget", 14, cuts=reference_himap(2, 5, 0.5, 0.75))
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_himap_run_needs_neither_torch_nor_onnx(work: Workshop, tmp_path: Path, backend: str) -> None:
+    flags = ("--backend", backend, "--text-budget", 14)
+    bundle = work.bundle("golden", *flags, cuts=reference_himap(2, 5, 0.5, 0.75))
     code = "from himap_export.engines.cli import main\nmain(sys.argv[1:])"
     arguments = (bundle, "--load-inputs", HIMAP_TINY / "inputs.npz", "--save-outputs", tmp_path / "out.npz")
     done = blocked_python(code, EXPORT_ONLY, *arguments)

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from safetensors.numpy import save_file
 
@@ -58,10 +60,19 @@ def store(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: Dtype) -> No
     save_file({name: (0.1 * random.standard_normal(shape)).astype(kind) for name, shape in shapes.items()}, file)
 
 
-def unsealed(folder: Path, model: StagedModel, graphs: tuple[StageGraph, ...], form: WeightForm = "shared") -> Bundle:
-    """A work folder as the exporter leaves it before it compiles."""
+def unsealed(
+    folder: Path,
+    model: StagedModel,
+    graphs: tuple[StageGraph, ...],
+    form: WeightForm = "shared",
+    weights: Mapping[str, npt.NDArray[Any]] | None = None,
+) -> Bundle:
+    """A work folder as the exporter leaves it before it compiles, over `weights`, random ones if None."""
     (folder / "weights").mkdir(parents=True)
-    store(folder / "weights/w.safetensors", {n: s.shape for g in graphs for n, s in g.weights.items()}, model.dtype)
+    if weights is None:
+        store(folder / "weights/w.safetensors", {n: s.shape for g in graphs for n, s in g.weights.items()}, model.dtype)
+    else:
+        save_file(dict(weights), folder / "weights/w.safetensors")
     tensors, records = read_header(folder / "weights/w.safetensors"), {}
     for graph in graphs:
         ir.save(bind(graph, tensors, lambda t: f"weights/{t.file.name}"), folder / f"{graph.name}.onnx")

@@ -10,7 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from himap_export.engines.extras import required
-from himap_export.engines.openvino.operators import Appended, rules
+from himap_export.engines.openvino.operators import Appended, Rule, rules
+from himap_export.graphs.errors import HimapError
+
+UNKNOWN = "No conversion rule found"  # so says OpenVINO of operators
 
 
 @dataclass(frozen=True)
@@ -30,18 +33,35 @@ class ReadGraph:
 
 
 class Frontend:
-    """OpenVINO's ONNX frontend with the rules for our graphs, which are read one at a time."""
+    """OpenVINO's ONNX frontend, and no other, with the rules for our graphs, which are read one at a time."""
 
-    def __init__(self, core: Any) -> None:
-        self._core, self._appended = core, dict[str, Appended]()
+    def __init__(self) -> None:
+        self._appended, self._refused = dict[str, Appended](), list[HimapError]()
+        self._onnx = required("openvino.frontend").FrontEndManager().load_by_framework("onnx")
         made = required("openvino.frontend.onnx").ConversionExtension
         for name, rule in rules(self._appended).items():
-            core.add_extension(made(name, lambda node, rule=rule: rule(node).outputs()))
+            self._onnx.add_extension(made(name, lambda node, rule=rule: self._converted(node, rule)))
+
+    def _converted(self, node: Any, rule: Rule) -> Any:
+        """Returns the outputs of what `rule` makes of a node; why it refuses one is kept: OpenVINO does not tell."""
+        try:
+            return rule(node).outputs()
+        except HimapError as problem:
+            self._refused.append(problem)
+            raise
 
     def read(self, path: Path, weights: Mapping[str, npt.NDArray[Any]]) -> ReadGraph:
-        """Returns the graph in `path`; `weights` stand for the inputs of their names."""
+        """Returns the graph in `path`; `weights` stand for the inputs of their names. HimapError for a node that a rule
+        refuses, OpenVINO's own errors for what else it cannot read."""
         self._appended.clear()
-        model = self._core.read_model(path)
+        self._refused.clear()
+        try:
+            model = self._onnx.convert(self._onnx.load(str(path)))
+        except Exception as problem:  # OpenVINO's share no base class
+            # Behind an operator that nobody knows shapes are not known either, which rules refuse.
+            if self._refused and UNKNOWN not in str(problem):
+                raise self._refused[0] from None
+            raise
         _fill(model, weights)
         appends = dict(self._taken_out(model))
         if appends:  # one token: what it costs is reading the weights, in as few pieces as can be

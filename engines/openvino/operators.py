@@ -6,6 +6,7 @@
    token. Ours is taken apart here: for one token keys times query, [C,E] x [E,n], so that the cache is read as it lies.
 3. `Gemm` it reads as alpha * x W + beta * C. Folding an alpha of 1 into each weight copies it: seconds at 200 M.
 4. `Mod`, by which random scores are drawn: its CPU code computes int64 in 32 bits, and divides them as fp32.
+5. `Conv`, which cuts patches: in bf16 its CPU code is plainly wrong for the 6 channels of Qwen's towers (2026.4).
 
 Why appends are taken out: a scatter that works in place gets memory of its own from the CPU plugin, so all caches would
 be copied at every token, 30 MB and 10 of 42 ms in docs/log.md.
@@ -44,6 +45,7 @@ def rules(appended: dict[str, Appended]) -> Mapping[str, Rule]:
         "Attention": lambda node: _attention(node, appended),
         "Gemm": _gemm,
         "Mod": _mod,
+        "Conv": _patches,
     }
 
 
@@ -91,10 +93,19 @@ def _attention(node: Any, appended: Mapping[str, Appended]) -> Any:
         seen = np.arange(_shape(k)[2]) <= np.arange(_shape(q)[2])[:, None]
         causal = op.constant(np.where(seen, 0, -np.inf).astype(np.float32)[None, None])
         mask = op.convert(causal, q.get_element_type())
-    k, v = (_repeated(x, _shape(q)[1] // _shape(x)[1]) for x in (k, v))
-    logits = op.multiply(op.matmul(q, k, False, True), scale)
-    probability = op.softmax(logits if mask is None else op.add(logits, mask), -1)
-    return op.matmul(probability, v, False, False)
+    logits = op.multiply(_by_head(q, k, True), scale)
+    probability = op.softmax(logits if mask is None else op.add(logits, mask), -1).output(0)
+    return _by_head(probability, v, False)
+
+
+def _by_head(x: Any, y: Any, transposed: bool) -> Any:
+    """Returns x [B,H,S,n] times the y [B,G,C,E] of each head's group."""
+    op, (batch, heads, length, width), groups = _ops(), _shape(x), _shape(y)[1]
+    if groups == heads or heads != length:
+        return op.matmul(x, _repeated(y, heads // groups), False, transposed)
+    # Of as many heads as tokens the CPU plugin's fused attention is wrong (2026.4): by groups it is not fused.
+    product = op.matmul(op.reshape(x, [batch, groups, -1, width], False), y, False, transposed)
+    return op.reshape(product, [batch, heads, length, -1], False)
 
 
 def _cached(q: Any, keys: Appended, values: Appended, mask: Any, scale: Any) -> Any:
@@ -140,6 +151,23 @@ def _gemm(node: Any) -> Any:
     return op.add(y, node.get_input(2)) if node.get_input_size() == 3 else y
 
 
+def _patches(node: Any) -> Any:
+    """Multiplies the whole patches of images [B,C,Y,X] by weights [out,C,h,w], and adds what there is to add."""
+    op, x, weight = _ops(), node.get_input(0), node.get_input(1)
+    (batch, channels, height, width), (out, _, h, w) = _shape(x), _shape(weight)
+    plain = not any(node.get_attribute("pads", [0])) and node.get_attribute("group", 1) == 1
+    if list(node.get_attribute("strides", [1, 1])) != [h, w] or not plain:
+        raise HimapError("Conv does something else than cut patches, which no graph of ours does")
+    grid = height // h, width // w
+    if (grid[0] * h, grid[1] * w) != (height, width):
+        x = op.slice(x, [0, 0], [grid[0] * h, grid[1] * w], [1, 1], [2, 3]).output(0)
+    tiles = op.reshape(x, [batch, channels, grid[0], h, grid[1], w], False)
+    rows = op.reshape(op.transpose(tiles, [0, 2, 4, 1, 3, 5]), [batch, grid[0] * grid[1], channels * h * w], False)
+    y = op.matmul(rows, op.reshape(weight, [out, channels * h * w], False), False, True)
+    y = op.add(y, node.get_input(2)) if node.get_input_size() == 3 else y
+    return op.reshape(op.transpose(y, [0, 2, 1]), [batch, out, *grid], False)
+
+
 def _mod(node: Any) -> Any:
     """Returns x modulo y of integers from 0 on: y is a power of two or PRIME, and then x below 2^31, or the product or
     the sum of two residues."""
@@ -152,7 +180,8 @@ def _mod(node: Any) -> Any:
     made = x.get_node()
     if exact := {"Multiply": _times, "Add": _plus}.get(made.get_type_name()):
         return exact(*(port.get_source_output() for port in made.inputs()))
-    return op.select(op.equal(x, _int(PRIME)), _int(0), x)
+    over = op.subtract(x, _int(PRIME))  # compared as they are, PRIME and PRIME - 1 would be equal: fp32 again
+    return op.select(op.equal(over, _int(0)), over, x)
 
 
 def _int(value: int) -> Any:

@@ -13,7 +13,7 @@ from himap_export.engines.backends import Opening, Tensor
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.extras import required
 from himap_export.engines.manifest import GraphRecord
-from himap_export.engines.openvino.frontend import Append, Frontend, ReadGraph
+from himap_export.engines.openvino.frontend import UNKNOWN, Append, Frontend, ReadGraph
 from himap_export.engines.weight_file import NUMPY, as_numbers, as_stored, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import PortType, TensorSpec
@@ -93,14 +93,21 @@ class Run:
         if self._request is not None:
             return
         model = self._compiling.result()
-        request, read = model.create_infer_request(), {name for port in model.inputs for name in port.get_names()}
-        for name in (*self._record.inputs, *self._record.outputs):
-            tensor = self._tensors[name]
-            assert isinstance(tensor, OvTensor)  # as they come from the engines' own `tensor`
-            if name in self._taken_out:
-                self._appends.append(_append(request, self._taken_out[name], tensor))
-            elif name in read or name in self._record.outputs:
-                request.set_tensor(name, tensor.value)
+        request, read = model.create_infer_request(), [port.get_names() for port in model.inputs]
+        try:
+            for names in read:
+                if not names & self._record.inputs.keys():
+                    raise RuntimeError(f"it reads {min(names)}, which the manifest does not name")
+            for name in (*self._record.inputs, *self._record.outputs):
+                tensor = self._tensors[name]
+                assert isinstance(tensor, OvTensor)  # as they come from the engines' own `tensor`
+                if name in self._taken_out:
+                    self._appends.append(_append(request, self._taken_out[name], tensor))
+                elif name in self._record.outputs or any(name in names for names in read):
+                    request.set_tensor(name, tensor.value)
+        except RuntimeError as problem:
+            hint = "the graph and the manifest do not fit: export the bundle again"
+            raise HimapError(f"OpenVINO cannot bind {self._graph}", _line(problem), hint) from None
         self._request = request
 
     def __call__(self) -> None:
@@ -108,10 +115,10 @@ class Run:
         try:
             self._request.start_async()  # `infer` would copy every output into an array of its own
             self._request.wait()
-        except RuntimeError as problem:
+            for append in self._appends:
+                append()
+        except (RuntimeError, IndexError) as problem:  # IndexError: of a slot outside its cache
             raise HimapError(f"OpenVINO cannot run {self._graph}", _line(problem)) from None
-        for append in self._appends:
-            append()
 
 
 def _append(request: Any, append: Append, cache: OvTensor) -> Callable[[], None]:
@@ -140,13 +147,15 @@ class Compiler:
             raise HimapError(
                 f"{name} does not compute in {dtype}", f"it computes in {', '.join(own)}", hint, Exit.MISSING
             )
-        self._frontend = Frontend(self._core)
+        self._frontend = Frontend()
 
     def read(self, path: Path, weights: Mapping[str, npt.NDArray[Any]] = _NONE) -> ReadGraph:
         """Returns the graph in `path`; `weights` stand for the inputs of their names."""
         try:
             return self._frontend.read(path, weights)
-        except RuntimeError as problem:
+        except HimapError as problem:  # a rule's
+            raise HimapError(f"OpenVINO refuses {path.name}", str(problem)) from None
+        except Exception as problem:  # OpenVINO's own share no base class
             raise _refused(path.name, problem) from None
 
     def compile(self, graph: ReadGraph) -> Any:
@@ -162,7 +171,7 @@ class Compiler:
             raise _refused(graph.model.get_friendly_name(), problem) from None
 
 
-def _refused(graph: str, problem: RuntimeError) -> HimapError:
+def _refused(graph: str, problem: Exception) -> HimapError:
     return HimapError(f"OpenVINO refuses {graph}", _line(problem), "check openvino's version against the manifest's")
 
 
@@ -177,6 +186,6 @@ def _computed(core: Any, device: str) -> tuple[Dtype, ...]:
 
 
 def _line(problem: Exception) -> str:
-    """Returns the last line that says something: the first ones say where in OpenVINO's source."""
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return lines[-1] if lines else type(problem).__name__
+    """Returns the line that names unknown operators, else the last: the first ones say where in OpenVINO's source."""
+    lines = [line.strip(" -") for line in str(problem).splitlines() if line.strip(" -")]
+    return next((line for line in lines if UNKNOWN in line), lines[-1] if lines else type(problem).__name__)

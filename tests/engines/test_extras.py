@@ -27,6 +27,7 @@ def test_every_extra_is_one_of_the_package() -> None:
         ("himap-export", ("shapes", "--out", "OUT"), TRANSFORMERS, "export"),
         ("himap-export", ("shapes", "--out", "OUT"), {"torch"}, "export"),
         ("himap-export", ("shapes", "--out", "OUT", "--backend", "onnxruntime"), {"onnxruntime"}, "onnxruntime"),
+        ("himap-export", ("shapes", "--out", "OUT", "--backend", "openvino"), {"openvino"}, "openvino"),
         ("himap-export", ("shapes", "--out", "OUT"), {"onnxruntime", "openvino"}, "onnxruntime"),
         ("himap-export", ("shapes", "--dry-run"), {"onnxruntime", "openvino"}, "onnxruntime"),
         ("himap-export", ("shapes", "--out", "OUT", "--backend", "tensorrt-rtx"), {"tensorrt_rtx"}, "tensorrt-rtx"),

@@ -1,0 +1,89 @@
+"""Importance scores in OpenVINO, graph by graph: drawn ones to the last bit, computed ones in fp32."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from frames import give, give_integers, take
+from oracle import ranking
+
+from himap_export.engines.extras import required
+from himap_export.engines.openvino import run
+from himap_export.engines.openvino.run import Compiler, computed
+from himap_export.engines.weight_file import as_numbers, as_stored
+from himap_export.graphs.build import Frame, StageGraph
+from himap_export.graphs.importance import ScoringContext, importance
+from himap_export.graphs.plan import Cut
+from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, SYSTEM, DecoderSpec, Dtype
+
+SPEC = DecoderSpec(layers=3, hidden=8, ffn=8, heads=6, kv_heads=2, head_dim=16, vocab=8)
+
+
+def compiled(graph: StageGraph, folder: Path) -> Any:
+    """OpenVINO's model of a graph, as an engine is compiled."""
+    ir.save(graph.model, folder / "graph.onnx")
+    compiler = Compiler("cpu", "fp32", 1)
+    return compiler.compile(compiler.read(folder / "graph.onnx"))
+
+
+def test_random_scores_are_the_oracles_to_the_last_bit(tmp_path: Path) -> None:
+    """Seeds as a pipeline gives them, modulo 2^31 - 1; the least and the largest, whose fp32 forms are equal."""
+    positions, edge = np.arange(700), 2**31 - 2
+    seeds = np.array([0, 1, 2, 48271, 2**16, 2**22 - 1, 2**24 + 1, 2**30, edge - 2, edge - 1, edge], np.int64)
+    seeds = np.concatenate([seeds, np.random.default_rng(0).integers(0, edge, 21)])
+    f, shape = Frame("random", "fp32"), (len(seeds), len(positions))
+    token_type, position = (give_integers(f, name, *shape) for name in ("token_type", "position"))
+    seed, unused = give_integers(f, "seed", len(seeds), 1), give(f, "q", (1, 6, 4, 16))
+    context = ScoringContext(
+        f.op, SPEC, query=unused, key=unused, token_type=token_type, position=position, seed=seed, layer=2,
+        visual=len(positions), keep=8, text=0,
+    )  # fmt: skip
+    take(f, "score", importance("random", context), shape, ir.DataType.FLOAT)
+    feeds = {
+        "token_type": np.full(shape, IMAGE),
+        "position": np.tile(positions, (len(seeds), 1)),
+        "seed": seeds[:, None],
+    }
+    found = compiled(f.finish(), tmp_path)(feeds)["score"]
+    none = np.zeros((1, 1))
+    for row, own in zip(found, seeds.tolist(), strict=True):
+        truth = ranking(Cut(2, "random", keep=8), none, positions, positions, none > 0, 8, own)
+        np.testing.assert_array_equal(row, truth)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_scores_are_fp32_whatever_the_bundle_is(dtype: Dtype, tmp_path: Path) -> None:
+    """From the same queries and keys, fp64 differs by fp32's roundings only: bf16 anywhere inside would err by 1e-3."""
+    if dtype not in computed():
+        pytest.skip(f"this CPU does not compute in {dtype}: OpenVINO says {', '.join(computed())}")
+    token_type = np.array([SYSTEM] * 3 + [IMAGE] * 20 + [SYSTEM] + [IMAGE] * 12 + [INSTRUCTION] * 9 + [PADDING] * 4)
+    random, f, size = np.random.default_rng(0), Frame("scores", dtype), len(token_type)
+    context = ScoringContext(
+        f.op, SPEC, give(f, "q", (1, 6, size, 16)), give(f, "k", (1, 2, size, 16)),
+        *(give_integers(f, name, 1, size) for name in ("token_type", "position")),
+        seed=None, layer=2, visual=32, keep=8, text=17,
+    )  # fmt: skip
+    for name in ("instruction", "image"):
+        take(f, name, importance(name, context), (1, size), ir.DataType.FLOAT)
+    made, ov = compiled(f.finish(), tmp_path), required("openvino")
+    request, values = made.create_infer_request(), {}
+    for name, heads in (("q", 6), ("k", 2)):
+        tensor = ov.Tensor(getattr(ov.Type, run._TYPES[dtype]), [1, heads, size, 16])
+        stored = as_stored(2.4 * random.standard_normal((1, heads, size, 16)), dtype)
+        tensor.data.view(stored.dtype)[...] = stored
+        request.set_tensor(name, tensor)
+        values[name] = as_numbers(stored, dtype)[0].astype(np.float64)
+    request.set_tensor("token_type", ov.Tensor(token_type[None]))
+    request.set_tensor("position", ov.Tensor(np.arange(size)[None]))
+    request.infer()
+    logits = values["q"] @ np.repeat(values["k"], 3, 0).swapaxes(1, 2) / 4
+    probability = np.exp(np.where(np.tri(size, dtype=bool), logits, -np.inf))
+    attention = (probability / probability.sum(-1, keepdims=True)).mean(0)
+    for name, rows in (("instruction", token_type == INSTRUCTION), ("image", token_type == IMAGE)):
+        score = request.get_tensor(name).data
+        assert score.dtype == np.float32 and np.isposinf(score[0, token_type != IMAGE]).all()
+        truth = attention[rows][:, token_type == IMAGE].sum(0)
+        assert np.isfinite(truth).all()
+        np.testing.assert_allclose(score[0, token_type == IMAGE], truth, rtol=0, atol=1e-5)
