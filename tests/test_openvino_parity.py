@@ -86,7 +86,7 @@ def test_families_pass_validation(work: Workshop, name: str, capsys: Capture) ->
         identical(found, 2)
 
 
-@pytest.mark.parametrize("name", ["mha", "gqa2"])
+@pytest.mark.parametrize("name", ["gqa2", pytest.param("mha", marks=pytest.mark.slow)])
 def test_llava_in_its_own_layout_passes_validation(work: Workshop, name: str, tmp_path: Path, capsys: Capture) -> None:
     _, model = make_both_layouts(tmp_path, replace(TINY[name], vision_feature_layer=-2, layers=4))
     flags = ("--k1", 1, "--k2", 3, "--batch", 3, "--text-budget", 24, "--max-new-tokens", 8)
@@ -154,7 +154,7 @@ def test_every_policy_passes_validation(work: Workshop, plan: str, capsys: Captu
     identical(validated(capsys, policies(work), "--plan", plan), len(PLANS[plan]))
 
 
-@pytest.mark.parametrize("seed", [0, 2**31 - 2, 2**31 - 1, 2**32 - 1])
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.slow), 2**31 - 2, 2**32 - 1])
 def test_random_cuts_draw_what_the_reference_draws(work: Workshop, seed: int) -> None:
     """Each of three prompts by a seed of its own, up to 2^32 + 1."""
     inputs, cuts = make_inputs(work.tiny("gqa2"), [9, 3, 12], [5, 2, 1], seed=4), PLANS["random"]
@@ -194,7 +194,7 @@ class OpenVinoChain(Chain):
 
 
 @given(example=examples())
-@settings(max_examples=8, phases=[Phase.generate])  # no shrinking: each try would be five engines
+@settings(max_examples=5, phases=[Phase.generate])  # no shrinking: each try would be five engines
 def test_drawn_decoders_equal_the_oracle(example: Example, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("drawn") / "work"
     check_chain(example, lambda: OpenVinoChain(example.model, example.weights, folder))
@@ -203,7 +203,7 @@ def test_drawn_decoders_equal_the_oracle(example: Example, tmp_path_factory: pyt
 # --- forms of weights, backends ---
 
 
-@pytest.mark.parametrize("name", ["sharded", "tied"])
+@pytest.mark.parametrize("name", ["tied", pytest.param("sharded", marks=pytest.mark.slow)])
 def test_all_forms_of_weights_and_both_backends_answer_alike(work: Workshop, name: str) -> None:
     inputs = make_inputs(work.tiny(name), [9, 3], [5, 1])
     flags, asked = (*OPENVINO, "--batch", 2), ("--max-new-tokens", 8, "--backend", "openvino")
@@ -228,8 +228,14 @@ def test_all_forms_of_weights_and_both_backends_answer_alike(work: Workshop, nam
 # --- half precision ---
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen3-vl"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        ("bf16", "qwen3-vl"),
+        ("fp16", "llava"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("bf16", "llava"), ("fp16", "qwen3-vl"))),
+    ],
+)
 def test_half_precision_passes_validation(work: Workshop, dtype: str, name: str, capsys: Capture) -> None:
     """By what Hugging Face's modules lose in the same dtype, the tower too; scores stay fp32."""
     if dtype not in openvino.computed():

@@ -108,14 +108,15 @@ def test_validation_takes_a_variant(several: Path, capsys: pytest.CaptureFixture
     assert (found["plan"], found["text_budget"], found["passed"]) == ("tight", 12, True)
 
 
-def test_dry_run_lists_every_variant(work: Workshop, plan_file: Path) -> None:
+def test_dry_run_lists_every_variant(work: Workshop, plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--plan", plan_file, "--plan", "qa", "--text-budget", 12, 24, "--dry-run")
-    done = spawn("himap-export", work.checkpoint("mha"), *flags, "--json")
-    found = json.loads(done.stdout)
+    assert call(export_main, work.checkpoint("mha"), *flags, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
     names = [(v["plan"]["name"], v["budget"]["text"]) for v in found["variants"]]
     assert names == [(p, b) for p in ("wide", "tight", "qa") for b in (12, 24)]
     assert found["plan"] == found["variants"][0]["plan"] and found["budget"]["visual"] == [16, 12, 6]
-    lines = spawn("himap-export", work.checkpoint("mha"), *flags).stdout.splitlines()
+    assert call(export_main, work.checkpoint("mha"), *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith(("wide", "tight", "qa")) for line in lines) == 6
 
 

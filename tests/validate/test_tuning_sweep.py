@@ -37,7 +37,7 @@ def asked() -> list[tuple[int, Example]]:
     return list(enumerate(read_dataset(IMAGES / "questions.jsonl").examples))
 
 
-@pytest.mark.parametrize("policy", ["himap", "random"])
+@pytest.mark.parametrize("policy", ["random", pytest.param("himap", marks=pytest.mark.slow)])
 def test_two_processes_say_what_one_prefill_a_plan_says(
     shapes: Path, asked: list[tuple[int, Example]], policy: str
 ) -> None:
@@ -84,7 +84,9 @@ def test_a_worker_that_dies_is_an_error(shapes: Path, asked: list[tuple[int, Exa
     assert not workers()
 
 
-@pytest.mark.parametrize("to_group", [False, True], ids=["kill -INT", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "to_group", [pytest.param(False, id="kill -INT", marks=pytest.mark.slow), pytest.param(True, id="Ctrl-C")]
+)
 def test_an_interrupt_does_not_wait_for_a_long_walk(tmp_path: Path, to_group: bool) -> None:
     """Workers that are stopped stand for a large model's, at work for minutes."""
     for image in IMAGES.glob("*.png"):
