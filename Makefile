@@ -42,8 +42,9 @@ fuzz: install
 lint: install types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd .types/rooms && $(CURDIR)/$(BIN)/lint-imports --no-logo --config $(CURDIR)/pyproject.toml
-	$(BIN)/mypy -p himap_export
+	$(BIN)/mypy -p himap_export & checked=$$!; \
+	(cd .types/rooms && $(CURDIR)/$(BIN)/lint-imports --no-logo --config $(CURDIR)/pyproject.toml); kept=$$?; \
+	wait $$checked && exit $$kept
 
 # Neither mypy nor import-linter sees setuptools' package-dir mapping: show them the same tree by links; import-linter the
 # rooms alone, as it takes no package whose parent is one.
