@@ -90,6 +90,8 @@ class Run:
         self._request: Any = None
 
     def wait(self) -> None:
+        """Waits until the model is compiled, and binds its tensors; HimapError if OpenVINO refuses it or they do not
+        fit."""
         if self._request is not None:
             return
         model = self._compiling.result()
