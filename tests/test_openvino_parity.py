@@ -232,8 +232,10 @@ def test_all_forms_of_weights_and_both_backends_answer_alike(work: Workshop, nam
     ("dtype", "name"),
     [
         ("bf16", "qwen3-vl"),
-        ("fp16", "llava"),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("bf16", "llava"), ("fp16", "qwen3-vl"))),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("fp16", "llava"), ("bf16", "llava"), ("fp16", "qwen3-vl"))
+        ),
     ],
 )
 def test_half_precision_passes_validation(work: Workshop, dtype: str, name: str, capsys: Capture) -> None:

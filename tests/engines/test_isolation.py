@@ -152,7 +152,12 @@ print(len(bundle.manifest.engines["tensorrt-rtx"]))
 
 @pytest.mark.parametrize(
     ("how", "script", "said"),
-    [("file", EXPORTS, "5\n"), ("file", ADDS, "3\n"), ("stdin", ADDS, "3\n"), ("exec", ADDS, "3\n")],
+    [
+        ("file", EXPORTS, "5\n"),
+        pytest.param("file", ADDS, "3\n", marks=pytest.mark.slow),
+        ("stdin", ADDS, "3\n"),
+        ("exec", ADDS, "3\n"),
+    ],
     ids=["a file that exports", "a file", "standard input", "exec"],
 )
 def test_a_caller_needs_no_main_guard(tmp_path: Path, how: str, script: str, said: str) -> None:
