@@ -55,13 +55,12 @@ def _builds(backend: str, dtype: str) -> bool:
 
 def slow_dtype(backends: Sequence[str], dtype: str) -> str:
     """Returns what is to be said before a bundle of `dtype` is built for `backends`, "" if nothing is."""
-    flags = _cpu_flags()
     if dtype != "fp16":
         return ""
     if "onnxruntime" in backends and not _has_cuda_provider():
         fast = "`dtype` fp32 or `backend` openvino with another `dtype`"
         return f"onnxruntime computes fp16 on a CPU for parity only, 2.5 times slower than fp32: {fast} is fast there"
-    if "openvino" in backends and "amx_fp16" not in flags:
+    if "openvino" in backends and "amx_fp16" not in (flags := _cpu_flags()):
         fast = "bf16" if flags & {"amx_bf16", "avx512_bf16"} else "fp32"
         return f"OpenVINO computes fp16 slower than fp32 on a CPU without amx_fp16: `dtype` {fast} is fast there"
     return ""
