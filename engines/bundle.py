@@ -20,10 +20,10 @@ from himap_export.engines.manifest import (
     entries,
     read_manifest,
 )
-from himap_export.engines.weight_file import StoredTensor, check_finite, find_tensor, find_tensors, read_header
+from himap_export.engines.weight_file import StoredTensor, as_held, check_finite, find_tensor, find_tensors, read_header
 from himap_export.graphs.errors import Exit, HimapError, suggestion
 from himap_export.graphs.plan import PruningPlan, TokenBudget
-from himap_export.graphs.ports import TensorSpec
+from himap_export.graphs.ports import WeightSpec
 
 if TYPE_CHECKING:
     from himap_export.engines.session import Session
@@ -91,14 +91,15 @@ class Bundle:
             raise HimapError(f"{self.folder} holds no weights", details, hint, Exit.MISSING)
         return {name: t for file in self.manifest.weights for name, t in read_header(self.folder / file).items()}
 
-    def weights(self) -> dict[str, StoredTensor]:
-        """Returns those of `tensors` that its graphs read; HimapError if one is not what the manifest says."""
+    def weights(self, constants: bool = True) -> dict[str, StoredTensor]:
+        """Returns those of `tensors` that its graphs read, the parts of quantised weights only with `constants`.
+        HimapError if one is not what the manifest says."""
         wanted = self.manifest.wanted()
         for name, spec in wanted.items() if self.manifest.weight_form == "shared" else ():
             if problem := _misfit(name, find_tensor(self.tensors, name, spec.rows), spec):
                 hint = "copy or export the bundle again"
                 raise HimapError(f"the weights of {self.folder} are not its manifest's", problem, hint)
-        return find_tensors(self.tensors, wanted)
+        return find_tensors(self.tensors, {n: spec for n, spec in wanted.items() if constants or not spec.constant})
 
     def with_weights(self, folders: Sequence[Path], verify: bool = True) -> Self:
         """Returns this bundle of engines only, with the weights of the checkpoint in `folders`: its own, and its
@@ -213,12 +214,13 @@ def skipped_checks(manifest: Manifest) -> str:
     return f"not verified: the content of {count} files, {size / 1e6:.1f} MB, engines and weights among them"
 
 
-def _misfit(name: str, found: StoredTensor | None, wanted: TensorSpec) -> str:
+def _misfit(name: str, found: StoredTensor | None, wanted: WeightSpec) -> str:
     if found is None:
         return f"no tensor {name}"
-    if found.shape != wanted.shape:
-        return f"{name} is {list(found.shape)}, the engines take {list(wanted.shape)}"
-    if found.dtype != wanted.dtype:
+    kind, shape = as_held(wanted)
+    if found.shape != shape:
+        return f"{name} is {list(found.shape)}, the engines take {list(shape)}"
+    if found.dtype not in (kind, wanted.dtype):
         return f"{name} is {found.dtype}, the engines take {wanted.dtype}"
     return ""
 

@@ -20,10 +20,10 @@ from himap_export.engines.layout import Grid, ImageTokens
 from himap_export.engines.prompt import PromptFormat
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.plan import PruningPlan, TokenBudget, Tokens
-from himap_export.graphs.ports import GraphPorts, Port, Size, WeightSpec, chain_problems, graph_problems
+from himap_export.graphs.ports import GraphPorts, LinearForm, Port, Size, WeightSpec, chain_problems, graph_problems
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
-SCHEMA = 5
+SCHEMA = 6
 FILE_NAME = "manifest.json"
 WeightForm = Literal["shared", "embedded", "absent"]
 MOST = 64 * MEGABYTE  # a hundred variants of the largest model take 20
@@ -102,6 +102,19 @@ class FileRecord(Struct, frozen=True, forbid_unknown_fields=True):
     bytes: Size
 
 
+class QuantisedWeight(LinearForm, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How one weight is quantised, and the `error` of it: root mean square, relative to the weight's."""
+
+    error: Annotated[float, Meta(ge=0, le=1e6)]
+
+
+class Quantization(Struct, frozen=True, forbid_unknown_fields=True):
+    """The weights that are quantised, by name, and the `method` that did it: "round to nearest"."""
+
+    method: Text
+    weights: Annotated[Mapping[Name, QuantisedWeight], Meta(min_length=1)]
+
+
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything about a bundle but its tensors; paths are relative to its folder, `files` lists them all.
 
@@ -109,7 +122,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     "absent", the bundle was made without them and `himap-run --weights` brings them. `digest`: see `finalised`.
     """
 
-    schema: Literal[5] = 5
+    schema: Literal[6] = 6
     model: ModelRecord
     decoder: DecoderSpec
     variants: Annotated[tuple[Variant, ...], Meta(min_length=1, max_length=1000)]
@@ -118,6 +131,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     engines: Mapping[Name, Mapping[Name, EngineRecord]]
     weight_form: WeightForm
     weights: tuple[Name, ...]
+    quantization: Quantization | None = None
     images: Mapping[Name, ImageSpec]
     prompt: PromptFormat | None
     tokenizer: Name | None
@@ -129,6 +143,10 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def wanted(self) -> dict[str, WeightSpec]:
         """Returns every weight that a graph reads, by name."""
         return {name: spec for graph in self.graphs.values() for name, spec in graph.weights.items()}
+
+    def quantised(self) -> Mapping[str, QuantisedWeight]:
+        """Returns the weights that are quantised, by name; none in a bundle of floats."""
+        return self.quantization.weights if self.quantization else {}
 
     def paths(self) -> Iterator[str]:
         """Yields every file that opening the bundle may read."""

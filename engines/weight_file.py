@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from himap_export.engines.documents import MEGABYTE, open_file, parse_json, typed
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.ports import Rows, WeightSpec
+from himap_export.graphs.ports import Rows, TensorSpec, WeightSpec
 
 # safetensors' names of element types, and ours of those that a graph knows; the others keep theirs.
 _OURS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "I64": "int64", "I32": "int32", "BOOL": "bool"}
@@ -104,6 +104,16 @@ def _placed(file: Path, header: Mapping[str, Any], data: int, size: int) -> dict
 def _bits(dtype: str) -> int:
     found = re.search(r"\d+", dtype)  # F8_E4M3 is of 8 bits
     return int(found[0]) if found else 8  # BOOL
+
+
+# What files hold of numbers that safetensors has no name for, or another: the type, and how many share an element.
+_HELD = {"fp32": ("F32", 1), "fp16": ("F16", 1), "bf16": ("BF16", 1), "int8": ("I8", 1), "int4": ("U8", 2)}
+
+
+def as_held(spec: TensorSpec) -> tuple[str, tuple[int, ...]]:
+    """Returns safetensors' word for the type in which a file holds a weight, and the shape: two int4 share a byte."""
+    kind, share = _HELD[spec.dtype]
+    return kind, (*spec.shape[:-1], spec.shape[-1] // share) if spec.shape else ()
 
 
 def find_tensor(stored: Mapping[str, StoredTensor], name: str, rows: Rows | None = None) -> StoredTensor | None:

@@ -13,6 +13,7 @@ from himap_export.exporter.registry import resolve
 from himap_export.exporter.target import settle_target
 from himap_export.graphs.errors import HimapWarning
 from himap_export.graphs.plan import PruningPlan
+from himap_export.graphs.ports import Kind
 from himap_export.graphs.spec import Dtype
 
 Progress = Callable[[str], None]
@@ -28,8 +29,11 @@ class ExportOptions(TypedDict, total=False):
     stage. Images: `image_size` (height, width) and `tiles`, for models that have a choice. Engines: `backend`
     (the best that is installed and runs here), `dtype` (the checkpoint's own, where the backend computes it), `gather`,
     the top-k gather's form. Weights: `weight_form` shared (the default), embedded, or absent: the bundle then holds
-    engines only; `hard_link` instead of copies; `allow_overflow` of a smaller dtype. The model: `revision` of a Hugging
-    Face id, `checkpoint` with an alias's weights, `vision_tower`, where a checkpoint names one outside its folder.
+    engines only; `hard_link` instead of copies; `allow_overflow` of a smaller dtype. Quantised weights: `quantize`
+    int8, int4, fp8, nvfp4 or int8-dynamic, in blocks of `block` inputs; `keep_dtype`, patterns of layers that stay;
+    `quantize_head`; `calibrate`, questions by whose activations weights are scaled (AWQ). The model: `revision` of a
+    Hugging Face id, `checkpoint` with an alias's weights, `vision_tower`, where a checkpoint names one outside its
+    folder.
     """
 
     task: str
@@ -49,17 +53,22 @@ class ExportOptions(TypedDict, total=False):
     backend: str | Sequence[str]
     dtype: Dtype | None
     gather: Gather
-    weight_form: Literal["shared", "embedded", "absent"]
+    weight_form: Literal["shared", "embedded", "absent"] | None
     hard_link: bool
     allow_overflow: bool
     revision: str | None
     checkpoint: Path | str | None
     vision_tower: Path | str | None
+    quantize: Kind | None
+    block: int | None
+    keep_dtype: str | Sequence[str]
+    quantize_head: bool
+    calibrate: Path | str | None
 
 
 PLURAL = {
     "policy": "policies", "plan": "plans", "image_size": "image_sizes", "text_budget": "text_budgets",
-    "backend": "backends",
+    "backend": "backends", "keep_dtype": "keep_dtype",
 }  # fmt: skip
 SOURCE = ("revision", "checkpoint", "vision_tower")  # of the model
 
@@ -76,7 +85,9 @@ def plan(model: str | Path, *, weights: bool = False, **options: Unpack[ExportOp
     )  # fmt: skip
     asked: dict[str, Any] = {}
     for name, value in options.items():
-        if name not in SOURCE:
+        if name == "calibrate":
+            asked[name] = _path(options.get("calibrate"))
+        elif name not in SOURCE:
             asked[PLURAL.get(name, name)] = _several(name, value) if name in PLURAL else value
     planned = plan_export(found, Request(**asked))
     if slow := slow_dtype(planned.asked.backends, planned.dtype):

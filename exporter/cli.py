@@ -5,11 +5,14 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from himap_export.engines.command import BACKENDS, Parser, image_size, number, run_command, whole
 from himap_export.exporter.aliases import ALIASES
 from himap_export.graphs.plan import POLICIES, TASKS
+from himap_export.graphs.ports import Kind
 
+KINDS = get_args(Kind)
 TOKENS = 2**20  # the longest contexts are a million tokens
 
 
@@ -67,14 +70,29 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     weights = p.add_argument_group("weights").add_mutually_exclusive_group()
     weights.add_argument(
-        "--weight-form", choices=("shared", "embedded"), default="shared",
-        help="one copy for all engines (default), or each engine its own",
+        "--weight-form", choices=("shared", "embedded"),
+        help="one copy for all engines (default), or each engine its own (TensorRT's, of quantised weights)",
     )  # fmt: skip
     weights.add_argument("--engines-only", action="store_true", help="no weights: himap-run --weights brings them")
     weights.add_argument("--hard-link", action="store_true", help="link the checkpoint's files instead of copying them")
     p.add_argument(
         "--allow-overflow", action="store_true",
         help="weights beyond the range of --dtype become its largest number (default: they are refused)",
+    )  # fmt: skip
+    small = p.add_argument_group("quantised weights (of the decoder's linear layers)")
+    small.add_argument("--quantize", choices=KINDS, help="integers, or floats of 8 or 4 bits, and scales")
+    small.add_argument(
+        "--block", type=whole(0, 1024), metavar="N",
+        help="inputs that share a scale: 32 (default), 64 or 128 for int4; also for int8, else one scale an output",
+    )  # fmt: skip
+    small.add_argument(
+        "--keep-dtype", action="append", default=[], metavar="PATTERN",
+        help="repeatable: layers that stay as they are, as layers.0.* or *.down_proj",
+    )  # fmt: skip
+    small.add_argument("--quantize-head", action="store_true", help="the head, too")
+    small.add_argument(
+        "--calibrate", type=Path, metavar="FILE",
+        help="questions (JSON lines, as himap-validate --dataset): scale weights by the activations they meet (AWQ)",
     )  # fmt: skip
     p.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     p.add_argument("--checkpoint", type=Path, metavar="DIR", help="folder that holds an alias's weights")
@@ -110,7 +128,8 @@ def _export(args: argparse.Namespace, argv: list[str]) -> None:
         tiles=args.tiles, backend=args.backend, dtype=args.dtype, gather=args.gather,
         weight_form="absent" if args.engines_only else args.weight_form, hard_link=args.hard_link,
         allow_overflow=args.allow_overflow, revision=args.revision, checkpoint=args.checkpoint,
-        vision_tower=args.vision_tower,
+        vision_tower=args.vision_tower, quantize=args.quantize, block=args.block, keep_dtype=args.keep_dtype,
+        quantize_head=args.quantize_head, calibrate=args.calibrate,
     )  # fmt: skip
     if not args.json:
         print(plan_table(planned))

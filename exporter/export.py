@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 from msgspec.structs import replace
 
-from himap_export.engines.backends import build_all, load_backend
+from himap_export.engines.backends import READ_GRAPHS, build_all, load_backend
 from himap_export.engines.bundle import Bundle, digests
 from himap_export.engines.layout import ImageTokens
 from himap_export.engines.manifest import (
@@ -22,28 +22,30 @@ from himap_export.engines.manifest import (
     ImageSpec,
     Manifest,
     ModelRecord,
+    Quantization,
     Variant,
     finalised,
     manifest_json,
     read_manifest,
 )
 from himap_export.engines.prompt import TOKENIZER
+from himap_export.engines.scratch import scratch_folder
 from himap_export.engines.weight_file import StoredTensor, check_finite, read_header
 from himap_export.exporter.bind import WeightNames, bind, fitting
 from himap_export.exporter.checkpoint import Checkpoint, open_checkpoint
 from himap_export.exporter.planning import Planned
 from himap_export.exporter.processor import ProcessorData, read_processor
+from himap_export.exporter.quantize.weights import Linear, write_quantised
 from himap_export.exporter.store import store_weights, write_weights
 from himap_export.exporter.target import settle_target, work_folder
 from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import HimapError
 from himap_export.graphs.ports import WeightRef
+from himap_export.graphs.quantization import linear_shapes
 from himap_export.graphs.stages import StagedModel
 
 _TOOLS = ("himap-export", "numpy", "onnx", "onnx-ir", "onnxscript", "torch", "transformers", "tokenizers", "pillow")
 Progress = Callable[[str], None]
-
-_READ_GRAPHS = {"onnxruntime", "openvino"}  # backends whose engines are graphs, with weights beside them
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Export:
     records: dict[str, GraphRecord] = field(default_factory=dict)
     engines: dict[str, dict[str, EngineRecord]] = field(default_factory=dict)
     hashes: dict[str, FileRecord] = field(default_factory=dict)
+    quantization: Quantization | None = None
 
     def vision(self) -> str:
         """Builds a vision graph for each image spec."""
@@ -101,24 +104,63 @@ class Export:
         for name, graph in self.graphs.items():
             onnx.checker.check_model(ir.to_proto(graph.model), full_check=True)
             self.records[name] = GraphRecord(f"{name}.onnx", *graph.ports, graph.weights)
-        if p.asked.weight_form == "absent":
+        if p.weight_form == "absent":
             for name, graph in self.graphs.items():
                 self._write(name, graph.model)
             return "none: engines take them as inputs"
-        wanted = {name: spec for graph in self.graphs.values() for name, spec in graph.weights.items()}
+        wanted = {n: s for graph in self.graphs.values() for n, s in graph.weights.items() if not s.constant}
         used = {name: fitting(self.checkpoint.tensors, name, spec.shape, spec.rows) for name, spec in wanted.items()}
-        check_finite(used.values())
-        folder, over = self.work / "weights", p.asked.allow_overflow
-        if p.asked.weight_form == "shared":
-            self.files = store_weights(used.values(), folder, p.dtype, p.asked.hard_link, allow_overflow=over)
-            stored = {name: t for file in self.files for name, t in read_header(folder / file).items()}
-            for name, graph in self.graphs.items():
-                self._write(name, bind(graph, stored, _location))
-            return f"{sum(t.nbytes for t in used.values()) / 1e6:.1f} MB read, shared by {len(self.graphs)} graphs"
+        linears = self._linears()
+        check_finite([*used.values(), *(linear.stored for linear in linears)])
+        if p.weight_form == "shared":
+            return self._share(used, linears)
+        with scratch_folder("quantised") as scratch:
+            return self._embed(used | self._quantise(linears, scratch / "parts"))
+
+    def _linears(self) -> list[Linear]:
+        """Returns the weights that are to be quantised."""
+        shapes, found = linear_shapes(self.planned.decoder), list[Linear]()
+        for role, form in self.planned.forms.items():
+            ref = self.names(role)
+            found.append(Linear(ref.name, fitting(self.checkpoint.tensors, ref.name, shapes[role], ref.rows), form))
+        return found
+
+    def _quantise(self, linears: Sequence[Linear], file: Path) -> dict[str, StoredTensor]:
+        """Quantises weights into `file`, if there are any, and returns their parts there."""
+        if not linears:
+            return {}
+        self.quantization = Quantization("round to nearest", write_quantised(linears, file, self.planned.dtype))
+        return read_header(file)
+
+    def _share(self, used: Mapping[str, StoredTensor], linears: Sequence[Linear]) -> str:
+        """Stores one copy for all graphs; beside quantised weights only those tensors of a file that are read."""
+        p, folder = self.planned, self.work / "weights"
+        if linears:
+            folder.mkdir()
+            self._quantise(linears, folder / "quantised.safetensors")
+            plain = folder / "plain.safetensors"
+            write_weights([*used.values()], plain, p.dtype, allow_overflow=p.asked.allow_overflow)
+            self.files = ["plain.safetensors", "quantised.safetensors"]
+        else:
+            self.files = store_weights(
+                used.values(), folder, p.dtype, p.asked.hard_link, allow_overflow=p.asked.allow_overflow
+            )
+        stored = {name: t for file in self.files for name, t in read_header(folder / file).items()}
+        for name, graph in self.graphs.items():
+            self._write(name, bind(graph, stored, _location))
+        read = sum(t.nbytes for t in (*used.values(), *(linear.stored for linear in linears)))
+        written = sum(t.nbytes for t in stored.values())
+        became = f", {written / 1e6:.1f} MB written" if linears else ""
+        return f"{read / 1e6:.1f} MB read{became}, shared by {len(self.graphs)} graphs"
+
+    def _embed(self, used: Mapping[str, StoredTensor]) -> str:
+        """Stores for each graph a file of its own."""
+        folder = self.work / "weights"
         folder.mkdir()
         for name, graph in self.graphs.items():
             file = folder / f"{name}.safetensors"
-            write_weights([used[w] for w in graph.weights], file, p.dtype, allow_overflow=over)
+            over = self.planned.asked.allow_overflow
+            write_weights([used[w] for w in graph.weights], file, self.planned.dtype, allow_overflow=over)
             self._write(name, bind(graph, read_header(file), _location))
         self.files = [f"{name}.safetensors" for name in self.graphs]
         return f"{sum((folder / file).stat().st_size for file in self.files) / 1e6:.1f} MB, each graph its own"
@@ -131,12 +173,12 @@ class Export:
         p = self.planned
         bundle = Bundle(self.work, self.manifest())
         self.engines = {backend: {} for backend in p.asked.backends}
-        for graphs in [[g] for g in self.records] if p.asked.weight_form == "embedded" else [list(self.records)]:
+        for graphs in [[g] for g in self.records] if p.weight_form == "embedded" else [list(self.records)]:
             for backend in p.asked.backends:
                 self.engines[backend] |= build_all(backend, bundle, graphs, p.asked.gather)
-            if p.asked.weight_form == "embedded" and not _READ_GRAPHS & set(p.asked.backends):
+            if p.weight_form == "embedded" and not READ_GRAPHS & set(p.asked.backends):
                 self._drop_graph(graphs[0])
-        if p.asked.weight_form == "embedded" and not self.files:
+        if p.weight_form == "embedded" and not self.files:
             (self.work / "weights").rmdir()
         seconds = {name: sum(e.seconds for e in built.values()) for name, built in self.engines.items()}
         return ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
@@ -170,8 +212,9 @@ class Export:
             dtype=p.dtype,
             graphs=self.records,
             engines=self.engines,
-            weight_form=p.asked.weight_form,
+            weight_form=p.weight_form,
             weights=tuple(f"weights/{file}" for file in self.files),
+            quantization=self.quantization,
             images=images,
             prompt=processor.prompt,
             tokenizer=TOKENIZER if TOKENIZER in processor.files else None,
@@ -194,7 +237,7 @@ def write_bundle(
         load_backend(name).check(planned.dtype, planned.asked.gather)
     checkpoint = _checkpoint(planned)
     family = planned.model.family
-    names = WeightNames(checkpoint.names, family)
+    names = WeightNames(checkpoint.names, family, planned.forms)
     _check_weights(planned, checkpoint, names)
     processor = read_processor(planned.model.folder, family, planned.images)
     with work_folder(out, overwrite) as work:
@@ -212,18 +255,18 @@ def _checkpoint(p: Planned) -> Checkpoint:
     """Returns the opened checkpoint; for an alias without a folder, what the registry knows of it."""
     if p.model.folder is None:
         return Checkpoint({}, {}, frozenset())
-    return open_checkpoint(p.model.folder, p.asked.weight_form != "absent", p.model.tower)
+    return open_checkpoint(p.model.folder, p.weight_form != "absent", p.model.tower)
 
 
 def _check_weights(p: Planned, checkpoint: Checkpoint, names: WeightNames) -> None:
     """Checks before anything is built that the checkpoint is the model's: decode reads every weight of the decoder."""
-    if p.asked.weight_form == "absent":
+    if p.weight_form == "absent":
         return
     v, missing = p.variants[0], list[HimapError]()
     decode = StagedModel(spec=p.decoder, plan=v.plan, budget=v.budget, dtype=p.dtype, names=WeightRef).decode()
     for role, spec in decode.weights.items():
         try:
-            name, rows = names(role)
+            name, rows, _ = names(role)
         except HimapError as problem:
             missing.append(problem)
         else:

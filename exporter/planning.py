@@ -1,12 +1,14 @@
 """From what the user asked to what will be built: model, plans, budgets, dtype. Needs no weights."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
 
-from himap_export.engines.backends import Gather, load_backend
+from himap_export.engines.backends import READ_GRAPHS, Gather, check_kinds, load_backend
 from himap_export.engines.choice import best_backend
 from himap_export.engines.documents import typed
 from himap_export.engines.image import MAX_PIXELS, MAX_SIDE
@@ -14,11 +16,13 @@ from himap_export.engines.manifest import WeightForm
 from himap_export.exporter.checks import require
 from himap_export.exporter.family import ImageOptions, PromptRules, VisionSpec
 from himap_export.exporter.plans import KEYS, Source, flag_plans, named_plans
+from himap_export.exporter.quantize.forms import plan_forms
 from himap_export.exporter.registry import Model
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.flops import StageCost, paper_ratio, stage_costs, true_ratio
 from himap_export.graphs.importance import require_scores
 from himap_export.graphs.plan import PruningPlan, TokenBudget, Visual, align
+from himap_export.graphs.ports import Kind, LinearForm
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
 MOST_TOKENS = 2**20  # of a picture; the longest contexts have a few million
@@ -51,9 +55,14 @@ class Request:
     dtype: Dtype | None = None
     backends: tuple[str, ...] = ()
     gather: Gather = "auto"
-    weight_form: WeightForm = "shared"
+    weight_form: WeightForm | None = None
     hard_link: bool = False
     allow_overflow: bool = False
+    quantize: Kind | None = None
+    block: int | None = None
+    keep_dtype: tuple[str, ...] = ()
+    quantize_head: bool = False
+    calibrate: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -76,13 +85,16 @@ class PlannedVariant:
 
 @dataclass(frozen=True)
 class Planned:
-    """Everything an export has decided before it touches a weight. `why`: what speaks for a backend of our choice."""
+    """Everything an export has decided before it touches a weight. `why`: what speaks for a backend of our choice.
+    `forms`: of the weights that are quantised, by role."""
 
     model: Model
     decoder: DecoderSpec
     variants: tuple[PlannedVariant, ...]
     dtype: Dtype
     asked: Request
+    weight_form: WeightForm = "shared"
+    forms: Mapping[str, LinearForm] = field(default_factory=dict)
     why: str = ""
 
     @property
@@ -128,8 +140,29 @@ def plan_export(model: Model, asked: Request) -> Planned:
                 _check_positions(model, budget)
                 typed(msgspec.to_builtins(budget), TokenBudget, "the budget")
                 variants.append(PlannedVariant(plan_name=name, plan=plan, budget=budget, asked=kept, vision=vision))
-    why = choice.why if choice else ""
-    return Planned(model=model, decoder=decoder, variants=tuple(variants), dtype=dtype, asked=asked, why=why)
+    forms = plan_forms(
+        decoder, dtype, kind=asked.quantize, block=asked.block, keep=asked.keep_dtype, head=asked.quantize_head
+    )
+    return Planned(
+        model=model, decoder=decoder, variants=tuple(variants), dtype=dtype, asked=asked, forms=forms,
+        weight_form=_weight_form(asked, forms), why=choice.why if choice else "",
+    )  # fmt: skip
+
+
+def _weight_form(asked: Request, forms: Mapping[str, LinearForm]) -> WeightForm:
+    """Returns the form of the weights, chosen if it was left open: engines that hold constants of their own embed
+    quantised ones. HimapError (usage) where that form is refused, or a backend has none of these weights."""
+    kinds = {form.kind for form in forms.values()}
+    for backend in asked.backends:
+        check_kinds(backend, kinds)
+    holding = [backend for backend in asked.backends if backend not in READ_GRAPHS]
+    if kinds and (asked.weight_form == "absent" or (holding and asked.weight_form == "shared")):
+        wanted = "`weight_form` embedded" if holding else "`weight_form` shared or embedded"
+        details = "they are constants of the engines, packed for their kernels"
+        raise HimapError("quantised weights cannot be inputs of engines", details, f"use {wanted}", Exit.USAGE)
+    if kinds and asked.hard_link:
+        raise HimapError("quantised weights cannot be links", hint="leave `hard_link` out", code=Exit.USAGE)
+    return asked.weight_form or ("embedded" if kinds and holding else "shared")
 
 
 def describe(model: Model, *images: ImageOptions) -> tuple[DecoderSpec, tuple[VisionSpec, ...]]:

@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -72,28 +72,49 @@ def write_weights(
     bar: "tqdm[None] | None" = None,
     allow_overflow: bool = False,
 ) -> None:
-    """Writes a safetensors file of `tensors` in `dtype`, a piece of one in memory at a time.
+    """Writes a safetensors file of `tensors` in `dtype`, those that are no floats as they are, a piece at a time.
 
     HimapError (usage) for a number that is too large for `dtype`; with `allow_overflow` it becomes the largest that is
     not. (failure) for one that is not finite. Neither is looked for where a tensor has `dtype` already.
     """
-    width = 4 if dtype == "fp32" else 2
+    held = {t.name: (_FLOATS.get(dtype if t.dtype in _FLOATS else t.dtype, t.dtype), t.shape) for t in tensors}
+
+    def pieces() -> Iterator[npt.NDArray[Any]]:
+        for t in tensors:
+            if t.dtype == dtype or t.dtype not in _FLOATS:
+                for start in range(t.offset, t.offset + t.nbytes, _CHUNK):
+                    size = min(_CHUNK, t.offset + t.nbytes - start)
+                    yield np.asarray(np.memmap(t.file, np.uint8, "r", start, (size,)))
+            else:
+                stored = map_tensors([t])[t.name].reshape(-1)
+                for start in range(0, stored.size, _PIECE):
+                    yield _converted(t, stored[start : start + _PIECE], dtype, allow_overflow)
+            if bar is not None:
+                bar.update(t.nbytes)
+
+    write_safetensors(target, held, pieces())
+
+
+def write_safetensors(
+    target: Path, held: Mapping[str, tuple[str, tuple[int, ...]]], arrays: Iterable[npt.NDArray[Any]]
+) -> None:
+    """Writes a safetensors file of tensors `held`, each its type in safetensors' words and its shape; `arrays` give
+    their content in order, in as many pieces as they like."""
     header, end = {}, 0
-    for t in tensors:
-        size = width * prod(t.shape)
-        header[t.name] = {"dtype": _FLOATS[dtype], "shape": t.shape, "data_offsets": [end, end + size]}
+    for name, (kind, shape) in held.items():
+        size = _bytes(kind) * prod(shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned, as safetensors itself does it
     with target.open("wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
-        for t in tensors:
-            stored = map_tensors([t])[t.name].reshape(-1)
-            for start in range(0, stored.size, _PIECE):
-                piece = stored[start : start + _PIECE]
-                f.write((piece if t.dtype == dtype else _converted(t, piece, dtype, allow_overflow)).data)
-            if bar is not None:
-                bar.update(t.nbytes)
+        for array in arrays:
+            f.write(np.ascontiguousarray(array).data)
+
+
+def _bytes(kind: str) -> int:
+    return {"F32": 4, "F16": 2, "BF16": 2}.get(kind, 1)
 
 
 def _converted(tensor: StoredTensor, piece: npt.NDArray[Any], dtype: Dtype, allow_overflow: bool) -> npt.NDArray[Any]:

@@ -98,10 +98,11 @@ def _free_weights(graph: ir.Graph, names: Names, constants: Mapping[str, Array],
             value.const_value = ir.tensor(constants[name].astype(value.dtype.numpy()), name=name)
             continue
         del graph.initializers[name]
-        value.name, rows = names(name)
+        ref = names(name)
+        value.name = ref.name
         value.const_value = None
         graph.inputs.append(value)
-        weights[value.name] = WeightSpec(dtype, shape, rows)
+        weights[ref.name] = WeightSpec(dtype, shape, ref.rows)
     return weights
 
 

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from himap_export.graphs.ports import GraphPorts, Place, Port, PortType, WeightRef, WeightSpec
+from himap_export.graphs.ports import ElementType, GraphPorts, Place, Port, WeightRef, WeightSpec
 from himap_export.graphs.spec import Dtype
 
 OPSET, IR_VERSION, DOMAIN = 24, 12, "himap"
-IR_DTYPE: dict[PortType, ir.DataType] = {
+IR_DTYPE: dict[ElementType, ir.DataType] = {
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
     "fp32": ir.DataType.FLOAT,
     "int64": ir.DataType.INT64,
+    "int8": ir.DataType.INT8,
+    "int4": ir.DataType.INT4,
 }
 
 
@@ -40,7 +42,7 @@ class Frame:
     """Collects one graph. `op` builds nodes; `weight` declares a weight once, however often it is read."""
 
     def __init__(self, name: str, dtype: Dtype) -> None:
-        self.name, self.dtype, self._own = name, IR_DTYPE[dtype], dtype
+        self.name, self.dtype, self.own = name, IR_DTYPE[dtype], dtype
         self.graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET, DOMAIN: 1})
         self.builder = GraphBuilder(self.graph)
         self.op = self.builder.op
@@ -49,12 +51,12 @@ class Frame:
         self._weights: dict[str, ir.Value] = {}
         self._specs: dict[str, WeightSpec] = {}
 
-    def input(self, place: Place, shape: tuple[int, ...], dtype: PortType | None = None) -> ir.Value:
+    def input(self, place: Place, shape: tuple[int, ...], dtype: ElementType | None = None) -> ir.Value:
         """Returns the graph's input of that place, declared when it is first asked for."""
         name = place.name()
         if name in self._inputs:
             return next(value for value in self.graph.inputs if value.name == name)
-        self._inputs[name] = port = Port(dtype or self._own, shape, *place)
+        self._inputs[name] = port = Port(dtype or self.own, shape, *place)
         return self.builder.input(name, IR_DTYPE[port.dtype], shape)
 
     def integers(self, place: Place, *shape: int) -> ir.Value:
@@ -65,7 +67,7 @@ class Frame:
         place: Place,
         value: ir.Value,
         shape: tuple[int, ...],
-        dtype: PortType | None = None,
+        dtype: ElementType | None = None,
         updates: ir.Value | None = None,
     ) -> None:
         """Declares `value` as an output, which shares the memory of the input that it `updates`; an input that passes
@@ -73,16 +75,23 @@ class Frame:
         if value.is_graph_input() or value in self.graph.outputs:
             value = self.op.Identity(value)
         name = place.name(updates is not None)
-        self._outputs[name] = port = Port(dtype or self._own, shape, *place, updates.name if updates else None)
+        self._outputs[name] = port = Port(dtype or self.own, shape, *place, updates.name if updates else None)
         value.shape, value.type = ir.Shape(shape), ir.TensorType(IR_DTYPE[port.dtype])
         self.builder.add_output(value, name)
 
     def weight(self, ref: WeightRef, *shape: int) -> ir.Value:
         """Returns the weight's input, declared when it is first asked for."""
-        name, rows = ref
+        return self._declare(ref.name, WeightSpec(self.own, shape, ref.rows))
+
+    def part(self, ref: WeightRef, suffix: str, dtype: ElementType, shape: tuple[int, ...]) -> ir.Value:
+        """Returns a part of a quantised weight, declared when it is first asked for."""
+        return self._declare(f"{ref.name}.{suffix}", WeightSpec(dtype, shape, constant=True))
+
+    def _declare(self, name: str, spec: WeightSpec) -> ir.Value:
         if name not in self._weights:
-            self._specs[name] = WeightSpec(self._own, shape, rows)
-            self._weights[name] = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(self.dtype))
+            self._specs[name] = spec
+            kind = ir.TensorType(IR_DTYPE[spec.dtype])
+            self._weights[name] = ir.Value(name=name, shape=ir.Shape(spec.shape), type=kind)
         return self._weights[name]
 
     def finish(self) -> StageGraph:

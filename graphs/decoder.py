@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from himap_export.graphs.build import Frame, dim
 from himap_export.graphs.ports import WeightRef
+from himap_export.graphs.quantization import linear
 from himap_export.graphs.spec import DecoderSpec
 
 Names = Callable[[str], WeightRef]
@@ -90,7 +91,7 @@ class Decoder:
     def linear(self, x: ir.Value, name: str, out: int, bias: bool) -> ir.Value:
         """Projects [B*S,in] to [B*S,out]. A bias is added behind a reshape: TensorRT copies one that enters the
         Gemm."""
-        y = self.op.Gemm(x, self.f.weight(self.names(name + ".weight"), out, dim(x, 1)), transB=1)
+        y = linear(self.f, x, self.names(name + ".weight"), out)
         if bias:
             by_sample = self.op.Reshape(y, [self.batch, self.tokens, out])
             y = self.op.Add(by_sample, self.f.weight(self.names(name + ".bias"), out))

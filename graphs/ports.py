@@ -23,7 +23,8 @@ from msgspec import Meta, Struct
 
 from himap_export.graphs.spec import Dtype
 
-PortType = Literal[Dtype, "int64"]
+ElementType = Literal[Dtype, "int64", "int8", "int4"]
+Kind = Literal["int8", "int4", "fp8", "nvfp4", "int8-dynamic"]  # of quantised weights
 Role = Literal[
     "pixel_values", "image_features", "deepstack", "input_ids", "position_ids", "token_type", "rope_position_ids",
     "seed", "hidden", "score", "kept_positions", "kept_types", "key", "value", "next_id", "next_position",
@@ -71,7 +72,7 @@ class Place(NamedTuple):
 class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """A static tensor."""
 
-    dtype: PortType
+    dtype: ElementType
     shape: Annotated[tuple[Size, ...], Meta(max_length=8)]
 
 
@@ -96,17 +97,28 @@ class Rows(Struct, frozen=True, forbid_unknown_fields=True):
     stop: Size
 
 
+class LinearForm(Struct, frozen=True, forbid_unknown_fields=True):
+    """How the weight of a linear layer is quantised. `block`: inputs that share a scale; 0: all of an output do."""
+
+    kind: Kind
+    block: Annotated[int, Meta(ge=0, le=1024)] = 0
+
+
 class WeightSpec(TensorSpec, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A weight that a graph reads: the stored tensor of its name, or `rows` of another."""
+    """A weight that a graph reads: the stored tensor of its name, or `rows` of another. `constant`: a part of a
+    quantised weight, which backends pack as they like; all others are inputs."""
 
     rows: Rows | None = None
+    constant: bool = False
 
 
 class WeightRef(NamedTuple):
-    """What a weight is called in graphs, and which rows of a stored tensor it is, if not the tensor of that name."""
+    """What a weight is called in graphs, which rows of a stored tensor it is, if not the tensor of that name, and how
+    it is quantised, if it is."""
 
     name: str
     rows: Rows | None = None
+    form: LinearForm | None = None
 
 
 class GraphPorts(NamedTuple):

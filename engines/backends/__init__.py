@@ -5,7 +5,7 @@ was built. Both raise HimapError with exit code 4 when the backend's package or 
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,9 +20,17 @@ from himap_export.engines.manifest import EngineRecord
 from himap_export.engines.scratch import scratch_folder
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.flops import stage_costs
-from himap_export.graphs.ports import TensorSpec
+from himap_export.graphs.ports import Kind, TensorSpec
 
 Gather = Literal["auto", "plugin", "ops"]  # the form of the top-k gather in an engine
+READ_GRAPHS = frozenset({"onnxruntime", "openvino"})  # backends whose engines are graphs, with weights beside them
+# Which quantised weights a backend computes on as they are. The others it would multiply out again.
+KINDS: Mapping[str, tuple[Kind, ...]] = {
+    "onnxruntime": ("int8", "int4", "int8-dynamic"),
+    "openvino": ("int8", "int4"),
+    "tensorrt-rtx": ("int8", "int4", "fp8", "nvfp4"),
+    "tensorrt": ("int8", "int4", "fp8", "nvfp4"),
+}
 # FLOPs of a prefill from which on one more thread gains anything (docs/log.md, CPU backend).
 WORTH_A_THREAD = 500_000_000
 
@@ -30,13 +38,15 @@ WORTH_A_THREAD = 500_000_000
 @dataclass(frozen=True)
 class Opening:
     """How to open engines: CPU `threads` (None: as many as gain anything); `device`, one of the backend's DEVICES
-    (None: its choice).
+    (None: its choice). `exact`: quantised weights times activations as they are, which engines else may
+    round to 8 bits for speed.
 
     HimapError (usage) for a number of threads that no machine should start.
     """
 
     threads: int | None = None
     device: str | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
@@ -111,6 +121,15 @@ def load_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise HimapError(f"unknown backend {name}", hint=f"known: {', '.join(BACKENDS)}", code=Exit.USAGE)
     return cast(Backend, import_module(f"{__name__}.{name.replace('-', '_')}"))
+
+
+def check_kinds(name: str, kinds: Collection[Kind]) -> None:
+    """Raises HimapError (usage) if the backend `name` does not compute on quantised weights of one of `kinds`."""
+    for kind in kinds:
+        if kind not in KINDS[name]:
+            having = ", ".join(backend for backend, held in KINDS.items() if kind in held)
+            details = f"it has {', '.join(KINDS[name])}; {having} has {kind}"
+            raise HimapError(f"{name} has no {kind} weights", details, "change `quantize` or `backend`", Exit.USAGE)
 
 
 def open_backend(name: str, bundle: Bundle, opening: Opening = ANYWAY) -> Engines:

@@ -27,6 +27,7 @@ from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import TensorSpec
 
 _RECORD = "session.record_ep_graph_assignment_info"  # else a session does not know afterwards where its nodes run
+_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 _NAMED = 500  # characters of a list of nodes
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -57,7 +58,8 @@ def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
     """Opens the graph once: proof that every node has a kernel. The ONNX file itself is the engine."""
     start = time.perf_counter()
     record = bundle.manifest.graphs[graph]
-    held = {} if bundle.manifest.weight_form == "absent" else find_tensors(bundle.tensors, record.weights)
+    inputs = {name: spec for name, spec in record.weights.items() if not spec.constant}
+    held = {} if bundle.manifest.weight_form == "absent" else find_tensors(bundle.tensors, inputs)
     _session(bundle, graph, weights=_values(held, "cpu"), opening=ANYWAY, device="cpu")
     form: Literal["ops", "none"] = "ops" if any(port.role == "score" for port in record.inputs.values()) else "none"
     return EngineRecord(record.file, round(time.perf_counter() - start, 3), form)
@@ -104,10 +106,12 @@ def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Op
     # Each session has threads of its own. While those of one graph spin, they keep the next graph's from the cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
+    options.add_session_config_entry(_LEVEL, _level(bundle, graph, opening.exact))
     record = bundle.manifest.graphs[graph]
     if bundle.manifest.weight_form == "shared":
-        for name in record.weights:
-            options.add_initializer(name, weights[name])
+        for name, spec in record.weights.items():
+            if not spec.constant:
+                options.add_initializer(name, weights[name])
     providers: list[Any] = [_PROVIDERS["cpu"]]
     if device == "cuda":
         providers.insert(0, (_PROVIDERS["cuda"], {"device_id": 0}))
@@ -125,6 +129,14 @@ def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Op
     if device == "cuda" and (elsewhere := _elsewhere(session, _PROVIDERS["cuda"])):
         print(f"onnxruntime: {graph} runs partly on the CPU: {elsewhere}", file=sys.stderr)
     return session
+
+
+def _level(bundle: Bundle, graph: str, exact: bool) -> str:
+    """Returns how MatMulNBits computes: 0, with activations as they are, or 4, with activations rounded to 8 bits, of
+    32 inputs together. Prefill in int4 loses nothing by the former: what is kept does not hang on rounding."""
+    bits = {weight.kind for weight in bundle.manifest.quantised().values()}
+    decodes = graph in {variant.graphs["decode"] for variant in bundle.manifest.variants}
+    return "0" if exact or (bits == {"int4"} and not decodes) else "4"
 
 
 def _elsewhere(session: Any, provider: str) -> str:
@@ -156,7 +168,8 @@ class OnnxRuntime:
     def __init__(self, bundle: Bundle, opening: Opening) -> None:
         self._bundle, self._opening, self.device = bundle, opening, _device(opening.device)
         inside = bundle.manifest.weight_form == "embedded"
-        self._weights = {} if inside else _values(bundle.weights(), self.device)
+        inputs = {} if inside else bundle.weights(constants=False)
+        self._weights = _values(inputs, self.device)
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         zeros = np.zeros(spec.shape, NUMPY[spec.dtype])

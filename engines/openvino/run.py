@@ -16,10 +16,10 @@ from himap_export.engines.manifest import GraphRecord
 from himap_export.engines.openvino.frontend import UNKNOWN, Append, Frontend, ReadGraph
 from himap_export.engines.weight_file import NUMPY, as_numbers, as_stored, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.ports import PortType, TensorSpec
+from himap_export.graphs.ports import ElementType, TensorSpec
 from himap_export.graphs.spec import Dtype
 
-_TYPES: Mapping[PortType, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int64": "i64"}
+_TYPES: Mapping[ElementType, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int64": "i64"}
 _NONE: Mapping[str, npt.NDArray[Any]] = MappingProxyType({})
 
 
