@@ -35,11 +35,12 @@ class ReadGraph:
 class Frontend:
     """OpenVINO's ONNX frontend, and no other, with the rules for our graphs, which are read one at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, packed: bool = False) -> None:
+        """`packed`: see `quantised`."""
         self._appended, self._refused = dict[str, Appended](), list[HimapError]()
         self._onnx = required("openvino.frontend").FrontEndManager().load_by_framework("onnx")
         made = required("openvino.frontend.onnx").ConversionExtension
-        for name, rule in rules(self._appended).items():
+        for name, rule in rules(self._appended, packed).items():
             self._onnx.add_extension(made(name, lambda node, rule=rule: self._converted(node, rule)))
 
     def _converted(self, node: Any, rule: Rule) -> Any:

@@ -6,7 +6,8 @@
    token. Ours is taken apart here: for one token keys times query, [C,E] x [E,n], so that the cache is read as it lies.
 3. `Gemm` it reads as alpha * x W + beta * C. Folding an alpha of 1 into each weight copies it: seconds at 200 M.
 4. `Mod`, by which random scores are drawn: its CPU code computes int64 in 32 bits, and divides them as fp32.
-5. `Conv`, which cuts patches: in bf16 its CPU code is plainly wrong for the 6 channels of Qwen's towers (2026.4).
+5. `DequantizeLinear`, before a `Gemm`: in bf16 it would multiply the weights out; see `quantised`.
+6. `Conv`, which cuts patches: in bf16 its CPU code is plainly wrong for the 6 channels of Qwen's towers (2026.4).
 
 Why appends are taken out: a scatter that works in place gets memory of its own from the CPU plugin, so all caches would
 be copied at every token, 30 MB and 10 of 42 ms in docs/log.md.
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from himap_export.engines.extras import required
+from himap_export.engines.openvino.quantised import Dequantized, dequantized, product
 from himap_export.graphs.errors import HimapError
 from himap_export.graphs.spec import PRIME
 
@@ -37,13 +39,15 @@ class Appended:
     at: Any
 
 
-def rules(appended: dict[str, Appended]) -> Mapping[str, Rule]:
+def rules(appended: dict[str, Appended], packed: bool) -> Mapping[str, Rule]:
     """Returns what makes OpenVINO's operators of ONNX nodes, by their types; appends to caches go into `appended`, by
-    the name of the node that stands for the cache with the token in it."""
+    the name of the node that stands for the cache with the token in it. `packed`: see `quantised`."""
+    weights = dict[str, Dequantized]()
     return {
         "TensorScatter": lambda node: _tensor_scatter(node, appended),
         "Attention": lambda node: _attention(node, appended),
-        "Gemm": _gemm,
+        "DequantizeLinear": lambda node: dequantized(node, weights),
+        "Gemm": lambda node: _gemm(node, weights, packed),
         "Mod": _mod,
         "Conv": _patches,
     }
@@ -134,7 +138,7 @@ def _repeated(x: Any, share: int) -> Any:
     return op.reshape(wide, [batch, groups * share, length, width], False)
 
 
-def _gemm(node: Any) -> Any:
+def _gemm(node: Any, weights: Mapping[str, Dequantized], packed: bool) -> Any:
     """Multiplies [M,in] by [in,out] or, transposed, [out,in], and adds what there is to add.
 
     One row of 16 bits is the weights' right-hand side instead: so they are read as they lie in their file, at the
@@ -144,7 +148,9 @@ def _gemm(node: Any) -> Any:
     if node.get_attribute("alpha", 1.0) != 1 or node.get_attribute("beta", 1.0) != 1:
         raise HimapError("Gemm scales its factors, which no graph of ours does")
     turned, by_out = (bool(node.get_attribute(name, 0)) for name in ("transA", "transB"))
-    if by_out and not turned and _shape(x)[0] == 1 and x.get_element_type().size == 2:
+    if (stored := weights.get(weight.get_node().get_name())) is not None and not (turned or by_out):
+        y = product(x, stored, packed)
+    elif by_out and not turned and _shape(x)[0] == 1 and x.get_element_type().size == 2:
         y = op.reshape(op.matmul(weight, x, False, True), [1, -1], False)
     else:
         y = op.matmul(x, weight, turned, by_out)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
@@ -47,7 +48,9 @@ class OpenVino:
 
     def __init__(self, bundle: Bundle, opening: Opening) -> None:
         self._bundle, self.device = bundle, opening.device or "cpu"
-        self._compiler = Compiler(self.device, bundle.manifest.dtype, opening.cpu_threads(bundle))
+        self._compiler = Compiler(
+            self.device, bundle.manifest.dtype, opening.cpu_threads(bundle), packed=_is_large(bundle)
+        )
         absent = bundle.manifest.weight_form == "absent"
         self._weights = map_tensors(bundle.weights().values()) if absent else {}
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compile")
@@ -123,6 +126,13 @@ class Run:
             raise HimapError(f"OpenVINO cannot run {self._graph}", _line(problem)) from None
 
 
+def _is_large(bundle: Bundle) -> bool:
+    """Whether its quantised weights, multiplied out to 16 bits, would take more than a quarter of the memory."""
+    wanted = bundle.manifest.wanted()
+    numbers = sum(prod(spec.shape) for spec in wanted.values() if spec.constant and spec.dtype in ("int4", "int8"))
+    return 2 * numbers > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
 def _append(request: Any, append: Append, cache: OvTensor) -> Callable[[], None]:
     """Returns what writes one token's keys or values into the slots of its cache [B,G,C,E]."""
     new, at = request.get_tensor(append.new), request.get_tensor(append.at)
@@ -138,7 +148,7 @@ def _append(request: Any, append: Append, cache: OvTensor) -> Callable[[], None]
 class Compiler:
     """OpenVINO on one device; HimapError (missing) if there is none such, or it does not compute in `dtype`."""
 
-    def __init__(self, device: str, dtype: str, threads: int) -> None:
+    def __init__(self, device: str, dtype: str, threads: int, packed: bool = False) -> None:
         self._core, self._device, self._threads = required("openvino").Core(), device.upper(), threads
         held = {name.partition(".")[0] for name in self._core.available_devices}
         if self._device not in held:
@@ -149,7 +159,7 @@ class Compiler:
             raise HimapError(
                 f"{name} does not compute in {dtype}", f"it computes in {', '.join(own)}", hint, Exit.MISSING
             )
-        self._frontend = Frontend()
+        self._frontend = Frontend(packed)
 
     def read(self, path: Path, weights: Mapping[str, npt.NDArray[Any]] = _NONE) -> ReadGraph:
         """Returns the graph in `path`; `weights` stand for the inputs of their names."""
@@ -166,6 +176,7 @@ class Compiler:
             "EXECUTION_MODE_HINT": "ACCURACY",  # else fp32 scores, too, would be computed in bf16
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self._threads,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # activations as they are, beside quantised weights
         }
         try:
             return self._core.compile_model(graph.model, self._device, settings)
