@@ -73,7 +73,8 @@ class Variant(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EngineRecord(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a backend made of one graph. `gather` says in which form it holds the top-k gather: ops, plugin or none.
+    """What a backend made of one graph. `gather` says in which form it holds the top-k gather: ops, plugin or none;
+    `weights`, which file of weights is the backend's own, if one is.
 
     Where a compiler tells, equal ones counted: `layers` of the network it read ("64x KV_CACHE_UPDATE") and `kernels`
     that became of them ("32x _gemm_mha_v2 (Attention)").
@@ -84,6 +85,7 @@ class EngineRecord(Struct, frozen=True, forbid_unknown_fields=True):
     gather: Literal["ops", "plugin", "none"] = "none"
     layers: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
+    weights: Name | None = None
 
 
 class ModelRecord(Struct, frozen=True, forbid_unknown_fields=True):
@@ -151,7 +153,9 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def paths(self) -> Iterator[str]:
         """Yields every file that opening the bundle may read."""
         yield from (graph.file for graph in self.graphs.values() if graph.file)
-        yield from (engine.file for engines in self.engines.values() for engine in engines.values())
+        engines = [engine for engines in self.engines.values() for engine in engines.values()]
+        yield from (engine.file for engine in engines)
+        yield from {engine.weights for engine in engines if engine.weights is not None}
         yield from self.weights
         if self.tokenizer is not None:
             yield self.tokenizer

@@ -1,7 +1,9 @@
 """safetensors files as they lie on disk: where each tensor's bytes are, and the file mapped, never read as a whole."""
 
+import json
 import os
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -114,6 +116,24 @@ def as_held(spec: TensorSpec) -> tuple[str, tuple[int, ...]]:
     """Returns safetensors' word for the type in which a file holds a weight, and the shape: two int4 share a byte."""
     kind, share = _HELD[spec.dtype]
     return kind, (*spec.shape[:-1], spec.shape[-1] // share) if spec.shape else ()
+
+
+def write_safetensors(
+    target: Path, held: Mapping[str, tuple[str, tuple[int, ...]]], arrays: Iterable[npt.NDArray[Any]]
+) -> None:
+    """Writes a safetensors file of tensors `held`, each its type in safetensors' words and its shape; `arrays` give
+    their content in order, in as many pieces as they like."""
+    header, end = {}, 0
+    for name, (kind, shape) in held.items():
+        size = _bits(kind) * prod(shape) // 8
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned, as safetensors itself does it
+    with target.open("wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for array in arrays:
+            f.write(np.ascontiguousarray(array).data)
 
 
 def find_tensor(stored: Mapping[str, StoredTensor], name: str, rows: Rows | None = None) -> StoredTensor | None:

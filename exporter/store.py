@@ -1,11 +1,8 @@
 """A checkpoint's weights into a bundle: the same bytes where the dtype allows, converted one by one where not."""
 
 import fcntl
-import json
 import os
-import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import prod
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,15 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from himap_export.engines.weight_file import StoredTensor, as_numbers, as_stored, check_finite, map_tensors, not_finite
+from himap_export.engines.weight_file import (
+    StoredTensor,
+    as_numbers,
+    as_stored,
+    check_finite,
+    map_tensors,
+    not_finite,
+    write_safetensors,
+)
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import Dtype
 
@@ -93,28 +98,6 @@ def write_weights(
                 bar.update(t.nbytes)
 
     write_safetensors(target, held, pieces())
-
-
-def write_safetensors(
-    target: Path, held: Mapping[str, tuple[str, tuple[int, ...]]], arrays: Iterable[npt.NDArray[Any]]
-) -> None:
-    """Writes a safetensors file of tensors `held`, each its type in safetensors' words and its shape; `arrays` give
-    their content in order, in as many pieces as they like."""
-    header, end = {}, 0
-    for name, (kind, shape) in held.items():
-        size = _bytes(kind) * prod(shape)
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data starts aligned, as safetensors itself does it
-    with target.open("wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for array in arrays:
-            f.write(np.ascontiguousarray(array).data)
-
-
-def _bytes(kind: str) -> int:
-    return {"F32": 4, "F16": 2, "BF16": 2}.get(kind, 1)
 
 
 def _converted(tensor: StoredTensor, piece: npt.NDArray[Any], dtype: Dtype, allow_overflow: bool) -> npt.NDArray[Any]:

@@ -14,6 +14,7 @@ from himap_export.engines.backends import ANYWAY, Gather, Opening
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.extras import how_to_install, required
 from himap_export.engines.manifest import EngineRecord
+from himap_export.engines.openvino.quantised import TURNED, write_turned
 from himap_export.engines.openvino.run import Compiler, OpenVino, computed
 from himap_export.graphs.errors import Exit, HimapError
 
@@ -60,11 +61,14 @@ def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
     record, file = bundle.manifest.graphs[graph], f"{graph}.openvino.onnx"  # beside the weights that it points to
     model = onnx.load(bundle.path(record.file), load_external_data=False)
     onnx.save(onnx.inliner.inline_local_functions(model), bundle.path(file))
-    compiler = Compiler("cpu", bundle.manifest.dtype, ANYWAY.cpu_threads(bundle))
+    if bundle.manifest.quantised() and not bundle.path(TURNED).exists():
+        write_turned(bundle, bundle.path(TURNED))
+    compiler = Compiler(bundle, "cpu", ANYWAY)
     engine = compiler.compile(compiler.read(bundle.path(file)))
     form: Literal["ops", "none"] = "ops" if any(port.role == "score" for port in record.inputs.values()) else "none"
     seconds = round(time.perf_counter() - start, 3)
-    return EngineRecord(file, seconds, form, kernels=_kernels(engine))
+    own = TURNED if bundle.manifest.quantised() else None
+    return EngineRecord(file, seconds, form, kernels=_kernels(engine), weights=own)
 
 
 def _kernels(engine: Any) -> tuple[str, ...]:

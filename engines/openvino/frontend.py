@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import numpy.typing as npt
 
 from himap_export.engines.extras import required
 from himap_export.engines.openvino.operators import Appended, Rule, rules
+from himap_export.engines.openvino.quantised import Dequantized
 from himap_export.graphs.errors import HimapError
 
+_NONE: Mapping[str, Dequantized] = MappingProxyType({})
 UNKNOWN = "No conversion rule found"  # so says OpenVINO of operators
 
 
@@ -35,12 +38,12 @@ class ReadGraph:
 class Frontend:
     """OpenVINO's ONNX frontend, and no other, with the rules for our graphs, which are read one at a time."""
 
-    def __init__(self, packed: bool = False) -> None:
-        """`packed`: see `quantised`."""
+    def __init__(self, quantised: Mapping[str, Dequantized] = _NONE, packed: bool = False) -> None:
+        """`quantised`: weights by the names of their integers; `packed`: see the module of that name."""
         self._appended, self._refused = dict[str, Appended](), list[HimapError]()
         self._onnx = required("openvino.frontend").FrontEndManager().load_by_framework("onnx")
         made = required("openvino.frontend.onnx").ConversionExtension
-        for name, rule in rules(self._appended, packed).items():
+        for name, rule in rules(self._appended, quantised, packed).items():
             self._onnx.add_extension(made(name, lambda node, rule=rule: self._converted(node, rule)))
 
     def _converted(self, node: Any, rule: Rule) -> Any:

@@ -39,14 +39,15 @@ class Appended:
     at: Any
 
 
-def rules(appended: dict[str, Appended], packed: bool) -> Mapping[str, Rule]:
+def rules(appended: dict[str, Appended], stored: Mapping[str, Dequantized], packed: bool) -> Mapping[str, Rule]:
     """Returns what makes OpenVINO's operators of ONNX nodes, by their types; appends to caches go into `appended`, by
-    the name of the node that stands for the cache with the token in it. `packed`: see `quantised`."""
+    the name of the node that stands for the cache with the token in it. `stored`: quantised weights by the names of
+    their integers; `packed`: see `quantised`."""
     weights = dict[str, Dequantized]()
     return {
         "TensorScatter": lambda node: _tensor_scatter(node, appended),
         "Attention": lambda node: _attention(node, appended),
-        "DequantizeLinear": lambda node: dequantized(node, weights),
+        "DequantizeLinear": lambda node: dequantized(node, stored, weights),
         "Gemm": lambda node: _gemm(node, weights, packed),
         "Mod": _mod,
         "Conv": _patches,

@@ -1,102 +1,155 @@
 """Products with quantised weights, as OpenVINO's CPU plugin computes them without multiplying the weights out.
 
 It keeps integers compressed in one pattern only: a constant [out,..] whose rows are outputs, converted to fp32, times a
-constant of scales, times fp32 activations. So integers [in,out] are turned round while they are read, and 16-bit
-activations are converted: to and fro is exact.
+constant of scales, times fp32 activations. So a bundle holds its integers [in,out] a second time, turned round, in a
+file that is mapped: turned when it is opened, they would fill memory. 16-bit activations are converted: to and fro is
+exact.
 
 In fp32 its kernels do not use AMX. Prefill in 16 bits therefore takes the weights in its own dtype, multiplied out when
 the graph is read, unless they are too many for the machine's memory: `packed` says so.
 """
 
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.extras import required
+from himap_export.engines.manifest import QuantisedWeight
+from himap_export.engines.weight_file import as_numbers, map_tensors, read_header, write_safetensors
 from himap_export.graphs.errors import HimapError
+from himap_export.graphs.ports import Kind
 
+TURNED = "openvino.safetensors"  # in a bundle
+_KINDS: Mapping[Kind, tuple[str, str]] = {"int8": ("int8", "i8"), "int4": ("int4", "i4")}  # what ends names; OpenVINO's
 _FEW = 16  # rows up to which the compressed product is the faster one: reading the weights is all that it costs
 
 
 @dataclass(frozen=True)
 class Dequantized:
-    """A weight of integers `q` [in,out] and their scales [in/B,out] or [out], constants both."""
+    """A weight as the bundle's file of turned weights holds it: integers `q`, int8 [out,in] or bytes [out,in/2] of two
+    int4, and `scale` [out,in/B] fp32, [out,1] if all inputs share one. `kind`: OpenVINO's name of the integers."""
 
-    q: Any
-    scale: Any
+    q: npt.NDArray[Any]
+    scale: npt.NDArray[np.float32]
+    kind: str
 
     @property
     def shape(self) -> tuple[int, int]:
-        wide, out = self.q.get_output_shape(0)
-        return wide, out
+        out, held = self.q.shape
+        return out, 2 * held if self.kind == "i4" else held
 
     @property
-    def rows(self) -> list[int]:
-        """The shape [out,in/B,B] of the integers by output, [out,in] if all inputs share a scale."""
-        (wide, out), blocks = self.shape, self.scale.get_output_shape(0)[:-1]
-        return [out, blocks[0], wide // blocks[0]] if blocks else [out, wide]
+    def blocks(self) -> list[int]:
+        """The shape [out,in/B,B] of the integers, [out,in] if all inputs share a scale."""
+        (out, wide), count = self.shape, self.scale.shape[1]
+        return [out, count, wide // count] if count > 1 else [out, wide]
+
+    @property
+    def numbers(self) -> npt.NDArray[np.int8]:
+        """The integers, each in a byte of its own, [out,in]."""
+        if self.kind == "i8":
+            return self.q.view(np.int8)
+        return (np.stack([self.q << 4, self.q], axis=-1).view(np.int8) >> 4).reshape(self.shape)
 
 
-def dequantized(node: Any, found: dict[str, Dequantized]) -> Any:
-    """Returns what stands for a DequantizeLinear until a product takes it from `found`, by the name of the node: NaN,
-    as nothing else may."""
+def write_turned(bundle: Bundle, file: Path) -> None:
+    """Writes the quantised weights of `bundle` with outputs as rows, and their scales as fp32, a tensor at a time."""
+    stored = bundle.tensors
+    weights = {name: stored[f"{name}.{_KINDS[form.kind][0]}"] for name, form in bundle.manifest.quantised().items()}
+    scales = {name: stored[f"{name}.scale"] for name in weights}
+    held: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, q in weights.items():
+        wide, columns = q.shape
+        share = 2 if q.dtype == "U8" else 1
+        blocks = scales[name].shape[0] if len(scales[name].shape) == 2 else 1
+        held[q.name] = q.dtype, (columns * share, wide // share)
+        held[f"{name}.scale"] = "F32", (columns * share, blocks)
+
+    def arrays() -> Iterator[npt.NDArray[Any]]:
+        for name, q in weights.items():
+            raw = np.memmap(q.file, np.uint8, "r", q.offset, q.shape)
+            yield raw.T if q.dtype == "I8" else _turned_int4(raw)
+            scale = map_tensors([scales[name]])[name + ".scale"]
+            yield np.atleast_2d(as_numbers(scale, scales[name].dtype)).T.astype(np.float32)
+
+    write_safetensors(file, held, arrays())
+
+
+def _turned_int4(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Returns int4 [in,out], two outputs in a byte [in,out/2], as [out,in], two inputs in a byte [out,in/2]."""
+    wide, half = packed.shape
+    even, odd = packed[0::2], packed[1::2]
+    turned = np.empty((half, 2, wide // 2), np.uint8)
+    turned[:, 0] = ((even & 15) | (odd << 4)).T
+    turned[:, 1] = ((even >> 4) | (odd & 0xF0)).T
+    return turned.reshape(2 * half, wide // 2)
+
+
+def read_turned(file: Path, weights: Mapping[str, QuantisedWeight]) -> dict[str, Dequantized]:
+    """Returns the weights in a file of `write_turned`, mapped, by the names of their integers in graphs. HimapError if
+    one is missing."""
+    stored, found = read_header(file), dict[str, Dequantized]()
+    for name, form in weights.items():
+        suffix, kind = _KINDS[form.kind]
+        q, scale = stored.get(f"{name}.{suffix}"), stored.get(f"{name}.scale")
+        if q is None or scale is None or len(q.shape) != 2 or len(scale.shape) != 2:
+            raise HimapError(f"{file} does not hold {name}", hint="export the bundle again")
+        mapped = np.memmap(file, np.uint8, "c", q.offset, q.shape)
+        found[q.name] = Dequantized(mapped, map_tensors([scale])[scale.name].view(np.float32), kind)
+    return found
+
+
+def dequantized(node: Any, stored: Mapping[str, Dequantized], found: dict[str, Dequantized]) -> Any:
+    """Returns what stands for a DequantizeLinear until a product takes its weight from `found`, by the name of the
+    node: NaN, as nothing else may. `stored`: the weights by the names of their integers."""
     op, (q, scale) = required("openvino.opset15"), (node.get_input(i).get_node() for i in range(2))
-    if node.get_input_size() != 2 or {q.get_type_name(), scale.get_type_name()} != {"Constant"}:
+    if node.get_input_size() != 2 or (weight := stored.get(q.get_friendly_name())) is None:
         raise HimapError("DequantizeLinear reads something else than stored integers and scales, as our graphs do")
+    if weight.shape != tuple(q.get_output_shape(0))[::-1]:
+        raise HimapError(f"{q.get_friendly_name()} is {list(weight.shape)}, not what its graph reads")
     nan = op.convert(op.constant(np.float32(np.nan)), scale.get_output_element_type(0))
-    whole = op.broadcast(nan, q.get_output_shape(0))
-    found[whole.get_name()] = Dequantized(q, scale)
+    whole = op.broadcast(nan, list(q.get_output_shape(0)))
+    found[whole.get_name()] = weight
     return whole
 
 
 def product(x: Any, weight: Dequantized, packed: bool) -> Any:
-    """Returns x [M,in] times `weight`, [M,out], in the dtype of x."""
-    op, kind, (wide, out) = required("openvino.opset15"), x.get_element_type(), weight.shape
+    """Returns x [M,in] times `weight`, transposed, [M,out], in the dtype of x."""
+    op, ov, kind, shape = required("openvino.opset15"), required("openvino"), x.get_element_type(), weight.shape
     if kind.size == 2 and x.get_partial_shape()[0].get_length() > _FEW and not packed:
-        return op.matmul(x, _multiplied_out(weight), False, True)
-    steps = op.constant(_scales(weight)[..., None])
-    value = op.multiply(op.convert(_turned(weight), "f32"), steps)
-    value = op.reshape(value, [out, wide], False) if len(weight.rows) == 3 else value
+        return op.matmul(x, _multiplied_out(weight, kind), False, True)
+    q = ov.op.Constant(ov.Tensor(weight.q, weight.blocks, getattr(ov.Type, weight.kind)), shared_memory=True)
+    grouped = len(weight.blocks) == 3
+    steps = ov.op.Constant(ov.Tensor(weight.scale[..., None] if grouped else weight.scale), shared_memory=True)
+    value = op.multiply(op.convert(q, "f32"), steps)
+    value = op.reshape(value, list(shape), False) if grouped else value
     if kind.size == 4:
         return op.matmul(x, value, False, True)
     return op.convert(op.matmul(op.convert(x, "f32"), value, False, True), kind)
 
 
-def _turned(weight: Dequantized) -> Any:
-    """Returns the integers as a constant whose rows are outputs."""
-    ov, (wide, out), kind = required("openvino"), weight.shape, weight.q.get_element_type()
-    turned = ov.Tensor(kind, weight.rows)
-    if kind.bitwidth == 8:
-        turned.data.reshape(out, wide)[...] = weight.q.data.reshape(wide, out).T
-        return ov.op.Constant(turned, shared_memory=True)
-    # Two in a byte: of each pair of inputs and pair of outputs, the inputs change places with the outputs.
-    even, odd = weight.q.data.view(np.uint8).reshape(wide // 2, 2, out // 2).swapaxes(0, 1)
-    target = turned.data.view(np.uint8).reshape(out // 2, 2, wide // 2)
-    target[:, 0] = ((even & 15) | (odd << 4)).T
-    target[:, 1] = ((even >> 4) | (odd & 0xF0)).T
-    return ov.op.Constant(turned, shared_memory=True)
-
-
-def _scales(weight: Dequantized) -> npt.NDArray[np.float32]:
-    """Returns the scales as fp32 [out,in/B], [out] if all inputs share one."""
-    data, kind = weight.scale.data, weight.scale.get_output_element_type(0).to_string()
-    numbers = data.view(ml_dtypes.bfloat16) if kind == "bf16" else data
-    return np.ascontiguousarray(numbers.T, np.float32)
-
-
-def _multiplied_out(weight: Dequantized) -> Any:
-    """Returns the weight as a constant [out,in] in the dtype of its scales."""
-    ov, kind = required("openvino"), weight.scale.get_output_element_type(0)
-    turned, (wide, out) = _turned(weight).data, weight.shape
-    if weight.q.get_element_type().bitwidth == 4:
-        packed = turned.view(np.uint8)
-        turned = np.stack([packed << 4, packed], axis=-1).view(np.int8) >> 4
-    target = ov.Tensor(kind, [out, wide])
+def _multiplied_out(weight: Dequantized, kind: Any) -> Any:
+    """Returns the weight as a constant [out,in] in a 16-bit dtype."""
+    ov = required("openvino")
+    target = ov.Tensor(kind, list(weight.shape))
     stored = target.data.view(ml_dtypes.bfloat16 if kind.to_string() == "bf16" else np.float16)
-    np.multiply(
-        turned.reshape(weight.rows), _scales(weight)[..., None], out=stored.reshape(weight.rows), casting="unsafe"
-    )
+    out, blocks = weight.scale.shape
+    numbers = weight.numbers.reshape(out, blocks, -1)
+    np.multiply(numbers, weight.scale[..., None], out=stored.reshape(numbers.shape), casting="unsafe")
     return ov.op.Constant(target, shared_memory=True)
+
+
+def is_large(bundle: Bundle) -> bool:
+    """Tells whether the quantised weights of a bundle, multiplied out to 16 bits, take more than a quarter of this
+    machine's memory."""
+    parts = {n: s for n, s in bundle.manifest.wanted().items() if s.constant and s.dtype in ("int4", "int8")}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 2 * sum(prod(spec.shape) for spec in parts.values()) > memory // 4

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
@@ -15,6 +14,7 @@ from himap_export.engines.bundle import Bundle
 from himap_export.engines.extras import required
 from himap_export.engines.manifest import GraphRecord
 from himap_export.engines.openvino.frontend import UNKNOWN, Append, Frontend, ReadGraph
+from himap_export.engines.openvino.quantised import TURNED, is_large, read_turned
 from himap_export.engines.weight_file import NUMPY, as_numbers, as_stored, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import ElementType, TensorSpec
@@ -48,9 +48,7 @@ class OpenVino:
 
     def __init__(self, bundle: Bundle, opening: Opening) -> None:
         self._bundle, self.device = bundle, opening.device or "cpu"
-        self._compiler = Compiler(
-            self.device, bundle.manifest.dtype, opening.cpu_threads(bundle), packed=_is_large(bundle)
-        )
+        self._compiler = Compiler(bundle, self.device, opening)
         absent = bundle.manifest.weight_form == "absent"
         self._weights = map_tensors(bundle.weights().values()) if absent else {}
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compile")
@@ -126,13 +124,6 @@ class Run:
             raise HimapError(f"OpenVINO cannot run {self._graph}", _line(problem)) from None
 
 
-def _is_large(bundle: Bundle) -> bool:
-    """Whether its quantised weights, multiplied out to 16 bits, would take more than a quarter of the memory."""
-    wanted = bundle.manifest.wanted()
-    numbers = sum(prod(spec.shape) for spec in wanted.values() if spec.constant and spec.dtype in ("int4", "int8"))
-    return 2 * numbers > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-
-
 def _append(request: Any, append: Append, cache: OvTensor) -> Callable[[], None]:
     """Returns what writes one token's keys or values into the slots of its cache [B,G,C,E]."""
     new, at = request.get_tensor(append.new), request.get_tensor(append.at)
@@ -148,8 +139,9 @@ def _append(request: Any, append: Append, cache: OvTensor) -> Callable[[], None]
 class Compiler:
     """OpenVINO on one device; HimapError (missing) if there is none such, or it does not compute in `dtype`."""
 
-    def __init__(self, device: str, dtype: str, threads: int, packed: bool = False) -> None:
-        self._core, self._device, self._threads = required("openvino").Core(), device.upper(), threads
+    def __init__(self, bundle: Bundle, device: str, opening: Opening) -> None:
+        self._core, self._device, self._opening = required("openvino").Core(), device.upper(), opening
+        self._threads, dtype = opening.cpu_threads(bundle), bundle.manifest.dtype
         held = {name.partition(".")[0] for name in self._core.available_devices}
         if self._device not in held:
             details = f"it sees {', '.join(sorted(held)).lower() or 'none'}"
@@ -159,7 +151,9 @@ class Compiler:
             raise HimapError(
                 f"{name} does not compute in {dtype}", f"it computes in {', '.join(own)}", hint, Exit.MISSING
             )
-        self._frontend = Frontend(packed)
+        quantised = bundle.manifest.quantised()
+        self._packed = is_large(bundle)
+        self._frontend = Frontend(read_turned(bundle.path(TURNED), quantised) if quantised else {}, self._packed)
 
     def read(self, path: Path, weights: Mapping[str, npt.NDArray[Any]] = _NONE) -> ReadGraph:
         """Returns the graph in `path`; `weights` stand for the inputs of their names."""
@@ -171,12 +165,15 @@ class Compiler:
             raise _refused(path.name, problem) from None
 
     def compile(self, graph: ReadGraph) -> Any:
-        """Returns the model, compiled to compute as it says: fp32 where it casts to fp32, else in its own dtype."""
+        """Returns the model, compiled to compute as it says: fp32 where it casts to fp32, else in its own dtype. Beside
+        quantised weights activations are rounded to 8 bits, 32 of them together, where that gains anything: in decode,
+        and in a prefill that keeps them packed."""
+        rounded = not self._opening.exact and (bool(graph.appends) or self._packed)
         settings = {
             "EXECUTION_MODE_HINT": "ACCURACY",  # else fp32 scores, too, would be computed in bf16
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self._threads,
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # activations as they are, beside quantised weights
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32 if rounded else 0,
         }
         try:
             return self._core.compile_model(graph.model, self._device, settings)

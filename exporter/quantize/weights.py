@@ -11,9 +11,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from himap_export.engines.manifest import QuantisedWeight
-from himap_export.engines.weight_file import StoredTensor, as_held, map_tensors
+from himap_export.engines.weight_file import StoredTensor, as_held, map_tensors, write_safetensors
 from himap_export.exporter.quantize.rounding import quantise
-from himap_export.exporter.store import write_safetensors
 from himap_export.graphs.errors import HimapError
 from himap_export.graphs.ports import LinearForm, TensorSpec
 from himap_export.graphs.quantization import parts
