@@ -128,7 +128,7 @@ def product(x: Any, weight: Dequantized, packed: bool) -> Any:
         return op.matmul(x, _multiplied_out(weight, kind), False, True)
     q = ov.op.Constant(ov.Tensor(weight.q, weight.blocks, getattr(ov.Type, weight.kind)), shared_memory=True)
     grouped = len(weight.blocks) == 3
-    steps = ov.op.Constant(ov.Tensor(weight.scale[..., None] if grouped else weight.scale), shared_memory=True)
+    steps = ov.op.Constant(ov.Tensor(weight.scale[..., None] if grouped else weight.scale, True), shared_memory=True)
     value = op.multiply(op.convert(q, "f32"), steps)
     value = op.reshape(value, list(shape), False) if grouped else value
     if kind.size == 4:
