@@ -61,10 +61,14 @@ def greedy(
     return reference.answer(reference.prefill(*arrays, cuts=cuts, seeds=seeds), max_new_tokens)[0]
 
 
-def spawn(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """An installed command's script in a process of its own, which has imported PyTorch already."""
+def spawn(
+    command: str, *arguments: object, folder: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """An installed command's script in a process of its own, which has imported PyTorch already, in `folder`, this
+    process's if None, with `variables` added to the environment."""
     script = str(Path(sys.executable).with_name(command))
-    return forked(f"import runpy\nrunpy.run_path({script!r}, run_name='__main__')", [script, *map(str, arguments)])
+    code, argv = f"import runpy\nrunpy.run_path({script!r}, run_name='__main__')", [script, *map(str, arguments)]
+    return forked(code, argv, folder or Path.cwd(), environment() | variables)
 
 
 def workers(parent: int | None = None) -> list[int]:
@@ -199,6 +203,6 @@ sys.meta_path.insert(0, Guard())
 """
     words = list(map(str, arguments))
     if not fresh and not {name.partition(".")[0] for name in PRELOADED} & set(blocked):
-        return forked(guard + code, ["-c", *words])
+        return forked(guard + code, ["-c", *words], Path.cwd(), environment())
     command = [sys.executable, "-c", guard + code, *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment())

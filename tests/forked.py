@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PRELOADED = (
@@ -79,14 +79,16 @@ def _server() -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment(), cwd="/")
 
 
-def forked(code: str, argv: Sequence[str]) -> "subprocess.CompletedProcess[str]":
-    """What `python -c code` does here with `argv` for its `sys.argv`."""
+def forked(
+    code: str, argv: Sequence[str], folder: Path, variables: Mapping[str, str]
+) -> "subprocess.CompletedProcess[str]":
+    """What `python -c code` does in `folder` and the environment `variables`, with `argv` for its `sys.argv`."""
     server = _server()
     assert server.stdin is not None and server.stdout is not None
-    with tempfile.TemporaryDirectory() as folder:
-        said = [Path(folder) / name for name in ("stdout", "stderr")]
+    with tempfile.TemporaryDirectory() as place:
+        said = [Path(place) / name for name in ("stdout", "stderr")]
         written = [(str(path), os.O_WRONLY | os.O_CREAT) for path in said]
-        job = {"code": code, "argv": argv, "environment": environment(), "folder": str(Path.cwd())}
+        job = {"code": code, "argv": argv, "environment": dict(variables), "folder": str(folder)}
         server.stdin.write(json.dumps(job | {"streams": [(os.devnull, os.O_RDONLY), *written]}) + "\n")
         server.stdin.flush()
         answer = server.stdout.readline()

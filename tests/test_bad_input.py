@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import HIMAP_TINY, ORT, Workshop, call, golden_inputs, save_inputs
-from forked import forked
+from forked import environment, forked
 from PIL import Image
 from tiny import Inputs
 
@@ -228,7 +228,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 from himap_export.exporter.cli import main
 main()
 """
-    done = forked(small_files, ["himap-export", str(HIMAP_TINY), "--k2", "5", "--out", str(out)])
+    words = ["himap-export", str(HIMAP_TINY), "--k2", "5", "--out", str(out)]
+    done = forked(small_files, words, tmp_path, environment())
     assert done.returncode == 1, done.stderr
     assert "cannot write" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
