@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from families import FAMILIES, make_family
+from forked import PRELOADED, environment, forked
 from tiny import TINY, Inputs, Tiny, make_llava
 
 from himap_export.engines.backends import Opening
@@ -60,10 +61,14 @@ def greedy(
     return reference.answer(reference.prefill(*arrays, cuts=cuts, seeds=seeds), max_new_tokens)[0]
 
 
-def spawn(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """An installed command in a process of its own."""
-    script = Path(sys.executable).with_name(command)
-    return subprocess.run([script, *map(str, arguments)], capture_output=True, text=True, check=False)
+def spawn(
+    command: str, *arguments: object, folder: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """An installed command's script in a process of its own, which has imported PyTorch already, in `folder`, this
+    process's if None, with `variables` added to the environment."""
+    script = str(Path(sys.executable).with_name(command))
+    code, argv = f"import runpy\nrunpy.run_path({script!r}, run_name='__main__')", [script, *map(str, arguments)]
+    return forked(code, argv, folder or Path.cwd(), environment() | variables)
 
 
 def workers(parent: int | None = None) -> list[int]:
@@ -180,16 +185,24 @@ class Workshop:
             done.touch()
 
 
-def blocked_python(code: str, blocked: Sequence[str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    """`code` in a fresh interpreter in which importing one of `blocked` fails, as if it were not installed."""
+def blocked_python(
+    code: str, blocked: Sequence[str], *arguments: object, fresh: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """`code` in an interpreter in which importing one of `blocked` fails, as if it were not installed.
+
+    Unless it is to be `fresh`, it may have imported PyTorch and transformers already, if they are not among them."""
     guard = f"""
 import sys
+blocked = {set(blocked)!r}
+assert not blocked & {{name.partition(".")[0] for name in sys.modules}}
 class Guard:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {set(blocked)!r}:
+        if name.partition(".")[0] in blocked:
             raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
 sys.meta_path.insert(0, Guard())
 """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    command = [sys.executable, "-c", guard + code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    words = list(map(str, arguments))
+    if not fresh and not {name.partition(".")[0] for name in PRELOADED} & set(blocked):
+        return forked(guard + code, ["-c", *words], Path.cwd(), environment())
+    command = [sys.executable, "-c", guard + code, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment())

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import struct
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import HIMAP_TINY, ORT, Workshop, call, golden_inputs, save_inputs
+from forked import environment, forked
 from PIL import Image
 from tiny import Inputs
 
@@ -221,19 +221,22 @@ def test_an_existing_bundle_stays(work: Workshop, tmp_path: Path, capsys: pytest
 def test_a_full_disk(tmp_path: Path) -> None:
     """A limit on a file's size fails like a full disk, part way through the weights."""
     out = tmp_path / "deep" / "out"
-    command = [Path(sys.executable).with_name("himap-export"), HIMAP_TINY, "--k2", "5", "--out", out]
-
-    def small_files() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-
-    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=small_files)
+    small_files = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+from himap_export.exporter.cli import main
+main()
+"""
+    words = ["himap-export", str(HIMAP_TINY), "--k2", "5", "--out", str(out)]
+    done = forked(small_files, words, tmp_path, environment())
     assert done.returncode == 1, done.stderr
     assert "cannot write" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+# tests/fuzz/test_crashes.py sends SIGTERM, too, at every step.
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupted(tmp_path: Path, sent: signal.Signals) -> None:
     command = [Path(sys.executable).with_name("himap-export"), HIMAP_TINY, "--k2", "5", "--out", tmp_path / "out"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -48,7 +48,8 @@ def test_a_missing_package_is_one_line_with_both_ways_to_install_it(
 ) -> None:
     bundle = work.bundle("golden", "--k1", 2, "--k2", 4) if "BUNDLE" in words else None
     places = {"OUT": tmp_path / "out", "BUNDLE": bundle}
-    done = blocked_python(RUN, sorted(hidden), MAIN[command], *(places.get(str(word), word) for word in words))
+    given = (places.get(str(word), word) for word in words)
+    done = blocked_python(RUN, sorted(hidden), MAIN[command], *given, fresh=False)
     assert done.returncode == Exit.MISSING, done.stderr
     said = done.stderr.splitlines()[-1]
     assert said.startswith(f"{command}: error: ") and "Traceback" not in done.stderr

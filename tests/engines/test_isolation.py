@@ -153,8 +153,8 @@ print(len(bundle.manifest.engines["tensorrt-rtx"]))
 @pytest.mark.parametrize(
     ("how", "script", "said"),
     [
-        ("file", EXPORTS, "5\n"),
-        pytest.param("file", ADDS, "3\n", marks=pytest.mark.slow),
+        pytest.param("file", EXPORTS, "5\n", marks=pytest.mark.slow),
+        ("file", ADDS, "3\n"),
         ("stdin", ADDS, "3\n"),
         ("exec", ADDS, "3\n"),
     ],

@@ -1,5 +1,6 @@
 """InternVL3's static vision graph sees what Hugging Face's model sees, tiles included; checkpoints' names are known."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,19 @@ def serialized(graph: StageGraph) -> bytes:
     return data
 
 
-@pytest.mark.parametrize("tower", [{}, LARGE, {"use_mean_pooling": False}], ids=["300M", "6B", "with a last norm"])
-@pytest.mark.parametrize("tiles", [1, 3])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_features_equal_hugging_face(tower: dict[str, Any], tiles: int, batch: int) -> None:
-    chosen = config(tower)
+TOWERS: dict[str, dict[str, Any]] = {"300M": {}, "6B": LARGE, "with a last norm": {"use_mean_pooling": False}}
+QUICK = {(name, 3, 2) for name in TOWERS} | {("300M", 1, 1)}  # tiles and batches are alike to every tower
+
+
+@pytest.mark.parametrize(
+    ("name", "tiles", "batch"),
+    [
+        pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow)
+        for each in itertools.product(TOWERS, (1, 3), (1, 2))
+    ],
+)
+def test_features_equal_hugging_face(name: str, tiles: int, batch: int) -> None:
+    chosen = config(TOWERS[name])
     theirs, ours = model(chosen), graph(chosen, tiles, batch)
     assert ours.model.graph.outputs[0].shape == ir.Shape([batch, 9 * tiles, 48])
     pixels = np.random.default_rng(3).normal(size=(batch * tiles, 3, 84, 84)).astype(np.float32)

@@ -1,5 +1,6 @@
 """The static towers of Qwen2.5-VL and Qwen3-VL see what Hugging Face's see, whatever the size of the picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +116,22 @@ def qwen3() -> Any:
     return randomised(Qwen3VLForConditionalGeneration(qwen3_vl.Qwen3Vl.parse(CONFIG_3).full))
 
 
+def by_batch(sizes: Sequence[tuple[int, int]], alone: tuple[int, int]) -> Any:
+    """Three pictures of each size at once, and one of the size `alone`; one of each other size is slow."""
+    ones = [pytest.param(size, 1, marks=() if size == alone else pytest.mark.slow) for size in sizes]
+    return pytest.mark.parametrize(("size", "batch"), [*ones, *((size, 3) for size in sizes)])
+
+
 # One window; whole windows; ragged at the right, at the bottom, at both; smaller than a window.
-@pytest.mark.parametrize("size", [(112, 112), (112, 448), (112, 140), (140, 112), (140, 196), (252, 168), (28, 56)])
-@pytest.mark.parametrize("batch", [1, 3])
+SIZES_2_5 = ((112, 112), (112, 448), (112, 140), (140, 112), (140, 196), (252, 168), (28, 56))
+
+
+@by_batch(SIZES_2_5, alone=(140, 196))
 def test_qwen2_5_vl(qwen2_5: Any, size: tuple[int, int], batch: int) -> None:
     compared(qwen2_5_vl.Qwen25Vl, CONFIG_2_5, qwen2_5, 14, size, batch)
 
 
-@pytest.mark.parametrize("size", [(128, 128), (96, 224), (320, 64), (32, 32)])
-@pytest.mark.parametrize("batch", [1, 3])
+@by_batch(((128, 128), (96, 224), (320, 64), (32, 32)), alone=(96, 224))
 def test_qwen3_vl(qwen3: Any, size: tuple[int, int], batch: int) -> None:
     compared(qwen3_vl.Qwen3Vl, CONFIG_3, qwen3, 16, size, batch)
 

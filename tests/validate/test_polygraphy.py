@@ -1,9 +1,7 @@
 """polygraphy itself judges what we save: it runs each ONNX file of a bundle alone, on our inputs, and compares."""
 
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import cast
 
 import numpy as np
 import pytest
-from commands import Workshop, blocked_python, golden_inputs
+from commands import Workshop, blocked_python, golden_inputs, spawn
 from msgspec import structs
 from tiny import make_inputs
 
@@ -36,10 +34,8 @@ class Saved:
 
     def run(self, command: str, graph: str) -> subprocess.CompletedProcess[str]:
         """A command of the page, on this bundle's `graph` in the place of k1."""
-        line = re.sub(r"\bk1\b", graph, command).replace("BUNDLE", str(self.bundle))
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "COLUMNS": "1000"}
-        return subprocess.run(line, shell=True, cwd=self.folder, env=environment, capture_output=True, text=True)
+        words = re.sub(r"\bk1\b", graph, command).replace("BUNDLE", str(self.bundle)).split()
+        return spawn(*words, folder=self.folder, COLUMNS="1000")
 
 
 def of_the_page(*words: str) -> str:
