@@ -8,11 +8,12 @@ Packing is restated from its authors' definitions, number by number; compressed-
 
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ Integers = NDArray[np.int64]
 Tensors = dict[str, torch.Tensor]
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ, awq/modules/linear/gemm.py: `order_map`
 BLOCK = 32
+LINEAR = re.compile(r"(\.layers\.\d+\.(self_attn|mlp)\.\w+_proj|^transformer\.h\.\d+\.(attn|mlp)\.\w+)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Rounded:
     scales: Floats
     groups: Integers
 
+    @property
     def weight(self) -> Floats:
         """[out,in], exact in fp32 for scales of 16 bits."""
         found = (self.codes - self.zeros[self.groups]) * self.scales[self.groups].astype(np.float64)
@@ -60,6 +63,13 @@ def rounded(
     codes = (np.rint(weight.T / held[groups]) + zeros[groups]).clip(0, 2 * middle - 1)
     return Rounded(codes.astype(np.int64), zeros.astype(np.int64), held, groups)
 
+
+class _Weight(Protocol):
+    @property
+    def weight(self) -> Floats: ...
+
+
+R = TypeVar("R", bound=_Weight)
 
 # --- the layouts ---
 
@@ -142,16 +152,30 @@ def write_awq(source: Path, out: Path, symmetric: bool = False, group: int = BLO
 
 
 def write_gptq(
-    source: Path, out: Path, version: int = 1, bits: int = 4, symmetric: bool = True, group: int = BLOCK
+    source: Path,
+    out: Path,
+    version: int = 1,
+    bits: int = 4,
+    symmetric: bool = True,
+    group: int = BLOCK,
+    activation_order: bool = False,
 ) -> dict[str, Floats]:
-    """As `write_awq`, as GPTQModel does it, in its first or second format."""
+    """As `write_awq`, as GPTQModel does it, in its first or second format; with `activation_order` the inputs that
+    share a scale lie anywhere."""
     said = {
-        "quant_method": "gptq", "bits": bits, "group_size": group, "sym": symmetric, "desc_act": False,
+        "quant_method": "gptq", "bits": bits, "group_size": group, "sym": symmetric, "desc_act": activation_order,
         "checkpoint_format": {1: "gptq", 2: "gptq_v2"}[version], "lm_head": False, "pack_dtype": "int32",
     }  # fmt: skip
+
+    def shuffled(weight: Floats) -> Rounded:
+        order = np.random.default_rng(0).permutation(weight.shape[1])
+        found, back = rounded(weight[:, order], group, bits, symmetric), np.argsort(order)
+        return replace(found, codes=found.codes[back], groups=found.groups[back])
+
     return _write(
         source, out, said,
-        lambda weight, _: rounded(weight, group, bits, symmetric), lambda r, _: gptq_tensors(r, bits, version),
+        lambda weight, _: shuffled(weight) if activation_order else rounded(weight, group, bits, symmetric),
+        lambda r, _: gptq_tensors(r, bits, version),
     )  # fmt: skip
 
 
@@ -178,13 +202,49 @@ def write_compressed(
     )  # fmt: skip
 
 
+def write_float8(source: Path, out: Path, static: bool = False) -> dict[str, Floats]:
+    """As `write_awq`, as llm-compressor does it: fp8, one scale for each output and none for activations; if `static`,
+    one for all outputs and one for the activations."""
+    activations = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": not static}
+    activations["strategy"] = "tensor" if static else "token"
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor" if static else "channel"}
+    said = {
+        "quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
+        "ignore": ["lm_head"], "kv_cache_scheme": None,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}},
+    }  # fmt: skip
+
+    def quantise(weight: Floats, dtype: torch.dtype) -> Float8:
+        found = torch.from_numpy(weight)
+        scale = (found.abs().max().reshape(1) if static else found.abs().amax(1, keepdim=True)) / 448
+        return Float8((found / scale.to(dtype)).to(torch.float8_e4m3fn), scale.to(dtype))
+
+    def pack(r: Float8, dtype: torch.dtype) -> Tensors:
+        found = {"weight": r.codes, "weight_scale": r.scale}
+        return found | ({"input_scale": torch.tensor([0.03125], dtype=dtype)} if static else {})
+
+    return _write(source, out, said, quantise, pack)
+
+
+@dataclass(frozen=True)
+class Float8:
+    """A weight [out,in] as codes * scale, [out,1] or [1]."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    @property
+    def weight(self) -> Floats:
+        return np.asarray((self.codes.float() * self.scale.float()).numpy())
+
+
 def write_multiplied(source: Path, out: Path, weights: Mapping[str, Floats]) -> None:
     """Writes the checkpoint `source` with `weights` in place of its own, in its own dtype."""
     _copy_rest(source, out)
     (out / "config.json").write_bytes((source / "config.json").read_bytes())
     tensors = stored(source)
     save_file(
-        {n: torch.from_numpy(weights[n]).to(t.dtype) if n in weights else t for n, t in tensors.items()},
+        {n: torch.from_numpy(weights[n]).to(t.dtype).contiguous() if n in weights else t for n, t in tensors.items()},
         out / "model.safetensors",
     )
 
@@ -202,19 +262,19 @@ def _write(
     source: Path,
     out: Path,
     said: Mapping[str, Any],
-    quantise: Callable[[Floats, torch.dtype], Rounded],
-    pack: Callable[[Rounded, torch.dtype], Tensors],
+    quantise: Callable[[Floats, torch.dtype], R],
+    pack: Callable[[R, torch.dtype], Tensors],
 ) -> dict[str, Floats]:
     _copy_rest(source, out)
     config = json.loads((source / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
     made, tensors = dict[str, Floats](), Tensors()
     for name, tensor in stored(source).items():
-        if not (".layers." in name and name.endswith("_proj.weight")) or "vision" in name:
+        if not LINEAR.search(name) or "vision" in name:
             tensors[name] = tensor
             continue
         found = quantise(tensor.float().numpy(), tensor.dtype)
-        made[name] = found.weight()
+        made[name] = found.weight
         tensors |= {f"{name.removesuffix('weight')}{part}": t for part, t in pack(found, tensor.dtype).items()}
     assert made, f"{source} has no linear layers of a decoder"
     save_file(tensors, out / "model.safetensors", {"format": "pt"})

@@ -9,7 +9,7 @@ from himap_export.exporter.quantize.layer import Layer
 from himap_export.exporter.quantize.ready_linear import Codes, ReadyLinear
 from himap_export.graphs.ports import LinearForm
 
-_NOT_ROUNDED = "its activations, which it rounds too, stay in the model's dtype"
+_NOT_ROUNDED = "activations stay in the model's dtype"
 
 
 def compressed_linear(said: CompressedTensors, layer: Layer) -> ReadyLinear:

@@ -5,7 +5,7 @@ they are held against. The patterns in it, of layers that are quantised or not, 
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 from msgspec import Meta, Struct
 
@@ -13,7 +13,6 @@ from himap_export.engines.documents import typed
 from himap_export.exporter.config import Name
 from himap_export.graphs.errors import Exit, HimapError
 
-METHODS = ("awq", "gptq", "compressed-tensors")
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 _PLACES = ("quantization_config", "compression_config")  # the second is of 2024
 
@@ -25,6 +24,7 @@ Options: TypeAlias = dict[str, Any]  # only whether there are any is asked
 class Awq(Struct, frozen=True, kw_only=True):
     """AutoAWQ's: `version` is the order in which numbers are packed."""
 
+    method: ClassVar[str] = "awq"
     bits: Bits
     group_size: GroupSize
     version: Name = "gemm"
@@ -34,6 +34,7 @@ class Gptq(Struct, frozen=True, kw_only=True):
     """AutoGPTQ's and GPTQModel's. `checkpoint_format`: "gptq" stores zero points less one, "gptq_v2" as they are.
     `dynamic`: layers of other bits or blocks than these."""
 
+    method: ClassVar[str] = "gptq"
     bits: Bits
     group_size: GroupSize
     sym: bool = True
@@ -64,6 +65,7 @@ class Scheme(Struct, frozen=True, kw_only=True):
 class CompressedTensors(Struct, frozen=True, kw_only=True):
     """compressed-tensors', of llm-compressor."""
 
+    method: ClassVar[str] = "compressed-tensors"
     config_groups: Annotated[dict[str, Scheme], Meta(min_length=1, max_length=1024)]
     format: Name
     quantization_status: Name = "compressed"
@@ -91,33 +93,32 @@ def declared(config: Mapping[str, Any], where: str) -> Declared | None:
         return None
     where = f"{where}: quantization_config"
     method = typed(found, _Method, where).quant_method
-    if method == "awq":
+    if method == Awq.method:
         return _checked_awq(typed(found, Awq, where))
-    if method == "gptq":
+    if method == Gptq.method:
         return _checked_gptq(typed(found, Gptq, where))
-    if method == "compressed-tensors":
+    if method == CompressedTensors.method:
         return _checked_compressed(typed(found, CompressedTensors, where))
+    details = f"{Awq.method}, {Gptq.method} and {CompressedTensors.method} can be read"
     hint = "export the checkpoint that it was made from"
-    raise HimapError(
-        f"cannot read weights quantised by {method[:80]}", f"{', '.join(METHODS)} are read", hint, Exit.USAGE
-    )
+    raise HimapError(f"cannot read weights quantised by {method[:80]}", details, hint, Exit.USAGE)
 
 
 def _checked_awq(found: Awq) -> Awq:
-    _require("awq", "version", found.version.lower(), "gemm")
-    _require("awq", "bits", found.bits, 4)
+    _require(found.method, "version", found.version.lower(), "gemm")
+    _require(found.method, "bits", found.bits, 4)
     return found
 
 
 def _checked_gptq(found: Gptq) -> Gptq:
-    _require("gptq", "bits", found.bits, 4, 8)
-    _require("gptq", "checkpoint_format", found.checkpoint_format or "gptq", "gptq", "gptq_v2")
-    _require("gptq", "is_marlin_format", bool(found.is_marlin_format), False)
+    _require(found.method, "bits", found.bits, 4, 8)
+    _require(found.method, "checkpoint_format", found.checkpoint_format or "gptq", "gptq", "gptq_v2")
+    _require(found.method, "is_marlin_format", bool(found.is_marlin_format), False)
     return found
 
 
 def _checked_compressed(found: CompressedTensors) -> CompressedTensors:
-    method = "compressed-tensors"
+    method = found.method
     _require(method, "quantization_status", found.quantization_status, "compressed")
     for name in ("kv_cache_scheme", "transform_config"):
         _require(method, name, "one" if getattr(found, name) else "none", "none")

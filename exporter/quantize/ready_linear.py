@@ -68,13 +68,18 @@ class ReadyLinear:
     outputs: slice
     input_scale: float | None = None
 
-    def part(self, start: int, stop: int) -> "ReadyLinear":
-        """Returns the outputs `start` to `stop` of this weight as one of their own; HimapError (usage) if there are
+    @property
+    def nbytes(self) -> int:
+        """What is stored of its numbers and scales, in bytes."""
+        return (self.codes.grid.tensor.nbytes + self.scales.tensor.nbytes) * self.shape[0] // self.codes.grid.shape[1]
+
+    def part(self, name: str, start: int, stop: int) -> "ReadyLinear":
+        """Returns the outputs `start` to `stop` of this weight as the weight `name`; HimapError (usage) if there are
         not so many."""
         if not 0 <= start < stop <= self.shape[0]:
             raise misfit(self.codes.grid.tensor, f"it has {self.shape[0]} outputs, {start} to {stop} are wanted")
         outputs = slice(self.outputs.start + start, self.outputs.start + stop)
-        return replace(self, shape=(stop - start, self.shape[1]), outputs=outputs)
+        return replace(self, name=name, shape=(stop - start, self.shape[1]), outputs=outputs)
 
     def values(self) -> npt.NDArray[Any]:
         """Returns the numbers [in,out] of its `form`: float8_e4m3fn of fp8, else int8. HimapError if one that is not
@@ -97,7 +102,7 @@ class ReadyLinear:
     def multiplied(self) -> Iterator[Floats]:
         """Yields the weight [out,in] in fp32, some outputs at a time. HimapError as `values`."""
         for rows in _pieces(*self.shape):
-            yield self.part(rows.start, rows.stop)._multiplied()
+            yield self.part(self.name, rows.start, rows.stop)._multiplied()
 
     def _multiplied(self) -> Floats:
         every = slice(0, self.shape[1])
@@ -147,18 +152,18 @@ def form_of(codes: Codes, shape: tuple[int, int], group: int, in_order: bool) ->
     checkpoint's; None, and the reason, if there is no such form."""
     (out, wide), bits, why = shape, codes.grid.bits or 8, ""
     if codes.is_float:
-        return None, "fp8 needs a stored scale of its activations, and it has none"
+        return None, "fp8 without a stored scale of activations"
     if not in_order:
-        return None, "its inputs share scales in order of activation"
+        return None, "scales in order of activation"
     if codes.zeros is not None:
         if bits == 8:
-            return None, "its 8-bit numbers have zero points"
-        bits, why = 8, "without its zero points its numbers have 8 bits"
+            return None, "zero points of 8 bits"
+        bits, why = 8, "zero points taken off, which makes 4 bits 8"
     if bits == 8 and group == wide:
         return LinearForm("int8"), why
     block = next((b for b in _BLOCKS if wide % b == 0 and group % b == 0), 0)
     if not block:
-        return None, f"of {wide} inputs {group} share a scale"
+        return None, f"{group} of {wide} inputs share a scale"
     if bits == 4 and out % 2:
-        return None, f"its {out} outputs do not share bytes evenly"
+        return None, f"{out} outputs in bytes of two"
     return LinearForm("int4" if bits == 4 else "int8", block), why

@@ -90,11 +90,11 @@ def multiplied(linear: ReadyLinear) -> Floats:
 
 def check(linear: ReadyLinear, r: Rounded, form: LinearForm | None, why: str = "") -> None:
     """The weight is `r`'s to the last bit, in our `form` and multiplied out."""
-    assert (linear.name, linear.shape) == (f"{LAYER}.weight", r.weight().shape)
+    assert (linear.name, linear.shape) == (f"{LAYER}.weight", r.weight.shape)
     assert linear.form == form and (why in linear.why if why else not linear.why), linear.why
-    np.testing.assert_array_equal(multiplied(linear), r.weight())
+    np.testing.assert_array_equal(multiplied(linear), r.weight)
     if form is not None:
-        np.testing.assert_array_equal(held(linear), r.weight())
+        np.testing.assert_array_equal(held(linear), r.weight)
 
 
 def refused(folder: Path, parts: Tensors, said: Mapping[str, Any], words: str, code: Exit = Exit.USAGE) -> None:
@@ -150,7 +150,7 @@ def test_gptq_with_zero_points(tmp_path: Path, version: int) -> None:
     eight = rounded(drawn() + 0.3, 32, 8, symmetric=False)
     (tmp_path / SINGLE).unlink()
     parts = gptq_tensors(eight, 8, version)
-    check(opened(tmp_path, parts, said | {"bits": 8}), eight, None, "8-bit numbers have zero points")
+    check(opened(tmp_path, parts, said | {"bits": 8}), eight, None, "zero points of 8 bits")
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -158,7 +158,7 @@ def test_gptq_in_order_of_activation(tmp_path: Path, symmetric: bool) -> None:
     r = rounded(drawn(), 32, symmetric=symmetric)
     shuffled = replace(r, groups=np.random.default_rng(1).permutation(r.groups))
     said = GPTQ | {"desc_act": True, "sym": symmetric}
-    check(opened(tmp_path, gptq_tensors(shuffled), said), shuffled, None, "in order of activation")
+    check(opened(tmp_path, gptq_tensors(shuffled), said), shuffled, None, "scales in order of activation")
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -191,12 +191,12 @@ def test_compressed_tensors_of_odd_sizes(tmp_path: Path, out: int, wide: int, bi
     parts = compressed_tensors(r, bits, symmetric=False)
     theirs = unpacked(parts["weight_packed"], bits, torch.Size([out, wide])).numpy().astype(int)
     zero = unpacked(parts["weight_zero_point"], bits, torch.Size([out, 1]), packed_dim=0).numpy().astype(int)
-    np.testing.assert_array_equal(r.weight(), (theirs - zero) * parts["weight_scale"].float().numpy())
+    np.testing.assert_array_equal(r.weight, (theirs - zero) * parts["weight_scale"].float().numpy())
 
 
 def test_four_bits_share_bytes_by_two_outputs(tmp_path: Path) -> None:
     r = rounded(drawn(5, 64), 32)
-    check(opened(tmp_path, compressed_tensors(r), packed()), r, None, "5 outputs do not share bytes")
+    check(opened(tmp_path, compressed_tensors(r), packed()), r, None, "5 outputs in bytes of two")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,12 @@ def test_blocks_of_ours_lie_inside_groups(tmp_path: Path, group: int, wide: int,
     r = rounded(drawn(wide=wide), group)
     linear = opened(tmp_path, gptq_tensors(r), GPTQ | {"group_size": group})
     size = wide if group == -1 else group
-    check(linear, r, LinearForm("int4", block) if block else None, "" if block else f"of {wide} inputs {size} share")
+    check(
+        linear,
+        r,
+        LinearForm("int4", block) if block else None,
+        "" if block else f"{size} of {wide} inputs share a scale",
+    )
 
 
 def test_large_weights_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,19 +230,19 @@ def test_large_weights_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("start", [0, 16, 19])
 def test_outputs_of_a_fused_layer(tmp_path: Path, start: int) -> None:
     r = rounded(drawn() + 0.1, 32, symmetric=False)
-    wanted = r.weight()[start : start + 14]
+    wanted = r.weight[start : start + 14]
     makers: list[tuple[Tensors, Mapping[str, Any]]] = [
         (awq_tensors(r), AWQ), (gptq_tensors(r), GPTQ | {"sym": False}),
         (compressed_tensors(r, symmetric=False), packed(symmetric=False)),
     ]  # fmt: skip
     for n, (parts, said) in enumerate(makers):
         whole = opened(tmp_path / str(n), parts, said)
-        part = whole.part(start, start + 14)
-        assert part.shape == (14, 128)
+        part = whole.part("a", start, start + 14)
+        assert (part.name, part.shape) == ("a", (14, 128))
         np.testing.assert_array_equal(held(part), wanted)
-        np.testing.assert_array_equal(multiplied(part.part(3, 9)), wanted[3:9])
+        np.testing.assert_array_equal(multiplied(part.part("b", 3, 9)), wanted[3:9])
         with pytest.raises(HimapError, match="it has 48 outputs, 40 to 49 are wanted"):
-            whole.part(40, 49)
+            whole.part("a", 40, 49)
 
 
 # --- one number an element ---
@@ -269,7 +274,7 @@ def test_fp8_whose_activations_are_scaled_as_they_come_is_multiplied_out(tmp_pat
     parts = {"weight": codes, "weight_scale": torch.from_numpy(scale).half()}
     said = plain("float-quantized", {"type": "float", "strategy": each}, activations())
     linear = opened(tmp_path, parts, said)
-    assert linear.form is None and "it has none" in linear.why
+    assert linear.form is None and "without a stored scale of activations" in linear.why
     np.testing.assert_array_equal(multiplied(linear), wanted)
 
 
@@ -293,11 +298,11 @@ def test_8_bit_integers_an_element_each(tmp_path: Path) -> None:
     parts = {"weight": torch.from_numpy((r.codes.T - 128).astype(np.int8))}
     parts["weight_scale"] = torch.from_numpy(r.scales.T.copy()).half()
     said = plain("int-quantized", {}, activations(type="int"))
-    check(opened(tmp_path, parts, said), r, LinearForm("int8"), "activations, which it rounds too")
+    check(opened(tmp_path, parts, said), r, LinearForm("int8"), "activations stay in the model's dtype")
     parts["weight_zero_point"] = torch.full((48, 1), 3, dtype=torch.int8)
-    check(opened(tmp_path, parts, said), replace(r, zeros=r.zeros + 3), None, "8-bit numbers have zero points")
+    check(opened(tmp_path, parts, said), replace(r, zeros=r.zeros + 3), None, "zero points of 8 bits")
     parts["weight_zero_point"] = torch.zeros((48, 1), dtype=torch.int8)
-    check(opened(tmp_path, parts, said), r, LinearForm("int8"), "activations, which it rounds too")
+    check(opened(tmp_path, parts, said), r, LinearForm("int8"), "activations stay in the model's dtype")
 
 
 # --- checkpoints of several layers ---
@@ -315,7 +320,7 @@ def test_a_mixed_checkpoint(tmp_path: Path) -> None:
     said["config_groups"]["group_1"] = {"targets": ["re:.*b"], "weights": other}
     found = ready_made({"text_config": {"quantization_config": said}}, stored_tensors([tmp_path]))
     assert {name: linear.form for name, linear in found.items()} == {"a.weight": INT4, "b.weight": LinearForm("int8")}
-    np.testing.assert_array_equal(held(found["b.weight"]), eight.weight())
+    np.testing.assert_array_equal(held(found["b.weight"]), eight.weight)
     del said["config_groups"]["group_1"]
     with pytest.raises(HimapError, match=r"b\.weight_scale does not fit: 1 scales for 64 inputs, .* none share one"):
         ready_made({"quantization_config": said}, stored_tensors([tmp_path]))
@@ -358,7 +363,10 @@ def test_nothing_is_read_but_what_the_form_hangs_on(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantised by bitsandbytes: awq, gptq, compressed"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "quantised by bitsandbytes: awq, gptq and compressed-tensors can be read",
+        ),
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "quantised by fp8"),
         ({"quant_method": "x" * 2000}, "Expected str of length <= 1000"),
         ({"bits": 4}, "missing required field quant_method"),
