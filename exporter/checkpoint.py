@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint folder: its configuration, and where each tensor lies. Nothing in it is executed."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +10,9 @@ import msgspec
 from himap_export.engines.checkpoint_files import stored_tensors, tensor_names
 from himap_export.engines.documents import Id, read_json
 from himap_export.engines.weight_file import StoredTensor
+from himap_export.exporter.quantize.declared import Declared
+from himap_export.exporter.quantize.ready import ready_linears
+from himap_export.exporter.quantize.ready_linear import ReadyLinear
 from himap_export.graphs.errors import Exit, HimapError
 
 
@@ -25,12 +28,14 @@ class Checkpoint:
     """`tensors` by name, none of them read, and empty if they were not asked for.
 
     `generation`: the fields of `Generation`. `names`: all tensors' names, which an index tells even where its shards
-    are absent.
+    are absent. `ready`: the linear layers of a checkpoint that comes quantised, by their weights' names, which are
+    among the `names`.
     """
 
     generation: dict[str, Any]
     tensors: dict[str, StoredTensor]
     names: frozenset[str]
+    ready: dict[str, ReadyLinear] = field(default_factory=dict)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -41,11 +46,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json", dict[str, Any], "configuration")
 
 
-def open_checkpoint(folder: Path, weights: bool = True, tower: Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    folder: Path, weights: bool = True, tower: Path | None = None, quantised: Declared | None = None
+) -> Checkpoint:
     """Returns the checkpoint in `folder`, single or sharded safetensors, with the tensors of a `tower` that lies in
-    another folder; checks every header against its file's length.
+    another folder; checks every header against its file's length, and quantised layers against what it says of them.
 
-    HimapError (missing) if the folder holds no tensors; without `weights` none are looked for.
+    HimapError (missing) if the folder holds no tensors, or as `ready_made`; without `weights` none are looked for.
     """
     generation = Generation()
     if os.path.lexists(folder / "generation_config.json"):
@@ -53,5 +60,6 @@ def open_checkpoint(folder: Path, weights: bool = True, tower: Path | None = Non
     own = tensor_names(folder)
     folders = [folder] if tower is None or any(".vision_tower." in name for name in own) else [folder, tower]
     tensors = stored_tensors(folders) if weights else {}
-    names = own.union(*map(tensor_names, folders[1:]))
-    return Checkpoint(msgspec.to_builtins(generation), tensors, names)
+    ready = ready_linears(quantised, tensors)
+    names = own.union(*map(tensor_names, folders[1:]), ready)
+    return Checkpoint(msgspec.to_builtins(generation), tensors, names, ready)

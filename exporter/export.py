@@ -35,6 +35,8 @@ from himap_export.exporter.bind import WeightNames, bind, fitting
 from himap_export.exporter.checkpoint import Checkpoint, open_checkpoint
 from himap_export.exporter.planning import Planned
 from himap_export.exporter.processor import ProcessorData, read_processor
+from himap_export.exporter.quantize.ready_linear import ReadyLinear
+from himap_export.exporter.quantize.taking import take_over, taken_lines, write_multiplied
 from himap_export.exporter.quantize.weights import Linear, write_quantised
 from himap_export.exporter.store import store_weights, write_weights
 from himap_export.exporter.target import settle_target, work_folder
@@ -56,6 +58,7 @@ class Export:
     checkpoint: Checkpoint
     processor: ProcessorData
     names: WeightNames
+    ready: Mapping[str, ReadyLinear]
     work: Path
     command: tuple[str, ...]
     graphs: dict[str, StageGraph] = field(default_factory=dict)
@@ -109,38 +112,52 @@ class Export:
                 self._write(name, graph.model)
             return "none: engines take them as inputs"
         wanted = {n: s for graph in self.graphs.values() for n, s in graph.weights.items() if not s.constant}
-        used = {name: fitting(self.checkpoint.tensors, name, spec.shape, spec.rows) for name, spec in wanted.items()}
+        ready, tensors = {linear.name for linear in self.ready.values()}, self.checkpoint.tensors
+        used = {n: fitting(tensors, n, spec.shape, spec.rows) for n, spec in wanted.items() if n not in ready}
         linears = self._linears()
-        check_finite([*used.values(), *(linear.stored for linear in linears)])
-        if p.weight_form == "shared":
-            return self._share(used, linears)
+        check_finite([*used.values(), *(linear.stored for linear in linears if isinstance(linear, Linear))])
         with scratch_folder("quantised") as scratch:
+            used |= self._multiply(scratch / "multiplied")
+            if p.weight_form == "shared":
+                return self._share(used, linears)
             return self._embed(used | self._quantise(linears, scratch / "parts"))
 
-    def _linears(self) -> list[Linear]:
-        """Returns the weights that are to be quantised."""
+    def _linears(self) -> Sequence[Linear | ReadyLinear]:
+        """Returns the weights that are stored quantised."""
+        if self.ready:
+            return [linear for linear in self.ready.values() if linear.form is not None]
         shapes, found = linear_shapes(self.planned.decoder), list[Linear]()
         for role, form in self.planned.forms.items():
             ref = self.names(role)
             found.append(Linear(ref.name, fitting(self.checkpoint.tensors, ref.name, shapes[role], ref.rows), form))
         return found
 
-    def _quantise(self, linears: Sequence[Linear], file: Path) -> dict[str, StoredTensor]:
+    def _multiply(self, file: Path) -> dict[str, StoredTensor]:
+        """Writes the quantised weights that have no form into `file`, multiplied out; returns them there."""
+        linears = [linear for linear in self.ready.values() if linear.form is None]
+        if not linears:
+            return {}
+        write_multiplied(linears, file, self.planned.dtype, self.planned.asked.allow_overflow)
+        return read_header(file)
+
+    def _quantise(self, linears: Sequence[Linear | ReadyLinear], file: Path) -> dict[str, StoredTensor]:
         """Quantises weights into `file`, if there are any, and returns their parts there."""
         if not linears:
             return {}
-        self.quantization = Quantization("round to nearest", write_quantised(linears, file, self.planned.dtype))
+        taken = self.planned.model.quantised
+        method = f"taken over from {taken.method}" if taken is not None else "round to nearest"
+        self.quantization = Quantization(method, write_quantised(linears, file, self.planned.dtype))
         return read_header(file)
 
-    def _share(self, used: Mapping[str, StoredTensor], linears: Sequence[Linear]) -> str:
+    def _share(self, used: Mapping[str, StoredTensor], linears: Sequence[Linear | ReadyLinear]) -> str:
         """Stores one copy for all graphs; beside quantised weights only those tensors of a file that are read."""
         p, folder = self.planned, self.work / "weights"
-        if linears:
+        if linears or self.ready:
             folder.mkdir()
+            self.files = ["plain.safetensors", *(["quantised.safetensors"] if linears else [])]
             self._quantise(linears, folder / "quantised.safetensors")
-            plain = folder / "plain.safetensors"
-            write_weights([*used.values()], plain, p.dtype, allow_overflow=p.asked.allow_overflow)
-            self.files = ["plain.safetensors", "quantised.safetensors"]
+            over = p.asked.allow_overflow
+            write_weights([*used.values()], folder / "plain.safetensors", p.dtype, allow_overflow=over)
         else:
             self.files = store_weights(
                 used.values(), folder, p.dtype, p.asked.hard_link, allow_overflow=p.asked.allow_overflow
@@ -148,7 +165,8 @@ class Export:
         stored = {name: t for file in self.files for name, t in read_header(folder / file).items()}
         for name, graph in self.graphs.items():
             self._write(name, bind(graph, stored, _location))
-        read = sum(t.nbytes for t in (*used.values(), *(linear.stored for linear in linears)))
+        sources = (linear.stored if isinstance(linear, Linear) else linear for linear in linears)
+        read = sum(t.nbytes for t in (*used.values(), *sources))
         written = sum(t.nbytes for t in stored.values())
         became = f", {written / 1e6:.1f} MB written" if linears else ""
         return f"{read / 1e6:.1f} MB read{became}, shared by {len(self.graphs)} graphs"
@@ -237,13 +255,19 @@ def write_bundle(
         load_backend(name).check(planned.dtype, planned.asked.gather)
     checkpoint = _checkpoint(planned)
     family = planned.model.family
-    names = WeightNames(checkpoint.names, family, planned.forms)
+    plain = WeightNames(checkpoint.names, family)
+    ready = take_over(checkpoint.ready, plain, planned.decoder, planned.asked.backends)
+    for line in taken_lines(ready.values(), planned.dtype):
+        progress(f"{planned.model.name}: {line}")
+    forms = {role: linear.form for role, linear in ready.items() if linear.form is not None}
+    names = WeightNames(checkpoint.names, family, forms or planned.forms)
     _check_weights(planned, checkpoint, names)
     processor = read_processor(planned.model.folder, family, planned.images)
     with work_folder(out, overwrite) as work:
         state = Export(
-            planned=planned, checkpoint=checkpoint, processor=processor, names=names, work=work, command=command
-        )
+            planned=planned, checkpoint=checkpoint, processor=processor, names=names, ready=ready, work=work,
+            command=command,
+        )  # fmt: skip
         for phase in (state.vision, state.stages, state.weights, state.compile, state.finalise):
             start = time.perf_counter()
             result = phase()
@@ -255,7 +279,7 @@ def _checkpoint(p: Planned) -> Checkpoint:
     """Returns the opened checkpoint; for an alias without a folder, what the registry knows of it."""
     if p.model.folder is None:
         return Checkpoint({}, {}, frozenset())
-    return open_checkpoint(p.model.folder, p.weight_form != "absent", p.model.tower)
+    return open_checkpoint(p.model.folder, p.weight_form != "absent", p.model.tower, p.model.quantised)
 
 
 def _check_weights(p: Planned, checkpoint: Checkpoint, names: WeightNames) -> None:
@@ -266,11 +290,13 @@ def _check_weights(p: Planned, checkpoint: Checkpoint, names: WeightNames) -> No
     decode = StagedModel(spec=p.decoder, plan=v.plan, budget=v.budget, dtype=p.dtype, names=WeightRef).decode()
     for role, spec in decode.weights.items():
         try:
-            name, rows, _ = names(role)
+            ref = names(role)
         except HimapError as problem:
             missing.append(problem)
         else:
-            fitting(checkpoint.tensors, name, spec.shape, rows)  # says more about a wrong model than a layer it has not
+            if (ref.rows.tensor if ref.rows else ref.name) not in checkpoint.ready:
+                # Says more about a wrong model than a layer that it has not.
+                fitting(checkpoint.tensors, ref.name, spec.shape, ref.rows)
     if missing:
         raise missing[0]
 

@@ -86,7 +86,7 @@ class PlannedVariant:
 @dataclass(frozen=True)
 class Planned:
     """Everything an export has decided before it touches a weight. `why`: what speaks for a backend of our choice.
-    `forms`: of the weights that are quantised, by role."""
+    `forms`: of the weights that are quantised, by role; of a checkpoint that comes quantised, only its tensors say."""
 
     model: Model
     decoder: DecoderSpec
@@ -143,26 +143,31 @@ def plan_export(model: Model, asked: Request) -> Planned:
     forms = plan_forms(
         decoder, dtype, kind=asked.quantize, block=asked.block, keep=asked.keep_dtype, head=asked.quantize_head
     )
+    if forms and model.quantised is not None:
+        details, hint = f"by {model.quantised.method}", "leave `quantize` out, or export what it was made from"
+        raise HimapError(f"{model.name} comes quantised", details, hint, Exit.USAGE)
     return Planned(
         model=model, decoder=decoder, variants=tuple(variants), dtype=dtype, asked=asked, forms=forms,
-        weight_form=_weight_form(asked, forms), why=choice.why if choice else "",
+        weight_form=_weight_form(asked, forms, model.quantised is not None), why=choice.why if choice else "",
     )  # fmt: skip
 
 
-def _weight_form(asked: Request, forms: Mapping[str, LinearForm]) -> WeightForm:
+def _weight_form(asked: Request, forms: Mapping[str, LinearForm], ready: bool) -> WeightForm:
     """Returns the form of the weights, chosen if it was left open: engines that hold constants of their own embed
-    quantised ones. HimapError (usage) where that form is refused, or a backend has none of these weights."""
+    quantised ones, of `forms` or `ready`. HimapError (usage) where that form is refused, or a backend has none of these
+    weights."""
     kinds = {form.kind for form in forms.values()}
     for backend in asked.backends:
         check_kinds(backend, kinds)
+    quantised = ready or bool(forms)
     holding = [backend for backend in asked.backends if backend not in READ_GRAPHS]
-    if kinds and (asked.weight_form == "absent" or (holding and asked.weight_form == "shared")):
+    if quantised and (asked.weight_form == "absent" or (holding and asked.weight_form == "shared")):
         wanted = "`weight_form` embedded" if holding else "`weight_form` shared or embedded"
         details = "they are constants of the engines, packed for their kernels"
         raise HimapError("quantised weights cannot be inputs of engines", details, f"use {wanted}", Exit.USAGE)
-    if kinds and asked.hard_link:
+    if quantised and asked.hard_link:
         raise HimapError("quantised weights cannot be links", hint="leave `hard_link` out", code=Exit.USAGE)
-    return asked.weight_form or ("embedded" if kinds and holding else "shared")
+    return asked.weight_form or ("embedded" if quantised and holding else "shared")
 
 
 def describe(model: Model, *images: ImageOptions) -> tuple[DecoderSpec, tuple[VisionSpec, ...]]:

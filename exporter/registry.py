@@ -17,6 +17,7 @@ from himap_export.exporter.families.qwen2_5_vl import Qwen25Vl
 from himap_export.exporter.families.qwen3_vl import Qwen3Vl
 from himap_export.exporter.families.qwen_vl import QwenVl
 from himap_export.exporter.family import Config, Family
+from himap_export.exporter.quantize.declared import Declared, declared
 from himap_export.graphs.errors import Exit, HimapError, suggestion
 
 AnyFamily = type[Family[Any]]
@@ -31,7 +32,7 @@ class Model:
     """A model as named by the user: its family over its configuration, and its folder once the weights are there.
 
     `tower`: the folder of another checkpoint that holds its vision tower, if there is one; the family knows its
-    config.json.
+    config.json. `quantised`: what a checkpoint that comes quantised says of it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Model:
     family: Family[Any]
     folder: Path | None
     tower: Path | None = None
+    quantised: Declared | None = None
 
 
 def register_family(family: AnyFamily) -> AnyFamily:
@@ -98,8 +100,10 @@ def resolve(
         # Releases name a folder on their authors' machines.
         config = {key: value for key, value in config.items() if key == "mm_vision_tower"}
     config = read_config(folder) | config
-    family = find_family(config, name[:200]).parse(config, f"{name[:200]}: config.json")
-    return _with_tower(Model(name, source, family, folder), folder, vision_tower, weights)
+    where = f"{name[:200]}: config.json"
+    family = find_family(config, name[:200]).parse(config, where)
+    model = Model(name, source, family, folder, quantised=declared(config, where))
+    return _with_tower(model, folder, vision_tower, weights)
 
 
 def _with_tower(model: Model, folder: Path, given: Path | None, weights: bool) -> Model:

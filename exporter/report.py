@@ -45,7 +45,8 @@ def plan_table(p: Planned) -> str:
     """Returns the plan as a table: one row per stage, or one per variant where there are several."""
     head = f"{p.model.name} ({p.model.source})  {p.dtype}  batch {p.variants[0].budget.batch}"
     engines = f"engines for {', '.join(p.asked.backends)}" + (f" ({p.why})" if p.why else "")
-    return "\n".join([head, engines, *(_stages(p, p.variants[0]) if len(p.variants) == 1 else _variants(p))])
+    small = [f"linear layers as {p.model.quantised.method} has them"] if p.model.quantised else []
+    return "\n".join([head, engines, *small, *(_stages(p, p.variants[0]) if len(p.variants) == 1 else _variants(p))])
 
 
 def _stages(p: Planned, v: PlannedVariant) -> list[str]:

@@ -107,12 +107,18 @@ def _converted(tensor: StoredTensor, piece: npt.NDArray[Any], dtype: Dtype, allo
     if not_finite(made, dtype) == 0:
         return made
     check_finite([tensor])
+    return held_back(tensor.name, numbers, dtype, allow_overflow)
+
+
+def held_back(name: str, numbers: npt.NDArray[Any], dtype: Dtype, allow_overflow: bool) -> npt.NDArray[Any]:
+    """Returns `numbers` [n] of the tensor `name`, some of which are too large for `dtype`, the largest in their place;
+    HimapError (usage) unless `allow_overflow`."""
     largest = _LARGEST[dtype]
     if not allow_overflow:
         worst = float(numbers[np.abs(numbers).argmax()])
         hint = "`allow_overflow` takes the largest number there is, or give another `dtype`"
         details = f"it holds {worst:g}, {dtype} ends at {largest:g}"
-        raise HimapError(f"tensor {tensor.name} does not fit {dtype}", details, hint, Exit.USAGE)
+        raise HimapError(f"tensor {name} does not fit {dtype}", details, hint, Exit.USAGE)
     return as_stored(np.clip(numbers, -largest, largest), dtype)
 
 

@@ -86,7 +86,7 @@ def _complete(model: str, vision_tower: Path | None) -> tuple[Model, Path]:
     """The model, and its folder, in which every weight is."""
     found = resolve(model, vision_tower=vision_tower)
     assert found.folder is not None  # `resolve` fetches weights unless told not to
-    open_checkpoint(found.folder, tower=found.tower)
+    open_checkpoint(found.folder, tower=found.tower, quantised=found.quantised)
     return found, found.folder
 
 

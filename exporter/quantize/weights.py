@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 from himap_export.engines.manifest import QuantisedWeight
 from himap_export.engines.weight_file import StoredTensor, as_held, map_tensors, write_safetensors
-from himap_export.exporter.quantize.rounding import quantise
+from himap_export.exporter.quantize.ready_linear import ReadyLinear
+from himap_export.exporter.quantize.rounding import Quantised, quantise
+from himap_export.exporter.quantize.taking import taken
 from himap_export.graphs.errors import HimapError
 from himap_export.graphs.ports import LinearForm, TensorSpec
 from himap_export.graphs.quantization import parts
@@ -33,15 +35,17 @@ class Linear:
         return out, wide
 
 
-def write_quantised(linears: Sequence[Linear], target: Path, dtype: Dtype) -> dict[str, QuantisedWeight]:
-    """Writes the parts of `linears` into a safetensors file, scales in `dtype`; returns what became of each weight.
+def write_quantised(linears: Sequence[Linear | ReadyLinear], target: Path, dtype: Dtype) -> dict[str, QuantisedWeight]:
+    """Writes the parts of `linears`, which all have a form, into a safetensors file, scales in `dtype`; returns what
+    became of each weight.
 
     In memory are one tensor's integers and a few tiles of its floats. HimapError (usage) for a scale that does not fit.
     """
+    forms = {linear.name: linear.form for linear in linears if linear.form is not None}
     held = {
         f"{linear.name}.{part.suffix}": as_held(TensorSpec(part.dtype, part.shape))
         for linear in linears
-        for part in parts(linear.form, linear.shape, dtype)
+        for part in parts(forms[linear.name], linear.shape, dtype)
     }
     records: dict[str, QuantisedWeight] = {}
 
@@ -49,16 +53,22 @@ def write_quantised(linears: Sequence[Linear], target: Path, dtype: Dtype) -> di
         total = sum(prod(linear.shape) for linear in linears)
         with tqdm(total=total, desc="quantise", unit_scale=True, leave=False, disable=None, delay=0.5) as bar:
             for linear in linears:
-                try:
-                    found = quantise(numbers(linear.stored), linear.form, dtype)
-                except HimapError as problem:
-                    raise HimapError(f"{linear.name}: {problem.summary}", problem.details, problem.hint) from None
-                records[linear.name] = QuantisedWeight(linear.form.kind, linear.form.block, error=round(found.error, 6))
-                yield from (found.parts[part.suffix] for part in parts(linear.form, linear.shape, dtype))
+                found, form = _quantised(linear, dtype), forms[linear.name]
+                records[linear.name] = QuantisedWeight(form.kind, form.block, error=round(found.error, 6))
+                yield from (found.parts[part.suffix] for part in parts(forms[linear.name], linear.shape, dtype))
                 bar.update(prod(linear.shape))
 
     write_safetensors(target, held, arrays())
     return records
+
+
+def _quantised(linear: Linear | ReadyLinear, dtype: Dtype) -> Quantised:
+    if isinstance(linear, ReadyLinear):
+        return taken(linear, dtype)
+    try:
+        return quantise(numbers(linear.stored), linear.form, dtype)
+    except HimapError as problem:
+        raise HimapError(f"{linear.name}: {problem.summary}", problem.details, problem.hint) from None
 
 
 def numbers(stored: StoredTensor) -> npt.NDArray[Any]:
