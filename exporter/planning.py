@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import msgspec
 
-from himap_export.engines.backends import READ_GRAPHS, Gather, check_kinds, load_backend
+from himap_export.engines.backends import READ_GRAPHS, Gather, check_forms, load_backend
 from himap_export.engines.choice import best_backend
 from himap_export.engines.documents import typed
 from himap_export.engines.image import MAX_PIXELS, MAX_SIDE
@@ -154,7 +154,7 @@ def _weight_form(asked: Request, forms: Mapping[str, LinearForm]) -> WeightForm:
     quantised ones. HimapError (usage) where that form is refused, or a backend has none of these weights."""
     kinds = {form.kind for form in forms.values()}
     for backend in asked.backends:
-        check_kinds(backend, kinds)
+        check_forms(backend, set(forms.values()))
     holding = [backend for backend in asked.backends if backend not in READ_GRAPHS]
     if kinds and (asked.weight_form == "absent" or (holding and asked.weight_form == "shared")):
         wanted = "`weight_form` embedded" if holding else "`weight_form` shared or embedded"

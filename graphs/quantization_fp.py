@@ -9,7 +9,7 @@ from functools import cache
 import onnx
 import onnx_ir as ir
 
-from himap_export.graphs.build import Frame
+from himap_export.graphs.build import Frame, dim
 
 FP4_BLOCK = 16  # inputs that share a scale, as tensor cores have it
 _FLOAT, _FP8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
@@ -75,6 +75,9 @@ def nvfp4(
     f.graph.opset_imports[_TRT] = 1
     function = ir.from_proto(_dynamic_quantize())
     values, steps = f.op.call(function, x, input_scale, axis=-1, block_size=FP4_BLOCK, scale_type=_FP8)
+    rows, wide = dim(x, 0), dim(x, 1)
+    values.shape, values.type = ir.Shape([rows, wide]), ir.TensorType(ir.DataType.FLOAT4E2M1)
+    steps.shape, steps.type = ir.Shape([rows, wide // FP4_BLOCK]), ir.TensorType(_FP8)
     w = _blockwise(f, q, block_scale, scale, axis=0)
     return f.op.Gemm(_blockwise(f, values, steps, input_scale, axis=-1), w)
 

@@ -10,6 +10,7 @@ from himap_export.graphs.ports import ElementType, WeightSpec
 
 # TensorRT's words for the numbers of quantised weights.
 _NUMBERS: Mapping[ElementType, str] = {"int8": "Int8", "int4": "Int4", "fp8": "FP8", "fp4": "FP4E2M1"}
+_PRODUCT = re.compile("Fc|MulSum")  # in the name of a generated kernel; the latter of one row, where it is small
 _CONSTANT = re.compile(r"Dimensions: \[(?P<shape>[\d,]*)\].*?Datatype: (?P<type>\w+)")
 _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<type>\w+),.*?Metadata: (?P<metadata>.*)$", re.MULTILINE)
 
@@ -47,7 +48,7 @@ def multiplied_out(log: str, weights: Iterable[WeightSpec]) -> tuple[str, ...]:
     apart, found = list[str](), Counter[str]()
     for layer in _LAYER.finditer(log):
         read = _constants(layer[0])
-        if layer["type"] == "gemm" or "Fc" in _name(layer):
+        if layer["type"] == "gemm" or _PRODUCT.search(_name(layer)):
             found += read
         elif any(read[kind] for kind in held):
             apart.append(_name(layer))

@@ -5,9 +5,11 @@ once their weights are multiplied out. So one row becomes two equal ones, and ea
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from himap_export.graphs.build import dim
@@ -37,7 +39,7 @@ def _products(graph: ir.Graph) -> Iterator[ir.Node]:
 
 def _own(graph: ir.Graph, gemm: ir.Node, x: ir.Value, place: int) -> ir.Value:
     """Returns x, or for those behind the first what is equal to it: the larger of it and the lowest number there is,
-    the smaller of it and the highest. HimapError never: no input has more than three readers."""
+    the smaller of it and the highest. No input has more than three readers."""
     if place == 0:
         return x
     assert x.dtype is not None and place < 3, gemm.name
@@ -68,7 +70,7 @@ def _insert(graph: ir.Graph, gemm: ir.Node, kind: str, inputs: list[ir.Value], b
     return node.outputs[0]
 
 
-def _constant(graph: ir.Graph, gemm: ir.Node, name: str, values: np.ndarray) -> ir.Value:
+def _constant(graph: ir.Graph, gemm: ir.Node, name: str, values: npt.NDArray[Any]) -> ir.Value:
     value = ir.Value(name=f"{gemm.name}.{name}", const_value=ir.tensor(values, name=f"{gemm.name}.{name}"))
     graph.register_initializer(value)
     return value

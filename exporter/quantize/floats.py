@@ -21,7 +21,7 @@ from himap_export.exporter.quantize.rounding import Floats, Quantised
 from himap_export.graphs.ports import Kind, LinearForm
 from himap_export.graphs.quantization_fp import FP4_BLOCK
 
-KINDS: tuple[Kind, ...] = ("fp8", "nvfp4")
+FLOATS: tuple[Kind, ...] = ("fp8", "nvfp4")
 E4M3, E2M1 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
 _E4M3_MOST, _E2M1_MOST = np.float32(448), np.float32(6)
 _LARGEST = (6.0, 4.0)  # what a block's largest weight becomes

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from himap_export.engines.manifest import QuantisedWeight
 from himap_export.engines.weight_file import StoredTensor, as_held, map_tensors, write_safetensors
-from himap_export.exporter.quantize.rounding import quantise
+from himap_export.exporter.quantize.floats import FLOATS, quantise_floats
+from himap_export.exporter.quantize.rounding import Quantised, quantise
 from himap_export.graphs.errors import HimapError
 from himap_export.graphs.ports import LinearForm, TensorSpec
 from himap_export.graphs.quantization import parts
@@ -21,11 +22,13 @@ from himap_export.graphs.spec import Dtype
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight [out,in] that is to be quantised: what graphs call it, where it is stored, its form."""
+    """A weight [out,in] that is to be quantised: what graphs call it, where it is stored, its form. `largest`: |x| in
+    the layer's input, for forms that round it, too."""
 
     name: str
     stored: StoredTensor
     form: LinearForm
+    largest: float = 0.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,7 +53,7 @@ def write_quantised(linears: Sequence[Linear], target: Path, dtype: Dtype) -> di
         with tqdm(total=total, desc="quantise", unit_scale=True, leave=False, disable=None, delay=0.5) as bar:
             for linear in linears:
                 try:
-                    found = quantise(numbers(linear.stored), linear.form, dtype)
+                    found = _quantised(linear, dtype)
                 except HimapError as problem:
                     raise HimapError(f"{linear.name}: {problem.summary}", problem.details, problem.hint) from None
                 records[linear.name] = QuantisedWeight(linear.form.kind, linear.form.block, error=round(found.error, 6))
@@ -59,6 +62,13 @@ def write_quantised(linears: Sequence[Linear], target: Path, dtype: Dtype) -> di
 
     write_safetensors(target, held, arrays())
     return records
+
+
+def _quantised(linear: Linear, dtype: Dtype) -> Quantised:
+    weight = numbers(linear.stored)
+    if linear.form.kind in FLOATS:
+        return quantise_floats(weight, linear.form, linear.largest)
+    return quantise(weight, linear.form, dtype)
 
 
 def numbers(stored: StoredTensor) -> npt.NDArray[Any]:
