@@ -77,7 +77,8 @@ class EngineRecord(Struct, frozen=True, forbid_unknown_fields=True):
     `weights`, which file of weights is the backend's own, if one is.
 
     Where a compiler tells, equal ones counted: `layers` of the network it read ("64x KV_CACHE_UPDATE") and `kernels`
-    that became of them ("32x _gemm_mha_v2 (Attention)").
+    that became of them ("32x _gemm_mha_v2 (Attention)"). `targets`: the compute capabilities it was built for, 89 for
+    8.9; none: for the machine at hand.
     """
 
     file: Name
@@ -86,6 +87,7 @@ class EngineRecord(Struct, frozen=True, forbid_unknown_fields=True):
     layers: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     weights: Name | None = None
+    targets: tuple[int, ...] = ()
 
 
 class ModelRecord(Struct, frozen=True, forbid_unknown_fields=True):

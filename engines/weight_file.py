@@ -109,11 +109,14 @@ def _bits(dtype: str) -> int:
 
 
 # What files hold of numbers that safetensors has no name for, or another: the type, and how many share an element.
-_HELD = {"fp32": ("F32", 1), "fp16": ("F16", 1), "bf16": ("BF16", 1), "int8": ("I8", 1), "int4": ("U8", 2)}
+_HELD = {
+    "fp32": ("F32", 1), "fp16": ("F16", 1), "bf16": ("BF16", 1), "int8": ("I8", 1), "int4": ("U8", 2),
+    "fp8": ("F8_E4M3", 1), "fp4": ("U8", 2),
+}  # fmt: skip
 
 
 def as_held(spec: TensorSpec) -> tuple[str, tuple[int, ...]]:
-    """Returns safetensors' word for the type in which a file holds a weight, and the shape: two int4 share a byte."""
+    """Returns safetensors' word for the type in which a file holds a weight, and the shape: two int4 or fp4 share a byte."""
     kind, share = _HELD[spec.dtype]
     return kind, (*spec.shape[:-1], spec.shape[-1] // share) if spec.shape else ()
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import msgspec
 
-from himap_export.engines.backends import READ_GRAPHS, Gather, check_kinds, load_backend
+from himap_export.engines.backends import READ_GRAPHS, Gather, check_forms, load_backend
 from himap_export.engines.choice import best_backend
 from himap_export.engines.documents import typed
 from himap_export.engines.image import MAX_PIXELS, MAX_SIDE
@@ -156,9 +156,8 @@ def _weight_form(asked: Request, forms: Mapping[str, LinearForm], ready: bool) -
     """Returns the form of the weights, chosen if it was left open: engines that hold constants of their own embed
     quantised ones, of `forms` or `ready`. HimapError (usage) where that form is refused, or a backend has none of these
     weights."""
-    kinds = {form.kind for form in forms.values()}
     for backend in asked.backends:
-        check_kinds(backend, kinds)
+        check_forms(backend, set(forms.values()))
     quantised = ready or bool(forms)
     holding = [backend for backend in asked.backends if backend not in READ_GRAPHS]
     if quantised and (asked.weight_form == "absent" or (holding and asked.weight_form == "shared")):

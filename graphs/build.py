@@ -17,6 +17,8 @@ IR_DTYPE: dict[ElementType, ir.DataType] = {
     "int64": ir.DataType.INT64,
     "int8": ir.DataType.INT8,
     "int4": ir.DataType.INT4,
+    "fp8": ir.DataType.FLOAT8E4M3FN,
+    "fp4": ir.DataType.FLOAT4E2M1,
 }
 
 

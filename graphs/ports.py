@@ -23,7 +23,7 @@ from msgspec import Meta, Struct
 
 from himap_export.graphs.spec import Dtype
 
-ElementType = Literal[Dtype, "int64", "int8", "int4"]
+ElementType = Literal[Dtype, "int64", "int8", "int4", "fp8", "fp4"]  # the last two: E4M3, E2M1
 Kind = Literal["int8", "int4", "fp8", "nvfp4", "int8-dynamic"]  # of quantised weights
 Role = Literal[
     "pixel_values", "image_features", "deepstack", "input_ids", "position_ids", "token_type", "rope_position_ids",

@@ -3,7 +3,7 @@
     y = x W,   W [in,out] = q * scale        DequantizeLinear, then Gemm without transB
 
 q are signed integers, the checkpoint's [out,in] transposed; there are no zero points. A scale, in the model's dtype, is
-shared by a block of inputs of one output, or by all of them. What else was tried is in docs/log.md: [out,in] is never
+shared by a block of inputs of one output, or by all of them. Floats as q are `quantization_fp`. What else was tried is in docs/log.md: [out,in] is never
 fused by onnxruntime, zero points and partial blocks are refused by TensorRT-RTX.
 """
 
@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from himap_export.graphs.build import Frame, dim
 from himap_export.graphs.ports import ElementType, Kind, LinearForm, WeightRef
+from himap_export.graphs.quantization_fp import fp8, nvfp4
 from himap_export.graphs.spec import DecoderSpec
 
 BLOCKS = (32, 64, 128)
@@ -30,6 +31,11 @@ class Part(NamedTuple):
 def parts(form: LinearForm, shape: tuple[int, int], dtype: ElementType) -> tuple[Part, ...]:
     """Returns what is stored of a weight of `shape` [out,in] in a model of `dtype`: its values, then its scales."""
     out, wide = shape
+    if form.kind == "fp8":
+        return Part("fp8", "fp8", (wide, out)), Part("scale", "fp32", (out,)), Part("input_scale", "fp32", ())
+    if form.kind == "nvfp4":
+        blocks = Part("block_scale", "fp8", (wide // form.block, out))
+        return Part("fp4", "fp4", (wide, out)), blocks, Part("scale", "fp32", ()), Part("input_scale", "fp32", ())
     scale = (wide // form.block, out) if form.block else (out,)
     return Part(_STORED[form.kind], _STORED[form.kind], (wide, out)), Part("scale", dtype, scale)
 
@@ -39,11 +45,16 @@ def linear(f: Frame, x: ir.Value, ref: WeightRef, out: int) -> ir.Value:
     shape = out, dim(x, 1)
     if ref.form is None:
         return f.op.Gemm(x, f.weight(ref, *shape), transB=1)
-    q, scale = (f.part(ref, *part) for part in parts(ref.form, shape, f.own))
-    if ref.form.kind == "int8-dynamic":
-        return _dynamic(f, x, q, scale)
+    values = [f.part(ref, *part) for part in parts(ref.form, shape, f.own)]
+    match ref.form.kind:
+        case "fp8":
+            return fp8(f, x, *values)
+        case "nvfp4":
+            return nvfp4(f, x, *values)
+        case "int8-dynamic":
+            return _dynamic(f, x, *values)
     along = {"axis": 0, "block_size": ref.form.block} if ref.form.block else {"axis": 1}
-    return f.op.Gemm(x, f.op.DequantizeLinear(q, scale, **along))
+    return f.op.Gemm(x, f.op.DequantizeLinear(*values, **along))
 
 
 def _dynamic(f: Frame, x: ir.Value, q: ir.Value, scale: ir.Value) -> ir.Value:

@@ -5,7 +5,7 @@ was built. Both raise HimapError with exit code 4 when the backend's package or 
 """
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +20,7 @@ from himap_export.engines.manifest import EngineRecord
 from himap_export.engines.scratch import scratch_folder
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.flops import stage_costs
-from himap_export.graphs.ports import Kind, TensorSpec
+from himap_export.graphs.ports import Kind, LinearForm, TensorSpec
 
 Gather = Literal["auto", "plugin", "ops"]  # the form of the top-k gather in an engine
 READ_GRAPHS = frozenset({"onnxruntime", "openvino"})  # backends whose engines are graphs, with weights beside them
@@ -31,6 +31,8 @@ KINDS: Mapping[str, tuple[Kind, ...]] = {
     "tensorrt-rtx": ("int8", "int4", "fp8", "nvfp4"),
     "tensorrt": ("int8", "int4", "fp8", "nvfp4"),
 }
+# Those it computes on with one scale for each output only: TensorRT multiplies blocks of int8 out before the product.
+_UNBLOCKED: Mapping[str, tuple[Kind, ...]] = {"tensorrt-rtx": ("int8",), "tensorrt": ("int8",)}
 # FLOPs of a prefill from which on one more thread gains anything (docs/log.md, CPU backend).
 WORTH_A_THREAD = 500_000_000
 
@@ -123,13 +125,23 @@ def load_backend(name: str) -> Backend:
     return cast(Backend, import_module(f"{__name__}.{name.replace('-', '_')}"))
 
 
-def check_kinds(name: str, kinds: Collection[Kind]) -> None:
-    """Raises HimapError (usage) if the backend `name` does not compute on quantised weights of one of `kinds`."""
-    for kind in kinds:
-        if kind not in KINDS[name]:
-            having = ", ".join(backend for backend, held in KINDS.items() if kind in held)
-            details = f"it has {', '.join(KINDS[name])}; {having} has {kind}"
-            raise HimapError(f"{name} has no {kind} weights", details, "change `quantize` or `backend`", Exit.USAGE)
+def refusal(name: str, form: LinearForm) -> str:
+    """Returns why the backend `name` does not compute on weights of `form`; "" if it does."""
+    if form.kind not in KINDS[name]:
+        having = ", ".join(backend for backend, held in KINDS.items() if form.kind in held)
+        return f"it has {', '.join(KINDS[name])}; {having} has {form.kind}"
+    if form.block and form.kind in _UNBLOCKED.get(name, ()):
+        return f"it has {form.kind} weights with one scale for each output"
+    return ""
+
+
+def check_forms(name: str, forms: Iterable[LinearForm]) -> None:
+    """Raises HimapError (usage) if the backend `name` does not compute on quantised weights of one of `forms`."""
+    for form in forms:
+        if why := refusal(name, form):
+            weights = f"{form.kind} weights" + (f" in blocks of {form.block}" if form.kind in KINDS[name] else "")
+            hint = "change `quantize` or `backend`" if form.kind not in KINDS[name] else "leave `block` out"
+            raise HimapError(f"{name} has no {weights}", why, hint, Exit.USAGE)
 
 
 def open_backend(name: str, bundle: Bundle, opening: Opening = ANYWAY) -> Engines:

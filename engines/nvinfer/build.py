@@ -10,7 +10,8 @@ from himap_export.engines.backends import Gather
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import EngineRecord
 from himap_export.engines.nvinfer.edition import Edition, log_of, one_line
-from himap_export.engines.nvinfer.kernels import kernels, layers
+from himap_export.engines.nvinfer.kernels import kernels, layers, multiplied_out
+from himap_export.engines.nvinfer.weight_only import fusible
 from himap_export.graphs.errors import Exit, HimapError
 
 
@@ -36,10 +37,11 @@ def build(edition: Edition, bundle: Bundle, graph: str, gather: Gather) -> Engin
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
     inside = bundle.manifest.weight_form == "embedded"
+    targets = edition.targets({weight.kind for weight in bundle.manifest.quantised().values()})
     operators = _parse(edition, parser, source=source, inside=inside, weights=frozenset(record.weights))
     path.parent.mkdir(exist_ok=True)
     with path.open("wb") as out:
-        built = builder.build_serialized_network_to_stream(network, _config(edition, builder), _writer(trt, out))
+        built = builder.build_serialized_network_to_stream(network, _config(edition, builder, targets), _writer(trt, out))
     if not built:
         path.unlink()
         raise _refused(edition, source, next(iter(log.errors), "the builder says no more"))
@@ -47,8 +49,14 @@ def build(edition: Edition, bundle: Bundle, graph: str, gather: Gather) -> Engin
     if form not in ("none", gather):
         details = f"the engine of {graph} holds its {'standard operators' if form == 'ops' else form}"
         raise HimapError(f"{edition.title} did not take the gather as {gather}", details)
-    seconds = round(time.perf_counter() - start, 3)
-    return EngineRecord(file, seconds, form, layers=layers(network), kernels=kernels(log.layers, operators))
+    if apart := multiplied_out(log.layers, record.weights.values()):
+        path.unlink()
+        details = f"it has {len(apart)} kernels that do: {', '.join(dict.fromkeys(apart))}"
+        raise HimapError(f"{edition.title} multiplies quantised weights of {graph} out before their product", details)
+    return EngineRecord(
+        file, round(time.perf_counter() - start, 3), form,
+        layers=layers(network), kernels=kernels(log.layers, operators), targets=targets,
+    )  # fmt: skip
 
 
 def _parse(edition: Edition, parser: Any, source: Path, inside: bool, weights: frozenset[str]) -> dict[str, str]:
@@ -59,23 +67,22 @@ def _parse(edition: Edition, parser: Any, source: Path, inside: bool, weights: f
         model = ir.load(source)  # external initializers stay on disk
     except Exception as problem:  # protobuf's and onnx_ir's errors share no base class
         raise _refused(edition, source, f"not a readable ONNX file, {problem}") from None
-    if inside:
-        parsed = parser.parse_from_file(str(source))
-    else:
+    fusible(model)
+    if not inside:
         for weight in weights:  # each is an input already, and the initializer only its default
             model.graph.initializers.pop(weight, None)
-        parsed = parser.parse(ir.to_proto(model).SerializeToString())
+    parsed = parser.parse(ir.to_proto(model).SerializeToString(), str(source))
     if not parsed:
         raise _refused(edition, source, _first_error(parser))
     return {node.name or "": node.op_type for node in model.graph}
 
 
-def _config(edition: Edition, builder: Any) -> Any:
+def _config(edition: Edition, builder: Any, targets: tuple[int, ...]) -> Any:
     trt, config = edition.api(), builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it the log names no layers
-    if edition.capabilities:
-        config.num_compute_capabilities = len(edition.capabilities)
-    for i, capability in enumerate(edition.capabilities):
+    if targets:
+        config.num_compute_capabilities = len(targets)
+    for i, capability in enumerate(targets):
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), i)
     return config
 

@@ -1,5 +1,6 @@
 """The two products behind one API, as data, and the one logger that each allows a process."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -9,6 +10,10 @@ from typing import Any
 
 from himap_export.engines.extras import how_to_install
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import Kind
+
+# The first compute capability whose matrix products take such weights as they are.
+_FIRST: Mapping[Kind, int] = {"int8": 80, "int4": 80, "fp8": 89, "nvfp4": 100}
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,17 @@ class Edition:
             details = "" if isinstance(problem, ModuleNotFoundError) else one_line(str(problem))
             raise HimapError(f"{self.name} is not installed", details, self.install, Exit.MISSING) from None
 
+    def targets(self, kinds: Collection[Kind]) -> tuple[int, ...]:
+        """Returns those of `capabilities` that compute on quantised weights of all `kinds`."""
+        return tuple(c for c in self.capabilities if c >= first_capability(kinds))
+
     def version(self) -> str:
         return str(self.api().__version__)
+
+
+def first_capability(kinds: Collection[Kind]) -> int:
+    """Returns from which compute capability on a GPU computes on quantised weights of all `kinds`; 0: on any."""
+    return max((_FIRST[kind] for kind in kinds), default=0)
 
 
 RTX = Edition(

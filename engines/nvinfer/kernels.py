@@ -2,9 +2,16 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from math import prod
 from typing import Any
 
+from himap_export.graphs.ports import ElementType, WeightSpec
+
+# TensorRT's words for the numbers of quantised weights.
+_NUMBERS: Mapping[ElementType, str] = {"int8": "Int8", "int4": "Int4", "fp8": "FP8", "fp4": "FP4E2M1"}
+_PRODUCT = re.compile("Fc|MulSum")  # in the name of a generated kernel; the latter of one row, where it is small
+_CONSTANT = re.compile(r"Dimensions: \[(?P<shape>[\d,]*)\].*?Datatype: (?P<type>\w+)")
 _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<type>\w+),.*?Metadata: (?P<metadata>.*)$", re.MULTILINE)
 
 
@@ -23,11 +30,41 @@ def kernels(log: str, operators: Mapping[str, str]) -> tuple[str, ...]:
     for layer in _LAYER.finditer(log):
         if layer["type"] in ("signal", "wait"):  # order between streams, no work
             continue
-        # Library kernels bear the node's name, generated and fused ones that of what they do; both end in their number.
-        generated = layer["type"] in ("kgen", "runtime_fusion")
-        name = re.sub(r"^__myl_|_myl\d+_\d+$", "", layer["name"]) if generated else layer["type"]
+        name = _name(layer)
         nodes = re.findall(r"ONNX Layer: ([^\]]+)\]", layer["metadata"])
         # What the parser inlined from a function is named "node | caller (function)".
         sources = sorted({operators.get(node, re.sub(r".* \| .* \((\w+)\)$", r"\1", node)) for node in nodes})
         found[f"{name} ({', '.join(sources)})"] += 1
     return tuple(f"{count}x {kernel}" for kernel, count in found.items())
+
+
+def multiplied_out(log: str, weights: Iterable[WeightSpec]) -> tuple[str, ...]:
+    """Returns the kernels that turn quantised weights into floats for another's product; none: each of `weights` goes
+    into a matrix product as it is, as the `Layers:` log of a build says."""
+    held = Counter[str]()
+    for spec in weights:
+        if spec.constant and spec.dtype in _NUMBERS and len(spec.shape) == 2:
+            held[_NUMBERS[spec.dtype]] += prod(spec.shape)
+    apart, found = list[str](), Counter[str]()
+    for layer in _LAYER.finditer(log):
+        read = _constants(layer[0])
+        if layer["type"] == "gemm" or _PRODUCT.search(_name(layer)):
+            found += read
+        elif any(read[kind] for kind in held):
+            apart.append(_name(layer))
+    return tuple(apart) if any(found[kind] < count for kind, count in held.items()) else ()
+
+
+def _name(layer: re.Match[str]) -> str:
+    """Returns a kernel's name. Library kernels bear the node's, generated and fused ones that of what they do; both end
+    in their number."""
+    generated = layer["type"] in ("kgen", "runtime_fusion")
+    return re.sub(r"^__myl_|_myl\d+_\d+$", "", layer["name"]) if generated else layer["type"]
+
+
+def _constants(layer: str) -> Counter[str]:
+    """Counts the numbers of a kernel's constants by their type."""
+    found = Counter[str]()
+    for constant in _CONSTANT.finditer(layer.partition("Constants: [")[2].partition("Outputs: [")[0]):
+        found[constant["type"]] += prod(int(size) for size in constant["shape"].split(",") if size)
+    return found

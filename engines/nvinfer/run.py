@@ -14,7 +14,7 @@ from himap_export.engines.backends import Tensor
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.nvinfer.cuda_graph import Chain
 from himap_export.engines.nvinfer.cuda_memory import DeviceTensor, DeviceWeights, Gpu, NoGpu, cuda_core, first_gpu
-from himap_export.engines.nvinfer.edition import Edition, log_of, one_line
+from himap_export.engines.nvinfer.edition import Edition, first_capability, log_of, one_line
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import TensorSpec
 
@@ -29,13 +29,23 @@ def open_engines(edition: Edition, bundle: Bundle) -> "NvInferEngines":
         summary, details = f"running {edition.name} engines needs a GPU", f"{reason}; building the engines needed none"
         raise HimapError(summary, details, _elsewhere(bundle), Exit.MISSING) from None
     name, capability = str(device.name), 10 * device.compute_capability.major + device.compute_capability.minor
-    if edition.capabilities and capability not in edition.capabilities:
-        details = f"cuda:0 is {name}, SM{capability}; it runs on SM{', '.join(map(str, edition.capabilities))}"
-        raise HimapError(f"{edition.title} does not support this GPU", details, _elsewhere(bundle), Exit.MISSING)
+    _check_gpu(edition, bundle, name, capability)
     runtime = edition.api().Runtime(log_of(edition))
     check_engines(edition, bundle, runtime, capability)
     gpu = Gpu(core, device)
     return NvInferEngines(edition=edition, bundle=bundle, runtime=runtime, gpu=gpu, device=f"cuda:0 {name}")
+
+
+def _check_gpu(edition: Edition, bundle: Bundle, name: str, capability: int) -> None:
+    kinds = sorted({weight.kind for weight in bundle.manifest.quantised().values()})
+    if edition.capabilities and capability not in edition.capabilities:
+        summary, found = f"{edition.title} does not support this GPU", ", ".join(map(str, edition.capabilities))
+    elif capability < (first := first_capability(kinds)):
+        summary, found = f"this GPU has no products of {' and '.join(kinds)} weights", f"{first} and later"
+    else:
+        return
+    details = f"cuda:0 is {name}, SM{capability}; it runs on SM{found}"
+    raise HimapError(summary, details, _elsewhere(bundle), Exit.MISSING)
 
 
 def _elsewhere(bundle: Bundle) -> str:

@@ -6,11 +6,13 @@ from fnmatch import fnmatchcase
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import Kind, LinearForm
 from himap_export.graphs.quantization import BLOCKS, linear_shapes
+from himap_export.graphs.quantization_fp import FP4_BLOCK
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
 HEAD = "lm_head.weight"
-_DEFAULT_BLOCK: Mapping[Kind, int] = {"int4": 32}  # the others: one scale for each output
-_BLOCKS: Mapping[Kind, tuple[int, ...]] = {"int4": BLOCKS, "int8": (0, *BLOCKS)}  # what may be asked for
+_DEFAULT_BLOCK: Mapping[Kind, int] = {"int4": 32, "nvfp4": FP4_BLOCK}  # the others: one scale for each output
+# What may be asked for.
+_BLOCKS: Mapping[Kind, tuple[int, ...]] = {"int4": BLOCKS, "int8": (0, *BLOCKS), "nvfp4": (FP4_BLOCK,)}
 
 
 def plan_forms(
@@ -57,6 +59,6 @@ def _check_shape(role: str, out: int, wide: int, form: LinearForm) -> None:
         name = role.removesuffix(".weight")
         details = f"{name} has {wide} inputs"
         raise HimapError(f"a block of {form.block} does not divide every layer", details, hint, Exit.USAGE)
-    if form.kind == "int4" and out % 2:
+    if form.kind in ("int4", "nvfp4") and out % 2:
         details = f"{role.removesuffix('.weight')} has {out} outputs, two of which share a byte"
-        raise HimapError("int4 needs an even number of outputs", details, "leave it out with `keep_dtype`", Exit.USAGE)
+        raise HimapError(f"{form.kind} needs an even number of outputs", details, "leave it out with `keep_dtype`", Exit.USAGE)

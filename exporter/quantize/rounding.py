@@ -73,7 +73,7 @@ def _rounded(w: Floats, bits: int, dtype: Dtype) -> tuple[npt.NDArray[np.int8], 
     high = 2 ** (bits - 1) - 1
     largest = np.abs(w).max(axis=0)
     best, q = np.full(w.shape[1], np.inf, np.float32), np.zeros(w.shape, np.int8)
-    scale = as_stored(np.zeros(w.shape[1], np.float32), dtype)
+    scale = as_stored(np.ones(w.shape[1], np.float32), dtype)  # of zeros, as TensorRT wants scales above zero
     for share in _SHARES[bits]:
         stored = as_stored(largest * np.float32(share / high), dtype)
         step = as_numbers(stored, dtype).astype(np.float32)
@@ -82,6 +82,6 @@ def _rounded(w: Floats, bits: int, dtype: Dtype) -> tuple[npt.NDArray[np.int8], 
         error = np.square(found * step - w).sum(axis=0)
         better = error < best
         best = np.where(better, error, best)
-        scale = np.where(better, stored, scale)
+        scale = np.where(better & (step > 0), stored, scale)
         q = np.where(better, found.astype(np.int8), q)
     return q, scale, float(best.sum(dtype=np.float64))

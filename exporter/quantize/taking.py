@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from himap_export.engines.backends import KINDS
-from himap_export.engines.weight_file import as_held, as_numbers, as_stored, not_finite
+from himap_export.engines.weight_file import as_held, as_numbers, as_stored, not_finite, write_safetensors
 from himap_export.exporter.bind import WeightNames
 from himap_export.exporter.quantize.packing import pack_int4
 from himap_export.exporter.quantize.ready_linear import Floats, ReadyLinear
 from himap_export.exporter.quantize.rounding import Quantised
-from himap_export.exporter.store import held_back, write_safetensors
+from himap_export.exporter.store import held_back
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import LinearForm, TensorSpec
 from himap_export.graphs.quantization import linear_shapes
