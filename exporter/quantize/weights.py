@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from himap_export.engines.manifest import QuantisedWeight
 from himap_export.engines.weight_file import StoredTensor, as_held, map_tensors, write_safetensors
+from himap_export.exporter.quantize.awq import Floats, Folded
 from himap_export.exporter.quantize.rounding import quantise
 from himap_export.graphs.errors import HimapError
 from himap_export.graphs.ports import LinearForm, TensorSpec
@@ -21,11 +22,13 @@ from himap_export.graphs.spec import Dtype
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight [out,in] that is to be quantised: what graphs call it, where it is stored, its form."""
+    """A weight [out,in] that is to be quantised: what graphs call it, where it is stored, its form, and what is
+    divided and multiplied into it before (`Folding.factors`)."""
 
     name: str
     stored: StoredTensor
     form: LinearForm
+    factors: tuple[Floats | None, Floats | None] = (None, None)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,7 +53,7 @@ def write_quantised(linears: Sequence[Linear], target: Path, dtype: Dtype) -> di
         with tqdm(total=total, desc="quantise", unit_scale=True, leave=False, disable=None, delay=0.5) as bar:
             for linear in linears:
                 try:
-                    found = quantise(numbers(linear.stored), linear.form, dtype)
+                    found = quantise(Folded(numbers(linear.stored), *linear.factors), linear.form, dtype)
                 except HimapError as problem:
                     raise HimapError(f"{linear.name}: {problem.summary}", problem.details, problem.hint) from None
                 records[linear.name] = QuantisedWeight(linear.form.kind, linear.form.block, error=round(found.error, 6))
