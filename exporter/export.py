@@ -29,12 +29,15 @@ from himap_export.engines.manifest import (
     read_manifest,
 )
 from himap_export.engines.prompt import TOKENIZER
+from himap_export.engines.questions import Example
 from himap_export.engines.scratch import scratch_folder
 from himap_export.engines.weight_file import StoredTensor, check_finite, read_header
 from himap_export.exporter.bind import WeightNames, bind, fitting
 from himap_export.exporter.checkpoint import Checkpoint, open_checkpoint
 from himap_export.exporter.planning import Planned
 from himap_export.exporter.processor import ProcessorData, read_processor
+from himap_export.exporter.quantize.calibration import Source, read_questions
+from himap_export.exporter.quantize.scaling import Calibrated, calibrate, write_folded
 from himap_export.exporter.quantize.weights import Linear, write_quantised
 from himap_export.exporter.store import store_weights, write_weights
 from himap_export.exporter.target import settle_target, work_folder
@@ -58,12 +61,14 @@ class Export:
     names: WeightNames
     work: Path
     command: tuple[str, ...]
+    questions: tuple[Example, ...] = ()
     graphs: dict[str, StageGraph] = field(default_factory=dict)
     variants: list[Variant] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     records: dict[str, GraphRecord] = field(default_factory=dict)
     engines: dict[str, dict[str, EngineRecord]] = field(default_factory=dict)
     hashes: dict[str, FileRecord] = field(default_factory=dict)
+    calibrated: Calibrated | None = None
     quantization: Quantization | None = None
 
     def vision(self) -> str:
@@ -110,26 +115,37 @@ class Export:
             return "none: engines take them as inputs"
         wanted = {n: s for graph in self.graphs.values() for n, s in graph.weights.items() if not s.constant}
         used = {name: fitting(self.checkpoint.tensors, name, spec.shape, spec.rows) for name, spec in wanted.items()}
-        linears = self._linears()
-        check_finite([*used.values(), *(linear.stored for linear in linears)])
-        if p.weight_form == "shared":
-            return self._share(used, linears)
+        check_finite([*used.values(), *(linear.stored for linear in self._linears())])
         with scratch_folder("quantised") as scratch:
-            return self._embed(used | self._quantise(linears, scratch / "parts"))
+            if self.questions:
+                used |= self._calibrate(scratch / "folded")
+            if p.weight_form == "shared":
+                return self._share(used, self._linears())
+            return self._embed(used | self._quantise(self._linears(), scratch / "parts"))
+
+    def _calibrate(self, file: Path) -> dict[str, StoredTensor]:
+        """Finds how weights are scaled before they are rounded; writes those that are not rounded, scaled, into `file`,
+        and returns them."""
+        source = Source(self.planned, self.checkpoint.tensors, self.names, self.processor)
+        self.calibrated = calibrate(source, self.questions)
+        return write_folded(source, self.calibrated.folding, file)
 
     def _linears(self) -> list[Linear]:
         """Returns the weights that are to be quantised."""
         shapes, found = linear_shapes(self.planned.decoder), list[Linear]()
         for role, form in self.planned.forms.items():
             ref = self.names(role)
-            found.append(Linear(ref.name, fitting(self.checkpoint.tensors, ref.name, shapes[role], ref.rows), form))
+            stored = fitting(self.checkpoint.tensors, ref.name, shapes[role], ref.rows)
+            factors = self.calibrated.folding.factors(role) if self.calibrated else (None, None)
+            found.append(Linear(ref.name, stored, form, factors))
         return found
 
     def _quantise(self, linears: Sequence[Linear], file: Path) -> dict[str, StoredTensor]:
         """Quantises weights into `file`, if there are any, and returns their parts there."""
         if not linears:
             return {}
-        self.quantization = Quantization("round to nearest", write_quantised(linears, file, self.planned.dtype))
+        method = f"{self.calibrated.method}, then round to nearest" if self.calibrated else "round to nearest"
+        self.quantization = Quantization(method, write_quantised(linears, file, self.planned.dtype))
         return read_header(file)
 
     def _share(self, used: Mapping[str, StoredTensor], linears: Sequence[Linear]) -> str:
@@ -240,10 +256,12 @@ def write_bundle(
     names = WeightNames(checkpoint.names, family, planned.forms)
     _check_weights(planned, checkpoint, names)
     processor = read_processor(planned.model.folder, family, planned.images)
+    questions = read_questions(planned.asked.calibrate) if planned.asked.calibrate else ()
     with work_folder(out, overwrite) as work:
         state = Export(
-            planned=planned, checkpoint=checkpoint, processor=processor, names=names, work=work, command=command
-        )
+            planned=planned, checkpoint=checkpoint, processor=processor, names=names, work=work, command=command,
+            questions=questions,
+        )  # fmt: skip
         for phase in (state.vision, state.stages, state.weights, state.compile, state.finalise):
             start = time.perf_counter()
             result = phase()

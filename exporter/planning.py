@@ -143,6 +143,8 @@ def plan_export(model: Model, asked: Request) -> Planned:
     forms = plan_forms(
         decoder, dtype, kind=asked.quantize, block=asked.block, keep=asked.keep_dtype, head=asked.quantize_head
     )
+    if asked.calibrate is not None and not forms:
+        raise HimapError("`calibrate` goes with `quantize`", code=Exit.USAGE)
     return Planned(
         model=model, decoder=decoder, variants=tuple(variants), dtype=dtype, asked=asked, forms=forms,
         weight_form=_weight_form(asked, forms), why=choice.why if choice else "",

@@ -7,7 +7,7 @@ weight of a norm, or the rows of the linear layer before. So the layer computes 
 where its input is large. s = mean|x|^alpha of each channel; alpha is the one of a grid whose output errs least.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -133,28 +133,24 @@ def _maker(reader: str) -> str:
     return ".".join((*layer, _MAKERS[name])) if name in _MAKERS else ""
 
 
-def search(
-    spec: DecoderSpec, maker: str, seen: Activations, weights: Sequence[tuple[Floats, Rounded]]
-) -> tuple[Floats, Scaled]:
-    """Returns the scales [outputs of `maker`] that leave the least error of x W^T at the rows that were `seen`, and how
-    good they are.
-
-    `weights`: of each reader that is rounded, W [out,in] or some of its rows, and what rounds it.
-    """
+def search(spec: DecoderSpec, maker: str, seen: Activations, weight: Floats, rounded: Rounded) -> tuple[Floats, Scaled]:
+    """Returns the scales [outputs of `maker`] that leave the least error of x W^T at the rows x that were `seen`, and
+    how good they are. `weight`: rows W [n,in] of what reads x; `rounded` is what becomes of them."""
     groups, each = _shared(spec, maker)
     mean = seen.mean.reshape(groups, each, -1).mean(axis=1).ravel()
-    power = sum(float(np.square(seen.rows @ w.T, dtype=np.float64).sum()) for w, _ in weights)
+    power = _power(seen.rows @ weight.T)
     found = list[tuple[float, float, Floats]]()
-    for alpha in np.arange(STEPS) / STEPS:
-        scales = _scales(mean, float(alpha))
+    for alpha in (step / STEPS for step in range(STEPS)):
+        scales = _scales(mean, alpha)
         s = spread(spec, maker, scales)
-        error = sum(
-            float(np.square(seen.rows @ (rounded(w * s) / s - w).T, dtype=np.float64).sum()) for w, rounded in weights
-        )
-        found.append((error, float(alpha), scales))
-    error, alpha, scales = min(found, key=lambda each: each[0])  # of equals, the smallest alpha
+        found.append((_power(seen.rows @ (rounded(weight * s) / s - weight).T), alpha, scales))
+    error, alpha, scales = min(found, key=lambda tried: tried[0])  # of equals, the smallest alpha
     before, after = (float(np.sqrt(e / power)) if power else 0.0 for e in (found[0][0], error))
     return scales, Scaled(maker, alpha, before, after)
+
+
+def _power(y: Floats) -> float:
+    return float(np.square(y, dtype=np.float64).sum())
 
 
 def _scales(mean: Floats, alpha: float) -> Floats:
