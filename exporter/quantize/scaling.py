@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from himap_export.engines.questions import Example
-from himap_export.engines.weight_file import StoredTensor, read_header
+from himap_export.engines.weight_file import StoredTensor, read_header, write_safetensors
 from himap_export.exporter.quantize.awq import Floats, Folding, Rounded, Scaled, search, spread, storable
 from himap_export.exporter.quantize.calibration import Source, activations
 from himap_export.exporter.quantize.forms import HEAD as HEAD_ROLE
 from himap_export.exporter.quantize.rounding import dequantise, quantise
-from himap_export.exporter.store import write_safetensors
 from himap_export.graphs.ports import LinearForm, WeightRef
 from himap_export.graphs.quantization import linear_shapes
 from himap_export.graphs.spec import Dtype
