@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from dataclasses import replace as with_fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -29,13 +30,16 @@ from himap_export.engines.manifest import (
     read_manifest,
 )
 from himap_export.engines.prompt import TOKENIZER
+from himap_export.engines.questions import Example
 from himap_export.engines.scratch import scratch_folder
 from himap_export.engines.weight_file import StoredTensor, check_finite, read_header
 from himap_export.exporter.bind import WeightNames, bind, fitting
 from himap_export.exporter.checkpoint import Checkpoint, open_checkpoint
 from himap_export.exporter.planning import Planned
 from himap_export.exporter.processor import ProcessorData, read_processor
+from himap_export.exporter.quantize.calibration import Source, read_questions
 from himap_export.exporter.quantize.ready_linear import ReadyLinear
+from himap_export.exporter.quantize.scaling import Calibrated, calibrate, write_folded
 from himap_export.exporter.quantize.taking import take_over, taken_lines, write_multiplied
 from himap_export.exporter.quantize.weights import Linear, write_quantised
 from himap_export.exporter.store import store_weights, write_weights
@@ -61,12 +65,14 @@ class Export:
     ready: Mapping[str, ReadyLinear]
     work: Path
     command: tuple[str, ...]
+    questions: tuple[Example, ...] = ()
     graphs: dict[str, StageGraph] = field(default_factory=dict)
     variants: list[Variant] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     records: dict[str, GraphRecord] = field(default_factory=dict)
     engines: dict[str, dict[str, EngineRecord]] = field(default_factory=dict)
     hashes: dict[str, FileRecord] = field(default_factory=dict)
+    calibrated: Calibrated | None = None
     quantization: Quantization | None = None
 
     def vision(self) -> str:
@@ -114,13 +120,21 @@ class Export:
         wanted = {n: s for graph in self.graphs.values() for n, s in graph.weights.items() if not s.constant}
         ready, tensors = {linear.name for linear in self.ready.values()}, self.checkpoint.tensors
         used = {n: fitting(tensors, n, spec.shape, spec.rows) for n, spec in wanted.items() if n not in ready}
-        linears = self._linears()
-        check_finite([*used.values(), *(linear.stored for linear in linears if isinstance(linear, Linear))])
+        check_finite([*used.values(), *(linear.stored for linear in self._linears() if isinstance(linear, Linear))])
         with scratch_folder("quantised") as scratch:
+            if self.questions:
+                used |= self._calibrate(scratch / "folded")
             used |= self._multiply(scratch / "multiplied")
             if p.weight_form == "shared":
-                return self._share(used, linears)
-            return self._embed(used | self._quantise(linears, scratch / "parts"))
+                return self._share(used, self._linears())
+            return self._embed(used | self._quantise(self._linears(), scratch / "parts"))
+
+    def _calibrate(self, file: Path) -> dict[str, StoredTensor]:
+        """Finds how weights are scaled before they are rounded; writes those that are not rounded, scaled, into `file`,
+        and returns them."""
+        source = Source(self.planned, self.checkpoint.tensors, self.names, self.processor)
+        self.calibrated = calibrate(source, self.questions)
+        return write_folded(source, self.calibrated.folding, file)
 
     def _linears(self) -> Sequence[Linear | ReadyLinear]:
         """Returns the weights that are stored quantised."""
@@ -129,7 +143,12 @@ class Export:
         shapes, found = linear_shapes(self.planned.decoder), list[Linear]()
         for role, form in self.planned.forms.items():
             ref = self.names(role)
-            found.append(Linear(ref.name, fitting(self.checkpoint.tensors, ref.name, shapes[role], ref.rows), form))
+            stored = fitting(self.checkpoint.tensors, ref.name, shapes[role], ref.rows)
+            linear = Linear(ref.name, stored, form)
+            if self.calibrated:
+                factors, largest = self.calibrated.folding.factors(role), self.calibrated.largest[role]
+                linear = with_fields(linear, factors=factors, largest=largest)
+            found.append(linear)
         return found
 
     def _multiply(self, file: Path) -> dict[str, StoredTensor]:
@@ -146,6 +165,7 @@ class Export:
             return {}
         taken = self.planned.model.quantised
         method = f"taken over from {taken.method}" if taken is not None else "round to nearest"
+        method = f"{self.calibrated.method}, then {method}" if self.calibrated else method
         self.quantization = Quantization(method, write_quantised(linears, file, self.planned.dtype))
         return read_header(file)
 
@@ -263,10 +283,11 @@ def write_bundle(
     names = WeightNames(checkpoint.names, family, forms or planned.forms)
     _check_weights(planned, checkpoint, names)
     processor = read_processor(planned.model.folder, family, planned.images)
+    questions = read_questions(planned.asked.calibrate) if planned.asked.calibrate else ()
     with work_folder(out, overwrite) as work:
         state = Export(
             planned=planned, checkpoint=checkpoint, processor=processor, names=names, ready=ready, work=work,
-            command=command,
+            command=command, questions=questions,
         )  # fmt: skip
         for phase in (state.vision, state.stages, state.weights, state.compile, state.finalise):
             start = time.perf_counter()

@@ -146,6 +146,8 @@ def plan_export(model: Model, asked: Request) -> Planned:
     if forms and model.quantised is not None:
         details, hint = f"by {model.quantised.method}", "leave `quantize` out, or export what it was made from"
         raise HimapError(f"{model.name} comes quantised", details, hint, Exit.USAGE)
+    if asked.calibrate is not None and not forms:
+        raise HimapError("`calibrate` goes with `quantize`", code=Exit.USAGE)
     return Planned(
         model=model, decoder=decoder, variants=tuple(variants), dtype=dtype, asked=asked, forms=forms,
         weight_form=_weight_form(asked, forms, model.quantised is not None), why=choice.why if choice else "",

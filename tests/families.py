@@ -181,14 +181,22 @@ def family_inputs(name: str, text_lengths: Sequence[int] = (9,), seed: int = 0) 
 
 def hugging_face_answer(folder: Path, name: str, inputs: Inputs, new_tokens: int) -> NDArray[np.int64]:
     """Greedy tokens [1,N] of Hugging Face's own `generate` for one prompt, its pixels as its processor gives them."""
-    row, model = FAMILIES[name], AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    ids, given = torch.from_numpy(inputs.input_ids), {"pixel_values": torch.from_numpy(inputs.pixel_values)}
-    if row.patch is not None:
-        given = {"pixel_values": torch.from_numpy(patches_of(inputs.pixel_values[0], row.patch))}
-        given["image_grid_thw"] = torch.tensor([[1, row.size[0] // row.patch, row.size[1] // row.patch]])
-        given["mm_token_type_ids"] = (ids == IMAGE).int()
-    found = model.generate(input_ids=ids, **given, max_new_tokens=new_tokens, do_sample=False)
-    return found[:, ids.shape[1] :].numpy()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    found = model.generate(**hugging_face_inputs(name, inputs), max_new_tokens=new_tokens, do_sample=False)
+    return found[:, inputs.input_ids.shape[1] :].numpy()
+
+
+def hugging_face_inputs(name: str, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """One prompt as Hugging Face's model takes it."""
+    row, ids = FAMILIES[name], torch.from_numpy(inputs.input_ids)
+    if row.patch is None:
+        return {"input_ids": ids, "pixel_values": torch.from_numpy(inputs.pixel_values)}
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.from_numpy(patches_of(inputs.pixel_values[0], row.patch)),
+        "image_grid_thw": torch.tensor([[1, row.size[0] // row.patch, row.size[1] // row.patch]]),
+        "mm_token_type_ids": (ids == IMAGE).int(),
+    }
 
 
 def patches_of(pixels: NDArray[np.float32], patch: int) -> NDArray[np.float32]:

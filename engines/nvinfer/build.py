@@ -41,7 +41,9 @@ def build(edition: Edition, bundle: Bundle, graph: str, gather: Gather) -> Engin
     operators = _parse(edition, parser, source=source, inside=inside, weights=frozenset(record.weights))
     path.parent.mkdir(exist_ok=True)
     with path.open("wb") as out:
-        built = builder.build_serialized_network_to_stream(network, _config(edition, builder, targets), _writer(trt, out))
+        built = builder.build_serialized_network_to_stream(
+            network, _config(edition, builder, targets), _writer(trt, out)
+        )
     if not built:
         path.unlink()
         raise _refused(edition, source, next(iter(log.errors), "the builder says no more"))

@@ -61,4 +61,6 @@ def _check_shape(role: str, out: int, wide: int, form: LinearForm) -> None:
         raise HimapError(f"a block of {form.block} does not divide every layer", details, hint, Exit.USAGE)
     if form.kind in ("int4", "nvfp4") and out % 2:
         details = f"{role.removesuffix('.weight')} has {out} outputs, two of which share a byte"
-        raise HimapError(f"{form.kind} needs an even number of outputs", details, "leave it out with `keep_dtype`", Exit.USAGE)
+        raise HimapError(
+            f"{form.kind} needs an even number of outputs", details, "leave it out with `keep_dtype`", Exit.USAGE
+        )

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from himap_export.engines.weight_file import as_numbers, as_stored
-from himap_export.exporter.quantize.packing import pack_int4
+from himap_export.exporter.quantize.packing import pack_int4, unpack_int4
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import LinearForm
 from himap_export.graphs.spec import Dtype
@@ -35,8 +35,16 @@ class Quantised:
     error: float
 
 
-def quantise(weight: npt.NDArray[Any], form: LinearForm, dtype: Dtype) -> Quantised:
-    """Returns `weight` [out,in], numbers of any float type, rounded to `form`, with scales of `dtype`.
+class Weight(Protocol):
+    """A weight [out,in] in numbers of any float type, read tile by tile."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __getitem__(self, at: tuple[slice, slice], /) -> npt.NDArray[Any]: ...
+
+
+def quantise(weight: Weight, form: LinearForm, dtype: Dtype) -> Quantised:
+    """Returns `weight` rounded to `form`, with scales of `dtype`.
 
     HimapError (usage) if a scale does not fit `dtype`: fp16 ends at 65504.
     """
@@ -61,6 +69,15 @@ def quantise(weight: npt.NDArray[Any], form: LinearForm, dtype: Dtype) -> Quanti
     values: npt.NDArray[Any] = pack_int4(q) if form.kind == "int4" else q
     parts = {form.kind.partition("-")[0]: values, "scale": scale if form.block else scale[0]}
     return Quantised(parts, float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0)
+
+
+def dequantise(found: Quantised, form: LinearForm, dtype: Dtype) -> Floats:
+    """Returns the weight [out,in] that the parts stand for, fp32."""
+    values, scale = found.parts.values()
+    q = unpack_int4(values) if form.kind == "int4" else values
+    step = np.atleast_2d(as_numbers(scale, dtype).astype(np.float32))
+    weight: Floats = (q.reshape(len(step), -1, q.shape[1]) * step[:, None]).reshape(q.shape).T
+    return weight
 
 
 def _tiles(wide: int, out: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:

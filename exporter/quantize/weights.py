@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from himap_export.engines.manifest import QuantisedWeight
 from himap_export.engines.weight_file import StoredTensor, as_held, map_tensors, write_safetensors
+from himap_export.exporter.quantize.awq import Floats, Folded
 from himap_export.exporter.quantize.floats import FLOATS, quantise_floats
 from himap_export.exporter.quantize.ready_linear import ReadyLinear
 from himap_export.exporter.quantize.rounding import Quantised, quantise
@@ -24,12 +25,14 @@ from himap_export.graphs.spec import Dtype
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight [out,in] that is to be quantised: what graphs call it, where it is stored, its form. `largest`: |x| in
-    the layer's input, for forms that round it, too."""
+    """A weight [out,in] that is to be quantised: what graphs call it, where it is stored, its form, and what is
+    divided and multiplied into it before (`Folding.factors`). `largest`: |x| in the layer's input, for forms that round
+    it, too."""
 
     name: str
     stored: StoredTensor
     form: LinearForm
+    factors: tuple[Floats | None, Floats | None] = (None, None)
     largest: float = 0.0
 
     @property
@@ -68,10 +71,10 @@ def write_quantised(linears: Sequence[Linear | ReadyLinear], target: Path, dtype
 def _quantised(linear: Linear | ReadyLinear, dtype: Dtype) -> Quantised:
     if isinstance(linear, ReadyLinear):
         return taken(linear, dtype)
-    weight = numbers(linear.stored)
+    weight = Folded(numbers(linear.stored), *linear.factors)
     try:
         if linear.form.kind in FLOATS:
-            return quantise_floats(weight, linear.form, linear.largest)
+            return quantise_floats(weight.whole(), linear.form, linear.largest)
         return quantise(weight, linear.form, dtype)
     except HimapError as problem:
         raise HimapError(f"{linear.name}: {problem.summary}", problem.details, problem.hint) from None

@@ -15,7 +15,7 @@ from unsealed import LAYERS, SPEC, staged, unsealed
 
 from himap_export.engines.backends import tensorrt_rtx
 from himap_export.engines.bundle import Bundle
-from himap_export.engines.manifest import Quantization, QuantisedWeight
+from himap_export.engines.manifest import QuantisedWeight, Quantization
 from himap_export.engines.nvinfer import build as builder
 from himap_export.engines.nvinfer.kernels import multiplied_out
 from himap_export.engines.nvinfer.weight_only import fusible
@@ -90,7 +90,9 @@ def test_every_stage_multiplies_quantised_weights_as_they_are(kind: str, dtype: 
         assert not count(record.kernels, "(DequantizeLinear)"), record.kernels
         assert count(record.kernels, "_mha_", "(Attention)") == layers, record.kernels
         if kind == "nvfp4":  # TensorRT's own operator, and not what the function beside it says
-            assert count(record.kernels, "Dyna", "TRT_FP4DynamicQuantize") == (4 * layers + head * (name in ("k2", "decode")))
+            assert count(record.kernels, "Dyna", "TRT_FP4DynamicQuantize") == (
+                4 * layers + head * (name in ("k2", "decode"))
+            )
 
 
 def test_what_is_multiplied_out_first_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

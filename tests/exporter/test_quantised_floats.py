@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from himap_export.exporter.quantize.floats import (
-    E4M3, dequantise_floats, quantise_floats, unpack_fp4,
+    E4M3,
+    dequantise_floats,
+    quantise_floats,
+    unpack_fp4,
 )  # fmt: skip
 from himap_export.graphs.ports import LinearForm
 

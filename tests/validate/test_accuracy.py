@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from himap_export.engines.arrays import Inputs
+from himap_export.engines.questions import Dataset, Example, read_dataset
 from himap_export.validate.accuracy import prompter as prompter_module
 from himap_export.validate.accuracy.answers import Answered, AnswerLog, read_log
-from himap_export.validate.accuracy.dataset import Dataset, Example, read_dataset
 from himap_export.validate.accuracy.evaluate import percent, points, run, summarise, summary_json, summary_lines
 from himap_export.validate.accuracy.prompter import Prompter, prompter_of_checkpoint
 from himap_export.validate.accuracy.statistics import Interval, accuracy_interval

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from himap_export.validate.accuracy.choices import LETTERS, chosen
+from himap_export.engines.questions import LETTERS
+from himap_export.validate.accuracy.choices import chosen
 
 COLOURS = ["red", "blue", "green", "yellow"]
 # From EvolvingLMMs-Lab/lmms-eval, test/eval/mcq_extract/cases.json at 3e7e22d2: responses by the letter expected of

@@ -15,9 +15,9 @@ from himap_export.engines.bundle import Bundle
 from himap_export.engines.image import clip_preprocessing
 from himap_export.engines.processor import Processor
 from himap_export.engines.prompt import PromptFormat
+from himap_export.engines.questions import Example, read_dataset
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.accuracy.dataset import Example, read_dataset
 from himap_export.validate.accuracy.prompter import Prompter, prompter_of_bundle, prompter_of_checkpoint
 
 ROOT = Path(__file__).parents[2]

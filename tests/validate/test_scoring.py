@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 import pytest
 from commands import ORT, Workshop, call, greedy
 
+from himap_export.engines.questions import read_dataset
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import HimapError
-from himap_export.validate.accuracy.dataset import read_dataset
 from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
 from himap_export.validate.checkpoint import load_reference
 from himap_export.validate.cli import main

@@ -14,9 +14,9 @@ from tiny import make_inputs
 
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.choice import best_backend
+from himap_export.engines.questions import Example
 from himap_export.exporter.plans import named_plans
 from himap_export.graphs.errors import HimapError
-from himap_export.validate.accuracy.dataset import Example
 from himap_export.validate.accuracy.statistics import Interval
 from himap_export.validate.checkpoint import checkpoint_folder
 from himap_export.validate.reference.criteria import ReferenceCut, State, reference_himap

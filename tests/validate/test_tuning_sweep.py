@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from commands import workers
 
+from himap_export.engines.questions import Example, read_dataset
 from himap_export.graphs.errors import HimapError
 from himap_export.validate.accuracy.answers import read_log
-from himap_export.validate.accuracy.dataset import Example, read_dataset
 from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
 from himap_export.validate.accuracy.systems import request_seed
 from himap_export.validate.checkpoint import checkpoint_folder

@@ -1,4 +1,4 @@
-"""Which option an answer in free text names.
+"""Which option an answer in free text names, and whether it is right.
 
 The rule is the contract of lmms-eval's shared reader of multiple-choice answers (EvolvingLMMs-Lab/lmms-eval,
 lmms_eval/tasks/_task_utils/mcq_extract.py, test/eval/mcq_extract/README.md), which reads formats and judges no prose:
@@ -20,12 +20,11 @@ What it cannot read names nothing, and so counts as wrong: "It is B", "probably 
 """
 
 import re
-import string
 import unicodedata
 from collections.abc import Sequence
 
-LETTERS = string.ascii_uppercase
-_END_MARKS = ".,;:!?。、"  # not %, quotes or brackets: they can be part of an answer
+from himap_export.engines.questions import LETTERS, Example, normalised
+
 _QUOTES = str.maketrans("\u201c\u201d\u2018\u2019", "\"\"''")
 
 # A letter by itself: in no word, "1.b", "B's", "B.com", "A-list" or path. Japanese and Korean end a sentence without a
@@ -68,6 +67,13 @@ _LAST = re.compile(rf"(?:\A|[\n,;])\s*(?:(?:but|so|thus|hence|therefore|then)\s+
 _LISTED = re.compile(rf"(?<!\w)[A-Z]\s*{_OR}\s*[A-Z](?!\w)")
 
 
+def is_right(example: Example, said: str) -> bool:
+    """Returns whether `said` is the expected answer, `normalised`, or names the right option, as `chosen` rules."""
+    if not example.options:
+        return normalised(said) == normalised(example.answer)
+    return chosen(said, example.options) == example.options.index(example.answer)
+
+
 def chosen(said: str, options: Sequence[str]) -> int | None:
     """Returns the index of the option, one of up to 26, that the answer `said` names; None if it names none, or
     several."""
@@ -84,13 +90,6 @@ def chosen(said: str, options: Sequence[str]) -> int | None:
     declarations = list(_DECLARATION.finditer(text))
     letter = _declared(text, declarations[-1].end()) if declarations else _implied(text)
     return letters.index(letter) if letter and letter in letters else None
-
-
-def normalised(text: str) -> str:
-    """Returns the text in NFKC, without case, single spaces, no marks that end a sentence: "Two  dogs." and "two dogs"
-    are equal."""
-    plain = " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
-    return plain.rstrip(_END_MARKS + " ") or plain
 
 
 def _plain(said: str) -> str:

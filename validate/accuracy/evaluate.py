@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from himap_export.engines.arrays import Inputs
+from himap_export.engines.questions import Dataset, Example, expected
 from himap_export.validate.accuracy.answers import Answered, AnswerLog
-from himap_export.validate.accuracy.dataset import Dataset, Example, expected, is_right
+from himap_export.validate.accuracy.choices import is_right
 from himap_export.validate.accuracy.prompter import Prompter
 from himap_export.validate.accuracy.statistics import (
     Interval,

@@ -6,9 +6,9 @@ import numpy as np
 
 from himap_export.engines.drawing import fade_dropped, kept_patches, model_view
 from himap_export.engines.image import load_image, tile_grid
+from himap_export.engines.questions import Dataset, Example
 from himap_export.graphs.plan import POLICIES
 from himap_export.validate.accuracy.answers import Answered
-from himap_export.validate.accuracy.dataset import Dataset, Example
 from himap_export.validate.accuracy.evaluate import ALL, Summary, accuracy_rows, points
 from himap_export.validate.accuracy.prompter import Prompter
 from himap_export.validate.accuracy.systems import PlanSystem, request_seed

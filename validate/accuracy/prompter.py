@@ -1,7 +1,5 @@
 """From an example to what a model reads, and from its tokens to what it said, by the processor of its model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +10,11 @@ from himap_export.engines.bundle import Bundle
 from himap_export.engines.image import load_image
 from himap_export.engines.processor import Processor, load_processor
 from himap_export.engines.prompt import TOKENIZER
+from himap_export.engines.questions import Example, expected, located, prompt_of
 from himap_export.exporter.planning import describe
 from himap_export.exporter.processor import read_processor
 from himap_export.exporter.registry import resolve
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.accuracy.dataset import Example, expected, prompt_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Prompter:
 
     def arrays(self, example: Example) -> Inputs:
         """Returns what a model reads of `example`. HimapError (usage) names its line."""
-        with _named(example):
+        with located(example):
             return self.processor.inputs(load_image(example.image), prompt_of(example))
 
     def label(self, example: Example) -> int:
@@ -51,7 +49,7 @@ class Prompter:
     def text_tokens(self, example: Example) -> int:
         """Counts the tokens of the prompt that are not of the image: what a text budget has to hold. HimapError as
         `arrays`."""
-        with _named(example):
+        with located(example):
             return len(self._ids(self.processor.prompt.render(prompt_of(example)))) - 1
 
     def _ids(self, text: str) -> list[int]:
@@ -60,16 +58,6 @@ class Prompter:
             text, add_special_tokens=self.processor.prompt.add_special_tokens
         ).ids
         return ids
-
-
-@contextmanager
-def _named(example: Example) -> Iterator[None]:
-    """What goes wrong is told with the example's line."""
-    try:
-        yield
-    except HimapError as problem:
-        summary = f"line {example.line} of the data set: {problem.summary}"
-        raise HimapError(summary, problem.details, problem.hint, problem.code) from None
 
 
 def prompter_of_bundle(bundle: Bundle) -> Prompter:

@@ -7,10 +7,10 @@ from typing import Any
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle, digest
 from himap_export.engines.manifest import FILE_NAME
+from himap_export.engines.questions import Dataset, read_dataset
 from himap_export.engines.session import open_pipeline
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.accuracy.answers import AnswerLog, check_count, check_log, claim, read_log
-from himap_export.validate.accuracy.dataset import Dataset, read_dataset
 from himap_export.validate.accuracy.evaluate import run, summarise, summary_json, summary_lines
 from himap_export.validate.accuracy.page import accuracy_page
 from himap_export.validate.accuracy.prompter import Prompter, prompter_of_bundle

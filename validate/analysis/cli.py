@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 def _analyze(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.engines.bundle import digest
     from himap_export.engines.files import check_report
-    from himap_export.validate.accuracy.dataset import read_dataset
+    from himap_export.engines.questions import read_dataset
     from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
     from himap_export.validate.analysis.flow import AnalysisOptions, analyze
     from himap_export.validate.analysis.page import flow_json, flow_lines, flow_page, report_files

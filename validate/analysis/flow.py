@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from himap_export.engines.image import load_image
-from himap_export.validate.accuracy.dataset import Example, expected
+from himap_export.engines.questions import Example, expected
 from himap_export.validate.accuracy.prompter import Prompter
 from himap_export.validate.analysis.disruption import KINDS, Disruption, disruption
 from himap_export.validate.analysis.gradcam import grad_cams

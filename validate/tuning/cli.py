@@ -85,10 +85,10 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.engines.bundle import digest
     from himap_export.engines.choice import best_backend
     from himap_export.engines.files import write_file
+    from himap_export.engines.questions import Dataset, read_dataset
     from himap_export.exporter.planning import describe
     from himap_export.exporter.registry import resolve
     from himap_export.validate.accuracy.answers import check_count, claim
-    from himap_export.validate.accuracy.dataset import Dataset, read_dataset
     from himap_export.validate.checkpoint import checkpoint_folder
     from himap_export.validate.report.machine import provenance
     from himap_export.validate.report.page import check_libraries, finite, write_report

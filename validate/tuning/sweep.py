@@ -11,8 +11,8 @@ from pathlib import Path
 
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.isolation import MEMORY, pooled
+from himap_export.engines.questions import Example
 from himap_export.graphs.spec import Dtype
-from himap_export.validate.accuracy.dataset import Example
 from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
 from himap_export.validate.accuracy.systems import UNPRUNED, request_seed
 from himap_export.validate.checkpoint import load_reference

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from himap_export.engines.bundle import digest
+from himap_export.engines.questions import Dataset, Example, expected
 from himap_export.exporter.planning import describe
 from himap_export.exporter.registry import resolve
 from himap_export.graphs.flops import true_ratio
 from himap_export.graphs.spec import Dtype
 from himap_export.validate.accuracy.answers import Answered, AnswerLog, read_log
-from himap_export.validate.accuracy.dataset import Dataset, Example, expected
 from himap_export.validate.accuracy.prompter import Prompter, prompter_of_checkpoint
 from himap_export.validate.accuracy.statistics import Interval, accuracy_interval, paired_difference
 from himap_export.validate.accuracy.systems import UNPRUNED

@@ -1,11 +1,15 @@
-"""The questions that accuracy is measured on: JSON lines of image, question and answer, and what counts as right.
+"""Questions about images with their answers, in JSON lines: what a model is measured on, and calibrated with.
 
 Multiple choice follows ScienceQA as the HiMAP authors ask it (their eval_scivqa): lettered options under the question.
 """
 
 import codecs
 import os
+import string
+import unicodedata
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,12 +21,13 @@ from PIL import Image, UnidentifiedImageError
 from himap_export.engines.documents import MEGABYTE, open_file, parse_json, read_file, typed
 from himap_export.engines.image import MAX_BYTES
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.accuracy.choices import LETTERS, chosen, normalised
 
+LETTERS = string.ascii_uppercase
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 MOST_BYTES = 256 * MEGABYTE  # of a file: it is read whole; VQAv2, all 1.1 million questions, has 200 MB
 MOST_LINES = 2_000_000  # each is a prefill: at 10 ms one, a night is long over
 MOST_IN_A_LINE = MEGABYTE  # bytes: more text than any budget holds
+_END_MARKS = ".,;:!?。、"  # not %, quotes or brackets: they can be part of an answer
 Options = Annotated[tuple[str, ...], Meta(min_length=2, max_length=len(LETTERS))]
 
 
@@ -115,11 +120,21 @@ def expected(example: Example) -> str:
     return LETTERS[example.options.index(example.answer)] if example.options else example.answer
 
 
-def is_right(example: Example, said: str) -> bool:
-    """Returns whether `said` is the expected answer, `normalised`, or names the right option, as `chosen` rules."""
-    if not example.options:
-        return normalised(said) == normalised(example.answer)
-    return chosen(said, example.options) == example.options.index(example.answer)
+def normalised(text: str) -> str:
+    """Returns the text in NFKC, without case, single spaces, no marks that end a sentence: "Two  dogs." and "two dogs"
+    are equal."""
+    plain = " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
+    return plain.rstrip(_END_MARKS + " ") or plain
+
+
+@contextmanager
+def located(example: Example) -> Iterator[None]:
+    """What goes wrong is told with the example's line."""
+    try:
+        yield
+    except HimapError as problem:
+        summary = f"line {example.line} of the data set: {problem.summary}"
+        raise HimapError(summary, problem.details, problem.hint, problem.code) from None
 
 
 def _example(line: bytes, number: int, folder: Path) -> Example:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from himap_export.engines.questions import Example, expected, prompt_of, read_dataset
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.accuracy.dataset import Example, expected, is_right, prompt_of, read_dataset
+from himap_export.validate.accuracy.choices import is_right
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes" / "images" / "questions.jsonl"
 GOOD = {"image": "a.png", "question": "what?", "answer": "red"}
@@ -202,7 +203,7 @@ def test_a_file_that_is_too_large_is_not_read(write: Write, monkeypatch: pytest.
     with pytest.raises(HimapError, match="too large") as told:
         read_dataset(tmp_path / "huge.jsonl")
     assert told.value.code == Exit.USAGE
-    monkeypatch.setattr("himap_export.validate.accuracy.dataset.MOST_LINES", 3)
+    monkeypatch.setattr("himap_export.engines.questions.MOST_LINES", 3)
     assert len(read_dataset(write(GOOD, GOOD, GOOD)).examples) == 3
     with pytest.raises(HimapError, match="too large"):
         read_dataset(write(GOOD, "", "", ""))
