@@ -30,6 +30,7 @@ from himap_export.validate.parity.runs import (
     EngineRun,
     Prompts,
     ReferenceRun,
+    batched,
     load_run,
     run_engine,
     run_reference,
@@ -133,11 +134,7 @@ def compare(
     Prompt n draws its random cuts by seed n. HimapError (usage) for prompts that are none.
     """
     dtype, total = pipeline.manifest.dtype, len(inputs.input_ids)
-    batches: list[Prompts] = []
-    for batch in inputs.batches(pipeline.spec.budget.batch):
-        first = sum(map(len, batches))
-        batches.append(Prompts(batch, np.arange(first, first + len(batch.input_ids))))
-        pipeline.load(batch.input_ids, batch.pixel_values, batch.attention_mask)  # refused now, not behind a model
+    batches = batched(inputs, pipeline)
     rounding: Sums = {}
     with scratch_folder("parity") as folder:
         found, files = list[Compared](), [folder / f"{n}.npz" for n in range(len(batches))]
