@@ -19,19 +19,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.checkpoint_files import INDEX, stored_tensors
 from himap_export.engines.scratch import scratch_folder
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.checkpoint import Source
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Files = Mapping[str, Path]  # where each tensor lies, by name
 HEAD = "lm_head.weight"
@@ -91,8 +92,6 @@ def write_dequantised(bundle: Bundle, folder: Path, out: Path) -> None:
 
     HimapError (failure) if the disk has no room for it; (usage) if the bundle's weights are inside its engines.
     """
-    from safetensors.torch import save_file
-
     held = {name: t.file for name, t in bundle.tensors.items()}
     source = {name: t.file for name, t in stored_tensors([folder]).items()}
     pieces = _pieces(bundle, held)
@@ -151,11 +150,9 @@ def _is_packed(name: str, pieces: Mapping[str, list[Piece]]) -> bool:
     return kind != "bias" and f"{layer}.weight" in pieces
 
 
-def _replaced(tensor: "Tensor | None", piece: Piece, held: Files) -> "Tensor":
+def _replaced(tensor: Tensor | None, piece: Piece, held: Files) -> Tensor:
     """Returns the checkpoint's `tensor`, None if it has none of the name, with what the bundle holds in its place: a
     plain one only if that is another than the checkpoint's, rounded to its type."""
-    import torch
-
     own = slice(piece.start, piece.stop)
     if piece.suffixes:
         parts = {suffix: read_tensor(held, f"{piece.name}.{suffix}") for suffix in piece.suffixes}
@@ -173,10 +170,8 @@ def _replaced(tensor: "Tensor | None", piece: Piece, held: Files) -> "Tensor":
     return tensor
 
 
-def read_tensor(files: Files, name: str, rows: slice = slice(None)) -> "Tensor":
+def read_tensor(files: Files, name: str, rows: slice = slice(None)) -> Tensor:
     """Returns the tensor `name`; of one that is not there by its own name, `rows` of the one that it is a part of."""
-    from safetensors import safe_open
-
     found = name if name in files else name.rpartition("[")[0]
     with safe_open(files[found], "pt") as file:
         tensor: Tensor = file.get_tensor(found)

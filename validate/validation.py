@@ -17,6 +17,7 @@ from himap_export.engines.files import check_output, check_report
 from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.session import Request, Session, open_pipeline
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.spec import Dtype
 from himap_export.validate.checkpoint import Source, load_reference, source_of
 from himap_export.validate.dequantised import has_original, judge_of
 from himap_export.validate.parity import polygraphy_json
@@ -26,7 +27,9 @@ from himap_export.validate.parity.pixels import PixelParity, compare_pixels, wit
 from himap_export.validate.parity.prompts import drawn_inputs
 from himap_export.validate.parity.quantised import Quantised, quantisation_cost, quantised_json, quantised_lines
 from himap_export.validate.parity.results import gates_json, parity_json, parity_lines
-from himap_export.validate.parity.weights import weight_errors, with_weights
+from himap_export.validate.parity.weights import quantised_roles, weight_errors, with_weights
+from himap_export.validate.reference.activations import round_activations, rounds
+from himap_export.validate.reference.reference import Reference
 from himap_export.validate.report.page import check_libraries, finite, write_report
 from himap_export.validate.speed.measure import Speed, ceiling, measure
 from himap_export.validate.speed.results import speed_json, speed_lines
@@ -153,8 +156,9 @@ def validate(
         if outputs is not None:
             save_outputs(outputs, found.parity.outputs)
         if quantised:
-            found = replace(found, quantised=asked.cost(open_pipeline(run, found.backend, opening), pipeline))
-            tell(quantised_lines(found.quantised))
+            cost = asked.cost(open_pipeline(run, found.backend, opening), pipeline)
+            tell(quantised_lines(cost))
+            found = replace(found, quantised=cost)
         del pipeline  # its memory, while others are timed
         if speed:
             found = _timed(found, asked, device=device, iterations=iterations, warm_up=warm_up, tell=tell)
@@ -177,19 +181,33 @@ class _Asked:
     def parity(self, pipeline: Pipeline) -> Parity:
         """Returns the parity of `pipeline` with the judge; of quantised weights, with the source's, too."""
         self.progress(f"judged by the checkpoint in {self.source.folder}")
-        bundle = pipeline.spec.bundle
-        parity = compare(pipeline, self._load(self.judge), self.given, self.options, self.progress)
-        if bundle.manifest.quantization is not None and has_original(bundle, self.source):
-            parity = with_weights(parity, weight_errors(bundle, self.source.folder, self.judge.folder))
+        bundle, load = pipeline.spec.bundle, self._load(self.judge)
+        load_rounding, kinds = None, {weight.kind for weight in bundle.manifest.quantised().values()}
+        if rounds(kinds):
+            by_role = {role: weight.kind for role, weight in quantised_roles(bundle, self.judge).items()}
+            load_rounding = partial(_rounding_reference, load, by_role)
+        parity = compare(pipeline, load, self.given, self.options, self.progress, load_rounding)
+        if kinds and has_original(bundle, self.source):
+            parity = with_weights(parity, weight_errors(bundle, self.source, self.judge))
         return with_pixels(parity, self.pixels) if self.pixels else parity
 
     def cost(self, deployed: Pipeline, exact: Pipeline) -> Quantised:
         """Returns how far a quantised bundle lies from its source, as `deployed` and opened to be `exact`."""
-        original = self._load(self.source) if has_original(deployed.spec.bundle, self.source) else None
-        return quantisation_cost(deployed, exact, original, self.given, self.options.new_tokens, self.progress)
+        bundle = deployed.spec.bundle
+        original = self._load(self.source) if has_original(bundle, self.source) else None
+        inside = rounds(weight.kind for weight in bundle.manifest.quantised().values())
+        return quantisation_cost(
+            deployed, None if inside else exact, original, self.given, self.options.new_tokens, self.progress
+        )
 
     def _load(self, checkpoint: Source) -> Load:
         return partial(load_reference, checkpoint.folder, threads=self.threads, vision_tower=checkpoint.tower)
+
+
+def _rounding_reference(load: Load, kinds: Mapping[str, str], dtype: Dtype) -> Reference:
+    found = load(dtype)
+    round_activations(found.decoder, found.adapter.head, kinds)
+    return found
 
 
 def _request(

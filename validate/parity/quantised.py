@@ -2,10 +2,11 @@
 
 Nothing is forced: each ranks by its own scores, keeps what it ranks highest and answers with that. Distributions of the
 next token are compared at the last prompt token and behind every prefix of one answer, the original's. The second
-comparison, with the same bundle opened to multiply activations as they are, tells what engines add that round those.
+comparison, with the same bundle opened to multiply activations as they are, tells what engines add that round those;
+where the graphs themselves round activations there is no such bundle.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
@@ -28,11 +29,12 @@ READY_MADE = "its checkpoint is published quantised: there is no original to com
 @dataclass(frozen=True)
 class FreeRun:
     """One batch, nothing forced: per cut the positions `kept` [b,S_i] (-1 pads), the `answer` [b,N], and `logits`
-    [b,M,W] at the last prompt token and behind the first tokens of an answer of M tokens."""
+    [b,M,W] at the last prompt token and behind the first tokens of the answer `along` [b,M]."""
 
     kept: tuple[Integers, ...]
     answer: Integers
     logits: Floats
+    along: Integers
 
 
 @dataclass(frozen=True)
@@ -91,28 +93,29 @@ class Quantised:
 
 def quantisation_cost(
     deployed: Pipeline,
-    exact: Pipeline,
+    exact: Pipeline | None,
     original: Load | None,
     inputs: Inputs,
     new_tokens: int,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Quantised:
     """Returns how far `deployed` lies from the `original` checkpoint in fp32, and from `exact`, the same bundle opened
-    to compute with activations as they are; over all prompts of `inputs`, answers of at most `new_tokens`."""
+    to compute with activations as they are, where there are such; over all prompts of `inputs`, answers of at most
+    `new_tokens`."""
     if original is not None:
         progress("PyTorch reference in fp32, of the weights before they were quantised")
     reference = original("fp32") if original is not None else None
     found = list[list[Drift]]()
     for prompts in batched(inputs, deployed):
-        other = None if reference is None else run_original(reference, deployed, prompts, new_tokens)
-        given = None if other is None else other.answer
-        unrounded = run_free(exact, prompts, new_tokens, given)
-        given = unrounded.answer if given is None else given
-        own = run_free(deployed, prompts, new_tokens, given)
-        runs = {EXACT: unrounded} if other is None else {ORIGINAL: other, EXACT: unrounded}
-        found.append([drift(name, own, run, given, deployed, prompts) for name, run in runs.items()])
+        others = dict[str, FreeRun]()
+        if reference is not None:
+            others[ORIGINAL] = run_original(reference, deployed, prompts, new_tokens)
+        if exact is not None:
+            others[EXACT] = run_free(exact, prompts, new_tokens, _along(others))
+        own = run_free(deployed, prompts, new_tokens, _along(others))
+        found.append([drift(name, own, other, deployed, prompts) for name, other in others.items()])
     drifts = tuple(reduce(add, parts) for parts in zip(*found, strict=True))
-    return Quantised(drifts, "" if reference is not None else READY_MADE)
+    return Quantised(drifts, READY_MADE if original is None else "")
 
 
 def run_original(reference: Reference, pipeline: Pipeline, prompts: Prompts, new_tokens: int) -> FreeRun:
@@ -122,28 +125,33 @@ def run_original(reference: Reference, pipeline: Pipeline, prompts: Prompts, new
         inputs.input_ids, inputs.pixel_values, inputs.attention_mask,
         cuts=reference_cuts(run.plan, run.budget.visual), seeds=prompts.seeds.tolist(),
     )  # fmt: skip
-    return FreeRun(start.kept, *reference.answer(start, new_tokens))
+    answer, logits = reference.answer(start, new_tokens)
+    return FreeRun(start.kept, answer, logits, answer)
 
 
-def run_free(pipeline: Pipeline, prompts: Prompts, new_tokens: int, given: Integers | None) -> FreeRun:
-    """Returns what `pipeline` computes of one batch, its logits along the answer `given` [b,M] or, if None, its own."""
+def run_free(pipeline: Pipeline, prompts: Prompts, new_tokens: int, along: Integers | None = None) -> FreeRun:
+    """Returns what `pipeline` computes of one batch, its logits along the answer [b,M], its own if None."""
     inputs, rows = prompts.inputs, len(prompts)
     prefilled, layout = pipeline.prefill(inputs.input_ids, inputs.pixel_values, inputs.attention_mask, prompts.seeds)
-    kept, first = tuple(k.copy() for k in prefilled.kept.values()), prefilled.logits.copy()
+    kept, logits = tuple(k.copy() for k in prefilled.kept.values()), prefilled.logits[:, None].copy()
     answer = greedy_answer(pipeline, layout, rows, new_tokens)
-    along = answer if given is None else given
-    rest = replayed(pipeline, layout, along) if along.shape[1] > 1 else [logits[:0, None] for logits in first]
-    return FreeRun(kept, answer, np.concatenate([first[:, None], np.stack(rest)], axis=1))
+    along = answer if along is None else along
+    if along.shape[1] > 1:
+        logits = np.concatenate([logits, np.stack(replayed(pipeline, layout, along))], axis=1)
+    return FreeRun(kept, answer, logits, along)
 
 
-def drift(name: str, own: FreeRun, other: FreeRun, given: Integers, pipeline: Pipeline, prompts: Prompts) -> Drift:
-    """Returns how far the run `own` of one batch lies from `other`, called `name`, both along the answer `given`."""
+def _along(others: Mapping[str, FreeRun]) -> Integers | None:
+    return next((other.along for other in others.values()), None)
+
+
+def drift(name: str, own: FreeRun, other: FreeRun, pipeline: Pipeline, prompts: Prompts) -> Drift:
+    """Returns how far the run `own` of one batch lies from `other`, called `name`, both along one answer."""
     model = pipeline.manifest.model
-    ended = np.isin(given, model.eos_tokens)
-    live = np.cumsum(ended, axis=1) - ended == 0  # [b,M]: no token before it ended the answer
+    live, answered = (_live(answer, model.eos_tokens) for answer in (other.along, other.answer))
     kl = _divergence(other.logits[live], own.logits[live])
     width = min(own.answer.shape[1], other.answer.shape[1])
-    equal = (own.answer[:, :width] == other.answer[:, :width]) & live[:, :width]
+    equal = (own.answer[:, :width] == other.answer[:, :width]) & answered[:, :width]
     images = [_image_positions(pipeline, prompts, row) for row in range(len(prompts))]
     cuts = tuple(
         reduce(add, (_kept_drift(stage, *rows) for rows in zip(a, b, images, strict=True)))
@@ -151,8 +159,15 @@ def drift(name: str, own: FreeRun, other: FreeRun, given: Integers, pipeline: Pi
     )
     return Drift(
         over=name, positions=len(kl), kl_sum=float(kl.sum()), kl_max=worst(kl),
-        logits=worst(np.abs(own.logits - other.logits)[live]), equal=int(equal.sum()), total=int(live.sum()), cuts=cuts,
+        logits=worst(np.abs(own.logits - other.logits)[live]), equal=int(equal.sum()), total=int(answered.sum()),
+        cuts=cuts,
     )  # fmt: skip
+
+
+def _live(answer: Integers, eos_tokens: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """Which tokens of `answer` [b,M] no token before them ended."""
+    ended = np.isin(answer, eos_tokens)
+    return np.asarray(np.cumsum(ended, axis=1) - ended == 0)
 
 
 def _divergence(expected: Floats, actual: Floats) -> npt.NDArray[np.float64]:
@@ -180,14 +195,16 @@ def _kept_drift(name: str, own: Integers, other: Integers, images: Integers) -> 
 
 def quantised_lines(found: Quantised) -> list[str]:
     """Returns what quantising cost, for people."""
-    lines = ["quantised weights, as deployed; reported, no gate:"]
+    lines = []
     for d in found.drifts:
-        replaced = "".join(f"; {k.name} {k.share:.1%} of {k.kept} kept image tokens replaced" for k in d.cuts)
         lines += [
-            f"      beside {d.over}:",
-            f"      KL {d.kl_mean:.1e} nats on average, {d.kl_max:.1e} at most, over {d.positions} tokens; "
-            f"logits {d.logits:.1e} apart; {d.equal} of {d.total} tokens equal{replaced}",
+            f"      quantised, as deployed, beside {d.over} (no gate):",
+            f"      {'KL':10}  mean {d.kl_mean:.1e} nats, largest {d.kl_max:.1e}, over {d.positions} tokens",
+            f"      {'logits':10}  {d.logits:.1e} apart at most; {d.equal} of {d.total} greedy tokens equal",
         ]
+        for k in d.cuts:
+            name, share = f"kept {k.name}", f"{k.share:.1%} of {k.kept} kept image tokens replaced"
+            lines.append(f"      {name:10}  {share}")
     return [*lines, f"      {found.note}"] if found.note else lines
 
 

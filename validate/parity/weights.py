@@ -7,7 +7,7 @@ reads, and an output of v_proj or up_proj may be larger by any factor that o_pro
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +16,15 @@ import numpy.typing as npt
 
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.checkpoint_files import stored_tensors
+from himap_export.engines.manifest import QuantisedWeight
 from himap_export.exporter.bind import WeightNames
 from himap_export.exporter.registry import resolve
 from himap_export.graphs.ports import WeightRef
+from himap_export.graphs.quantization import linear_shapes
 from himap_export.graphs.spec import DecoderSpec
 from himap_export.graphs.stages import StagedModel
-from himap_export.validate.dequantised import read_tensor
+from himap_export.validate.checkpoint import Source
+from himap_export.validate.dequantised import HEAD, read_tensor
 from himap_export.validate.parity.compare import Gate, Parity
 from himap_export.validate.parity.tensors import TensorDiff, worst
 
@@ -37,12 +40,11 @@ _TAKES_BACK = {"self_attn.o_proj": "self_attn.v_proj", "mlp.down_proj": "mlp.up_
 
 
 class Decoder:
-    """The decoder's tensors in the checkpoint `folder`, in fp32, by role; `model` is the folder that says what they are
-    called."""
+    """The decoder's tensors in the checkpoint `folder`, by role, in fp32; they are called as in `model`."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, model: Source) -> None:
         self._files = {name: t.file for name, t in stored_tensors([folder]).items()}
-        self._names = WeightNames(self._files, resolve(str(model)).family)
+        self._names = _names(model, self._files)
 
     def __getitem__(self, role: str) -> Floats:
         ref = self._names(role)
@@ -58,12 +60,21 @@ class Decoder:
         return self[role] if norm is None or kind != "weight" else self[role] * self[norm]
 
 
-def weight_errors(bundle: Bundle, original: Path, rounded: Path) -> dict[str, float]:
+def quantised_roles(bundle: Bundle, judge: Source) -> dict[str, QuantisedWeight]:
+    """Returns the quantised weights of a bundle by role; `judge`: the checkpoint whose model it must equal."""
+    names, quantised = _names(judge, stored_tensors([judge.folder])), bundle.manifest.quantised()
+    found = {role: quantised.get(names(role).name) for role in linear_shapes(bundle.manifest.decoder)}
+    if found[HEAD] is None:  # tied, it is rounded from the embedding
+        found[HEAD] = quantised.get(names("embed_tokens.weight").name)
+    return {role: weight for role, weight in found.items() if weight is not None}
+
+
+def weight_errors(bundle: Bundle, original: Source, rounded: Source) -> dict[str, float]:
     """Returns, by role, how far each decoder tensor of the checkpoint `rounded` lies from that of `original`, as far as
     the function goes: root mean square, relative to the original's."""
     v, m = bundle.select().variant, bundle.manifest
     decode = StagedModel(spec=m.decoder, plan=v.plan, budget=v.budget, dtype=m.dtype, names=WeightRef).decode()
-    actual, expected = Decoder(rounded, original), Decoder(original, original)
+    actual, expected = Decoder(rounded.folder, original), Decoder(original.folder, original)
     roles = [role for role in decode.weights if not role.endswith("layernorm.weight") and role != "norm.weight"]
     return {role: _error(role, actual, expected, m.decoder) for role in roles}
 
@@ -75,6 +86,10 @@ def with_weights(parity: Parity, errors: Mapping[str, float]) -> Parity:
     note = f"weights: the furthest is {role}, off by {errors[role]:.1%} of the checkpoint's (root mean square)"
     gate = Gate("weights", errors[role], LIMIT)
     return replace(parity, tensors=(row, *parity.tensors), gates=(gate, *parity.gates), notes=(*parity.notes, note))
+
+
+def _names(model: Source, held: Container[str]) -> WeightNames:
+    return WeightNames(held, resolve(str(model.folder), vision_tower=model.tower).family)
 
 
 def _error(role: str, actual: Decoder, expected: Decoder, spec: DecoderSpec) -> float:
@@ -97,7 +112,7 @@ def _factors(role: str, actual: Decoder, expected: Decoder) -> Floats:
     """By which each output [out] of a linear layer is to be multiplied to be the checkpoint's, at best."""
     a, b = actual.with_norm(role), expected.with_norm(role)
     product, square = (a * b).sum(axis=1), (a * a).sum(axis=1)
-    return np.divide(product, square, out=np.ones_like(product), where=square > 0)
+    return np.asarray(np.divide(product, square, out=np.ones_like(product), where=square > 0), np.float32)
 
 
 def _split(role: str) -> tuple[str, str, str]:
