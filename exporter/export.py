@@ -108,6 +108,8 @@ class Export:
             for name, graph in self.graphs.items():
                 self._write(name, graph.model)
             return "none: engines take them as inputs"
+        if p.weights_of is not None:
+            return self._take_over(p.weights_of)
         wanted = {n: s for graph in self.graphs.values() for n, s in graph.weights.items() if not s.constant}
         used = {name: fitting(self.checkpoint.tensors, name, spec.shape, spec.rows) for name, spec in wanted.items()}
         linears = self._linears()
@@ -116,6 +118,13 @@ class Export:
             return self._share(used, linears)
         with scratch_folder("quantised") as scratch:
             return self._embed(used | self._quantise(linears, scratch / "parts"))
+
+    def _take_over(self, bundle: Bundle) -> str:
+        """Stores what another bundle of the same model holds, quantised weights as they are there."""
+        held, self.quantization = bundle.weights(), bundle.manifest.quantization
+        if self.planned.weight_form == "shared":
+            return self._share(held, [])
+        return self._embed(held)
 
     def _linears(self) -> list[Linear]:
         """Returns the weights that are to be quantised."""

@@ -31,6 +31,7 @@ from torch import Tensor
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.checkpoint_files import INDEX, stored_tensors
 from himap_export.engines.scratch import scratch_folder
+from himap_export.exporter.checkpoint import read_config
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.checkpoint import Source
 
@@ -64,11 +65,10 @@ def judge_of(bundle: Bundle, source: Source) -> Iterator[Source]:
         yield replace(source, folder=folder)
 
 
-def has_original(bundle: Bundle, source: Source) -> bool:
-    """Tells whether the checkpoint that a quantised bundle was made from holds its weights unrounded, not packed by
-    whoever published it."""
-    stored = stored_tensors([source.folder])
-    return all(name.partition("[")[0] in stored for name in bundle.manifest.quantised())
+def has_original(source: Source) -> bool:
+    """Tells whether a checkpoint holds its weights unrounded: nobody published it quantised."""
+    config = read_config(source.folder)
+    return _plain(config) == config
 
 
 def dequantised(parts: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
@@ -108,7 +108,7 @@ def write_dequantised(bundle: Bundle, folder: Path, out: Path) -> None:
         assert tensor is not None  # whose name is in neither is in no index
         save_file({name: tensor.contiguous()}, out / file, {"format": "pt"})
     (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    config = _plain(json.loads((folder / "config.json").read_text()))
+    config = _plain(read_config(folder))
     if HEAD in pieces and HEAD not in source:
         for part in (config, config.get("text_config", {})):
             part["tie_word_embeddings"] = False

@@ -16,9 +16,10 @@ from himap_export.engines.bundle import Bundle, RunSpec
 from himap_export.engines.files import check_output, check_report
 from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.session import Request, Session, open_pipeline
+from himap_export.exporter.registry import resolve
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import Dtype
-from himap_export.validate.checkpoint import Source, load_reference, source_of
+from himap_export.validate.checkpoint import Source, load_reference, quantised_roles, source_of
 from himap_export.validate.dequantised import has_original, judge_of
 from himap_export.validate.parity import polygraphy_json
 from himap_export.validate.parity.compare import Load, Parity, compare
@@ -27,7 +28,7 @@ from himap_export.validate.parity.pixels import PixelParity, compare_pixels, wit
 from himap_export.validate.parity.prompts import drawn_inputs
 from himap_export.validate.parity.quantised import Quantised, quantisation_cost, quantised_json, quantised_lines
 from himap_export.validate.parity.results import gates_json, parity_json, parity_lines
-from himap_export.validate.parity.weights import quantised_roles, weight_errors, with_weights
+from himap_export.validate.parity.weights import weight_errors, with_weights
 from himap_export.validate.reference.activations import round_activations, rounds
 from himap_export.validate.reference.reference import Reference
 from himap_export.validate.report.page import check_libraries, finite, write_report
@@ -184,17 +185,18 @@ class _Asked:
         bundle, load = pipeline.spec.bundle, self._load(self.judge)
         load_rounding, kinds = None, {weight.kind for weight in bundle.manifest.quantised().values()}
         if rounds(kinds):
-            by_role = {role: weight.kind for role, weight in quantised_roles(bundle, self.judge).items()}
+            family = resolve(str(self.source.folder), vision_tower=self.source.tower).family
+            by_role = {role: weight.kind for role, weight in quantised_roles(bundle, family).items()}
             load_rounding = partial(_rounding_reference, load, by_role)
         parity = compare(pipeline, load, self.given, self.options, self.progress, load_rounding)
-        if kinds and has_original(bundle, self.source):
+        if kinds and has_original(self.source):
             parity = with_weights(parity, weight_errors(bundle, self.source, self.judge))
         return with_pixels(parity, self.pixels) if self.pixels else parity
 
     def cost(self, deployed: Pipeline, exact: Pipeline) -> Quantised:
         """Returns how far a quantised bundle lies from its source, as `deployed` and opened to be `exact`."""
         bundle = deployed.spec.bundle
-        original = self._load(self.source) if has_original(bundle, self.source) else None
+        original = self._load(self.source) if has_original(self.source) else None
         inside = rounds(weight.kind for weight in bundle.manifest.quantised().values())
         return quantisation_cost(
             deployed, None if inside else exact, original, self.given, self.options.new_tokens, self.progress

@@ -16,7 +16,7 @@ import torch
 from commands import ORT, Workshop, call
 from families import FAMILIES
 from legacy import make_qwen_vl
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle
@@ -24,8 +24,11 @@ from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.weight_file import read_header
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import HimapError
+from himap_export.graphs.plan import PruningPlan
 from himap_export.validate import dequantised as dequantised_module
+from himap_export.validate.baseline import export_baseline
 from himap_export.validate.checkpoint import Source, load_reference
+from himap_export.validate.cli import main as validate_main
 from himap_export.validate.dequantised import E2M1, dequantised, judge_of, write_dequantised
 from himap_export.validate.parity.compare import Parity, compare
 from himap_export.validate.parity.limits import ParityOptions
@@ -38,6 +41,8 @@ from himap_export.validate.reference.criteria import reference_himap
 from himap_export.validate.reference.reference import Reference
 from himap_export.validate.validation import validate
 
+ROOT = Path(__file__).parents[2]
+SHAPES, IMAGES = ROOT / "exporter" / "shapes", ROOT / "examples" / "shapes" / "images"
 CUTS = reference_himap(2, 4, 0.5, 0.5)
 OPTIONS = ParityOptions(new_tokens=8)
 INT4 = ("--quantize", "int4", "--block", "32")
@@ -238,9 +243,7 @@ def test_recorded_errors_are_the_weights(work: Workshop) -> None:
 
 
 def test_scaling_that_is_taken_back_is_no_error(work: Workshop, tmp_path: Path) -> None:
-    """As AWQ does: norms divided, and what reads them multiplied; outputs of up_proj and v_proj, and what reads those."""
-    from safetensors.numpy import save_file
-
+    """As AWQ does: norms divided and what reads them multiplied; so the outputs of up_proj and v_proj."""
     bundle, source = Bundle.open(work.bundle("mha", *INT4, cuts=CUTS)), source_of(work.checkpoint("mha"))
     scaled, random = read_all(source.folder), np.random.default_rng(0)
     prefix = next(name for name in scaled if "layers.0.mlp.up_proj" in name).partition("layers.0")[0]
@@ -357,6 +360,41 @@ def test_what_is_published_quantised_has_no_original(work: Workshop) -> None:
     found = quantisation_cost(pipeline, pipeline, None, drawn_inputs(pipeline.spec, 2, 0), 6)
     assert [d.over for d in found.drifts] == [EXACT] and "published quantised" in found.note
     assert found.drifts[0].kl_max == 0 and found.drifts[0].equal == found.drifts[0].total
+
+
+# --- baselines ---
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quantised") / "shapes"
+    flags = ("--text-budget", 20, "--max-new-tokens", 4, "--batch", 2, *INT4, *ORT)
+    assert call(export_main, "shapes", *flags, "--out", out) == 0
+    return out
+
+
+def test_accuracy_has_baselines_of_the_same_weights_and_the_original(shapes: Path, tmp_path: Path) -> None:
+    flags = ("--dataset", IMAGES / "questions.jsonl", "--limit", 4, "--seeds", 1, "--threads", 1)
+    assert call(validate_main, shapes, *flags, "--report", tmp_path / "report") == 0
+    found = json.loads((tmp_path / "report" / "report.json").read_text())["accuracy"]
+    over = {name: set(cells["all"]["over"]) for name, cells in found.items()}
+    assert over == {
+        "qa": {"none", "random", "original"}, "none": {"original"}, "random": {"none", "original"},
+        "uniform": {"none", "original"}, "original": set(),
+    }  # fmt: skip
+
+
+def test_a_baseline_holds_the_bundles_weights(shapes: Path, tmp_path: Path) -> None:
+    bundle, budget = Bundle.open(shapes), Bundle.open(shapes).select().budget
+    plans = {"none": (PruningPlan(), budget.visual[:1])}
+    made = export_baseline(
+        SHAPES, budget, dtype="fp32", backend="onnxruntime", plans=plans, out=tmp_path / "none", beside=bundle
+    )
+    assert made.manifest.quantization == bundle.manifest.quantization
+    ours, theirs = (read_all(each.folder / "weights") for each in (made, bundle))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    assert made.select().plan.policy == "none"
 
 
 # --- families, bad input ---

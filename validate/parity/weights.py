@@ -7,7 +7,7 @@ reads, and an output of v_proj or up_proj may be larger by any factor that o_pro
 """
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,15 +16,13 @@ import numpy.typing as npt
 
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.checkpoint_files import stored_tensors
-from himap_export.engines.manifest import QuantisedWeight
 from himap_export.exporter.bind import WeightNames
 from himap_export.exporter.registry import resolve
 from himap_export.graphs.ports import WeightRef
-from himap_export.graphs.quantization import linear_shapes
 from himap_export.graphs.spec import DecoderSpec
 from himap_export.graphs.stages import StagedModel
 from himap_export.validate.checkpoint import Source
-from himap_export.validate.dequantised import HEAD, read_tensor
+from himap_export.validate.dequantised import read_tensor
 from himap_export.validate.parity.compare import Gate, Parity
 from himap_export.validate.parity.tensors import TensorDiff, worst
 
@@ -44,7 +42,7 @@ class Decoder:
 
     def __init__(self, folder: Path, model: Source) -> None:
         self._files = {name: t.file for name, t in stored_tensors([folder]).items()}
-        self._names = _names(model, self._files)
+        self._names = WeightNames(self._files, resolve(str(model.folder), vision_tower=model.tower).family)
 
     def __getitem__(self, role: str) -> Floats:
         ref = self._names(role)
@@ -58,15 +56,6 @@ class Decoder:
         layer, part, kind = _split(role)
         norm = f"{layer}{_READS[part]}.weight" if part in _READS else "norm.weight" if part == "lm_head" else None
         return self[role] if norm is None or kind != "weight" else self[role] * self[norm]
-
-
-def quantised_roles(bundle: Bundle, judge: Source) -> dict[str, QuantisedWeight]:
-    """Returns the quantised weights of a bundle by role; `judge`: the checkpoint whose model it must equal."""
-    names, quantised = _names(judge, stored_tensors([judge.folder])), bundle.manifest.quantised()
-    found = {role: quantised.get(names(role).name) for role in linear_shapes(bundle.manifest.decoder)}
-    if found[HEAD] is None:  # tied, it is rounded from the embedding
-        found[HEAD] = quantised.get(names("embed_tokens.weight").name)
-    return {role: weight for role, weight in found.items() if weight is not None}
 
 
 def weight_errors(bundle: Bundle, original: Source, rounded: Source) -> dict[str, float]:
@@ -86,10 +75,6 @@ def with_weights(parity: Parity, errors: Mapping[str, float]) -> Parity:
     note = f"weights: the furthest is {role}, off by {errors[role]:.1%} of the checkpoint's (root mean square)"
     gate = Gate("weights", errors[role], LIMIT)
     return replace(parity, tensors=(row, *parity.tensors), gates=(gate, *parity.gates), notes=(*parity.notes, note))
-
-
-def _names(model: Source, held: Container[str]) -> WeightNames:
-    return WeightNames(held, resolve(str(model.folder), vision_tower=model.tower).family)
 
 
 def _error(role: str, actual: Decoder, expected: Decoder, spec: DecoderSpec) -> float:
