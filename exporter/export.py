@@ -117,6 +117,8 @@ class Export:
             for name, graph in self.graphs.items():
                 self._write(name, graph.model)
             return "none: engines take them as inputs"
+        if p.weights_of is not None:
+            return self._take_over(p.weights_of)
         wanted = {n: s for graph in self.graphs.values() for n, s in graph.weights.items() if not s.constant}
         ready, tensors = {linear.name for linear in self.ready.values()}, self.checkpoint.tensors
         used = {n: fitting(tensors, n, spec.shape, spec.rows) for n, spec in wanted.items() if n not in ready}
@@ -128,6 +130,13 @@ class Export:
             if p.weight_form == "shared":
                 return self._share(used, self._linears())
             return self._embed(used | self._quantise(self._linears(), scratch / "parts"))
+
+    def _take_over(self, bundle: Bundle) -> str:
+        """Stores what another bundle of the same model holds, quantised weights as they are there."""
+        held, self.quantization = bundle.weights(), bundle.manifest.quantization
+        if self.planned.weight_form == "shared":
+            return self._share(held, [])
+        return self._embed(held)
 
     def _calibrate(self, file: Path) -> dict[str, StoredTensor]:
         """Finds how weights are scaled before they are rounded; writes those that are not rounded, scaled, into `file`,

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import msgspec
 
 from himap_export.engines.backends import READ_GRAPHS, Gather, check_forms, load_backend
+from himap_export.engines.bundle import Bundle
 from himap_export.engines.choice import best_backend
 from himap_export.engines.documents import typed
 from himap_export.engines.image import MAX_PIXELS, MAX_SIDE
@@ -86,7 +87,8 @@ class PlannedVariant:
 @dataclass(frozen=True)
 class Planned:
     """Everything an export has decided before it touches a weight. `why`: what speaks for a backend of our choice.
-    `forms`: of the weights that are quantised, by role; of a checkpoint that comes quantised, only its tensors say."""
+    `forms`: of the weights that are quantised, by role; of a checkpoint that comes quantised, only its tensors say.
+    `weights_of`: another bundle of the model, whose weights are taken as they are."""
 
     model: Model
     decoder: DecoderSpec
@@ -95,6 +97,7 @@ class Planned:
     asked: Request
     weight_form: WeightForm = "shared"
     forms: Mapping[str, LinearForm] = field(default_factory=dict)
+    weights_of: Bundle | None = None
     why: str = ""
 
     @property

@@ -1,5 +1,6 @@
 """A bundle for a comparison: the same checkpoint with other plans, in a folder that lasts as long as the comparison."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,17 +24,20 @@ def export_baseline(
     out: Path,
     image: ImageSpec | None = None,
     vision_tower: Path | None = None,
+    beside: Bundle | None = None,
 ) -> Bundle:
     """Exports and returns a bundle of `plans`, by name, at the text budget, new tokens and batch of `like`, for
     images as `image` or, if None, the model's own.
 
-    Weights that overflow are saturated: the user has allowed it, or the bundle that is compared would not be there.
-    `vision_tower`: the folder of the tower, if the checkpoint lacks it.
+    Its weights are the checkpoint's; beside a quantised bundle, those of `beside`. Weights that overflow are saturated:
+    the user has allowed it, or the bundle that is compared would not be there. `vision_tower`: the folder of the tower,
+    if the checkpoint lacks it.
     """
     from himap_export.exporter.export import write_bundle
     from himap_export.exporter.family import ImageOptions
     from himap_export.exporter.planning import Planned, PlannedVariant, Request, describe
     from himap_export.exporter.registry import resolve
+    from himap_export.validate.checkpoint import quantised_roles
 
     model = resolve(str(checkpoint), vision_tower=vision_tower)
     decoder, (vision,) = describe(model, ImageOptions(image.size, image.tiles) if image else ImageOptions())
@@ -41,6 +45,10 @@ def export_baseline(
         PlannedVariant(name, plan, budget=replace(like, visual=visual), asked=visual, vision=vision)
         for name, (plan, visual) in plans.items()
     )
-    request = Request(backends=(backend,), allow_overflow=True)
-    planned = Planned(model, decoder, variants=variants, dtype=dtype, asked=request)
+    planned = Planned(
+        model, decoder, variants=variants, dtype=dtype, asked=Request(backends=(backend,), allow_overflow=True)
+    )
+    if beside is not None and (roles := quantised_roles(beside, model.family)):
+        form = beside.manifest.weight_form
+        planned = dataclasses.replace(planned, forms=roles, weights_of=beside, weight_form=form)
     return write_bundle(planned, out, command=("himap-validate",), overwrite=False, progress=lambda line: None)

@@ -3,14 +3,17 @@
 from dataclasses import dataclass
 from os.path import isdir
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from himap_export.engines.bundle import Bundle
+from himap_export.engines.manifest import QuantisedWeight
+from himap_export.exporter.bind import WeightNames
 from himap_export.exporter.checkpoint import open_checkpoint
-from himap_export.exporter.family import ImageOptions
+from himap_export.exporter.family import Family, ImageOptions
 from himap_export.exporter.planning import describe
 from himap_export.exporter.registry import Model, resolve
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.quantization import linear_shapes
 from himap_export.graphs.spec import Dtype
 
 if TYPE_CHECKING:
@@ -51,6 +54,14 @@ def source_of(bundle: Bundle, named: str | None, vision_tower: Path | None = Non
     _check_sizes(bundle, model)
     _check_criteria(bundle)
     return Source(folder, model.tower, model.family.own_image)
+
+
+def quantised_roles(bundle: Bundle, family: Family[Any]) -> dict[str, QuantisedWeight]:
+    """Returns the quantised weights of a bundle by their roles in the decoder of `family`."""
+    quantised = bundle.manifest.quantised()
+    names = WeightNames({name.partition("[")[0] for name in (*bundle.tensors, *quantised)}, family)
+    found = {role: quantised.get(names(role).name) for role in linear_shapes(bundle.manifest.decoder)}
+    return {role: weight for role, weight in found.items() if weight is not None}
 
 
 def load_reference(

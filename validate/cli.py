@@ -118,9 +118,9 @@ def _score(args: argparse.Namespace, argv: list[str]) -> None:
     asked = Scoring(
         dataset=args.dataset, report=report, plans=tuple(args.plan), text_budget=args.text_budget, backend=args.backend,
         seeds=args.seeds, limit=args.limit, new_tokens=args.max_new_tokens, skip_bad=args.skip_bad,
-        command=("himap-validate", *argv), vision_tower=source.tower,
+        command=("himap-validate", *argv),
     )  # fmt: skip
-    lines, facts = score(bundle, source.folder, Opening(args.threads, args.device), asked)
+    lines, facts = score(bundle, source, Opening(args.threads, args.device), asked)
     if args.json:
         print(json.dumps(facts, indent=1))
     _say(args, lines)

@@ -16,14 +16,21 @@ from himap_export.engines.bundle import Bundle, RunSpec
 from himap_export.engines.files import check_output, check_report
 from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.session import Request, Session, open_pipeline
+from himap_export.exporter.registry import resolve
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.checkpoint import Source, load_reference, source_of
+from himap_export.graphs.spec import Dtype
+from himap_export.validate.checkpoint import Source, load_reference, quantised_roles, source_of
+from himap_export.validate.dequantised import has_original, judge_of
 from himap_export.validate.parity import polygraphy_json
-from himap_export.validate.parity.compare import Parity, compare
+from himap_export.validate.parity.compare import Load, Parity, compare
 from himap_export.validate.parity.limits import ParityOptions
-from himap_export.validate.parity.pixels import compare_pixels, with_pixels
+from himap_export.validate.parity.pixels import PixelParity, compare_pixels, with_pixels
 from himap_export.validate.parity.prompts import drawn_inputs
+from himap_export.validate.parity.quantised import Quantised, quantisation_cost, quantised_json, quantised_lines
 from himap_export.validate.parity.results import gates_json, parity_json, parity_lines
+from himap_export.validate.parity.weights import weight_errors, with_weights
+from himap_export.validate.reference.activations import round_activations, rounds
+from himap_export.validate.reference.reference import Reference
 from himap_export.validate.report.page import check_libraries, finite, write_report
 from himap_export.validate.speed.measure import Speed, ceiling, measure
 from himap_export.validate.speed.results import speed_json, speed_lines
@@ -35,13 +42,14 @@ ANSWER = 32  # tokens that are compared unless asked otherwise
 
 @dataclass(frozen=True)
 class Report:
-    """What a validation found; `speed` is None where it was not measured."""
+    """What a validation found; `speed` is None where it was not measured, `quantised` where no weights are."""
 
     run: RunSpec
     backend: str
     device: str
     parity: Parity
-    speed: Speed | None
+    quantised: Quantised | None = None
+    speed: Speed | None = None
 
     @property
     def passed(self) -> bool:
@@ -55,8 +63,9 @@ class Report:
 
     def lines(self) -> list[str]:
         """Returns what was found, for people."""
+        cost = quantised_lines(self.quantised) if self.quantised else []
         speed = speed_lines(self.speed) if self.speed else []
-        return parity_lines(self.parity, self.run.bundle, self.backend) + speed
+        return parity_lines(self.parity, self.run.bundle, self.backend) + cost + speed
 
     def to_json(self) -> dict[str, Any]:
         """Returns what was found, for programs; NaN and infinity are None."""
@@ -65,6 +74,8 @@ class Report:
             "dtype": self.run.manifest.dtype, "plan": self.run.plan_name, "text_budget": self.run.budget.text,
             "passed": self.passed, "parity": parity_json(self.parity), "gates": gates_json(self.parity),
         }  # fmt: skip
+        if self.quantised is not None:
+            found["quantised"] = quantised_json(self.quantised)
         if self.speed is not None:
             found["speed"] = speed_json(self.speed)
         return finite(found)  # type: ignore[no-any-return]
@@ -77,7 +88,10 @@ class Report:
 
         check_libraries()
         facts = {"bundle's digest": self.run.manifest.digest, "device": self.device}
-        page = parity_page(self.parity, self.speed, self.run, self.backend, made=provenance(command, facts))
+        page = parity_page(
+            self.parity, self.run, self.backend, quantised=self.quantised, speed=self.speed,
+            made=provenance(command, facts),
+        )  # fmt: skip
         return write_report(Path(folder), page, self.to_json())
 
 
@@ -121,6 +135,7 @@ def validate(
     HimapError: usage for what does not fit the bundle, missing for what is not there; a gate that fails is no error.
     """
     bundle, source = judged_bundle(bundle, model, vision_tower)
+    quantised = bundle.manifest.quantization is not None
     session = bundle.session(plan=plan, text_budget=text_budget, image_size=image_size)
     request = _request(session, image, prompt, inputs)
     run = request.spec if request else bundle.select(plan, text_budget, image_size=image_size)
@@ -130,25 +145,71 @@ def validate(
     threads = threads or len(os.sched_getaffinity(0))
     if captures:
         polygraphy_json.check_folders(run, *captures.values())
-    pipeline = open_pipeline(run, backend, Opening(threads, device))
+    opening = Opening(threads, device)
+    pipeline = open_pipeline(run, backend, replace(opening, exact=quantised))
     if captures:
         _save_captures(pipeline, given, captures)
-    progress(f"judged by the checkpoint in {source.folder}")
     options = ParityOptions(min(max_new_tokens or ANSWER, run.budget.new), atol, rtol, outputs is not None)
-    load = partial(load_reference, source.folder, threads=threads, vision_tower=source.tower)
-    parity = compare(pipeline, load, given, options, progress=progress)
-    parity = with_pixels(parity, pixels) if pixels else parity
-    tell(parity_lines(parity, bundle, pipeline.backend))
-    if outputs is not None:
-        save_outputs(outputs, parity.outputs)
-    found = Report(run, pipeline.backend, pipeline.engines.device, parity=parity, speed=None)
-    del pipeline  # its memory, while others are timed
-    if not speed:
-        return found
-    return _timed(
-        found, source, asked=device, iterations=iterations, warm_up=warm_up, threads=threads, tell=tell,
-        progress=progress,
-    )  # fmt: skip
+    with judge_of(bundle, source) as judge:
+        asked = _Asked(source, judge, given, options, pixels=pixels, threads=threads, progress=progress)
+        found = Report(run, pipeline.backend, pipeline.engines.device, parity=asked.parity(pipeline))
+        tell(parity_lines(found.parity, bundle, found.backend))
+        if outputs is not None:
+            save_outputs(outputs, found.parity.outputs)
+        if quantised:
+            cost = asked.cost(open_pipeline(run, found.backend, opening), pipeline)
+            tell(quantised_lines(cost))
+            found = replace(found, quantised=cost)
+        del pipeline  # its memory, while others are timed
+        if speed:
+            found = _timed(found, asked, device=device, iterations=iterations, warm_up=warm_up, tell=tell)
+    return found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a bundle is compared on: prompts `given`, with the checkpoint that it was made from, `source`, and the one
+    whose model it must equal, `judge`; `pixels`, if an image was given."""
+
+    source: Source
+    judge: Source
+    given: Inputs
+    options: ParityOptions
+    pixels: PixelParity | None
+    threads: int
+    progress: Progress
+
+    def parity(self, pipeline: Pipeline) -> Parity:
+        """Returns the parity of `pipeline` with the judge; of quantised weights, with the source's, too."""
+        self.progress(f"judged by the checkpoint in {self.source.folder}")
+        bundle, load = pipeline.spec.bundle, self._load(self.judge)
+        load_rounding, kinds = None, {weight.kind for weight in bundle.manifest.quantised().values()}
+        if rounds(kinds):
+            family = resolve(str(self.source.folder), vision_tower=self.source.tower).family
+            by_role = {role: weight.kind for role, weight in quantised_roles(bundle, family).items()}
+            load_rounding = partial(_rounding_reference, load, by_role)
+        parity = compare(pipeline, load, self.given, self.options, self.progress, load_rounding)
+        if kinds and has_original(self.source):
+            parity = with_weights(parity, weight_errors(bundle, self.source, self.judge))
+        return with_pixels(parity, self.pixels) if self.pixels else parity
+
+    def cost(self, deployed: Pipeline, exact: Pipeline) -> Quantised:
+        """Returns how far a quantised bundle lies from its source, as `deployed` and opened to be `exact`."""
+        bundle = deployed.spec.bundle
+        original = self._load(self.source) if has_original(self.source) else None
+        inside = rounds(weight.kind for weight in bundle.manifest.quantised().values())
+        return quantisation_cost(
+            deployed, None if inside else exact, original, self.given, self.options.new_tokens, self.progress
+        )
+
+    def _load(self, checkpoint: Source) -> Load:
+        return partial(load_reference, checkpoint.folder, threads=self.threads, vision_tower=checkpoint.tower)
+
+
+def _rounding_reference(load: Load, kinds: Mapping[str, str], dtype: Dtype) -> Reference:
+    found = load(dtype)
+    round_activations(found.decoder, found.adapter.head, kinds)
+    return found
 
 
 def _request(
@@ -167,23 +228,15 @@ def _request(
     return None if inputs is None else session.prepare_arrays(inputs)
 
 
-def _timed(
-    report: Report,
-    source: Source,
-    *,
-    asked: str | None,
-    iterations: int,
-    warm_up: int,
-    threads: int,
-    tell: Lines,
-    progress: Progress,
-) -> Report:
+def _timed(report: Report, asked: _Asked, *, device: str | None, iterations: int, warm_up: int, tell: Lines) -> Report:
     tell(["", f"speed: FLOPs allow {ceiling(report.run):.2f}x over the unpruned decoder prefill"])
     repetitions = f"{warm_up} + {iterations} repetitions"
-    progress(f"exporting the unpruned baseline; then {repetitions}, a process for each system, on {report.device}")
+    asked.progress(
+        f"exporting the unpruned baseline; then {repetitions}, a process for each system, on {report.device}"
+    )
     speed = measure(
-        report.run, source.folder, report.backend, report.device, asked=asked, iterations=iterations, warm_up=warm_up,
-        threads=threads, vision_tower=source.tower,
+        report.run, asked.source.folder, report.backend, report.device, judge=asked.judge.folder, asked=device,
+        iterations=iterations, warm_up=warm_up, threads=asked.threads, vision_tower=asked.source.tower,
     )  # fmt: skip
     tell(speed_lines(speed))
     return replace(report, speed=speed)

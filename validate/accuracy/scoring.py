@@ -15,6 +15,8 @@ from himap_export.validate.accuracy.evaluate import run, summarise, summary_json
 from himap_export.validate.accuracy.page import accuracy_page
 from himap_export.validate.accuracy.prompter import Prompter, prompter_of_bundle
 from himap_export.validate.accuracy.systems import open_systems
+from himap_export.validate.checkpoint import Source
+from himap_export.validate.dequantised import has_original
 from himap_export.validate.progress import counted, say
 from himap_export.validate.report.machine import provenance
 from himap_export.validate.report.page import check_libraries, write_report
@@ -37,10 +39,9 @@ class Scoring:
     new_tokens: int | None
     skip_bad: bool
     command: tuple[str, ...]
-    vision_tower: Path | None = None  # of the checkpoint, where that names one outside its folder
 
 
-def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) -> tuple[list[str], dict[str, Any]]:
+def score(bundle: Bundle, source: Source, opening: Opening, asked: Scoring) -> tuple[list[str], dict[str, Any]]:
     """Answers what `report`/answers.jsonl does not hold yet, writes the report, and tells the result as text and JSON.
 
     HimapError (usage) for bad lines, a prompt longer than the text budget, or an unknown plan.
@@ -54,7 +55,7 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
     prompter = prompter_of_bundle(bundle)
     held = (v.plan_name for v in bundle.manifest.variants)
     names = tuple(dict.fromkeys(bundle.plan_name(name) for name in asked.plans) or dict.fromkeys(held))
-    check_count(len(data.examples) * (len(names) * (2 + asked.seeds) + 1))  # each with its baselines, and the unpruned
+    check_count(len(data.examples) * (len(names) * (2 + asked.seeds) + 2))  # each with its baselines, and the unpruned
     # What is measured does not depend on --limit: who asked a few questions can go on with all.
     spec = bundle.select(names[0], asked.text_budget, _longest(prompter, whole, data=data, bundle=bundle, asked=asked))
     longest = max(len(prompter.answer(e)) + 1 for e in whole.examples)  # and the token that ends it
@@ -68,8 +69,9 @@ def score(bundle: Bundle, checkpoint: Path, opening: Opening, asked: Scoring) ->
     header["backend"] = first.backend
     asked.report.mkdir(parents=True, exist_ok=True)
     everyone = open_systems(
-        first, checkpoint, opening, names, seeds=asked.seeds, new_tokens=new_tokens, vision_tower=asked.vision_tower
-    )
+        first, source.folder, opening, names, seeds=asked.seeds, new_tokens=new_tokens, vision_tower=source.tower,
+        original=bundle.manifest.quantization is not None and has_original(source),
+    )  # fmt: skip
     with AnswerLog(asked.report / ANSWERS, header) as log, everyone as systems:
         with counted("answers") as count:
             run(systems, data, prompter, log, stop_tokens=bundle.manifest.model.eos_tokens, progress=count)

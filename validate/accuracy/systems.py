@@ -1,7 +1,8 @@
 """Who answers a data set: the bundle's plans on its backend, and beside each the baselines at equal FLOPs.
 
 The baselines are bundles like any other: the same model, budgets, backend and cuts, ranked by nothing (random, uniform)
-or not cut at all (none). They are exported into a temporary folder for as long as the comparison lasts.
+or not cut at all (none); of a quantised bundle, with its weights, and beside them the unpruned model before rounding
+(original). They are exported into a temporary folder for as long as the comparison lasts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from himap_export.graphs.plan import Criterion, PruningPlan
 from himap_export.validate.baseline import Kept, export_baseline
 
 CHANCE: tuple[Criterion, ...] = ("random", "uniform")
-UNPRUNED = "none"
+UNPRUNED, ORIGINAL = "none", "original"
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,10 @@ def open_systems(
     seeds: int,
     new_tokens: int,
     vision_tower: Path | None = None,
+    original: bool = False,
 ) -> Iterator[list[PlanSystem]]:
-    """Yields the plans `names` of a bundle and their baselines, random ones `seeds` times; `first` is open at the
-    first plan.
+    """Yields the plans `names` of a bundle and their baselines, random ones `seeds` times, with the `original` model if
+    they are quantised; `first` is open at the first plan.
 
     All are at the text budget and on the backend of `first`. `vision_tower` as for `export_baseline`.
     """
@@ -104,12 +106,19 @@ def open_systems(
         if baselines := missing_baselines(plans):
             baseline = export_baseline(
                 checkpoint, run.budget, dtype=run.manifest.dtype, backend=backend, plans=baselines,
-                out=folder / "bundle", image=run.image, vision_tower=vision_tower,
+                out=folder / "bundle", image=run.image, vision_tower=vision_tower, beside=run.bundle,
             )  # fmt: skip
             beside: list[Pipeline] = []
             for name in baselines:  # over one copy of the weights
                 beside.append(Pipeline(baseline.select(name), backend, opening, beside[0].engines if beside else None))
             pipelines += beside
+        if original:
+            unrounded = export_baseline(
+                checkpoint, run.budget, dtype=run.manifest.dtype, backend=backend,
+                plans={ORIGINAL: (PruningPlan(), run.budget.visual[:1])}, out=folder / "original", image=run.image,
+                vision_tower=vision_tower,
+            )  # fmt: skip
+            pipelines.append(Pipeline(unrounded.select(), backend, opening))
         everyone = {p.spec.plan_name: (p.spec.plan, p.spec.budget.visual) for p in pipelines}
         yield [
             PlanSystem(name, seed, pipeline=p, new_tokens=new_tokens, baselines=_baselines(name, everyone))
@@ -121,6 +130,8 @@ def open_systems(
 
 def _baselines(name: str, everyone: Mapping[str, Kept]) -> tuple[str, ...]:
     """The unpruned model and, for a plan that ranks, whoever keeps as many tokens at the same cuts by chance."""
+    if name == ORIGINAL:
+        return ()
     plan, visual = everyone[name]
     chance = (plan.ranked_by("random"), visual)
     ranks = plan.policy not in (*CHANCE, UNPRUNED)

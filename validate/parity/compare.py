@@ -30,6 +30,7 @@ from himap_export.validate.parity.runs import (
     EngineRun,
     Prompts,
     ReferenceRun,
+    batched,
     load_run,
     run_engine,
     run_reference,
@@ -127,30 +128,30 @@ def compare(
     inputs: Inputs,
     options: ParityOptions,
     progress: Callable[[str], None] = lambda line: None,
+    load_rounding: Load | None = None,
 ) -> Parity:
     """Returns the parity over all prompts of `inputs`. `load` gives the reference in a dtype; one is held at a time.
 
-    Prompt n draws its random cuts by seed n. HimapError (usage) for prompts that are none.
+    How far rounding carries values is measured with the reference in the bundle's dtype, or, of engines that round
+    activations further, with what `load_rounding` gives. Prompt n draws its random cuts by seed n. HimapError (usage)
+    for prompts that are none.
     """
     dtype, total = pipeline.manifest.dtype, len(inputs.input_ids)
-    batches: list[Prompts] = []
-    for batch in inputs.batches(pipeline.spec.budget.batch):
-        first = sum(map(len, batches))
-        batches.append(Prompts(batch, np.arange(first, first + len(batch.input_ids))))
-        pipeline.load(batch.input_ids, batch.pixel_values, batch.attention_mask)  # refused now, not behind a model
+    batches = batched(inputs, pipeline)
     rounding: Sums = {}
+    load_rounding = load_rounding or (None if dtype == "fp32" else load)
     with scratch_folder("parity") as folder:
         found, files = list[Compared](), [folder / f"{n}.npz" for n in range(len(batches))]
         progress("PyTorch reference in fp32")
         reference = load("fp32")
         for prompts, file in zip(batches, files, strict=True):
-            kept = None if dtype == "fp32" else file
+            kept = file if load_rounding else None
             found.append(_compare_batch(reference, pipeline, prompts=prompts, options=options, file=kept))
             progress(f"compared {sum(c.prompts for c in found)} of {total} prompts")
-        if dtype != "fp32":
+        if load_rounding:
             del reference
             progress(f"PyTorch reference in {dtype}: how far rounding alone carries it")
-            reference = load(dtype)
+            reference = load_rounding(dtype)
             pairs = zip(batches, files, strict=True)
             rounding = _added([_rounding(reference, pipeline, prompts, file) for prompts, file in pairs])
     return _conclude(pipeline, found, rounding, options)

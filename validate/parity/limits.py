@@ -34,13 +34,15 @@ def limit_of(t: TensorDiff, *, dtype: Dtype, layers: int, rounding: float | None
 
     Half precision: how far rounding carries values depends on the model, through the conditioning of its attention, by
     an order of magnitude; no formula in u and L knows that. So the measure is measured: `rounding`, the distance of
-    PyTorch's own run in the bundle's dtype, same prompts, same tokens kept. Ours may be 4 times that: two roundings of
+    PyTorch's own run in the bundle's dtype, its activations rounded where the engines round theirs to 8 bits, same
+    prompts, same tokens kept. Ours may be 4 times that: two roundings of
     one computation, neither the better one. Never above a quarter of the largest value, whatever PyTorch does.
     """
     if t.name in ("logits", "decode") and (options.atol is not None or options.rtol is not None):
         return (options.atol or 0.0) + (options.rtol or 0.0) * t.scale
-    walk = 2 * ROUNDOFF[dtype] * sqrt(8 * layers) * t.scale
+    walk, most = 2 * ROUNDOFF[dtype] * sqrt(8 * layers) * t.scale, WORST * t.scale
+    measured = ROUNDING_FACTOR * rounding if rounding is not None and isfinite(rounding) else None
     if dtype == "fp32":
-        return FP32_SCORES * t.scale if t.name.startswith("score") else max(FP32_LOGITS, walk)
-    measured = walk if rounding is None or not isfinite(rounding) else ROUNDING_FACTOR * rounding
-    return min(max(measured, ROUNDOFF[dtype] * t.scale), WORST * t.scale)
+        limit = FP32_SCORES * t.scale if t.name.startswith("score") else max(FP32_LOGITS, walk)
+        return max(limit, min(measured or 0.0, most))
+    return min(max(walk if measured is None else measured, ROUNDOFF[dtype] * t.scale), most)

@@ -4,6 +4,7 @@ import math
 
 from himap_export.engines.bundle import RunSpec
 from himap_export.validate.parity.compare import Parity
+from himap_export.validate.parity.quantised import Quantised, quantised_rows
 from himap_export.validate.parity.results import tensor_rows
 from himap_export.validate.report.charts import Datum, bars
 from himap_export.validate.report.page import Block, Facts, Figure, Page, Section, Table
@@ -17,16 +18,32 @@ HOW = (
     "behind it is compared with the reference's choice forced. Both are fed the bundle's pixels; of a "
     "picture that was given, Hugging Face's own image processor says what they should be."
 )
+COST = (
+    "Of the weights that were quantised, all above is compared with a checkpoint that holds the same dequantised ones. "
+    "Here the bundle runs as deployed, nothing forced, beside the checkpoint before rounding, and beside itself opened "
+    "to multiply activations as they are. KL is that of the next token's distributions, in nats, along one answer."
+)
 
 
-def parity_page(parity: Parity, speed: Speed | None, run: RunSpec, backend: str, made: tuple[Block, ...]) -> Page:
-    """Returns verdict, tensors, kept sets, the times if they were measured, and what `made` the report."""
+def parity_page(
+    parity: Parity,
+    run: RunSpec,
+    backend: str,
+    *,
+    quantised: Quantised | None,
+    speed: Speed | None,
+    made: tuple[Block, ...],
+) -> Page:
+    """Returns verdict, tensors, kept sets, what quantised weights cost, the times if they were measured, and what
+    `made` the report."""
     m = run.manifest
     sections = [
         Section("Verdict", (_facts(parity, speed, run), HOW)),
         Section("Tensors", (_tensors(parity), *parity.notes)),
         Section("Kept image tokens and answers", (_kept(parity),)),
     ]
+    if quantised is not None:
+        sections.append(Section("What quantising cost", (_quantised(quantised), COST)))
     if speed is not None:
         sections.append(Section("Speed, side by side", _speed(speed)))
     sections.append(Section("How this was made", made))
@@ -63,6 +80,11 @@ def _kept(parity: Parity) -> Table:
         rows.append((c.name, c.verdict, f"{c.kept - c.swapped} of {c.kept}", margin, f"{c.error:.1e}"))
     head = ("cut", "verdict", "image tokens that agree", "score margin", "score error")
     return Table("kept", head, tuple(rows))
+
+
+def _quantised(found: Quantised) -> Table:
+    head = ("beside", "mean KL", "largest KL", "logits apart", "tokens equal", "kept tokens replaced")
+    return Table("quantised", head, quantised_rows(found), found.note)
 
 
 def _speed(speed: Speed) -> tuple[Block, ...]:

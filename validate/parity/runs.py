@@ -66,6 +66,17 @@ class EngineRun:
     engine_tokens: Integers
 
 
+def batched(inputs: Inputs, pipeline: Pipeline) -> list[Prompts]:
+    """Returns `inputs` in batches of the pipeline's; prompt n draws by seed n. HimapError (usage) for one that it does
+    not take."""
+    batches = list[Prompts]()
+    for batch in inputs.batches(pipeline.spec.budget.batch):
+        first = sum(map(len, batches))
+        batches.append(Prompts(batch, np.arange(first, first + len(batch.input_ids))))
+        pipeline.load(batch.input_ids, batch.pixel_values, batch.attention_mask)  # refused now, not behind a model
+    return batches
+
+
 def reference_cuts(plan: PruningPlan, visual: Visual) -> tuple[ReferenceCut, ...]:
     """Returns the plan in the reference's words; it rounds for itself unless the budget keeps more than the plan asks
     for."""
@@ -138,9 +149,9 @@ def run_engine(pipeline: Pipeline, prompts: Prompts, reference: ReferenceRun, ne
         hidden = pipeline.read("last_hidden") if last else pipeline.read("hidden", cut=stage + 1)
         tensors[name] = [hidden[row, : len(tokens)].copy() for row, tokens in enumerate(reference.tensors[name])]
     tensors["logits"] = list(pipeline.read("logits")[:rows].copy())
-    engine_tokens = _answer(pipeline, layout, rows, new_tokens)
+    engine_tokens = greedy_answer(pipeline, layout, rows, new_tokens)
     if reference.reference_tokens.shape[1] > 1:
-        tensors["decode"] = _replay(pipeline, layout, reference.reference_tokens)
+        tensors["decode"] = replayed(pipeline, layout, reference.reference_tokens)
     return EngineRun(tensors, tuple(cuts), engine_tokens)
 
 
@@ -169,8 +180,9 @@ def _cut(pipeline: Pipeline, stage: int, expected: Integers) -> tuple[RankedCut,
     return cut, found
 
 
-def _answer(pipeline: Pipeline, layout: PromptLayout, rows: int, new_tokens: int) -> Integers:
-    """The pipeline's own greedy answer [b,N], UNDRAWN where its logits are no numbers."""
+def greedy_answer(pipeline: Pipeline, layout: PromptLayout, rows: int, new_tokens: int) -> Integers:
+    """Returns the pipeline's own greedy answer [b,N] to what it has prefilled, UNDRAWN where its logits are no
+    numbers."""
     found: list[Integers] = []
     try:
         for tokens in pipeline.generate(pipeline.prefilled(rows), layout, new_tokens):
@@ -182,8 +194,8 @@ def _answer(pipeline: Pipeline, layout: PromptLayout, rows: int, new_tokens: int
     return np.stack(found, axis=1)
 
 
-def _replay(pipeline: Pipeline, layout: PromptLayout, tokens: Integers) -> list[Floats]:
-    """Logits [N-1,W] of each prompt behind every prefix of `tokens` [b,N], the whole excepted.
+def replayed(pipeline: Pipeline, layout: PromptLayout, tokens: Integers) -> list[Floats]:
+    """Returns logits [N-1,W] of each prompt behind every prefix of `tokens` [b,N], the whole excepted.
 
     Needs no new prefill: decode writes a token's slot before it reads it, and sees none beyond.
     """

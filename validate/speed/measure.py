@@ -50,13 +50,15 @@ def measure(
     warm_up: int,
     threads: int,
     asked: str | None = None,
+    judge: Path | None = None,
     vision_tower: Path | None = None,
 ) -> Speed:
-    """Returns the times of the bundle, of its unpruned baseline, exported for it in the same dtype, and of PyTorch: in
-    that dtype and, if it is another, in fp32.
+    """Returns the times of the bundle, of its unpruned baseline, exported for it in the same dtype, quantised weights
+    included, and of PyTorch: in that dtype and, if it is another, in fp32.
 
     `device` is what the backend's engines say they run on, `asked` the one that they were opened for, None if any: both
-    bundles are opened for it again. `vision_tower` as for `export_baseline`.
+    bundles are opened for it again. PyTorch runs `judge`, if it is not to run `checkpoint`. `vision_tower` as for
+    `export_baseline`.
     """
     dtype = run.manifest.dtype
     torchs = torch_device(device)
@@ -65,7 +67,7 @@ def measure(
         plans = {"none": (PruningPlan(), run.budget.visual[:1])}
         unpruned = export_baseline(
             checkpoint, run.budget, dtype=dtype, backend=backend, plans=plans, out=folder / "bundle",
-            image=run.image, vision_tower=vision_tower,
+            image=run.image, vision_tower=vision_tower, beside=run.bundle,
         )  # fmt: skip
         bundles = ((PRUNED, run), (UNPRUNED, unpruned.select()))
         systems = [System(name, "bundle", each, checkpoint, backend=backend, device=asked) for name, each in bundles]
@@ -74,7 +76,7 @@ def measure(
                 f"{TORCH} {each}, {torchs}",
                 "torch",
                 run,
-                checkpoint,
+                judge or checkpoint,
                 device=torchs,
                 dtype=each,
                 vision_tower=vision_tower,

@@ -1,0 +1,192 @@
+"""The checkpoint that a quantised bundle must compute like: its source, with the weights that the bundle made of it.
+
+Tight parity needs a reference over the very numbers that the engines hold: what rounding did to the weights is no
+mistake of the engines. Values are read from the bundle's files and restated here in NumPy; nothing is shared with what
+rounded and packed them. As stored, of a linear layer's weight NAME [out,in]:
+
+    NAME.int8   I8       [in,out]       NAME.scale  [out], or [in/B,out]: one for B inputs of an output
+    NAME.int4   U8       [in,out/2]     two's complement, an even column in a byte's low four bits; NAME.scale as above
+    NAME.fp8    F8_E4M3  [in,out]       NAME.scale  [out]
+    NAME.fp4    U8       [in,out/2]     E2M1, packed as int4; NAME.block_scale F8_E4M3 [in/16,out], NAME.scale []
+
+The value is q * scale, in fp32, which is exact for scales in fp16 and bf16.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from himap_export.engines.bundle import Bundle
+from himap_export.engines.checkpoint_files import INDEX, stored_tensors
+from himap_export.engines.scratch import scratch_folder
+from himap_export.exporter.checkpoint import read_config
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.validate.checkpoint import Source
+
+Files = Mapping[str, Path]  # where each tensor lies, by name
+HEAD = "lm_head.weight"
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+_VALUES = ("int8", "int4", "fp8", "fp4")  # what holds a weight's numbers; the rest are its scales
+_QUANTISED = ("quantization_config", "compression_config")  # what config.json says of a quantised checkpoint
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a bundle holds as `name`, of the rows `start` to `stop` of a checkpoint's tensor, of all if None; by its
+    `suffixes` the parts of a quantised weight, none: as it is."""
+
+    name: str
+    start: int | None = None
+    stop: int | None = None
+    suffixes: tuple[str, ...] = ()
+
+
+@contextmanager
+def judge_of(bundle: Bundle, source: Source) -> Iterator[Source]:
+    """Yields the checkpoint whose model the bundle must equal: `source`; of quantised weights one in its layout, with
+    the weights that the bundle computes with, which lasts as long as the context. HimapError as `write_dequantised`."""
+    if bundle.manifest.quantization is None:
+        yield source
+        return
+    with scratch_folder("dequantised") as folder:
+        write_dequantised(bundle, source.folder, folder)
+        yield replace(source, folder=folder)
+
+
+def has_original(source: Source) -> bool:
+    """Tells whether a checkpoint holds its weights unrounded: nobody published it quantised."""
+    config = read_config(source.folder)
+    return _plain(config) == config
+
+
+def dequantised(parts: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+    """Returns a weight [out,in] of its `parts` by suffix, int8, uint8 or floats, in the shapes above."""
+    kind = next(suffix for suffix in _VALUES if suffix in parts)
+    q, scale = parts[kind], parts["scale"].astype(np.float32)
+    if kind in ("int4", "fp4"):
+        codes = np.empty((len(q), 2 * q.shape[1]), np.uint8)
+        codes[:, 0::2], codes[:, 1::2] = q % 16, q // 16
+        q = E2M1[codes] if kind == "fp4" else codes.astype(np.float32) - 16 * (codes > 7)
+    if "block_scale" in parts:
+        scale = parts["block_scale"].astype(np.float32) * scale
+    if scale.ndim == 2:
+        scale = scale.repeat(len(q) // len(scale), axis=0)
+    return np.ascontiguousarray((q.astype(np.float32) * scale).T)
+
+
+def write_dequantised(bundle: Bundle, folder: Path, out: Path) -> None:
+    """Writes into the folder `out` what the checkpoint in `folder` holds, one tensor in memory at a time: those of the
+    decoder as the bundle has them, quantised ones in fp32, all others as they are, and links to everything else.
+
+    HimapError (failure) if the disk has no room for it; (usage) if the bundle's weights are inside its engines.
+    """
+    held = {name: t.file for name, t in bundle.tensors.items()}
+    source = {name: t.file for name, t in stored_tensors([folder]).items()}
+    pieces = _pieces(bundle, held)
+    names = [
+        *(name for name in source if name in pieces or not _is_packed(name, pieces)),
+        *(name for name in pieces if name not in source),
+    ]
+    _check_room(bundle, folder, out)
+    index = {name: f"{n:05}.safetensors" for n, name in enumerate(names)}
+    for name, file in index.items():
+        tensor = read_tensor(source, name) if name in source else None
+        for piece in pieces.get(name, ()):
+            tensor = _replaced(tensor, piece, held)
+        assert tensor is not None  # whose name is in neither is in no index
+        save_file({name: tensor.contiguous()}, out / file, {"format": "pt"})
+    (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    config = _plain(read_config(folder))
+    if HEAD in pieces and HEAD not in source:
+        for part in (config, config.get("text_config", {})):
+            part["tie_word_embeddings"] = False
+    (out / "config.json").write_text(json.dumps(config))
+    for entry in folder.iterdir():
+        if entry.suffix != ".safetensors" and entry.name not in (INDEX, "config.json"):
+            (out / entry.name).symlink_to(entry.resolve())
+
+
+def _pieces(bundle: Bundle, held: Files) -> dict[str, list[Piece]]:
+    """Returns what the bundle holds of each of the checkpoint's decoder tensors. A quantised head that is tied to the
+    embedding is a tensor of its own."""
+    wanted = bundle.manifest.graphs[bundle.select().graph_name("decode")].weights
+    pieces = dict[str, list[Piece]]()
+    for name, spec in wanted.items():
+        if not spec.constant:
+            rows = spec.rows
+            whole = Piece(name) if rows is None else Piece(name, rows.start, rows.stop)
+            pieces.setdefault(name if rows is None else rows.tensor, []).append(whole)
+    parts = dict[str, list[str]]()
+    for part in (name for name, spec in wanted.items() if spec.constant):
+        if part not in held:
+            hint = "export it for onnxruntime or openvino, too: such a bundle keeps them beside its engines"
+            raise HimapError(f"{bundle.folder} holds its weights inside its engines", hint=hint, code=Exit.USAGE)
+        name, _, suffix = part.rpartition(".")
+        parts.setdefault(name, []).append(suffix)
+    for name, suffixes in parts.items():
+        fused = re.fullmatch(r"(.+)\[(\d+):(\d+)\]", name)
+        start, stop = (int(fused[2]), int(fused[3])) if fused else (None, None)
+        tensor = fused[1] if fused else HEAD if name in pieces else name
+        pieces.setdefault(tensor, []).append(Piece(name, start, stop, tuple(suffixes)))
+    return pieces
+
+
+def _is_packed(name: str, pieces: Mapping[str, list[Piece]]) -> bool:
+    """Tells whether a checkpoint's tensor is a part of one that it holds quantised: NAME.qweight where the bundle has
+    NAME.weight."""
+    layer, _, kind = name.rpartition(".")
+    return kind != "bias" and f"{layer}.weight" in pieces
+
+
+def _replaced(tensor: Tensor | None, piece: Piece, held: Files) -> Tensor:
+    """Returns the checkpoint's `tensor`, None if it has none of the name, with what the bundle holds in its place: a
+    plain one only if that is another than the checkpoint's, rounded to its type."""
+    own = slice(piece.start, piece.stop)
+    if piece.suffixes:
+        parts = {suffix: read_tensor(held, f"{piece.name}.{suffix}") for suffix in piece.suffixes}
+        # NumPy knows no 8-bit floats and no bf16.
+        arrays = {suffix: (t.float() if t.is_floating_point() else t).numpy() for suffix, t in parts.items()}
+        value = torch.from_numpy(dequantised(arrays))
+    else:
+        value = read_tensor(held, piece.name, own)
+        if tensor is not None and torch.equal(tensor[own].to(value.dtype), value):
+            return tensor
+    if tensor is None or piece.start is None:
+        return value
+    tensor = tensor.float()
+    tensor[own] = value
+    return tensor
+
+
+def read_tensor(files: Files, name: str, rows: slice = slice(None)) -> Tensor:
+    """Returns the tensor `name`; of one that is not there by its own name, `rows` of the one that it is a part of."""
+    found = name if name in files else name.rpartition("[")[0]
+    with safe_open(files[found], "pt") as file:
+        tensor: Tensor = file.get_tensor(found)
+    return tensor if name in files else tensor[rows]
+
+
+def _check_room(bundle: Bundle, folder: Path, out: Path) -> None:
+    packed = (t.nbytes for name, t in bundle.tensors.items() if name.rpartition(".")[2] in _VALUES)
+    needed = 8 * sum(packed) + sum(t.nbytes for t in stored_tensors([folder]).values())  # two 4-bit numbers a byte
+    if needed > (free := shutil.disk_usage(out).free):
+        details = f"it takes up to {needed / 1e9:.1f} GB in {out.parent}, which has {free / 1e9:.1f} GB"
+        raise HimapError(f"no room for the dequantised weights of {bundle.folder}", details, "set TMPDIR")
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a config.json says but for how its checkpoint is quantised."""
+    found = {key: value for key, value in config.items() if key not in _QUANTISED}
+    return {key: _plain(value) if isinstance(value, dict) else value for key, value in found.items()}
