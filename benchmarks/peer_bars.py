@@ -1,5 +1,6 @@
 """What the peers' benchmark must show: ratios within one run, each against its bar; and the floor of a decode step."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,6 +59,7 @@ BARS = (
     *(bar for backend, whole in WHOLE.items() for bar in small_weights(backend, whole)),
     Bar("prefill", "ours-ort-int8-dynamic", "ours-ort-int8-dynamic-unpruned", 0.95, of_ceiling=True),
 )  # fmt: skip
+SIZES = {**BYTES, "int8": 1, "int4": 0.5}
 NOT_CHOSEN = "not chosen"
 FLOOR_BAR = 1.4  # times the memory floor, that a decode step of PRUNED may take
 LOAD_BAR = 3.0  # seconds, that a bundle may take to open the second time
@@ -65,11 +67,12 @@ LOADED = ("ours-ort-fp32", FP32, PRUNED)
 
 
 def decode_bytes(run: RunSpec) -> int:
-    """Returns what a decode step at the end of a full prompt must read: the layers' matrices, the head's, and keys and
-    values of the tokens that each stage keeps. One row of the embedding, norms and biases are left out."""
+    """Returns what a decode step at the end of a full prompt must read: matrices, or what is stored of them where they
+    are quantised, and keys and values of the tokens that each stage keeps. The embedding, which is not the head's
+    matrix, norms and biases are left out."""
     m, spec = run.manifest, run.manifest.decoder
-    layer = spec.hidden * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads) + 3 * spec.hidden * spec.ffn
-    weights = (spec.layers * layer + spec.hidden * spec.vocab) * BYTES[m.dtype]
+    stored = [w for w in run.graph("decode").weights.values() if w.constant or len(w.shape) == 2]
+    weights = int(sum(SIZES[w.dtype] * math.prod(w.shape) for w in stored)) - spec.vocab * spec.hidden * BYTES[m.dtype]
     costs = stage_costs(spec, run.plan, run.budget, m.dtype)
     held = zip(costs, run.budget.total, run.budget.capacity, strict=True)
     return weights + sum(cost.kv_bytes * tokens // capacity for cost, tokens, capacity in held)

@@ -55,9 +55,10 @@ def export(model: Path, out: Path, form: Form) -> None:
         asked |= {"quantize": form.quantize, "quantize_head": form.head}
     if form.quantize == "int4":
         asked["block"] = BLOCK
+    linked = form.dtype == "fp32" and not form.quantize
     hx.export(
         model, out=out, overwrite=True, progress=partial(print, file=sys.stderr), backend=form.backend,
-        dtype=form.dtype, text_budget=TEXT, max_new_tokens=64, hard_link=form.dtype == "fp32", **asked,
+        dtype=form.dtype, text_budget=TEXT, max_new_tokens=64, hard_link=linked, **asked,
     )  # fmt: skip
 
 
