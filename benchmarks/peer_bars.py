@@ -1,15 +1,16 @@
 """What the peers' benchmark must show: ratios within one run, each against its bar; and the floor of a decode step."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from peer_systems import FAST_BF16, OVER
+
 from himap_export.engines.bundle import RunSpec
 from himap_export.graphs.flops import BYTES, stage_costs
 from himap_export.validate.speed.benchmark import Times, ratios
-
-FAST_BF16 = ("amx_bf16", "avx512_bf16")  # CPU features: without one of them bf16 is computed in fp32
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,22 @@ class Bar:
 
 
 PRUNED, FP32 = "ours-ov-bf16", "ours-ov-fp32"
+WHOLE = {"ours-ort": "ours-ort-fp32", "ours-ov": f"ours-ov-{OVER}"}  # in 16 or 32 bits, by backend
+
+
+def small_weights(backend: str, whole: str) -> Iterator[Bar]:
+    """Yields the bars of a backend's quantised weights. Peers quantise the head, too: so does who is beside them."""
+    int4, head = f"{backend}-int4", f"{backend}-int4-head"
+    for each in (int4, head):
+        yield Bar("decode", each, whole, 2.5)
+        yield Bar("prefill", each, whole, 1 / 1.1)
+    for peer in ("llama-q4_0", "ortgenai-int4", "optimum-int4", "genai-int4"):
+        yield Bar("decode", head, peer, 1)
+    yield Bar("decode", f"{backend}-int8", "llama-q8_0", 1)
+    for each in (f"{backend}-int8", int4, head):
+        yield Bar("prefill", each, f"{each}-unpruned", 0.95, of_ceiling=True)
+
+
 BARS = (
     Bar("prefill", PRUNED, "torch-bf16", 3),
     Bar("prefill", PRUNED, f"{PRUNED}-unpruned", 0.97, of_ceiling=True),
@@ -39,7 +56,10 @@ BARS = (
     ),
     Bar("prefill", FP32, "ours-ort-fp32", 1.3),
     Bar("prefill", FP32, "torch-fp32", 2.4),
+    *(bar for backend, whole in WHOLE.items() for bar in small_weights(backend, whole)),
+    Bar("prefill", "ours-ort-int8-dynamic", "ours-ort-int8-dynamic-unpruned", 0.95, of_ceiling=True),
 )  # fmt: skip
+SIZES = {**BYTES, "int8": 1, "int4": 0.5}
 NOT_CHOSEN = "not chosen"
 FLOOR_BAR = 1.4  # times the memory floor, that a decode step of PRUNED may take
 LOAD_BAR = 3.0  # seconds, that a bundle may take to open the second time
@@ -47,11 +67,12 @@ LOADED = ("ours-ort-fp32", FP32, PRUNED)
 
 
 def decode_bytes(run: RunSpec) -> int:
-    """Returns what a decode step at the end of a full prompt must read: the layers' matrices, the head's, and keys and
-    values of the tokens that each stage keeps. One row of the embedding, norms and biases are left out."""
+    """Returns what a decode step at the end of a full prompt must read: matrices, or what is stored of them where they
+    are quantised, and keys and values of the tokens that each stage keeps. The embedding, which is not the head's
+    matrix, norms and biases are left out."""
     m, spec = run.manifest, run.manifest.decoder
-    layer = spec.hidden * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads) + 3 * spec.hidden * spec.ffn
-    weights = (spec.layers * layer + spec.hidden * spec.vocab) * BYTES[m.dtype]
+    stored = [w for w in run.graph("decode").weights.values() if w.constant or len(w.shape) == 2]
+    weights = int(sum(SIZES[w.dtype] * math.prod(w.shape) for w in stored)) - spec.vocab * spec.hidden * BYTES[m.dtype]
     costs = stage_costs(spec, run.plan, run.budget, m.dtype)
     held = zip(costs, run.budget.total, run.budget.capacity, strict=True)
     return weights + sum(cost.kv_bytes * tokens // capacity for cost, tokens, capacity in held)
@@ -129,7 +150,7 @@ def verdicts(results: Results) -> Iterator[Verdict]:
             found / unit for found in ratios(results.times[bar.fast], results.times[bar.slow], bar.phase)
         )
         share = f" of the {unit:.2f}x that FLOPs promise" if bar.of_ceiling else "x"
-        told = f"{middle:.2f}{share} ({low:.2f} to {high:.2f}), the bar is {bar.least}"
+        told = f"{middle:.2f}{share} ({low:.2f} to {high:.2f}), the bar is {bar.least:.3g}"
         yield Verdict(what, middle >= bar.least, told)
     if why := results.inapplicable(PRUNED):
         yield Verdict(f"decode, {PRUNED}", None, why)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from prefill import TEXT, write_model
 
@@ -21,19 +22,43 @@ from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import Dtype
 
 WORKERS = Path(__file__).parent / "peer_workers"
+BLOCK = 32  # inputs that share a scale in int4, as in the peers' defaults
 PRUNED = {"k1": 2, "k2": 8, "r1": 0.5, "r2": 0.75}
+Quantized = Literal["", "int8", "int4", "int8-dynamic"]
 Words = list[Path | str]
 MISSING = "`make peers-env` makes the peers' environment"
 ENVIRONMENT = Path(__file__).parents[1] / ".peers-venv"
 
 
-def export(model: Path, out: Path, backend: str, dtype: Dtype, pruned: bool) -> None:
+@dataclass(frozen=True)
+class Form:
+    """How our bundle is exported: `dtype` is the model's, `quantize` the kind of its quantised weights, "" for none;
+    `head`: whether the head is one of them."""
+
+    backend: str
+    dtype: Dtype
+    pruned: bool
+    quantize: Quantized = ""
+    head: bool = False
+
+    @property
+    def folder(self) -> str:
+        weights = f"-{self.quantize}{'-head' * self.head}" if self.quantize else ""
+        return f"ours-{self.backend}-{self.dtype}{weights}-{'pruned' if self.pruned else 'unpruned'}"
+
+
+def export(model: Path, out: Path, form: Form) -> None:
     import himap_export as hx
 
-    asked: hx.ExportOptions = dict(PRUNED) if pruned else {"policy": "none"}
+    asked: hx.ExportOptions = dict(PRUNED) if form.pruned else {"policy": "none"}
+    if form.quantize:
+        asked |= {"quantize": form.quantize, "quantize_head": form.head}
+    if form.quantize == "int4":
+        asked["block"] = BLOCK
+    linked = form.dtype == "fp32" and not form.quantize
     hx.export(
-        model, out=out, overwrite=True, progress=partial(print, file=sys.stderr), backend=backend, dtype=dtype,
-        text_budget=TEXT, max_new_tokens=64, hard_link=dtype == "fp32", **asked,
+        model, out=out, overwrite=True, progress=partial(print, file=sys.stderr), backend=form.backend,
+        dtype=form.dtype, text_budget=TEXT, max_new_tokens=64, hard_link=linked, **asked,
     )  # fmt: skip
 
 
@@ -57,31 +82,47 @@ class Models:
         """Returns the folder of the random LLaVA."""
         return self._made("model", lambda out: isolated("writing the model", {}, write_model, out))
 
-    def bundle(self, backend: str, dtype: Dtype, pruned: bool) -> RunSpec:
+    def bundle(self, form: Form) -> RunSpec:
         """Returns one of our bundles, exported by this process; HimapError as of `himap_export.export`."""
-        out = self.work / f"ours-{backend}-{dtype}-{'pruned' if pruned else 'unpruned'}"
+        out = self.work / form.folder
         if out not in self.exported:
-            isolated(f"exporting {out.name}", {}, export, self.checkpoint(), out, backend, dtype, pruned)
+            isolated(f"exporting {out.name}", {}, export, self.checkpoint(), out, form)
             self.exported[out] = Bundle.open(out, verify=False).select()
         return self.exported[out]
 
-    def openvino(self, family: str) -> Path:
-        """Returns optimum-intel's export of "llava" or "qwen2_vl", fp32."""
+    def openvino(self, family: str, weights: str) -> Path:
+        """Returns optimum-intel's export of "llava" or "qwen2_vl" with fp32 or int4 weights, by its own defaults."""
         tool: Words = [self.environment / "bin" / "optimum-cli", "export", "openvino", "--model"]
-        tool += [self._checkpoints() / family, "--task", "image-text-to-text", "--weight-format", "fp32"]
-        return self._tool(f"openvino-{family}", tool)
+        tool += [self._checkpoints() / family, "--task", "image-text-to-text", "--weight-format", weights]
+        return self._tool(f"openvino-{family}{'' if weights == 'fp32' else f'-{weights}'}", tool)
 
-    def onnxruntime_genai(self, precision: str) -> Path:
-        """Returns what its model builder makes of the decoder in a precision of the builder's."""
+    def onnxruntime_genai(self, precision: str, checkpoint: Path | None = None) -> Path:
+        """Returns what its model builder makes of a checkpoint, the decoder's if None, in a precision of its own."""
         tool: Words = [self.python, WORKERS / "ort_model.py", "-e", "cpu", "-p", precision, "-i"]
-        tool += [self._checkpoints() / "llama", "-c", self.work / "builder-cache", "-o"]
-        return self._tool(f"onnxruntime-genai-{precision}", tool)
+        tool += [checkpoint or self._checkpoints() / "llama", "-c", self.work / "builder-cache", "-o"]
+        return self._tool(f"onnxruntime-genai-{f'{checkpoint.name}-' if checkpoint else ''}{precision}", tool)
 
     def gguf(self, precision: str) -> Path:
-        """Returns the decoder in llama.cpp's format, fp32 or bf16."""
-        kind = {"fp32": "F32", "bf16": "BF16"}[precision]
-        checkpoint = self._checkpoints() / "llama"
-        return self._tool(f"decoder-{precision}.gguf", [self.python, WORKERS / "gguf_file.py", checkpoint, kind])
+        """Returns the decoder in llama.cpp's format: fp32 or bf16; q4_0 or q8_0, by its own quantiser's defaults, which
+        leave the head in 6 or 8 bits."""
+        name = f"decoder-{precision}.gguf"
+        if kind := {"fp32": "F32", "bf16": "BF16"}.get(precision):
+            return self._tool(name, [self.python, WORKERS / "gguf_file.py", self._checkpoints() / "llama", kind])
+        whole, quantiser = self.gguf("fp32"), self.environment / "bin" / "llama-quantize"
+        return self._made(name, lambda out: self._run(name, [quantiser, whole, out, precision.upper()]))
+
+    def random_gguf(self, config: Path) -> Path:
+        """Returns a LLaMA of random weights in llama.cpp's Q4_0, of the sizes in `config`."""
+        return self._tool("random-q4_0.gguf", [self.python, WORKERS / "random_llama.py", config, "q4_0"])
+
+    def random_onnxruntime_genai(self, config: Path) -> Path:
+        """Returns what onnxruntime-genai's model builder makes of random int4 weights, of the sizes in `config`: in
+        AWQ's form, as the builder rounds no model that is larger than the memory."""
+        checkpoint = self._tool("random-awq", [self.python, WORKERS / "random_llama.py", config, "awq"])
+        try:
+            return self.onnxruntime_genai("int4", checkpoint)
+        finally:
+            shutil.rmtree(checkpoint)
 
     def _checkpoints(self) -> Path:
         return self._tool("checkpoints", [self.python, WORKERS / "checkpoints.py", self.checkpoint()])

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn, Protocol
 
-from peer_models import MISSING, WORKERS, Models
+from peer_models import MISSING, WORKERS, Form, Models, Quantized
 
 from himap_export.engines.isolation import child
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import Dtype
+from himap_export.validate.report.machine import cpu_and_features
 from himap_export.validate.speed import benchmark
 
 PROMPT, STEPS = 35 + 576 + 135, benchmark.DECODE_STEPS
@@ -30,45 +31,63 @@ Kind = Literal["ours", "torch", "openvino_export", "openvino_vlm", "ort_genai", 
 
 @dataclass(frozen=True)
 class Compared:
-    """A system by the `key` that users choose it with. `backend` of ours; `family` of what OpenVINO GenAI runs;
-    `removed`: percent of the image tokens that CDPruner removes."""
+    """A system by the `key` that users choose it with. `form` of ours; `family` of what OpenVINO GenAI runs; `removed`:
+    percent of the image tokens that CDPruner removes."""
 
     key: str
     name: str
     kind: Kind
     dtype: str
-    backend: str = ""
-    pruned: bool = False
+    form: Form | None = None
     family: str = "llava"
     removed: int = 0
 
 
-def _ours(backend: str, dtype: str) -> tuple[Compared, Compared]:
-    short = {"onnxruntime": "ort", "openvino": "ov"}[backend]
-    pruned = Compared(f"ours-{short}-{dtype}", f"ours, {backend} {dtype}, pruned", "ours", dtype, backend, pruned=True)
-    return pruned, Compared(f"{pruned.key}-unpruned", f"ours, {backend} {dtype}, unpruned", "ours", dtype, backend)
+def _ours(key: str, backend: str, dtype: Dtype, quantize: Quantized = "", head: bool = False) -> Iterator[Compared]:
+    """Yields our bundle of a form, pruned and not."""
+    what = f"{quantize} over {dtype}{', head too' * head}" if quantize else dtype
+    for pruned in (True, False):
+        word = "pruned" if pruned else "unpruned"
+        form = Form(backend, dtype, pruned, quantize, head)
+        yield Compared(f"{key}{'' if pruned else '-unpruned'}", f"ours, {backend} {what}, {word}", "ours", dtype, form)
 
 
+def _quantized(key: str, backend: str, dtype: Dtype) -> Iterator[Compared]:
+    for kind in ("int8", "int4"):
+        yield from _ours(f"{key}-{kind}", backend, dtype, kind)
+    yield from _ours(f"{key}-int4-head", backend, dtype, "int4", head=True)
+
+
+FAST_BF16 = ("amx_bf16", "avx512_bf16")  # CPU features: without one of them bf16 is computed in fp32
+# What OpenVINO computes in, over quantised weights.
+OVER: Dtype = "bf16" if set(FAST_BF16) & set(cpu_and_features(Path("/proc/cpuinfo"))[1].split(", ")) else "fp32"
 SYSTEMS = (
-    *_ours("onnxruntime", "fp32"),
-    *_ours("openvino", "fp32"),
-    *_ours("openvino", "bf16"),
+    *_ours("ours-ort-fp32", "onnxruntime", "fp32"),
+    *_ours("ours-ov-fp32", "openvino", "fp32"),
+    *_ours("ours-ov-bf16", "openvino", "bf16"),
+    *_quantized("ours-ort", "onnxruntime", "fp32"),
+    *_ours("ours-ort-int8-dynamic", "onnxruntime", "fp32", "int8-dynamic"),
+    *_quantized("ours-ov", "openvino", OVER),
     Compared("torch-fp32", "PyTorch SDPA fp32", "torch", "fp32"),
     Compared("torch-bf16", "PyTorch SDPA bf16", "torch", "bf16"),
     Compared("optimum-fp32", "optimum-intel's export in OpenVINO, fp32", "openvino_export", "fp32"),
     Compared("optimum-bf16", "optimum-intel's export in OpenVINO, bf16", "openvino_export", "bf16"),
+    Compared("optimum-int4", "optimum-intel's export in OpenVINO, int4", "openvino_export", "int4"),
     Compared("genai-fp32", "OpenVINO GenAI fp32", "openvino_vlm", "fp32"),
     Compared("genai-bf16", "OpenVINO GenAI bf16", "openvino_vlm", "bf16"),
+    Compared("genai-int4", "OpenVINO GenAI int4", "openvino_vlm", "int4"),
     Compared("qwen-bf16", "OpenVINO GenAI bf16, Qwen2-VL", "openvino_vlm", "bf16", family="qwen2_vl"),
     # 62 % at once is 216 image tokens a layer, as 576, 288 and 72 are on average over our 2, 6 and 8 layers.
     Compared(
         "cdpruner-bf16", "OpenVINO GenAI bf16, Qwen2-VL, CDPruner", "openvino_vlm", "bf16", family="qwen2_vl",
-        pruned=True, removed=62,
+        removed=62,
     ),
     Compared("ortgenai-fp32", "onnxruntime-genai fp32", "ort_genai", "fp32"),
     Compared("ortgenai-int4", "onnxruntime-genai int4", "ort_genai", "int4"),
     Compared("llama-fp32", "llama.cpp fp32", "llama", "fp32"),
     Compared("llama-bf16", "llama.cpp bf16", "llama", "bf16"),
+    Compared("llama-q8_0", "llama.cpp Q8_0", "llama", "q8_0"),
+    Compared("llama-q4_0", "llama.cpp Q4_0", "llama", "q4_0"),
 )  # fmt: skip
 
 
@@ -105,26 +124,26 @@ def running(system: Compared, models: Models, threads: int) -> Iterator[Running]
 
 def _prepared(system: Compared, models: Models, threads: int) -> Callable[[], AbstractContextManager[Running]]:
     """Makes what a system needs and returns what opens it."""
-    log = models.work / f"{system.key}.log"
     if system.kind in ("ours", "torch"):
         timed, limits = _timed(system, models), QUIET | {"OMP_NUM_THREADS": str(threads)}
         return lambda: child(f"timing {system.key}", limits, benchmark._doing, timed, threads)
     if system.kind == "llama":
-        program = [models.llama_bench, "-m", models.gguf(system.dtype), "-t", threads, "-r", 1, "-o", "json"]
-        return lambda: nullcontext(LlamaBench([str(word) for word in program], log))
-    made = models.onnxruntime_genai(system.dtype) if system.kind == "ort_genai" else models.openvino(system.family)
-    task = {"folder": str(made), "precision": system.dtype, "threads": threads, "prompt": PROMPT, "steps": STEPS}
-    words = [str(models.python), str(WORKERS / f"{system.kind}.py"), json.dumps(task | {"pruned": system.removed})]
-    return lambda: worker(system.key, words, log)
+        gguf = models.gguf(system.dtype)
+        return lambda: nullcontext(llama_bench(system.key, models, gguf, threads))
+    if system.kind == "ort_genai":
+        made = models.onnxruntime_genai(system.dtype)
+    else:
+        made = models.openvino(system.family, "int4" if system.dtype == "int4" else "fp32")
+    task = {"folder": str(made), "precision": system.dtype, "threads": threads, "pruned": system.removed}
+    return lambda: peer(system.key, system.kind, models, task)
 
 
 def _timed(system: Compared, models: Models) -> benchmark.System:
     """Returns what `validate/speed` times. PyTorch takes its prompt from a bundle: the one that is always there."""
-    dtype: Dtype = "bf16" if system.dtype == "bf16" else "fp32"
-    if system.kind == "ours":
-        run = models.bundle(system.backend, dtype, system.pruned)
-        return benchmark.System(system.name, "bundle", run, models.checkpoint(), backend=system.backend, device="cpu")
-    run = models.bundle("onnxruntime", "fp32", pruned=True)
+    if form := system.form:
+        run = models.bundle(form)
+        return benchmark.System(system.name, "bundle", run, models.checkpoint(), backend=form.backend, device="cpu")
+    run, dtype = models.bundle(Form("onnxruntime", "fp32", pruned=True)), "bf16" if system.dtype == "bf16" else "fp32"
     return benchmark.System(system.name, "torch", run, models.checkpoint(), device="cpu", dtype=dtype)
 
 
@@ -159,6 +178,12 @@ class Worker:
 
     def _died(self) -> NoReturn:
         raise HimapError(f"{self._name} died", f"exit code {self._process.wait()}", f"see {self._log}")
+
+
+def peer(key: str, kind: str, models: Models, task: Mapping[str, object]) -> AbstractContextManager[Worker]:
+    """Returns what opens a peer that has a worker; `task` is its `Task` but for the sizes, which are everybody's."""
+    words = [models.python, WORKERS / f"{kind}.py", json.dumps({**task, "prompt": PROMPT, "steps": STEPS})]
+    return worker(key, [str(word) for word in words], models.work / f"{key}.log")
 
 
 @contextmanager
@@ -212,6 +237,11 @@ class LlamaBench:
         if process.returncode:
             raise HimapError("llama-bench failed", f"exit code {process.returncode}", f"see {self._log}")
         return text
+
+
+def llama_bench(key: str, models: Models, gguf: Path, threads: int) -> LlamaBench:
+    program = (models.llama_bench, "-m", gguf, "-t", threads, "-r", 1, "-o", "json")
+    return LlamaBench([str(word) for word in program], models.work / f"{key}.log")
 
 
 def llama_seconds(output: str) -> float:

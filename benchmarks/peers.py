@@ -23,7 +23,6 @@ from peer_models import ENVIRONMENT, Models
 from peer_systems import DECODE, MEMORY, OPENED, PREFILL, QUIET, SYSTEMS, Compared, Running, alone, running
 from prefill import work_folder
 
-from himap_export.engines.bundle import RunSpec
 from himap_export.engines.isolation import child
 from himap_export.graphs.errors import HimapError
 from himap_export.validate.report.machine import cpu_and_features
@@ -181,7 +180,7 @@ def report(args: argparse.Namespace, models: Models) -> None:
     print(f"{cpu}, {args.threads} threads; {features}")
     systems = chosen(args.systems)
     times, read, missing = measured(systems, models, count=args.rounds, warm_up=args.warm_up, threads=args.threads)
-    ours = {s.key: _run(s, models) for s in systems if s.kind == "ours" and s.key in times}
+    ours = {s.key: models.bundle(s.form) for s in systems if s.form and s.key in times}
     found = {key: peer_bars.decode_bytes(run) for key, run in ours.items()}
     promised = next((ceiling(run) for run in ours.values() if run.plan.cuts), 0.0)
     results = peer_bars.Results(
@@ -205,10 +204,6 @@ def report(args: argparse.Namespace, models: Models) -> None:
     if args.plot and times:
         plot(times, f"{cpu}, {args.threads} threads", args.plot)
     print(json.dumps(results_json(results, cpu, args.threads)))
-
-
-def _run(system: Compared, models: Models) -> RunSpec:
-    return models.bundle(system.backend, "bf16" if system.dtype == "bf16" else "fp32", system.pruned)
 
 
 def main() -> None:

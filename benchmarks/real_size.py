@@ -176,11 +176,15 @@ def disk_speeds(file: Path, scratch: Path) -> tuple[float, float]:
     return size / (hashed - start), size / (copied - hashed)
 
 
-def report(phases: list[Phase], total: float, bound: float, bare: int, form: str = "shared") -> dict[str, object]:
-    """Prints the table and the bars; the same as an object."""
+def print_phases(phases: list[Phase]) -> None:
     print(f"{'phase':10}{'seconds':>9}{'anonymous':>13}{'resident':>13}")
     for p in phases:
         print(f"{p.name:10}{p.seconds:9.1f}{p.anonymous / 2**30:9.2f} GiB{p.resident / 2**30:9.2f} GiB")
+
+
+def report(phases: list[Phase], total: float, bound: float, bare: int, form: str = "shared") -> dict[str, object]:
+    """Prints the table and the bars; the same as an object."""
+    print_phases(phases)
     peak = max(p.resident for p in phases) - bare
     unhashed = total - next(p.seconds for p in phases if p.name == "digest")
     print(f"{'command':10}{total:9.1f}   lower bound {bound:.1f} s: its bytes hashed, and copied or linked")

@@ -12,6 +12,7 @@ from commands import Workshop
 
 from himap_export.engines.bundle import Bundle
 from himap_export.graphs.errors import HimapError
+from himap_export.graphs.quantization import linear_shapes
 from himap_export.validate.speed.benchmark import Times
 
 MODERN = "avx512f, amx_bf16"
@@ -75,6 +76,21 @@ def test_bars_are_met_or_not_by_ratios_within_a_round() -> None:
     assert told["prefill, ours-ov-fp32 over torch-fp32"].found == "ours-ov-fp32: not chosen"
 
 
+def test_small_weights_have_bars_in_each_backend() -> None:
+    """The head of both sides is quantised where peers are beside us."""
+    ran = [times("ours-ort-fp32", 1.0, 0.05), times("llama-q4_0", 2.0, 0.02), times("ours-ort-int4", 1.05, 0.02)]
+    ran += [times("ours-ort-int4-head", 1.2, 0.019), times("ours-ort-int4-head-unpruned", 2.3, 0.02)]
+    told = found(results(*ran))
+    assert (
+        told["decode, ours-ort-int4 over ours-ort-fp32"].met and told["decode, ours-ort-int4-head over llama-q4_0"].met
+    )
+    assert told["prefill, ours-ort-int4 over ours-ort-fp32"].met
+    slow = told["prefill, ours-ort-int4-head over ours-ort-fp32"]
+    assert slow.met is False and slow.found == "0.83x (0.83 to 0.83), the bar is 0.909"
+    assert told["prefill, ours-ort-int4-head over ours-ort-int4-head-unpruned"].met
+    assert told["decode, ours-ov-int4-head over genai-int4"].met is None
+
+
 @pytest.mark.parametrize(("unpruned", "met"), [(0.195, True), (0.19, False)])
 def test_the_ceiling_is_what_flops_promise(unpruned: float, met: bool) -> None:
     told = found(results(times("ours-ov-bf16", 0.1, 0.03), times("ours-ov-bf16-unpruned", unpruned, 0.03)))
@@ -102,6 +118,21 @@ def test_a_decode_step_reads_matrices_and_kept_keys_and_values(work: Workshop) -
     layers = (len(range(*edge)) for edge in _edges([cut.layer for cut in run.plan.cuts], spec.layers))
     cached = sum(n * 2 * spec.kv_heads * spec.head_dim * s for n, s in zip(layers, budget.total, strict=True))
     assert run.manifest.dtype == "fp32" and peer_bars.decode_bytes(run) == 4 * (numbers + budget.batch * cached)
+
+
+@pytest.mark.parametrize(("flags", "bits"), [(("int4", "--block", 32), 4 + 32 / 32), (("int8",), 8)])
+def test_a_decode_step_reads_quantised_matrices_as_they_are_stored(
+    work: Workshop, flags: tuple[str | int, ...], bits: float
+) -> None:
+    """Scales are fp32, of 32 inputs or of all; the head and the caches stay what they are."""
+    plan = ("--k1", 1, "--k2", 3, "--r1", 0.5, "--r2", 0.5)
+    plain, small = (Bundle.open(work.bundle("mha", *plan, *more)).select() for more in ((), ("--quantize", *flags)))
+    sizes = linear_shapes(small.manifest.decoder).items()
+    layers = [shape for name, shape in sizes if name != "lm_head.weight"]
+    outs, numbers = sum(out for out, _ in layers), sum(out * wide for out, wide in layers)
+    scales = 0 if flags[0] == "int4" else 4 * outs
+    saved = peer_bars.decode_bytes(plain) - peer_bars.decode_bytes(small)
+    assert saved == 4 * numbers - numbers * bits / 8 - scales
 
 
 def _edges(cuts: list[int], last: int) -> list[tuple[int, int]]:

@@ -4,13 +4,14 @@ import numpy as np
 import openvino as ov
 from serving import Phases, Task, clock, serve
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+# Over weights in int4 it is OpenVINO's own choice.
+PRECISIONS = {"fp32": {"INFERENCE_PRECISION_HINT": "f32"}, "bf16": {"INFERENCE_PRECISION_HINT": "bf16"}, "int4": {}}
 
 
 def opened(task: Task) -> Phases:
     core = ov.Core()
     settings = {
-        "INFERENCE_PRECISION_HINT": PRECISIONS[task.precision],
+        **PRECISIONS[task.precision],
         "INFERENCE_NUM_THREADS": task.threads,
         "PERFORMANCE_HINT": "LATENCY",
         "CACHE_DIR": str(task.folder / f"cache-{task.precision}"),

@@ -12,7 +12,8 @@ import openvino as ov
 import openvino_genai as genai
 from serving import Phases, Task, serve
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+# Over weights in int4 it is OpenVINO's own choice.
+PRECISIONS = {"fp32": {"INFERENCE_PRECISION_HINT": "f32"}, "bf16": {"INFERENCE_PRECISION_HINT": "bf16"}, "int4": {}}
 # Of the image that makes 576 tokens, and how many tokens its frame takes: LLaVA a line break, Qwen its start and end.
 IMAGES = {"llava": (336, 1), "qwen2_vl": (672, 2)}
 
@@ -22,7 +23,7 @@ def opened(task: Task) -> Phases:
     if task.pruned and family == "llava":
         raise ValueError("VLMPipeline does not prune LLaVA")
     settings = {
-        "INFERENCE_PRECISION_HINT": PRECISIONS[task.precision],
+        **PRECISIONS[task.precision],
         "INFERENCE_NUM_THREADS": task.threads,
         "CACHE_DIR": str(task.folder / f"cache-{task.precision}"),
     }
