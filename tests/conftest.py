@@ -1,5 +1,7 @@
 """Fixtures that every room's tests share."""
 
+import functools
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from vision_cache import remembering
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test talks to the hub
 
+gc.freeze()  # what is imported stays: no collection need look at it
 torch.set_num_threads(1)  # pytest-xdist's workers share the cores; more threads on models this small only wait
 logging.getLogger("torch.__trace").propagate = False  # thousands of lines of the exporter's own under every failure
 
@@ -40,9 +43,13 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _vision_graphs(work: Workshop) -> Iterator[None]:
-    """Commands called in this process make each vision graph once."""
+    """Commands called in this process make each vision graph once, and list what PyTorch's exporter knows once."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
     from himap_export.exporter import vision
 
     with pytest.MonkeyPatch.context() as patch:
+        known = functools.cache(ONNXRegistry.from_torchlib)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(known))
         patch.setattr(vision, "vision_graph", remembering(vision.vision_graph, work.folder))
         yield
