@@ -15,7 +15,6 @@ from vision_cache import remembering
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test talks to the hub
 
-gc.freeze()  # what is imported stays: no collection need look at it
 torch.set_num_threads(1)  # pytest-xdist's workers share the cores; more threads on models this small only wait
 logging.getLogger("torch.__trace").propagate = False  # thousands of lines of the exporter's own under every failure
 
@@ -39,6 +38,14 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands called in this process take all cores unless told otherwise, and leave PyTorch with as many threads."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_stay() -> Iterator[None]:
+    """No collection looks at what has been imported, until the end: extension modules complain of what is left then."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
