@@ -1,5 +1,7 @@
 """Fixtures that every room's tests share."""
 
+import functools
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -39,10 +41,22 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _imports_stay() -> Iterator[None]:
+    """No collection looks at what has been imported, until the end: extension modules complain of what is left then."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _vision_graphs(work: Workshop) -> Iterator[None]:
-    """Commands called in this process make each vision graph once."""
+    """Commands called in this process make each vision graph once, and list what PyTorch's exporter knows once."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
     from himap_export.exporter import vision
 
     with pytest.MonkeyPatch.context() as patch:
+        known = functools.cache(ONNXRegistry.from_torchlib)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(known))
         patch.setattr(vision, "vision_graph", remembering(vision.vision_graph, work.folder))
         yield

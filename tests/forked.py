@@ -64,6 +64,7 @@ for line in sys.stdin.buffer:
     if not child:
         serve(json.loads(line))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(0)
 """
 
 

@@ -1,5 +1,6 @@
 """polygraphy itself judges what we save: it runs each ONNX file of a bundle alone, on our inputs, and compares."""
 
+import itertools
 import re
 import subprocess
 from collections.abc import Mapping
@@ -35,7 +36,8 @@ class Saved:
     def run(self, command: str, graph: str) -> subprocess.CompletedProcess[str]:
         """A command of the page, on this bundle's `graph` in the place of k1."""
         words = re.sub(r"\bk1\b", graph, command).replace("BUNDLE", str(self.bundle)).split()
-        return spawn(*words, folder=self.folder, COLUMNS="1000")
+        variables = dict(word.split("=", 1) for word in itertools.takewhile(str.isupper, words))
+        return spawn(*words[len(variables) :], folder=self.folder, COLUMNS="1000", **variables)
 
 
 def of_the_page(*words: str) -> str:
@@ -75,7 +77,7 @@ def test_polygraphy_finds_every_graph_to_do_what_the_chain_did(golden: Saved) ->
 
 def test_himap_validate_writes_both(work: Workshop, tmp_path: Path) -> None:
     saved = Saved(work.bundle("golden", "--policy", "random"), {}, tmp_path)
-    done = saved.run(of_the_page("himap-validate"), "k1")
+    done = saved.run(of_the_page("himap-validate") + " --prompts 2 --threads 1", "k1")
     assert done.returncode == 0, done.stderr
     graphs = list(Bundle.open(saved.bundle).select().variant.graphs.values())
     for side in ("in", "out"):
