@@ -18,9 +18,11 @@ from himap_export.exporter.quantize.ready_linear import Floats, ReadyLinear
 from himap_export.exporter.quantize.rounding import Quantised
 from himap_export.exporter.store import held_back
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.ports import LinearForm, TensorSpec
+from himap_export.graphs.ports import Kind, LinearForm, TensorSpec
 from himap_export.graphs.quantization import linear_shapes
 from himap_export.graphs.spec import DecoderSpec, Dtype
+
+_LARGEST: Mapping[Kind, int] = {"int4": 8, "int8": 128, "fp8": 448}  # numbers of each kind
 
 
 def take_over(
@@ -72,12 +74,13 @@ def _in_words(form: LinearForm) -> str:
 
 def taken(linear: ReadyLinear, dtype: Dtype) -> Quantised:
     """Returns the parts of a layer that has a form, its scales in `dtype`; `error`: what that took from them, 0 if it
-    holds them. HimapError (usage) for a scale that does not fit `dtype`."""
+    holds them. HimapError (usage) for a scale that does not fit `dtype`, or a number times it."""
     assert linear.form is not None
     values, scales = linear.values(), linear.block_scales()
     stored = as_stored(scales, dtype)
     held = as_numbers(stored, dtype).astype(np.float32)
-    if not_finite(stored.reshape(-1), dtype) or (held == 0).any(where=scales != 0):
+    largest = as_stored(held.astype(np.float64) * _LARGEST[linear.form.kind], dtype)
+    if not_finite(largest.reshape(-1), dtype) or (held == 0).any(where=scales != 0):
         hint = "export with another `dtype`"
         raise HimapError(f"a scale of {linear.name[:200]} does not fit {dtype}", hint=hint, code=Exit.USAGE)
     error = 0.0 if np.array_equal(held, scales) else _error(values, scales, held)
