@@ -291,6 +291,10 @@ def test_fp8_with_a_scale_of_its_activations(tmp_path: Path) -> None:
     assert linear.values().dtype == ml_dtypes.float8_e4m3fn
     np.testing.assert_array_equal(held(linear), wanted)
     np.testing.assert_array_equal(multiplied(linear), wanted)
+    stored = taken(linear, "fp16")
+    assert (stored.parts["input_scale"], stored.error) == (0.25, 0) and stored.parts["scale"].dtype == np.float32
+    np.testing.assert_array_equal(stored.parts["fp8"].view(ml_dtypes.float8_e4m3fn), linear.values())
+    np.testing.assert_array_equal(stored.parts["scale"], np.full(48, 0.01171875))
     for scale, words, code in ((np.nan, "not finite", Exit.FAILURE), (0.0, "of activations is 0", Exit.USAGE)):
         parts["input_scale"] = torch.tensor(scale)
         said = plain("float-quantized", {"type": "float", "strategy": "tensor"}, inputs)
