@@ -50,7 +50,7 @@ WHY = {
     "awq": "zero points taken off, which makes 4 bits 8",
     "gptq in order of activation": "scales in order of activation",
     "W8A16 with zero points": "zero points of 8 bits", "fp8, dynamic": "fp8 without a stored scale of activations",
-    "fp8": "{backend} has no fp8 weights",
+    "fp8": "{backend} computes on no fp8",
 }  # fmt: skip
 
 
@@ -140,16 +140,6 @@ def test_layers_of_each_own_form(work: Workshop, tmp_path: Path) -> None:
     check_answers(bundle.folder, tmp_path / "plain", make_inputs(work.tiny("gqa2"), [9], [5]))
 
 
-def test_scales_that_the_dtype_rounds(work: Workshop, tmp_path: Path) -> None:
-    """AWQ's scales are fp16: bf16 has fewer digits, and the manifest says what that takes."""
-    made = write_awq(work.checkpoint("mqa4"), tmp_path / "made", symmetric=True)
-    bundle = export(tmp_path / "made", tmp_path / "bundle", "--dtype", "bf16", backend="openvino")
-    found = held(bundle)
-    for name, weight in bundle.manifest.quantised().items():
-        error = np.sqrt(np.square(found[name] - made[name]).sum() / np.square(made[name]).sum(dtype=np.float64))
-        assert weight.error == pytest.approx(error, abs=2e-6) and 1e-4 < error < 2e-3
-
-
 # --- what is refused, before anything is built ---
 
 
@@ -212,13 +202,3 @@ def test_quantised_weights_of_another_model(work: Workshop, tmp_path: Path, caps
     )
     words = f"{down}.weight does not fit: it is [128, 64], the model's configuration says [64, 128]"
     refused(capsys, made, tmp_path / "out", words)
-
-
-def test_a_scale_that_the_dtype_has_not(work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_compressed(work.checkpoint("mqa4"), made := tmp_path / "made")
-    name = "language_model.model.layers.1.mlp.up_proj.weight_scale"
-    for factor in (1e-7, 1e7):
-        spoiled(made, lambda tensors, by=factor: tensors[name][0].mul_(by))  # type: ignore[misc]
-        words = f"a scale of {name.removesuffix('_scale')} does not fit fp16 (export with another --dtype)"
-        refused(capsys, made, tmp_path / "out", words, "--dtype", "fp16")
-        spoiled(made, lambda tensors, by=factor: tensors[name][0].div_(by))  # type: ignore[misc]

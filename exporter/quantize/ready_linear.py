@@ -108,7 +108,11 @@ class ReadyLinear:
         every = slice(0, self.shape[1])
         found = self.codes.grid.read(every, self.outputs).astype(np.float32) - self._zeros(every, np.float32)
         self._check(found, every)
-        found *= self._scales[self._groups]
+        with np.errstate(over="ignore"):
+            found *= self._scales[self._groups]
+        if not np.isfinite(found).all():
+            details = "times the weight's numbers some are too large even for fp32"
+            raise HimapError(f"tensor {self.scales.tensor.name[:200]} is no scale of the weight", details, _DAMAGED)
         return np.ascontiguousarray(found.T)
 
     @cached_property

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.engines.backends import KINDS
+from himap_export.engines.backends import refusal
 from himap_export.engines.weight_file import as_held, as_numbers, as_stored, not_finite, write_safetensors
 from himap_export.exporter.bind import WeightNames
 from himap_export.exporter.quantize.packing import pack_int4
@@ -18,9 +18,11 @@ from himap_export.exporter.quantize.ready_linear import Floats, ReadyLinear
 from himap_export.exporter.quantize.rounding import Quantised
 from himap_export.exporter.store import held_back
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.ports import LinearForm, TensorSpec
+from himap_export.graphs.ports import Kind, LinearForm, TensorSpec
 from himap_export.graphs.quantization import linear_shapes
 from himap_export.graphs.spec import DecoderSpec, Dtype
+
+_LARGEST: Mapping[Kind, int] = {"int4": 8, "int8": 128}  # numbers of each kind
 
 
 def take_over(
@@ -55,41 +57,42 @@ def take_over(
 def _computed(linear: ReadyLinear, backends: Sequence[str]) -> ReadyLinear:
     if linear.form is None:
         return linear
-    without = next((backend for backend in backends if linear.form.kind not in KINDS[backend]), None)
-    return linear if without is None else replace(linear, form=None, why=f"{without} has no {linear.form.kind} weights")
+    refusing = next((backend for backend in backends if refusal(backend, linear.form)), None)
+    if refusing is None:
+        return linear
+    why = "; ".join(filter(None, (linear.why, f"{refusing} computes on no {_in_words(linear.form)}")))
+    return replace(linear, form=None, why=why)
 
 
 def taken_lines(linears: Iterable[ReadyLinear], dtype: Dtype) -> Iterator[str]:
     """Yields what becomes of a checkpoint's quantised weights: how many, in which form, and why if it is another."""
     for (form, why), count in Counter((linear.form, linear.why) for linear in linears).items():
         reason = f" ({why})" if why else ""
-        yield f"{count} weights {_in_words(form) if form else f'multiplied out to {dtype}'}{reason}"
+        yield f"{count} weights {f'as {_in_words(form)}' if form else f'multiplied out to {dtype}'}{reason}"
 
 
 def _in_words(form: LinearForm) -> str:
-    return f"as {form.kind}" + (f" in blocks of {form.block}" if form.block else "")
+    return form.kind + (f" in blocks of {form.block}" if form.block else "")
 
 
 def taken(linear: ReadyLinear, dtype: Dtype) -> Quantised:
-    """Returns the parts of a layer that has a form, its scales in `dtype`; `error`: what that took from them, 0 if it
-    holds them. HimapError (usage) for a scale that does not fit `dtype`."""
+    """Returns the parts of a layer that has a form, its scales in `dtype`, of fp8 in fp32; `error`: what that took
+    from them, 0 if it holds them. HimapError (usage) for a scale that does not fit `dtype`, or a number times it."""
     assert linear.form is not None
     values, scales = linear.values(), linear.block_scales()
+    if linear.form.kind == "fp8":
+        positive = np.where(scales == 0, np.float32(1), scales)  # TensorRT divides by them
+        found = {"fp8": values.view(np.uint8), "scale": positive[0]}
+        return Quantised({**found, "input_scale": np.array(linear.input_scale, np.float32)}, 0.0)
     stored = as_stored(scales, dtype)
     held = as_numbers(stored, dtype).astype(np.float32)
-    if not_finite(stored.reshape(-1), dtype) or (held == 0).any(where=scales != 0):
+    largest = as_stored(held.astype(np.float64) * _LARGEST[linear.form.kind], dtype)
+    if not_finite(largest.reshape(-1), dtype) or (held == 0).any(where=scales != 0):
         hint = "export with another `dtype`"
         raise HimapError(f"a scale of {linear.name[:200]} does not fit {dtype}", hint=hint, code=Exit.USAGE)
     error = 0.0 if np.array_equal(held, scales) else _error(values, scales, held)
-    parts: dict[str, npt.NDArray[Any]] = {"scale": stored if linear.form.block else stored[0]}
-    if linear.form.kind == "int4":
-        parts["int4"] = pack_int4(values)
-    elif linear.form.kind == "fp8":
-        parts["fp8"] = values.view(np.uint8)
-        parts["input_scale"] = as_stored(np.array(linear.input_scale, np.float32), dtype)
-    else:
-        parts["int8"] = values
-    return Quantised(parts, error)
+    numbers = {"int4": pack_int4(values)} if linear.form.kind == "int4" else {"int8": values}
+    return Quantised({**numbers, "scale": stored if linear.form.block else stored[0]}, error)
 
 
 def _error(values: npt.NDArray[Any], scales: Floats, held: Floats) -> float:

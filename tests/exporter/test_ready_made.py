@@ -23,10 +23,14 @@ from ready_checkpoints import (
 from safetensors.torch import save_file
 
 from himap_export.engines.checkpoint_files import SINGLE, stored_tensors
+from himap_export.engines.weight_file import as_numbers, as_stored, map_tensors, read_header
+from himap_export.exporter.quantize.packing import unpack_int4
 from himap_export.exporter.quantize.ready import ready_made
 from himap_export.exporter.quantize.ready_linear import ReadyLinear
+from himap_export.exporter.quantize.taking import taken, write_multiplied
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import LinearForm
+from himap_export.graphs.spec import Dtype
 
 LAYER = "model.layers.0.self_attn.q_proj"
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
@@ -287,6 +291,10 @@ def test_fp8_with_a_scale_of_its_activations(tmp_path: Path) -> None:
     assert linear.values().dtype == ml_dtypes.float8_e4m3fn
     np.testing.assert_array_equal(held(linear), wanted)
     np.testing.assert_array_equal(multiplied(linear), wanted)
+    stored = taken(linear, "fp16")
+    assert (stored.parts["input_scale"], stored.error) == (0.25, 0) and stored.parts["scale"].dtype == np.float32
+    np.testing.assert_array_equal(stored.parts["fp8"].view(ml_dtypes.float8_e4m3fn), linear.values())
+    np.testing.assert_array_equal(stored.parts["scale"], np.full(48, 0.01171875))
     for scale, words, code in ((np.nan, "not finite", Exit.FAILURE), (0.0, "of activations is 0", Exit.USAGE)):
         parts["input_scale"] = torch.tensor(scale)
         said = plain("float-quantized", {"type": "float", "strategy": "tensor"}, inputs)
@@ -303,6 +311,58 @@ def test_8_bit_integers_an_element_each(tmp_path: Path) -> None:
     check(opened(tmp_path, parts, said), replace(r, zeros=r.zeros + 3), None, "zero points of 8 bits")
     parts["weight_zero_point"] = torch.zeros((48, 1), dtype=torch.int8)
     check(opened(tmp_path, parts, said), r, LinearForm("int8"), "activations stay in the model's dtype")
+
+
+# --- as a bundle stores it ---
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_parts_in_the_models_dtype(tmp_path: Path, bits: int, symmetric: bool, dtype: Dtype) -> None:
+    """fp16 scales stay as they are but in bf16, which has fewer digits: what that takes is told."""
+    r = rounded(drawn() + 0.1, 32, bits, symmetric)
+    said = packed(num_bits=bits, symmetric=symmetric)
+    found = taken(opened(tmp_path, compressed_tensors(r, bits, symmetric), said), dtype)
+    kind = "int4" if bits == 4 and symmetric else "int8"
+    values = unpack_int4(found.parts["int4"]) if kind == "int4" else found.parts["int8"]
+    scales = as_numbers(found.parts["scale"], dtype).astype(np.float32)
+    assert set(found.parts) == {kind, "scale"} and scales.shape == (4, 48)
+    held = (values * scales.repeat(32, axis=0)).T
+    error = np.sqrt(np.square(held - r.weight, dtype=np.float64).sum() / np.square(r.weight, dtype=np.float64).sum())
+    assert found.error == pytest.approx(error, rel=1e-4)
+    assert 1e-4 < error < 4e-3 if dtype == "bf16" else error == 0
+
+
+@pytest.mark.parametrize("factor", [1e-7, 1e6, 1e7])
+def test_a_scale_that_the_dtype_has_not(tmp_path: Path, factor: float) -> None:
+    """Too small to be told from zero, too large for its numbers, and too large."""
+    parts = compressed_tensors(rounded(drawn(), 32, scales=torch.float32), scales=torch.float32)
+    parts["weight_scale"][5, 2] *= factor
+    linear = opened(tmp_path, parts, packed())
+    assert taken(linear, "fp32").error == 0
+    with pytest.raises(HimapError, match=rf"a scale of {LAYER}\.weight does not fit fp16 .*another `dtype`") as caught:
+        taken(linear, "fp16")
+    assert caught.value.code == Exit.USAGE
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_multiplied_out_in_the_models_dtype(tmp_path: Path, allow: bool) -> None:
+    r = rounded(drawn(), 16)
+    said = GPTQ | {"group_size": 16}
+    linear = opened(tmp_path, gptq_tensors(r), said)
+    write_multiplied([linear, replace(linear, name="b")], tmp_path / "out", "bf16")
+    found = map_tensors(read_header(tmp_path / "out").values())
+    assert set(found) == {f"{LAYER}.weight", "b"}
+    np.testing.assert_array_equal(found["b"], as_stored(r.weight, "bf16"))
+    r.scales[3, 7] = 60000
+    linear = opened(tmp_path, gptq_tensors(r), said)
+    if allow:
+        write_multiplied([linear], tmp_path / "out", "fp16", allow_overflow=True)
+        found = map_tensors(read_header(tmp_path / "out").values())
+        np.testing.assert_array_equal(found[f"{LAYER}.weight"], as_stored(r.weight.clip(-65504, 65504), "fp16"))
+    else:
+        with pytest.raises(HimapError, match=rf"tensor {LAYER}\.weight does not fit fp16: it holds .*ends at 65504"):
+            write_multiplied([linear], tmp_path / "out", "fp16")
 
 
 # --- checkpoints of several layers ---
@@ -491,6 +551,12 @@ def test_a_scale_of_zero(tmp_path: Path, layout: str) -> None:
         read(tmp_path, said).values()
     r.codes[r.groups == 0, 5] = 8
     check(opened(tmp_path, make(r), said), r, INT4)
+
+
+def test_a_scale_that_is_finite_alone(tmp_path: Path) -> None:
+    parts = compressed_tensors(rounded(drawn(), 32, scales=torch.float32), scales=torch.float32)
+    changed("weight_scale", set_first(3e38))(parts)
+    refused(tmp_path, parts, packed(), "is no scale of the weight: .* too large even for fp32", Exit.FAILURE)
 
 
 def test_float_numbers_that_are_none(tmp_path: Path) -> None:

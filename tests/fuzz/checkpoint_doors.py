@@ -162,36 +162,36 @@ def _templates(model: Path) -> Door:
 # --- weights ---
 
 
-def _split(raw: bytes) -> tuple[dict[str, Any], bytes]:
+def split(raw: bytes) -> tuple[dict[str, Any], bytes]:
     length = struct.unpack("<Q", raw[:8])[0]
     return json.loads(raw[8 : 8 + length]), raw[8 + length :]
 
 
-def _joined(header: bytes, data: bytes, length: int | None = None) -> bytes:
+def joined(header: bytes, data: bytes, length: int | None = None) -> bytes:
     return struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
 def _weight_faults(raw: bytes) -> Iterator[tuple[str, bytes]]:
-    header, data = _split(raw)
+    header, data = split(raw)
     text = json.dumps(header).encode()
     matrix = next(name for name in header if "embed_tokens" in name)
-    yield from _header_faults(header, data, matrix)
+    yield from header_faults(header, data, matrix)
     for length in (0, 1, 7, 8, 9, 100, len(raw) // 2, len(raw) - 100, len(raw) - 1):
         yield f"cut at {length}", raw[:length]
     yield "longer by 100", raw + b"\0" * 100
     for length in (0, 1, len(text) - 1, len(text) + 1, 2**31, 2**60, 2**63, 2**64 - 1):
-        yield f"a header of {length}", _joined(text, data, length)
+        yield f"a header of {length}", joined(text, data, length)
     for words in (b"", b"[]", b"null", b"{", b"[" * 100_000, b'{"a": NaN}', b"\xff\xfe{}", b"{}"):
-        yield f"the header {words[:9]!r}", _joined(words, data)
+        yield f"the header {words[:9]!r}", joined(words, data)
     entry = json.dumps(header[matrix])
-    yield "a tensor twice", _joined(text[:-1] + f', "{matrix}": {entry}}}'.encode(), data)
+    yield "a tensor twice", joined(text[:-1] + f', "{matrix}": {entry}}}'.encode(), data)
     begin, end = header[matrix]["data_offsets"]
     for name, word in (("nan", b"\0\0\xc0\x7f"), ("inf", b"\0\0\x80\x7f"), ("-inf", b"\0\0\x80\xff")):
         middle = begin + (end - begin) // 8 * 4
-        yield f"a weight is {name}", _joined(text, data[:middle] + word + data[middle + 4 :])
+        yield f"a weight is {name}", joined(text, data[:middle] + word + data[middle + 4 :])
 
 
-def _header_faults(header: dict[str, Any], data: bytes, name: str) -> Iterator[tuple[str, bytes]]:
+def header_faults(header: dict[str, Any], data: bytes, name: str) -> Iterator[tuple[str, bytes]]:
     entry = header[name]
     begin, end = entry["data_offsets"]
     changes: dict[str, Mapping[str, Any] | None] = {
@@ -208,19 +208,19 @@ def _header_faults(header: dict[str, Any], data: bytes, name: str) -> Iterator[t
         "eight bytes": {"dtype": "F64"},
         "float8": {"dtype": "F8_E4M3"},
         "two huge sides": {"shape": [2**40, 2**40]},
-        "two negative sides": {"shape": [-entry["shape"][0], -entry["shape"][1]]},
+        "two negative sides": {"shape": [-size for size in entry["shape"]]},
     }
     for what, change in changes.items():
         spoiled = {k: v for k, v in header.items() if k != name} | (
             {} if change is None else {name: {**entry, **change}}
         )
-        yield what, _joined(json.dumps(spoiled).encode(), data)
+        yield what, joined(json.dumps(spoiled).encode(), data)
     narrow = json.dumps({name: entry}).encode()
     for fault in json_faults.faults(narrow):
         one = fault.spoil(narrow).strip()
         rest = json.dumps({k: v for k, v in header.items() if k != name})
         if one.startswith(b"{") and one.endswith(b"}"):
-            yield f"header: {fault.name}", _joined(rest[:-1].encode() + b", " + one[1:-1].strip() + b"}", data)
+            yield f"header: {fault.name}", joined(rest[:-1].encode() + b", " + one[1:-1].strip() + b"}", data)
 
 
 def _weights(model: Path) -> Door:

@@ -9,6 +9,7 @@ import pytest
 from commands import Workshop
 from families import FAMILIES, family_inputs
 from PIL import Image
+from ready_checkpoints import write_compressed, write_gptq
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -21,6 +22,8 @@ def originals(work: Workshop) -> Mapping[str, Path]:
         if missing:
             folder.mkdir()
             _make(folder)
+            write_gptq(model, folder / "quantised gptq", version=2, symmetric=False)
+            write_compressed(model, folder / "quantised compressed-tensors")
     return {"model": model, "bundle": bundle} | {path.name: path for path in sorted(folder.iterdir())}
 
 
