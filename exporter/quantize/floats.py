@@ -41,16 +41,19 @@ def quantise_floats(weight: npt.NDArray[Any], form: LinearForm, largest: float) 
 def dequantise_floats(found: Quantised, form: LinearForm) -> Floats:
     """Returns the weight [out,in] that the parts stand for, fp32."""
     if form.kind == "fp8":
-        return (found.parts["fp8"].view(E4M3).astype(np.float32) * found.parts["scale"]).T
+        weight: Floats = found.parts["fp8"].view(E4M3).astype(np.float32) * found.parts["scale"]
+        return weight.T
     q = unpack_fp4(found.parts["fp4"])
     steps = found.parts["block_scale"].view(E4M3).astype(np.float32) * found.parts["scale"]
-    return (q * np.repeat(steps, FP4_BLOCK, axis=0)).T
+    weight = q * np.repeat(steps, FP4_BLOCK, axis=0)
+    return weight.T
 
 
 def unpack_fp4(packed: npt.NDArray[np.uint8]) -> Floats:
     """Returns the numbers [.., 2n] fp32 that bytes [.., n] hold, the even column in the low four bits."""
     codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
-    return codes.view(E2M1).astype(np.float32)
+    numbers: Floats = codes.view(E2M1).astype(np.float32)
+    return numbers
 
 
 def _fp8(weight: npt.NDArray[Any]) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.float64]]:
