@@ -207,7 +207,10 @@ class Export:
         for name, graph in self.graphs.items():
             file = folder / f"{name}.safetensors"
             over = self.planned.asked.allow_overflow
-            write_weights([used[w] for w in graph.weights], file, self.planned.dtype, allow_overflow=over)
+            write_weights(
+                [used[w] for w in graph.weights], file, self.planned.dtype, allow_overflow=over,
+                constants={w for w, spec in graph.weights.items() if spec.constant},
+            )  # fmt: skip
             self._write(name, bind(graph, read_header(file), _location))
         self.files = [f"{name}.safetensors" for name in self.graphs]
         return f"{sum((folder / file).stat().st_size for file in self.files) / 1e6:.1f} MB, each graph its own"

@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +76,21 @@ def write_weights(
     dtype: Dtype,
     bar: "tqdm[None] | None" = None,
     allow_overflow: bool = False,
+    constants: Collection[str] = (),
 ) -> None:
-    """Writes a safetensors file of `tensors` in `dtype`, those that are no floats as they are, a piece at a time.
+    """Writes a safetensors file of `tensors` in `dtype`, as they are those that are no floats or named among
+    `constants`, a piece at a time.
 
     HimapError (usage) for a number that is too large for `dtype`; with `allow_overflow` it becomes the largest that is
     not. (failure) for one that is not finite. Neither is looked for where a tensor has `dtype` already.
     """
-    held = {t.name: (_FLOATS.get(dtype if t.dtype in _FLOATS else t.dtype, t.dtype), t.shape) for t in tensors}
+    kept = {t.name for t in tensors if t.dtype not in _FLOATS or t.dtype == dtype or t.name in constants}
+    kinds = {t.name: t.dtype if t.name in kept else dtype for t in tensors}
+    held = {t.name: (_FLOATS.get(kinds[t.name], t.dtype), t.shape) for t in tensors}
 
     def pieces() -> Iterator[npt.NDArray[Any]]:
         for t in tensors:
-            if t.dtype == dtype or t.dtype not in _FLOATS:
+            if t.name in kept:
                 for start in range(t.offset, t.offset + t.nbytes, _CHUNK):
                     size = min(_CHUNK, t.offset + t.nbytes - start)
                     yield np.asarray(np.memmap(t.file, np.uint8, "r", start, (size,)))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.engines.backends import KINDS
+from himap_export.engines.backends import lacks
 from himap_export.engines.weight_file import as_held, as_numbers, as_stored, not_finite, write_safetensors
 from himap_export.exporter.bind import WeightNames
 from himap_export.exporter.quantize.packing import pack_int4
@@ -55,8 +55,8 @@ def take_over(
 def _computed(linear: ReadyLinear, backends: Sequence[str]) -> ReadyLinear:
     if linear.form is None:
         return linear
-    without = next((backend for backend in backends if linear.form.kind not in KINDS[backend]), None)
-    return linear if without is None else replace(linear, form=None, why=f"{without} has no {linear.form.kind} weights")
+    without = [f"{name} has no {lacking}" for name in backends if (lacking := lacks(name, linear.form))]
+    return replace(linear, form=None, why=without[0]) if without else linear
 
 
 def taken_lines(linears: Iterable[ReadyLinear], dtype: Dtype) -> Iterator[str]:
@@ -71,9 +71,10 @@ def _in_words(form: LinearForm) -> str:
 
 
 def taken(linear: ReadyLinear, dtype: Dtype) -> Quantised:
-    """Returns the parts of a layer that has a form, its scales in `dtype`; `error`: what that took from them, 0 if it
-    holds them. HimapError (usage) for a scale that does not fit `dtype`."""
+    """Returns the parts of a layer that has a form, its scales in `dtype`, those of fp8 in fp32; `error`: what that
+    took from them, 0 if it holds them. HimapError (usage) for a scale that does not fit `dtype`."""
     assert linear.form is not None
+    dtype = "fp32" if linear.form.kind == "fp8" else dtype
     values, scales = linear.values(), linear.block_scales()
     stored = as_stored(scales, dtype)
     held = as_numbers(stored, dtype).astype(np.float32)
