@@ -116,7 +116,8 @@ _HELD = {
 
 
 def as_held(spec: TensorSpec) -> tuple[str, tuple[int, ...]]:
-    """Returns safetensors' word for the type in which a file holds a weight, and the shape: two int4 or fp4 share a byte."""
+    """Returns safetensors' word for the type in which a file holds a weight, and the shape: two of 4 bits share a
+    byte."""
     kind, share = _HELD[spec.dtype]
     return kind, (*spec.shape[:-1], spec.shape[-1] // share) if spec.shape else ()
 

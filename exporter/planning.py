@@ -17,6 +17,7 @@ from himap_export.engines.manifest import WeightForm
 from himap_export.exporter.checks import require
 from himap_export.exporter.family import ImageOptions, PromptRules, VisionSpec
 from himap_export.exporter.plans import KEYS, Source, flag_plans, named_plans
+from himap_export.exporter.quantize.floats import FLOATS
 from himap_export.exporter.quantize.forms import plan_forms
 from himap_export.exporter.registry import Model
 from himap_export.graphs.errors import Exit, HimapError
@@ -161,6 +162,9 @@ def _weight_form(asked: Request, forms: Mapping[str, LinearForm], ready: bool) -
     """Returns the form of the weights, chosen if it was left open: engines that hold constants of their own embed
     quantised ones, of `forms` or `ready`. HimapError (usage) where that form is refused, or a backend has none of these
     weights."""
+    if asked.quantize in FLOATS and asked.calibrate is None:
+        details = "activations are rounded, too, on scales that are fixed beforehand"
+        raise HimapError(f"{asked.quantize} weights need `calibrate`", details, code=Exit.USAGE)
     for backend in asked.backends:
         check_forms(backend, set(forms.values()))
     quantised = ready or bool(forms)

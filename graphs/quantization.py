@@ -3,8 +3,9 @@
     y = x W,   W [in,out] = q * scale        DequantizeLinear, then Gemm without transB
 
 q are signed integers, the checkpoint's [out,in] transposed; there are no zero points. A scale, in the model's dtype, is
-shared by a block of inputs of one output, or by all of them. Floats as q are `quantization_fp`. What else was tried is in docs/log.md: [out,in] is never
-fused by onnxruntime, zero points and partial blocks are refused by TensorRT-RTX.
+shared by a block of inputs of one output, or by all of them. Where q are floats, activations are rounded, too:
+`quantization_fp`. What else was tried is in docs/log.md: [out,in] is never fused by onnxruntime, zero points and
+partial blocks are refused by TensorRT-RTX.
 """
 
 from collections.abc import Iterator, Mapping

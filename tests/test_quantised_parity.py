@@ -1,4 +1,4 @@
-"""Quantised bundles of every family on both CPU backends: their graphs against PyTorch over the same dequantised weights.
+"""Quantised bundles of every family on both CPU backends, against PyTorch over the same dequantised weights.
 
 One export holds both backends' engines. Judged are the engines with activations as they are, by the gates of fp32: what
 is kept must be identical. How far rounding activations carries them, as deployed, is reported.
@@ -17,7 +17,6 @@ from tiny import make_inputs
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.session import open_pipeline
-from himap_export.exporter.cli import main as export_main
 from himap_export.validate.cli import main as validate_main
 from himap_export.validate.reference.criteria import reference_himap
 
@@ -58,7 +57,7 @@ def kernels(bundle: Path, backend: str, graph: str) -> str:
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_decode_reads_weights_as_they_are_stored(work: Workshop, kind: str, tmp_path: Path) -> None:
-    """As bf16 has no compressed product in OpenVINO, decode has fp32 ones; onnxruntime fuses each of a layer's seven."""
+    """onnxruntime fuses each of a layer's seven linear layers; OpenVINO has a compressed product in fp32 only."""
     import onnx
     import onnxruntime
 
@@ -81,7 +80,8 @@ def test_decode_reads_weights_as_they_are_stored(work: Workshop, kind: str, tmp_
 def test_embedded_weights_give_the_same_answers(work: Workshop) -> None:
     inputs = make_inputs(work.tiny("gqa2"), [9], [5])
     shared, embedded = (
-        work.bundle("gqa2", "--quantize", "int4", *ORT, *form, cuts=CUTS) for form in ((), ("--weight-form", "embedded"))
+        work.bundle("gqa2", "--quantize", "int4", *ORT, *form, cuts=CUTS)
+        for form in ((), ("--weight-form", "embedded"))
     )
     one, other = (work.answer(bundle, inputs, "--max-new-tokens", "8") for bundle in (shared, embedded))
     for what in ("kept_k1", "kept_k2", "tokens", "logits"):

@@ -125,23 +125,23 @@ def load_backend(name: str) -> Backend:
     return cast(Backend, import_module(f"{__name__}.{name.replace('-', '_')}"))
 
 
-def refusal(name: str, form: LinearForm) -> str:
-    """Returns why the backend `name` does not compute on weights of `form`; "" if it does."""
+def lacks(name: str, form: LinearForm) -> str:
+    """Returns which weights the backend `name` does not compute on, if they are those of `form`: "fp8 weights"; else
+    ""."""
     if form.kind not in KINDS[name]:
-        having = ", ".join(backend for backend, held in KINDS.items() if form.kind in held)
-        return f"it has {', '.join(KINDS[name])}; {having} has {form.kind}"
-    if form.block and form.kind in _UNBLOCKED.get(name, ()):
-        return f"it has {form.kind} weights with one scale for each output"
-    return ""
+        return f"{form.kind} weights"
+    return f"{form.kind} weights in blocks" if form.block and form.kind in _UNBLOCKED.get(name, ()) else ""
 
 
 def check_forms(name: str, forms: Iterable[LinearForm]) -> None:
     """Raises HimapError (usage) if the backend `name` does not compute on quantised weights of one of `forms`."""
     for form in forms:
-        if why := refusal(name, form):
-            weights = f"{form.kind} weights" + (f" in blocks of {form.block}" if form.kind in KINDS[name] else "")
-            hint = "change `quantize` or `backend`" if form.kind not in KINDS[name] else "leave `block` out"
-            raise HimapError(f"{name} has no {weights}", why, hint, Exit.USAGE)
+        if lacking := lacks(name, form):
+            having = " and ".join(backend for backend in KINDS if not lacks(backend, form))
+            own = ", ".join(KINDS[name]) if form.kind not in KINDS[name] else "one scale for each output"
+            details = f"it has {own}; for these there is {having}"
+            hint = "change `quantize`, `block` or `backend`"
+            raise HimapError(f"{name} has no {lacking}", details, hint, Exit.USAGE)
 
 
 def open_backend(name: str, bundle: Bundle, opening: Opening = ANYWAY) -> Engines:

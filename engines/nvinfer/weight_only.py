@@ -7,7 +7,6 @@ once their weights are multiplied out. So one row becomes two equal ones, and ea
 from collections.abc import Iterator
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -38,13 +37,12 @@ def _products(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def _own(graph: ir.Graph, gemm: ir.Node, x: ir.Value, place: int) -> ir.Value:
-    """Returns x, or for those behind the first what is equal to it: the larger of it and the lowest number there is,
-    the smaller of it and the highest. No input has more than three readers."""
+    """Returns x, or for those behind the first what is equal to it: the larger of it and minus infinity, the smaller of
+    it and infinity. No input has more than three readers."""
     if place == 0:
         return x
     assert x.dtype is not None and place < 3, gemm.name
-    limits = ml_dtypes.finfo(x.dtype.numpy())
-    name, limit = ("Max", limits.min) if place == 1 else ("Min", limits.max)
+    name, limit = ("Max", -np.inf) if place == 1 else ("Min", np.inf)
     bound = _constant(graph, gemm, "limit", np.array(limit, x.dtype.numpy()))
     return _insert(graph, gemm, name, [x, bound], before=True)
 
@@ -65,7 +63,7 @@ def _double(graph: ir.Graph, gemm: ir.Node, x: ir.Value, wide: int) -> None:
 
 def _insert(graph: ir.Graph, gemm: ir.Node, kind: str, inputs: list[ir.Value], before: bool) -> ir.Value:
     node = ir.node(kind, inputs, name=f"{gemm.name}_{kind}")
-    node.outputs[0].name, node.outputs[0].dtype = f"{gemm.name}.{kind}", inputs[0].dtype
+    node.outputs[0].name, node.outputs[0].type = f"{gemm.name}.{kind}", inputs[0].type
     (graph.insert_before if before else graph.insert_after)(gemm, node)
     return node.outputs[0]
 

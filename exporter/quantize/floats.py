@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from himap_export.exporter.quantize.packing import pack_int4
-from himap_export.exporter.quantize.rounding import Floats, Quantised
+from himap_export.exporter.quantize.rounding import Floats, Quantised, Weight
 from himap_export.graphs.ports import Kind, LinearForm
 from himap_export.graphs.quantization_fp import FP4_BLOCK
 
@@ -28,8 +28,8 @@ _LARGEST = (6.0, 4.0)  # what a block's largest weight becomes
 _TILE = 1 << 20  # weights that are rounded at once
 
 
-def quantise_floats(weight: npt.NDArray[Any], form: LinearForm, largest: float) -> Quantised:
-    """Returns `weight` [out,in], numbers of any float type, rounded to `form`, fp8 or nvfp4, with fp32 scales;
+def quantise_floats(weight: Weight, form: LinearForm, largest: float) -> Quantised:
+    """Returns `weight` rounded to `form`, fp8 or nvfp4, with fp32 scales;
     `largest`: |x| in the layer's input, which its static scale has to hold."""
     values, squares = (_fp8 if form.kind == "fp8" else _nvfp4)(weight)
     most = _E4M3_MOST if form.kind == "fp8" else _E4M3_MOST * _E2M1_MOST
@@ -41,19 +41,22 @@ def quantise_floats(weight: npt.NDArray[Any], form: LinearForm, largest: float) 
 def dequantise_floats(found: Quantised, form: LinearForm) -> Floats:
     """Returns the weight [out,in] that the parts stand for, fp32."""
     if form.kind == "fp8":
-        return (found.parts["fp8"].view(E4M3).astype(np.float32) * found.parts["scale"]).T
+        weight: Floats = found.parts["fp8"].view(E4M3).astype(np.float32) * found.parts["scale"]
+        return weight.T
     q = unpack_fp4(found.parts["fp4"])
     steps = found.parts["block_scale"].view(E4M3).astype(np.float32) * found.parts["scale"]
-    return (q * np.repeat(steps, FP4_BLOCK, axis=0)).T
+    weight = q * np.repeat(steps, FP4_BLOCK, axis=0)
+    return weight.T
 
 
 def unpack_fp4(packed: npt.NDArray[np.uint8]) -> Floats:
     """Returns the numbers [.., 2n] fp32 that bytes [.., n] hold, the even column in the low four bits."""
     codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
-    return codes.view(E2M1).astype(np.float32)
+    numbers: Floats = codes.view(E2M1).astype(np.float32)
+    return numbers
 
 
-def _fp8(weight: npt.NDArray[Any]) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.float64]]:
+def _fp8(weight: Weight) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.float64]]:
     out, wide = weight.shape
     q, scale = np.empty((wide, out), np.uint8), np.empty(out, np.float32)
 
@@ -67,7 +70,7 @@ def _fp8(weight: npt.NDArray[Any]) -> tuple[dict[str, npt.NDArray[Any]], npt.NDA
     return {"fp8": q, "scale": scale}, squares
 
 
-def _nvfp4(weight: npt.NDArray[Any]) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.float64]]:
+def _nvfp4(weight: Weight) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.float64]]:
     out, wide = weight.shape
     q, steps = np.empty((wide, out // 2), np.uint8), np.empty((wide // FP4_BLOCK, out), np.uint8)
     largest = np.max(_by_rows(weight, lambda _, w: np.abs(w).max()))
@@ -100,13 +103,13 @@ def _best(blocks: Floats, scale: npt.NDArray[np.float32]) -> tuple[npt.NDArray[n
     return codes, steps, float(best.sum(dtype=np.float64))
 
 
-def _by_rows(weight: npt.NDArray[Any], act: Callable[[slice, Floats], Any]) -> list[Any]:
+def _by_rows(weight: Weight, act: Callable[[slice, Floats], Any]) -> list[Any]:
     """Returns what `act` makes of an even number of outputs at a time, and their places."""
     out, wide = weight.shape
     count = max(2, _TILE // wide // 2 * 2)
     places = [slice(start, min(start + count, out)) for start in range(0, out, count)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # NumPy lets other threads run
-        return list(pool.map(lambda at: act(at, np.asarray(weight[at, :], np.float32)), places))
+        return list(pool.map(lambda at: act(at, np.asarray(weight[at, slice(None)], np.float32)), places))
 
 
 def _positive(scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.engines.backends import refusal
+from himap_export.engines.backends import lacks
 from himap_export.engines.weight_file import as_held, as_numbers, as_stored, not_finite, write_safetensors
 from himap_export.exporter.bind import WeightNames
 from himap_export.exporter.quantize.packing import pack_int4
@@ -57,11 +57,10 @@ def take_over(
 def _computed(linear: ReadyLinear, backends: Sequence[str]) -> ReadyLinear:
     if linear.form is None:
         return linear
-    refusing = next((backend for backend in backends if refusal(backend, linear.form)), None)
-    if refusing is None:
+    without = [f"{name} has no {lacking}" for name in backends if (lacking := lacks(name, linear.form))]
+    if not without:
         return linear
-    why = "; ".join(filter(None, (linear.why, f"{refusing} computes on no {_in_words(linear.form)}")))
-    return replace(linear, form=None, why=why)
+    return replace(linear, form=None, why="; ".join(filter(None, (linear.why, without[0]))))
 
 
 def taken_lines(linears: Iterable[ReadyLinear], dtype: Dtype) -> Iterator[str]:

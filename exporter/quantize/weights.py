@@ -74,7 +74,7 @@ def _quantised(linear: Linear | ReadyLinear, dtype: Dtype) -> Quantised:
     weight = Folded(numbers(linear.stored), *linear.factors)
     try:
         if linear.form.kind in FLOATS:
-            return quantise_floats(weight.whole(), linear.form, linear.largest)
+            return quantise_floats(weight, linear.form, linear.largest)
         return quantise(weight, linear.form, dtype)
     except HimapError as problem:
         raise HimapError(f"{linear.name}: {problem.summary}", problem.details, problem.hint) from None

@@ -107,8 +107,9 @@ def test_what_is_multiplied_out_first_is_an_error(tmp_path: Path, monkeypatch: p
 
 def test_numbers_that_kernels_read_are_counted() -> None:
     log = """Layers:
-Name: __myl_CastMulCast_myl0_1, LayerType: kgen, Inputs: [], Constants: [ { Name: a, Dimensions: [64,96], Datatype: Int8, \
-Format: x }, { Name: s, Dimensions: [96], Datatype: Half }], Outputs: [ { Name: o, Datatype: Half }], Metadata: [ONNX Layer: d]
+Name: __myl_CastMulCast_myl0_1, LayerType: kgen, Inputs: [], Constants: [ { Name: a, Dimensions: [64,96], \
+Datatype: Int8, Format: x }, { Name: s, Dimensions: [96], Datatype: Half }], \
+Outputs: [ { Name: o, Dimensions: [64,96], Datatype: Half }], Metadata: [ONNX Layer: d]
 Name: g_myl0_2, LayerType: gemm, Inputs: [], Constants: [], Outputs: [], Metadata: [ONNX Layer: g]
 Name: __myl_CastMulFc_myl0_3, LayerType: runtime_fusion, Inputs: [], Constants: [ { Name: b, Dimensions: [64,32], \
 Datatype: Int8 }], Outputs: [], Metadata: [ONNX Layer: e]
@@ -121,7 +122,7 @@ Datatype: Int8 }], Outputs: [], Metadata: [ONNX Layer: e]
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_outputs_of_nothing_but_zeros_are_built(kind: str, tmp_path: Path) -> None:
-    """Their scales are zero."""
+    """Of scales that are zero TensorRT takes none."""
     bundle = quantised(tmp_path / "work", FORMS[kind], "fp16", zeros=True)
     assert tensorrt_rtx.build(bundle, "k2").kernels
 

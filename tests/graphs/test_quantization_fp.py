@@ -1,4 +1,4 @@
-"""Linear layers in fp8 and nvfp4: the graphs, as onnx's reference runs them, against NumPy statements of the formats."""
+"""Linear layers in fp8 and nvfp4: their graphs, as onnx's reference runs them, against the formats in NumPy."""
 
 from typing import Any
 
