@@ -22,7 +22,8 @@ from study import BATCH, BUDGETS, IMAGE_TOKENS, TEXT, Study, command
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.pipeline import Pipeline
-from himap_export.validate.accuracy.dataset import Example, is_right, read_dataset
+from himap_export.engines.questions import Example, read_dataset
+from himap_export.validate.accuracy.choices import is_right
 from himap_export.validate.accuracy.evaluate import percent, points
 from himap_export.validate.accuracy.prompter import prompter_of_bundle
 from himap_export.validate.accuracy.statistics import accuracy_interval, paired_difference
