@@ -181,7 +181,8 @@ class _Asked:
 
     def parity(self, pipeline: Pipeline) -> Parity:
         """Returns the parity of `pipeline` with the judge; of quantised weights, with the source's, too."""
-        self.progress(f"judged by the checkpoint in {self.source.folder}")
+        own = ", with the weights that the bundle made of its" if self.judge != self.source else ""
+        self.progress(f"judged by the checkpoint in {self.source.folder}{own}")
         bundle, load = pipeline.spec.bundle, self._load(self.judge)
         load_rounding, kinds = None, {weight.kind for weight in bundle.manifest.quantised().values()}
         if rounds(kinds):
