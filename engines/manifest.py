@@ -152,6 +152,10 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """Returns the weights that are quantised, by name; none in a bundle of floats."""
         return self.quantization.weights if self.quantization else {}
 
+    def decode_graphs(self) -> frozenset[str]:
+        """Returns the graphs that play decode."""
+        return frozenset(variant.graphs["decode"] for variant in self.variants)
+
     def paths(self) -> Iterator[str]:
         """Yields every file that opening the bundle may read."""
         yield from (graph.file for graph in self.graphs.values() if graph.file)

@@ -137,7 +137,7 @@ def _level(bundle: Bundle, graph: str, exact: bool) -> str:
     """Returns how MatMulNBits computes: 0, with activations as they are, or 4, with activations rounded to 8 bits, of
     32 inputs together. Prefill in int4 loses nothing by the former: what is kept does not hang on rounding."""
     bits = {weight.kind for weight in bundle.manifest.quantised().values()}
-    decodes = graph in {variant.graphs["decode"] for variant in bundle.manifest.variants}
+    decodes = graph in bundle.manifest.decode_graphs()
     return "0" if exact or (bits == {"int4"} and not decodes) else "4"
 
 

@@ -19,6 +19,7 @@ from himap_export.engines.openvino.run import Compiler, OpenVino, computed
 from himap_export.graphs.errors import Exit, HimapError
 
 OLDEST = (2026, 4)  # older ones were not tried
+_INTEGERS = ("i4", "i8")
 _NO_KERNELS = ("Const", "Input", "Output", "Parameter", "Result", "Reshape")
 
 
@@ -65,6 +66,7 @@ def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
         write_turned(bundle, bundle.path(TURNED))
     compiler = Compiler(bundle, "cpu", ANYWAY)
     engine = compiler.compile(compiler.read(bundle.path(file)))
+    _check_packed(bundle, graph, engine)
     form: Literal["ops", "none"] = "ops" if any(port.role == "score" for port in record.inputs.values()) else "none"
     seconds = round(time.perf_counter() - start, 3)
     own = TURNED if bundle.manifest.quantised() else None
@@ -72,11 +74,29 @@ def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
 
 
 def _kernels(engine: Any) -> tuple[str, ...]:
-    """Returns what the compiled model runs, equal ones counted: "57x FullyConnected (brgemm_avx512_amx_bf16)"."""
+    """Returns what the compiled model runs, equal ones counted: "57x FullyConnected (brgemm_avx512_amx_bf16)", with the
+    type of its weights where they stay integers: "112x FullyConnected (brgemm_avx512_f32, i4)"."""
+    found = Counter[str]()
+    for kind, kernel, precision in _nodes(engine):
+        stored = f", {precision}" if kind == "FullyConnected" and precision in _INTEGERS else ""
+        found[f"{kind} ({kernel}{stored})"] += kind not in _NO_KERNELS
+    return tuple(f"{count}x {kernel}" for kernel, count in (+found).most_common())
+
+
+def _nodes(engine: Any) -> list[tuple[str, str, str]]:
+    """Returns type, kernel and precision of each node that a compiled model runs."""
     nodes = [node.get_rt_info() for node in engine.get_runtime_model().get_ops()]
-    kinds = [(node["layerType"].value, node["primitiveType"].value) for node in nodes]
-    found = Counter(f"{kind} ({kernel})" for kind, kernel in kinds if kind not in _NO_KERNELS)
-    return tuple(f"{count}x {kernel}" for kernel, count in found.most_common())
+    return [(n["layerType"].value, n["primitiveType"].value, n["runtimePrecision"].value) for n in nodes]
+
+
+def _check_packed(bundle: Bundle, graph: str, engine: Any) -> None:
+    """Raises HimapError unless the model keeps its quantised weights as they are: in decode, and in fp32."""
+    m = bundle.manifest
+    weights = sum(spec.dtype in ("int4", "int8") for spec in m.graphs[graph].weights.values())
+    kept = sum(kind == "FullyConnected" and precision in _INTEGERS for kind, _, precision in _nodes(engine))
+    if (m.dtype == "fp32" or graph in m.decode_graphs()) and kept != weights:
+        details, hint = f"{kept} of {weights} stay as they are", "check openvino's version against the manifest's"
+        raise HimapError(f"OpenVINO multiplies quantised weights of {graph} out", details, hint)
 
 
 def open_engines(bundle: Bundle, opening: Opening = ANYWAY) -> OpenVino:
