@@ -57,7 +57,7 @@ def test_decode_reads_weights_as_they_are_stored(work: Workshop, kind: str, tmp_
     import onnx
     import onnxruntime
 
-    bundle = work.bundle("gqa2", "--quantize", kind, "--backend", "onnxruntime", cuts=CUTS)
+    bundle = work.bundle("tied", "--quantize", kind, "--backend", "onnxruntime", cuts=CUTS)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 4
@@ -67,15 +67,15 @@ def test_decode_reads_weights_as_they_are_stored(work: Workshop, kind: str, tmp_
     assert operators.count("MatMulNBits") == 7 * layers and "DequantizeLinear" not in operators
     stored = "i4" if kind == "int4" else "i8"
     for dtype in ("fp32", "bf16"):
-        made = work.bundle("gqa2", "--quantize", kind, *OPENVINO, "--dtype", dtype, cuts=CUTS)
+        made = work.bundle("tied", "--quantize", kind, *OPENVINO, "--dtype", dtype, cuts=CUTS)
         listed = Bundle.open(made).manifest.engines["openvino"]["decode"].kernels
         assert any(k.startswith(f"{7 * layers}x FullyConnected") and k.endswith(f", {stored})") for k in listed), listed
 
 
 def test_embedded_weights_give_the_same_answers(work: Workshop) -> None:
-    inputs = make_inputs(work.tiny("gqa2"), [9], [5])
+    inputs = make_inputs(work.tiny("tied"), [9], [5])
     shared, embedded = (
-        work.bundle("gqa2", "--quantize", "int4", *ORT, *form, cuts=CUTS)
+        work.bundle("tied", "--quantize", "int4", *ORT, *form, cuts=CUTS)
         for form in ((), ("--weight-form", "embedded"))
     )
     one, other = (work.answer(bundle, inputs, "--max-new-tokens", "8") for bundle in (shared, embedded))
@@ -85,8 +85,8 @@ def test_embedded_weights_give_the_same_answers(work: Workshop) -> None:
 
 def test_prefill_in_int4_is_exact_as_deployed(work: Workshop) -> None:
     """What is kept does not hang on how activations are rounded: in int4 only decode rounds them."""
-    bundle = Bundle.open(work.bundle("gqa2", "--quantize", "int4", *ORT, cuts=CUTS))
-    inputs, found = make_inputs(work.tiny("gqa2"), [9], [5]), []
+    bundle = Bundle.open(work.bundle("tied", "--quantize", "int4", *ORT, cuts=CUTS))
+    inputs, found = make_inputs(work.tiny("tied"), [9], [5]), []
     for exact in (False, True):
         pipeline = open_pipeline(bundle.select(), "onnxruntime", Opening(1, exact=exact))
         prefilled, layout = pipeline.prefill(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
