@@ -288,7 +288,9 @@ def write_bundle(
     checkpoint = _checkpoint(planned)
     family = planned.model.family
     plain = WeightNames(checkpoint.names, family)
-    ready = take_over(checkpoint.ready, plain, planned.decoder, planned.asked.backends)
+    ready = dict[str, ReadyLinear]()
+    if planned.weights_of is None:
+        ready = take_over(checkpoint.ready, plain, planned.decoder, planned.asked.backends)
     for line in taken_lines(ready.values(), planned.dtype):
         progress(f"{planned.model.name}: {line}")
     forms = {role: linear.form for role, linear in ready.items() if linear.form is not None}

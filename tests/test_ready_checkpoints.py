@@ -1,5 +1,6 @@
 """Checkpoints that come quantised, exported: a bundle holds their weights to the last bit and answers like them."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from himap_export.exporter.cli import main as export_main
 from himap_export.exporter.quantize.packing import unpack_int4
 from himap_export.graphs.errors import Exit
 from himap_export.graphs.ports import LinearForm
+from himap_export.validate.cli import main as validate_main
 from himap_export.validate.reference.criteria import reference_himap
 from himap_export.validate.reference.reference import Reference
 
@@ -88,8 +90,17 @@ def check_answers(bundle: Path, plain: Path, inputs: Inputs, backend: str = "onn
     np.testing.assert_allclose(pipeline.step(given[:, 0], layout.lengths), logits[:, 1], atol=1e-3)
 
 
+ALWAYS = ("awq", "gptq", "gptq in order of activation", "fp8")  # the layouts themselves are tests/exporter's
+
+
 @pytest.mark.parametrize(
-    ("name", "backend"), [*((name, "onnxruntime") for name in MAKERS), ("awq", "openvino"), ("gptq", "openvino")]
+    ("name", "backend"),
+    [
+        *((name, "onnxruntime") for name in ALWAYS),
+        ("gptq", "openvino"),
+        *(pytest.param(name, "onnxruntime", marks=pytest.mark.slow) for name in MAKERS if name not in ALWAYS),
+        pytest.param("awq", "openvino", marks=pytest.mark.slow),
+    ],
 )
 def test_a_bundle_holds_the_weights_and_answers_like_them(
     work: Workshop, tmp_path: Path, name: str, backend: str, capsys: pytest.CaptureFixture[str]
@@ -112,6 +123,17 @@ def test_a_bundle_holds_the_weights_and_answers_like_them(
         np.testing.assert_array_equal(found[weight], values, weight)
     write_multiplied(source, tmp_path / "plain", made)
     check_answers(bundle.folder, tmp_path / "plain", make_inputs(work.tiny("mqa4"), [9], [5]), backend)
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq in order of activation"])
+def test_validation_passes(work: Workshop, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Judged by the same weights, multiplied out: Hugging Face's modules read none of these checkpoints."""
+    MAKERS[name][0](work.checkpoint("mqa4"), tmp_path / "made")
+    bundle = export(tmp_path / "made", tmp_path / "bundle")
+    capsys.readouterr()
+    assert call(validate_main, bundle.folder, "--prompts", 2, "--max-new-tokens", 3, "--no-speed", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"] and found["parity"]["kept_k1"]["verdict"] in ("identical", "tie")
 
 
 def test_a_fused_projection(tmp_path: Path) -> None:

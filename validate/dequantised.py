@@ -55,9 +55,10 @@ class Piece:
 
 @contextmanager
 def judge_of(bundle: Bundle, source: Source) -> Iterator[Source]:
-    """Yields the checkpoint whose model the bundle must equal: `source`; of quantised weights one in its layout, with
-    the weights that the bundle computes with, which lasts as long as the context. HimapError as `write_dequantised`."""
-    if bundle.manifest.quantization is None:
+    """Yields the checkpoint whose model the bundle must equal: `source`; of quantised weights, there or in the bundle,
+    one in its layout, with the weights that the bundle computes with, which lasts as long as the context. HimapError as
+    `write_dequantised`."""
+    if bundle.manifest.quantization is None and has_original(source):
         yield source
         return
     with scratch_folder("dequantised") as folder:
