@@ -2,8 +2,9 @@
 
 Parity cannot tell: its reference computes with the bundle's own weights, so a bundle that holds those of another layer
 would pass. Here each decoder tensor is compared with the checkpoint's, as far as the model's function goes: an export
-may scale what linear layers read if they scale it back. So a linear layer is taken together with the norm that it
-reads, and an output of v_proj or up_proj may be larger by any factor that o_proj or down_proj divides by.
+may scale what linear layers read if they scale it back, as AWQ does. So the checkpoint's weight is taken as it would be
+behind the bundle's norm, and an output of v_proj or up_proj may be larger by any factor that o_proj or down_proj
+divides by. Errors are those of the weights as they were rounded: AWQ lets go of inputs that are always small.
 """
 
 import re
@@ -50,17 +51,10 @@ class Decoder:
         found: Floats = read_tensor(self._files, ref.name, rows).float().numpy()
         return found
 
-    def with_norm(self, role: str) -> Floats:
-        """Returns a linear layer's weight [out,in], its columns times the norm [in] that it reads, if it reads one; of
-        other tensors themselves."""
-        layer, part, kind = _split(role)
-        norm = f"{layer}{_READS[part]}.weight" if part in _READS else "norm.weight" if part == "lm_head" else None
-        return self[role] if norm is None or kind != "weight" else self[role] * self[norm]
-
 
 def weight_errors(bundle: Bundle, original: Source, rounded: Source) -> dict[str, float]:
-    """Returns, by role, how far each decoder tensor of the checkpoint `rounded` lies from that of `original`, as far as
-    the function goes: root mean square, relative to the original's."""
+    """Returns, by role, how far each decoder tensor of the checkpoint `rounded` lies from that of `original`, scaled as
+    its own: root mean square, relative to the original's."""
     v, m = bundle.select().variant, bundle.manifest
     decode = StagedModel(spec=m.decoder, plan=v.plan, budget=v.budget, dtype=m.dtype, names=WeightRef).decode()
     actual, expected = Decoder(rounded.folder, original), Decoder(original.folder, original)
@@ -79,23 +73,34 @@ def with_weights(parity: Parity, errors: Mapping[str, float]) -> Parity:
 
 def _error(role: str, actual: Decoder, expected: Decoder, spec: DecoderSpec) -> float:
     layer, part, kind = _split(role)
-    a, b = actual.with_norm(role), expected.with_norm(role)
-    if part in _TAKES_BACK.values():
-        factors = _factors(f"{layer}{part}.weight", actual, expected)
-        a = a * (factors if kind == "bias" else factors[:, None])
-    elif part in _TAKES_BACK and kind == "weight":
-        factors = _factors(f"{layer}{_TAKES_BACK[part]}.weight", actual, expected)
-        if len(factors) < a.shape[1]:  # each key-value head serves several queries'
-            factors = factors.reshape(spec.kv_heads, 1, -1).repeat(spec.heads // spec.kv_heads, axis=1).ravel()
-        with np.errstate(divide="ignore", invalid="ignore"):  # of an output that is no multiple of the checkpoint's
-            a = a / factors
+    a, b = actual[role], _behind_norm(role, actual, expected)
+    with np.errstate(divide="ignore", invalid="ignore"):  # by 0, of an output that is no multiple of the checkpoint's
+        if part in _TAKES_BACK.values():
+            factors = _factors(f"{layer}{part}.weight", actual, expected)
+            b = b / (factors if kind == "bias" else factors[:, None])
+        elif part in _TAKES_BACK and kind == "weight":
+            factors = _factors(f"{layer}{_TAKES_BACK[part]}.weight", actual, expected)
+            if len(factors) < b.shape[1]:  # each key-value head serves several queries'
+                factors = factors.reshape(spec.kv_heads, 1, -1).repeat(spec.heads // spec.kv_heads, axis=1).ravel()
+            b = b * factors
     size = float(np.linalg.norm(b))
     return worst(np.array([np.linalg.norm(a - b) / size if size else np.linalg.norm(a)]))
 
 
+def _behind_norm(role: str, actual: Decoder, expected: Decoder) -> Floats:
+    """The checkpoint's tensor; of a linear layer that reads a norm, as it must be to read the bundle's norm."""
+    layer, part, kind = _split(role)
+    norm = f"{layer}{_READS[part]}.weight" if part in _READS else "norm.weight" if part == "lm_head" else None
+    if norm is None or kind != "weight":
+        return expected[role]
+    own, theirs = actual[norm], expected[norm]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(expected[role] * np.where(own == theirs, 1, theirs / own), np.float32)
+
+
 def _factors(role: str, actual: Decoder, expected: Decoder) -> Floats:
     """By which each output [out] of a linear layer is to be multiplied to be the checkpoint's, at best."""
-    a, b = actual.with_norm(role), expected.with_norm(role)
+    a, b = actual[role], _behind_norm(role, actual, expected)
     product, square = (a * b).sum(axis=1), (a * a).sum(axis=1)
     return np.asarray(np.divide(product, square, out=np.ones_like(product), where=square > 0), np.float32)
 
