@@ -94,10 +94,12 @@ def _rounded(w: Floats, bits: int, dtype: Dtype) -> tuple[npt.NDArray[np.int8], 
     for share in _SHARES[bits]:
         stored = as_stored(largest * np.float32(share / high), dtype)
         step = as_numbers(stored, dtype).astype(np.float32)
-        with np.errstate(divide="ignore", invalid="ignore"):  # of a block of zeros, or of numbers too small for a scale
+        with np.errstate(
+            divide="ignore", invalid="ignore", over="ignore"
+        ):  # of a block of zeros, or of numbers too small for a scale
             found = np.where(step > 0, np.rint(w / step), 0).clip(-high - 1, high)
         error = np.square(found * step - w).sum(axis=0)
-        better = error < best
+        better = (error < best) | (share == 1)  # the first one stays where it is infinite, to be refused
         best = np.where(better, error, best)
         scale = np.where(better & (step > 0), stored, scale)
         q = np.where(better, found.astype(np.int8), q)
