@@ -52,7 +52,7 @@ WHY = {
     "awq": "zero points taken off, which makes 4 bits 8",
     "gptq in order of activation": "scales in order of activation",
     "W8A16 with zero points": "zero points of 8 bits", "fp8, dynamic": "fp8 without a stored scale of activations",
-    "fp8": "{backend} computes on no fp8",
+    "fp8": "{backend} has no fp8 weights",
 }  # fmt: skip
 
 

@@ -77,6 +77,7 @@ def _in_words(form: LinearForm) -> str:
 def taken(linear: ReadyLinear, dtype: Dtype) -> Quantised:
     """Returns the parts of a layer that has a form, its scales in `dtype`, of fp8 in fp32; `error`: what that took
     from them, 0 if it holds them. HimapError (usage) for a scale that does not fit `dtype`, or a number times it."""
+    linear = replace(linear)  # what it keeps of its scales goes with it
     assert linear.form is not None
     values, scales = linear.values(), linear.block_scales()
     if linear.form.kind == "fp8":
