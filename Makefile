@@ -7,7 +7,7 @@ BUNDLE ?= demo/shapes
 IMAGE ?= examples/shapes/images/$(shell sed -n '1s/.*"image": "\([^"]*\)".*/\1/p' examples/shapes/images/questions.jsonl)
 QUESTION ?= $(shell sed -n '1s/.*"question": "\([^"]*\)".*/\1/p' examples/shapes/images/questions.jsonl)
 
-.PHONY: install demo docs test test-slow fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-analysis bench-peers peers-env shapes study clean
+.PHONY: install demo docs test test-slow fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers peers-env shapes study clean
 
 install: $(READY)
 
@@ -77,6 +77,10 @@ bench-gpu: install
 # Every alias at real size, without weights, for TensorRT-RTX; needs no GPU.
 bench-engines: install
 	$(BIN)/python benchmarks/engines_only.py --docs docs/models.md
+
+# Gigabytes of memory and disk, minutes: weights of 7B in 8 and 4 bits, drawn at random.
+bench-quantised: install
+	$(BIN)/python benchmarks/quantised_engines.py
 
 bench-analysis: install
 	$(BIN)/python benchmarks/analysis_at_size.py

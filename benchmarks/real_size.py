@@ -195,6 +195,15 @@ def report(phases: list[Phase], total: float, bound: float, bare: int, form: str
     return {"seconds": total, "bound_s": bound, "unhashed_s": unhashed, "peak_above_bare": peak, "phases": rows}
 
 
+def products(manifest: Path) -> Iterator[str]:
+    """The kernels in which engines multiply quantised weights, graph by graph."""
+    for backend, engines in json.loads(manifest.read_text())["engines"].items():
+        for graph, engine in engines.items():
+            found = [kernel for kernel in engine.get("kernels", ()) if "(DequantizeLinear, Gemm" in kernel]
+            if found:
+                yield f"{backend} {graph}: {', '.join(found)}"
+
+
 def prepared(model: str, work: Path) -> Path:
     from himap_export.exporter.registry import ALIASES
 
@@ -213,6 +222,9 @@ def main() -> None:
     parser.add_argument("--backend", action="append", help="repeatable (default: onnxruntime and tensorrt-rtx)")
     parser.add_argument("--weight-form", choices=("shared", "embedded"), default="shared")
     parser.add_argument("--hard-link", action="store_true")
+    parser.add_argument(
+        "--quantize", choices=("int8", "int4"), help="embedded in engines, with `--weight-form embedded`"
+    )
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the model here for the next run")
     args = parser.parse_args()
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -227,9 +239,11 @@ def main() -> None:
         for backend in args.backend or ["onnxruntime", "tensorrt-rtx"]:
             command += ["--backend", backend]
         command += ["--hard-link"] if args.hard_link else ["--weight-form", args.weight_form]
+        command += ["--quantize", args.quantize] if args.quantize else []
         print("himap-export", args.model, *command[5:])
         try:
             phases, total = export(command)
+            print("\n".join(products(out / "manifest.json")))
         finally:
             shutil.rmtree(out, ignore_errors=True)
         print(json.dumps(report(phases, total, bound, bare_interpreter(), args.weight_form)))

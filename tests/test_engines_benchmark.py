@@ -1,15 +1,20 @@
-"""The table of all aliases: one is really built, the table goes between its marks, and nothing else is touched."""
+"""Engines at real size: one alias is really built, without weights and over quantised ones; the table of all goes
+between its marks, and nothing else is touched."""
 
 import json
 import re
 from pathlib import Path
 
 import engines_only
+import ml_dtypes
+import numpy as np
 import pytest
+import quantised_engines
 
 from himap_export.exporter.aliases import ALIASES
 from himap_export.exporter.planning import Request, plan_export
 from himap_export.exporter.registry import resolve
+from himap_export.graphs.ports import ElementType, WeightSpec
 
 PUBLISHED = [name for name, alias in ALIASES.items() if alias.config]
 
@@ -53,3 +58,25 @@ def test_every_alias_plans_without_network_or_weights(name: str) -> None:
 def test_one_alias_is_built(tmp_path: Path) -> None:
     built = engines_only.build("internvl3-1b", tmp_path / "bundle")
     assert built.tokens == (256, 128, 32) and built.seconds > 1 and built.peak > 1 << 28 and built.size < 200e6
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32", "int8", "int4", "fp8", "fp4"])
+def test_drawn_weights_fill_their_bytes_and_are_numbers(dtype: ElementType) -> None:
+    """In pieces, as they are drawn; E4M3 has two codes that are none."""
+    spec = WeightSpec(dtype, (6, 10))
+    raw = b"".join(piece.tobytes() for piece in quantised_engines.drawn(spec, np.random.default_rng(0)))
+    assert len(raw) == {"fp16": 120, "bf16": 120, "fp32": 240, "int4": 30, "fp4": 30}.get(dtype, 60)
+    kinds = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "fp32": np.float32, "fp8": ml_dtypes.float8_e4m3fn}
+    numbers = np.frombuffer(raw, kinds.get(dtype, np.int8)).astype(np.float32)
+    assert np.isfinite(numbers).all() and len(set(numbers)) > 10
+    assert dtype not in ("fp16", "bf16", "fp32") or (numbers.min() >= 1 and numbers.max() < 2)
+
+
+@pytest.mark.slow
+def test_a_decode_graph_of_quantised_weights_is_built(tmp_path: Path) -> None:
+    built = quantised_engines.build("internvl3-1b", "int4", 128, 9, tmp_path)
+    assert built.linears == 63 and built.block == 128 and built.engine > 0.98 * built.weights
+    assert (
+        sum(int(kernel.partition("x ")[0]) for kernel in built.products) == 36
+    )  # q, k, v are joined; gate, up as well
+    assert "63 linear layers in 36x" in quantised_engines.told(built)

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from cuda.pathfinder import DynamicLibNotFoundError
 from cuda_stand_ins import FakeCuda
+from msgspec.structs import replace
 from nvinfer_stand_ins import Opened, bound, stand_ins
 
-from himap_export.engines.manifest import EngineRecord
+from himap_export.engines.bundle import Bundle
+from himap_export.engines.manifest import EngineRecord, QuantisedWeight, Quantization
 from himap_export.engines.nvinfer import cuda_memory, run
-from himap_export.engines.nvinfer.edition import DATACENTER, RTX, log_of
+from himap_export.engines.nvinfer.edition import DATACENTER, RTX, Edition, first_capability, log_of
 from himap_export.engines.nvinfer.run import open_engines
 from himap_export.engines.plugin import tensorrt_rtx as plugin
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.ports import TensorSpec
+from himap_export.graphs.ports import Kind, TensorSpec
 
 
 @pytest.fixture
@@ -131,6 +133,23 @@ def test_a_gpu_that_cannot_do_it_is_told(
     monkeypatch.setattr(run, "cuda_core", lambda: cuda)
     error = refusal(lambda: open_engines(RTX, opened[0]))
     assert words in str(error) and error.code == (Exit.FAILURE if cuda.allocated else Exit.MISSING)
+
+
+@pytest.mark.parametrize("edition", [RTX, DATACENTER])
+def test_a_gpu_without_products_of_the_weights_is_told(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, edition: Edition
+) -> None:
+    """The stand-in is SM89, which has fp8's and not nvfp4's."""
+
+    def held(kind: Kind) -> Bundle:
+        quantization = Quantization("random", {"w": QuantisedWeight(kind, 16, error=0.1)})
+        return Bundle(opened[0].folder, replace(opened[0].manifest, quantization=quantization))
+
+    error = refusal(lambda: open_engines(edition, held("nvfp4")))
+    assert "no products of nvfp4 weights" in str(error) and "SM89; it runs on SM100 and later" in error.details
+    assert error.code == Exit.MISSING
+    assert open_engines(RTX, held("fp8")).device
+    assert [first_capability(kinds) for kinds in ([], ["int4"], ["int4", "nvfp4"])] == [0, 80, 100]
 
 
 @pytest.mark.parametrize(
