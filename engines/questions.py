@@ -129,7 +129,7 @@ def normalised(text: str) -> str:
 
 @contextmanager
 def located(example: Example) -> Iterator[None]:
-    """What goes wrong is told with the example's line."""
+    """Adds the example's line to an error that is raised within."""
     try:
         yield
     except HimapError as problem:

@@ -52,7 +52,7 @@ def calibrate(source: Source, questions: Sequence[Example]) -> Calibrated:
             largest |= dict.fromkeys(roles, float(seen.largest.max()))
             continue
         weight = np.concatenate([_sample(source, role, shapes[role]) for role in rounded])
-        found, how = search(spec, group.maker, seen, weight, _rounded(forms[rounded[0]], dtype))
+        found, how = search(spec, group.maker, seen, weight=weight, rounded=_rounded(forms[rounded[0]], dtype))
         if group.maker.endswith("norm"):
             found = storable(source.read(f"{group.maker}.weight", found.shape), found, dtype)
         scales[group.maker] = found
