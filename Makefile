@@ -113,6 +113,7 @@ $(PEERS)/.ready: benchmarks/peers-requirements.txt
 # Half an hour on 2 cores: policies, budgets and controls on 6,000 held-out questions; an interrupted one goes on.
 study: install
 	$(BIN)/python examples/shapes/study.py --out study --docs docs/study
+	$(BIN)/python examples/shapes/quantised.py --out study --docs docs/study
 
 shapes: install
 	$(BIN)/python examples/shapes/train.py

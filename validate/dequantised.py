@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ class Piece:
 
 @contextmanager
 def judge_of(bundle: Bundle, source: Source) -> Iterator[Source]:
-    """Yields the checkpoint whose model the bundle must equal: `source`; of quantised weights, there or in the bundle,
-    one in its layout, with the weights that the bundle computes with, which lasts as long as the context. HimapError as
+    """Yields the checkpoint whose model the bundle must equal: `source`; if one of both is quantised, another in its
+    layout, with the weights that the bundle computes with, which lasts as long as the context. HimapError as
     `write_dequantised`."""
     if bundle.manifest.quantization is None and has_original(source):
         yield source
@@ -103,10 +104,11 @@ def write_dequantised(bundle: Bundle, folder: Path, out: Path) -> None:
     _check_room(bundle, folder, out)
     index = {name: f"{n:05}.safetensors" for n, name in enumerate(names)}
     for name, file in index.items():
-        tensor = read_tensor(source, name) if name in source else None
-        for piece in pieces.get(name, ()):
-            tensor = _replaced(tensor, piece, held)
-        assert tensor is not None  # whose name is in neither is in no index
+        own = pieces.get(name, [])
+        if name in source:
+            tensor = reduce(partial(_replaced, held=held), own, read_tensor(source, name))
+        else:
+            tensor = torch.cat([_value(piece, held) for piece in sorted(own, key=lambda piece: piece.start or 0)])
         save_file({name: tensor.contiguous()}, out / file, {"format": "pt"})
     (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config = _plain(read_config(folder))
@@ -151,24 +153,27 @@ def _is_packed(name: str, pieces: Mapping[str, list[Piece]]) -> bool:
     return kind != "bias" and f"{layer}.weight" in pieces
 
 
-def _replaced(tensor: Tensor | None, piece: Piece, held: Files) -> Tensor:
-    """Returns the checkpoint's `tensor`, None if it has none of the name, with what the bundle holds in its place: a
-    plain one only if that is another than the checkpoint's, rounded to its type."""
-    own = slice(piece.start, piece.stop)
-    if piece.suffixes:
-        parts = {suffix: read_tensor(held, f"{piece.name}.{suffix}") for suffix in piece.suffixes}
-        # NumPy knows no 8-bit floats and no bf16.
-        arrays = {suffix: (t.float() if t.is_floating_point() else t).numpy() for suffix, t in parts.items()}
-        value = torch.from_numpy(dequantised(arrays))
-    else:
-        value = read_tensor(held, piece.name, own)
-        if tensor is not None and torch.equal(tensor[own].to(value.dtype), value):
-            return tensor
-    if tensor is None or piece.start is None:
+def _replaced(tensor: Tensor, piece: Piece, held: Files) -> Tensor:
+    """Returns the checkpoint's `tensor` with what the bundle holds in its place: a plain one only if that is another
+    than the checkpoint's, rounded to its type."""
+    own, value = slice(piece.start, piece.stop), _value(piece, held)
+    if not piece.suffixes and torch.equal(tensor[own].to(value.dtype), value):
+        return tensor
+    if piece.start is None:
         return value
     tensor = tensor.float()
     tensor[own] = value
     return tensor
+
+
+def _value(piece: Piece, held: Files) -> Tensor:
+    """Returns the numbers of a piece, in fp32 if they are quantised."""
+    if not piece.suffixes:
+        return read_tensor(held, piece.name, slice(piece.start, piece.stop))
+    parts = {suffix: read_tensor(held, f"{piece.name}.{suffix}") for suffix in piece.suffixes}
+    # NumPy knows no 8-bit floats and no bf16.
+    arrays = {suffix: (t.float() if t.is_floating_point() else t).numpy() for suffix, t in parts.items()}
+    return torch.from_numpy(dequantised(arrays))
 
 
 def read_tensor(files: Files, name: str, rows: slice = slice(None)) -> Tensor:
@@ -180,8 +185,9 @@ def read_tensor(files: Files, name: str, rows: slice = slice(None)) -> Tensor:
 
 
 def _check_room(bundle: Bundle, folder: Path, out: Path) -> None:
-    packed = (t.nbytes for name, t in bundle.tensors.items() if name.rpartition(".")[2] in _VALUES)
-    needed = 8 * sum(packed) + sum(t.nbytes for t in stored_tensors([folder]).values())  # two 4-bit numbers a byte
+    widths = {name: 8 if name.rpartition(".")[2] in _VALUES else 1 for name in bundle.tensors}  # two numbers a byte
+    needed = sum(widths[name] * t.nbytes for name, t in bundle.tensors.items())
+    needed += sum(t.nbytes for t in stored_tensors([folder]).values())
     if needed > (free := shutil.disk_usage(out).free):
         details = f"it takes up to {needed / 1e9:.1f} GB in {out.parent}, which has {free / 1e9:.1f} GB"
         raise HimapError(f"no room for the dequantised weights of {bundle.folder}", details, "set TMPDIR")

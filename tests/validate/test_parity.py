@@ -213,6 +213,8 @@ def test_limits() -> None:
 
     assert limit(logits, "fp32", None) == 1e-3
     assert limit(score, "fp32", None) == pytest.approx(2e-4)
+    assert limit(logits, "fp32", 1e-9) == 1e-3 and limit(score, "fp32", 0.1) == pytest.approx(0.4)  # 8-bit activations
+    assert limit(logits, "fp32", 1e6) == WORST * 40
     assert limit(logits, "fp16", 0.1) == pytest.approx(0.4)
     assert limit(logits, "fp16", 0.0) == 40 * 2.0**-11  # one rounding is always allowed
     assert limit(logits, "bf16", 1e6) == WORST * 40  # and a model beyond reason allows no more than this

@@ -16,6 +16,7 @@ import torch
 from commands import ORT, Workshop, call
 from families import FAMILIES
 from legacy import make_qwen_vl
+from ready_checkpoints import write_awq, write_gptq
 from safetensors.numpy import load_file, save_file
 
 from himap_export.engines.backends import Opening
@@ -33,7 +34,7 @@ from himap_export.validate.dequantised import E2M1, dequantised, judge_of, write
 from himap_export.validate.parity.compare import Parity, compare
 from himap_export.validate.parity.limits import ParityOptions
 from himap_export.validate.parity.prompts import drawn_inputs
-from himap_export.validate.parity.quantised import EXACT, ORIGINAL, FreeRun, drift, quantisation_cost
+from himap_export.validate.parity.quantised import EXACT, ORIGINAL, READY_MADE, FreeRun, drift, quantisation_cost
 from himap_export.validate.parity.runs import batched
 from himap_export.validate.parity.weights import LIMIT, weight_errors
 from himap_export.validate.reference.activations import int8_dynamic
@@ -395,6 +396,31 @@ def test_a_baseline_holds_the_bundles_weights(shapes: Path, tmp_path: Path) -> N
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
     assert made.select().plan.policy == "none"
+
+
+# --- published quantised ---
+
+
+@pytest.mark.parametrize("form", ["awq", "in order of activation", "fused"])
+def test_a_checkpoint_that_was_published_quantised(work: Workshop, tmp_path: Path, form: str) -> None:
+    """Taken over, multiplied out, and with query, key and value in one: transformers alone could load none of them."""
+    made, bundle = tmp_path / "made", tmp_path / "bundle"
+    if form == "fused":
+        make_qwen_vl(tmp_path / "source")
+        write_gptq(tmp_path / "source", made)
+    elif form == "awq":
+        write_awq(work.checkpoint("mqa4"), made)
+    else:
+        write_gptq(work.checkpoint("mqa4"), made, activation_order=True)
+    flags = ("--k1", 1, "--k2", 3, "--text-budget", 24, *ORT)
+    assert call(export_main, made, *flags, "--out", bundle) == 0
+    found = validate(Bundle.open(bundle), speed=False, threads=1, max_new_tokens=4, prompts=2)
+    assert found.passed and "weights" not in {gate.name for gate in found.parity.gates}
+    if form == "in order of activation":
+        assert found.quantised is None  # floats, as far as the bundle goes
+    else:
+        assert found.quantised is not None and [d.over for d in found.quantised.drifts] == [EXACT]
+        assert READY_MADE in "\n".join(found.lines()) and found.to_json()["quantised"]["note"] == READY_MADE
 
 
 # --- families, bad input ---
