@@ -53,7 +53,7 @@ def build(edition: Edition, bundle: Bundle, graph: str, gather: Gather) -> Engin
         raise HimapError(f"{edition.title} did not take the gather as {gather}", details)
     if apart := multiplied_out(log.layers, record.weights.values()):
         path.unlink()
-        details = f"it has {len(apart)} kernels that do: {', '.join(dict.fromkeys(apart))}"
+        details = f"in {', '.join(dict.fromkeys(apart))}"
         raise HimapError(f"{edition.title} multiplies quantised weights of {graph} out before their product", details)
     return EngineRecord(
         file, round(time.perf_counter() - start, 3), form,

@@ -10,6 +10,7 @@ from himap_export.graphs.ports import ElementType, WeightSpec
 
 # TensorRT's words for the numbers of quantised weights.
 _NUMBERS: Mapping[ElementType, str] = {"int8": "Int8", "int4": "Int4", "fp8": "FP8", "fp4": "FP4E2M1"}
+UNSEEN = "kernels that are not in the log"
 _PRODUCT = re.compile("Fc|MulSum")  # in the name of a generated kernel; the latter of one row, where it is small
 _CONSTANT = re.compile(r"Dimensions: \[(?P<shape>[\d,]*)\].*?Datatype: (?P<type>\w+)")
 _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<type>\w+),.*?Metadata: (?P<metadata>.*)$", re.MULTILINE)
@@ -39,8 +40,9 @@ def kernels(log: str, operators: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def multiplied_out(log: str, weights: Iterable[WeightSpec]) -> tuple[str, ...]:
-    """Returns the kernels that turn quantised weights into floats for another's product; none: each of `weights` goes
-    into a matrix product as it is, as the `Layers:` log of a build says."""
+    """Returns the kernels that turn quantised weights into floats for another's product, as the `Layers:` log of a
+    build says, or UNSEEN if it names none; empty: each of `weights` goes into a matrix product as it is, or the log
+    tells no constants."""
     held = Counter[str]()
     for spec in weights:
         if spec.constant and spec.dtype in _NUMBERS and len(spec.shape) == 2:
@@ -52,7 +54,9 @@ def multiplied_out(log: str, weights: Iterable[WeightSpec]) -> tuple[str, ...]:
             found += read
         elif any(read[kind] for kind in held):
             apart.append(_name(layer))
-    return tuple(apart) if any(found[kind] < count for kind, count in held.items()) else ()
+    if all(found[kind] >= count for kind, count in held.items()):
+        return ()
+    return tuple(apart) or ((UNSEEN,) if "Constants: [" in log else ())
 
 
 def _name(layer: re.Match[str]) -> str:

@@ -17,7 +17,7 @@ from himap_export.engines.backends import tensorrt_rtx
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import QuantisedWeight, Quantization
 from himap_export.engines.nvinfer import build as builder
-from himap_export.engines.nvinfer.kernels import multiplied_out
+from himap_export.engines.nvinfer.kernels import UNSEEN, multiplied_out
 from himap_export.engines.nvinfer.weight_only import fusible
 from himap_export.exporter.quantize.floats import FLOATS, quantise_floats
 from himap_export.exporter.quantize.rounding import quantise
@@ -101,7 +101,7 @@ def test_what_is_multiplied_out_first_is_an_error(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(builder, "fusible", lambda model: None)
     with pytest.raises(HimapError, match="multiplies quantised weights of k1 out") as caught:
         tensorrt_rtx.build(bundle, "k1")
-    assert "kernels that do: CastMulCast" in caught.value.details
+    assert "in CastMulCast" in caught.value.details
     assert not bundle.path("tensorrt-rtx/k1.engine").exists()
 
 
@@ -117,6 +117,8 @@ Datatype: Int8 }], Outputs: [], Metadata: [ONNX Layer: e]
     held = [WeightSpec("int8", (64, 32), constant=True), WeightSpec("fp16", (32,), constant=True)]
     assert multiplied_out(log, held) == ()  # all that is held is read by the product
     assert multiplied_out(log, [*held, WeightSpec("int8", (64, 96), constant=True)]) == ("CastMulCast",)
+    assert multiplied_out(log, [WeightSpec("int4", (2, 2), constant=True)]) == (UNSEEN,)
+    assert multiplied_out("", held) == ()  # a log that tells nothing
     assert multiplied_out(log, [WeightSpec("int8", (64, 96))]) == ()  # an input: no part of a quantised weight
 
 
