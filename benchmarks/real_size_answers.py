@@ -11,7 +11,6 @@ import os
 import shutil
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 import real_size
+from answering import Answering
 from peer_bars import Verdict, decode_bytes, reading
 from peer_models import ENVIRONMENT, Models
 from peer_systems import DECODE, MEMORY, OPENED, OVER, PREFILL, PROMPT, QUIET, Running, llama_bench, peak_bytes, peer
@@ -31,7 +31,7 @@ from himap_export.validate.report.machine import cpu_and_features
 from himap_export.validate.speed.measure import ceiling
 
 PRUNED, UNPRUNED = "himap", "none"
-NEW_TOKENS, STEPS = 64, 16
+NEW_TOKENS = 64
 SPEED_BAR, MEMORY_BAR, EXPORT_BAR = 2.2, 8 * 2**30, 2 * 2**30
 DTYPES = {"onnxruntime": "fp32", "openvino": OVER}
 
@@ -47,41 +47,6 @@ class Answered:
     decode: float
     anonymous: int
     resident: int
-
-
-class Answering:
-    """A plan that is open. Asked for "opened", "first" or "decode" it answers seconds; HimapError for a first token
-    that comes of no finite logits."""
-
-    def __init__(self, run: RunSpec, backend: str, threads: int) -> None:
-        from himap_export.engines.backends import Opening, load_backend
-        from himap_export.engines.pipeline import Pipeline
-        from himap_export.validate.parity.prompts import drawn_inputs
-
-        load_backend(backend).version()  # imports its library
-        start = time.perf_counter()
-        self._pipeline = Pipeline(run, backend, Opening(threads, "cpu"))
-        self._opened = time.perf_counter() - start
-        self._inputs = drawn_inputs(run, run.budget.batch, 0, fill=True)
-
-    def __call__(self, asked: str) -> float:
-        return {"opened": lambda: self._opened, "first": self._first, "decode": self._decode}[asked]()
-
-    def _first(self) -> float:
-        """Returns the seconds from pixels and ids to a token: vision, all stages, logits."""
-        start, given = time.perf_counter(), self._inputs
-        prefilled, self._layout = self._pipeline.prefill(given.input_ids, given.pixel_values, given.attention_mask)
-        self._token = prefilled.logits.argmax(axis=1)
-        seconds = time.perf_counter() - start
-        if not abs(prefilled.logits).max() < float("inf"):
-            raise HimapError("the logits of the prompt are not finite")
-        return seconds
-
-    def _decode(self) -> float:
-        start = time.perf_counter()
-        for step in range(STEPS):
-            self._pipeline.step(self._token, self._layout.lengths + step)
-        return (time.perf_counter() - start) / STEPS
 
 
 @contextmanager
