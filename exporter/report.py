@@ -1,18 +1,23 @@
 """A plan as people read it and as programs do."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from msgspec.structs import asdict
 
 from himap_export.exporter.planning import Planned, PlannedVariant
+from himap_export.graphs.flops import BYTES
+from himap_export.graphs.quantization import linear_shapes, stored_bytes
 
 
 def plan_json(p: Planned) -> dict[str, Any]:
     """Returns the model, and the first variant's plan, budget, flops, stages; `variants` lists these for all."""
     variants = [_variant_json(p, v) for v in p.variants]
     head = {"model": p.model.name, "source": p.model.source, "dtype": p.dtype, "backends": list(p.asked.backends)}
-    return {**head, "backend_chosen_because": p.why or None, **variants[0], "variants": variants}
+    quantised = {role: asdict(form) for role, form in p.forms.items()}
+    chosen = {"backend_chosen_because": p.why or None, "quantised": quantised}
+    return {**head, **chosen, **variants[0], "variants": variants}
 
 
 def _variant_json(p: Planned, v: PlannedVariant) -> dict[str, Any]:
@@ -45,8 +50,22 @@ def plan_table(p: Planned) -> str:
     """Returns the plan as a table: one row per stage, or one per variant where there are several."""
     head = f"{p.model.name} ({p.model.source})  {p.dtype}  batch {p.variants[0].budget.batch}"
     engines = f"engines for {', '.join(p.asked.backends)}" + (f" ({p.why})" if p.why else "")
-    small = [f"linear layers as {p.model.quantised.method} has them"] if p.model.quantised else []
-    return "\n".join([head, engines, *small, *(_stages(p, p.variants[0]) if len(p.variants) == 1 else _variants(p))])
+    return "\n".join(
+        [head, engines, *_quantised(p), *(_stages(p, p.variants[0]) if len(p.variants) == 1 else _variants(p))]
+    )
+
+
+def _quantised(p: Planned) -> list[str]:
+    """Returns "224 of 225 linear layers in int4, blocks of 32: 3.4 GiB of 12.1 GiB", if any are."""
+    if p.model.quantised is not None:
+        return [f"linear layers as {p.model.quantised.method} has them"]
+    if not p.forms:
+        return []
+    shapes, form = linear_shapes(p.decoder), next(iter(p.forms.values()))
+    whole = sum(BYTES[p.dtype] * prod(shapes[role]) for role in p.forms)
+    held = sum(stored_bytes(form, shapes[role], p.dtype) for role, form in p.forms.items())
+    blocks = f", blocks of {form.block}" if form.block else ""
+    return [f"{len(p.forms)} of {len(shapes)} linear layers in {form.kind}{blocks}: {_bytes(held)} of {_bytes(whole)}"]
 
 
 def _stages(p: Planned, v: PlannedVariant) -> list[str]:

@@ -9,6 +9,7 @@ partial blocks are refused by TensorRT-RTX.
 """
 
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import NamedTuple
 
 import onnx_ir as ir
@@ -41,6 +42,11 @@ def parts(form: LinearForm, shape: tuple[int, int], dtype: ElementType) -> tuple
     return Part(_STORED[form.kind], _STORED[form.kind], (wide, out)), Part("scale", dtype, scale)
 
 
+def stored_bytes(form: LinearForm, shape: tuple[int, int], dtype: ElementType) -> int:
+    """Returns what a weight of `shape` [out,in] takes in a model of `dtype`, in bytes."""
+    return sum(_BITS[part.dtype] * prod(part.shape) for part in parts(form, shape, dtype)) // 8
+
+
 def linear(f: Frame, x: ir.Value, ref: WeightRef, out: int) -> ir.Value:
     """Returns x [n,in] times the weight `ref` [out,in], transposed: [n,out]."""
     shape = out, dim(x, 1)
@@ -65,6 +71,9 @@ def _dynamic(f: Frame, x: ir.Value, q: ir.Value, scale: ir.Value) -> ir.Value:
     return f.op.Mul(product, f.op.Mul(step, scale))
 
 
+_BITS: Mapping[ElementType, int] = {
+    "fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "fp8": 8, "int4": 4, "fp4": 4,
+}  # fmt: skip
 _STORED: Mapping[Kind, ElementType] = {"int8": "int8", "int8-dynamic": "int8", "int4": "int4"}
 
 
