@@ -200,7 +200,8 @@ class _Asked:
         original = self._load(self.source) if has_original(self.source) else None
         inside = rounds(weight.kind for weight in bundle.manifest.quantised().values())
         return quantisation_cost(
-            deployed, None if inside else exact, original, self.given, self.options.new_tokens, self.progress
+            deployed, None if inside else exact, original, inputs=self.given, new_tokens=self.options.new_tokens,
+            progress=self.progress,
         )
 
     def _load(self, checkpoint: Source) -> Load:

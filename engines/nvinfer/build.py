@@ -11,7 +11,6 @@ from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import EngineRecord
 from himap_export.engines.nvinfer.edition import Edition, log_of, one_line
 from himap_export.engines.nvinfer.kernels import kernels, layers, multiplied_out
-from himap_export.engines.nvinfer.weight_only import fusible
 from himap_export.graphs.errors import Exit, HimapError
 
 
@@ -64,6 +63,8 @@ def build(edition: Edition, bundle: Bundle, graph: str, gather: Gather) -> Engin
 def _parse(edition: Edition, parser: Any, source: Path, inside: bool, weights: frozenset[str]) -> dict[str, str]:
     """Reads `source` into the parser's network; returns each node's operator by name."""
     import onnx_ir as ir
+
+    from himap_export.engines.nvinfer.weight_only import fusible
 
     try:
         model = ir.load(source)  # external initializers stay on disk

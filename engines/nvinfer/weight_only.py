@@ -5,17 +5,19 @@ once their weights are multiplied out. So one row becomes two equal ones, and ea
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
-from himap_export.graphs.build import dim
+if TYPE_CHECKING:  # only builds need it
+    import onnx_ir as ir
 
 
-def fusible(model: ir.Model) -> None:
+def fusible(model: "ir.Model") -> None:
     """Edits the products of int8 weights in `model`, if it has any; the numbers that are computed stay the same."""
+    from himap_export.graphs.build import dim
+
     readers: dict[ir.Value, int] = {}
     for gemm in list(_products(model.graph)):
         x = gemm.inputs[0]
@@ -27,7 +29,9 @@ def fusible(model: ir.Model) -> None:
             _double(model.graph, gemm, own, dim(x, 1))
 
 
-def _products(graph: ir.Graph) -> Iterator[ir.Node]:
+def _products(graph: "ir.Graph") -> Iterator["ir.Node"]:
+    import onnx_ir as ir
+
     for node in graph:
         weight = node.inputs[1].producer() if node.op_type == "Gemm" and node.inputs[1] is not None else None
         if weight is not None and weight.op_type == "DequantizeLinear":
@@ -36,7 +40,7 @@ def _products(graph: ir.Graph) -> Iterator[ir.Node]:
                 yield node
 
 
-def _own(graph: ir.Graph, gemm: ir.Node, x: ir.Value, place: int) -> ir.Value:
+def _own(graph: "ir.Graph", gemm: "ir.Node", x: "ir.Value", place: int) -> "ir.Value":
     """Returns x, or for those behind the first what is equal to it: the larger of it and minus infinity, the smaller of
     it and infinity. No input has more than three readers."""
     if place == 0:
@@ -47,7 +51,7 @@ def _own(graph: ir.Graph, gemm: ir.Node, x: ir.Value, place: int) -> ir.Value:
     return _insert(graph, gemm, name, [x, bound], before=True)
 
 
-def _double(graph: ir.Graph, gemm: ir.Node, x: ir.Value, wide: int) -> None:
+def _double(graph: "ir.Graph", gemm: "ir.Node", x: "ir.Value", wide: int) -> None:
     """Multiplies two equal rows [2,in], and returns one of the products to whoever reads it."""
     rows = _constant(graph, gemm, "rows", np.array([2, wide], np.int64))
     gemm.replace_input_with(0, _insert(graph, gemm, "Expand", [x, rows], before=True))
@@ -61,14 +65,18 @@ def _double(graph: ir.Graph, gemm: ir.Node, x: ir.Value, wide: int) -> None:
         node.replace_input_with(index, first)
 
 
-def _insert(graph: ir.Graph, gemm: ir.Node, kind: str, inputs: list[ir.Value], before: bool) -> ir.Value:
+def _insert(graph: "ir.Graph", gemm: "ir.Node", kind: str, inputs: list["ir.Value"], before: bool) -> "ir.Value":
+    import onnx_ir as ir
+
     node = ir.node(kind, inputs, name=f"{gemm.name}_{kind}")
     node.outputs[0].name, node.outputs[0].type = f"{gemm.name}.{kind}", inputs[0].type
     (graph.insert_before if before else graph.insert_after)(gemm, node)
     return node.outputs[0]
 
 
-def _constant(graph: ir.Graph, gemm: ir.Node, name: str, values: npt.NDArray[Any]) -> ir.Value:
+def _constant(graph: "ir.Graph", gemm: "ir.Node", name: str, values: npt.NDArray[Any]) -> "ir.Value":
+    import onnx_ir as ir
+
     value = ir.Value(name=f"{gemm.name}.{name}", const_value=ir.tensor(values, name=f"{gemm.name}.{name}"))
     graph.register_initializer(value)
     return value

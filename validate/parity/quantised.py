@@ -113,7 +113,7 @@ def quantisation_cost(
         if exact is not None:
             others[EXACT] = run_free(exact, prompts, new_tokens, _along(others))
         own = run_free(deployed, prompts, new_tokens, _along(others))
-        found.append([drift(name, own, other, deployed, prompts) for name, other in others.items()])
+        found.append([drift(name, own, other, pipeline=deployed, prompts=prompts) for name, other in others.items()])
     drifts = tuple(reduce(add, parts) for parts in zip(*found, strict=True))
     return Quantised(drifts, READY_MADE if original is None else "")
 
