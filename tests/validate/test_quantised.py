@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -30,7 +29,7 @@ from himap_export.validate import dequantised as dequantised_module
 from himap_export.validate.baseline import export_baseline
 from himap_export.validate.checkpoint import Source, load_reference
 from himap_export.validate.cli import main as validate_main
-from himap_export.validate.dequantised import E2M1, dequantised, judge_of, write_dequantised
+from himap_export.validate.dequantised import judge_of
 from himap_export.validate.parity.compare import Parity, compare
 from himap_export.validate.parity.limits import ParityOptions
 from himap_export.validate.parity.prompts import drawn_inputs
@@ -39,7 +38,6 @@ from himap_export.validate.parity.runs import batched
 from himap_export.validate.parity.weights import LIMIT, weight_errors
 from himap_export.validate.reference.activations import int8_dynamic
 from himap_export.validate.reference.criteria import reference_himap
-from himap_export.validate.reference.reference import Reference
 from himap_export.validate.validation import validate
 
 ROOT = Path(__file__).parents[2]
@@ -51,113 +49,12 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 Spoil = Callable[[npt.NDArray[np.uint8]], None]  # what a stored tensor's bytes become, in place
 
 
-def source_of(folder: Path) -> Source:
-    return Source(folder, None, own_image=False)
-
-
-# --- dequantised weights, against loops ---
-
-
-def stated(parts: Arrays, out: int, wide: int) -> npt.NDArray[np.float64]:
-    """A weight [out,in], one number at a time."""
-    weight, scale = np.zeros((out, wide)), parts["scale"].astype(np.float64)
-    for o in range(out):
-        for i in range(wide):
-            if "int4" in parts or "fp4" in parts:
-                byte = int(parts["int4" if "int4" in parts else "fp4"][i, o // 2])
-                code = byte >> 4 if o % 2 else byte & 15
-                number = code - 16 if code > 7 else code
-                if "fp4" in parts:  # sign, two bits of exponent, one of mantissa
-                    exponent, half = code >> 1 & 3, code & 1
-                    size = (1 + half / 2) * 2.0 ** (exponent - 1) if exponent else half / 2
-                    number = -size if code & 8 else size
-            else:
-                number = float(parts["int8" if "int8" in parts else "fp8"][i, o])
-            block = wide // len(scale) if scale.ndim == 2 else 1
-            weight[o, i] = number * (scale[i // block, o] if scale.ndim == 2 else scale[o] if scale.ndim else scale)
-            if "block_scale" in parts:
-                weight[o, i] *= float(parts["block_scale"][i // 16, o])
-    return weight
-
-
-RANDOM, OUT, WIDE = np.random.default_rng(0), 6, 64
-INT8 = RANDOM.integers(-128, 128, (WIDE, OUT)).astype(np.int8)
-BYTES = RANDOM.integers(0, 256, (WIDE, OUT // 2)).astype(np.uint8)
-FLOATS = RANDOM.standard_normal((WIDE, OUT)).astype(np.float32)
-PARTS: dict[str, Arrays] = {
-    "int8": {"int8": INT8, "scale": FLOATS[0]},
-    "int8 in blocks": {"int8": INT8, "scale": FLOATS[:2]},
-    "int8 in fp16": {"int8": INT8, "scale": FLOATS[0].astype(np.float16)},
-    "int4": {"int4": BYTES, "scale": FLOATS[:2]},
-    "fp8": {"fp8": FLOATS.astype(ml_dtypes.float8_e4m3fn).astype(np.float32), "scale": FLOATS[0]},
-    "fp4": {"fp4": BYTES, "block_scale": FLOATS[:4], "scale": np.float32(0.25)},
-}
-
-
-@pytest.mark.parametrize("kind", PARTS)
-def test_dequantised_is_q_times_scale(kind: str) -> None:
-    found = dequantised(PARTS[kind])
-    assert found.shape == (OUT, WIDE) and found.dtype == np.float32
-    np.testing.assert_allclose(found, stated(PARTS[kind], OUT, WIDE), rtol=1e-6)
-
-
-def test_e2m1_is_the_format_of_ml_dtypes() -> None:
-    np.testing.assert_array_equal(E2M1, np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32))
-
-
-def read_parts(bundle: Path, name: str) -> Arrays:
-    held = load_file(bundle / "weights" / "quantised.safetensors")
-    return {key.rpartition(".")[2]: array for key, array in held.items() if key.rpartition(".")[0] == name}
-
-
 def read_all(folder: Path) -> dict[str, npt.NDArray[Any]]:
     return {name: array for file in folder.glob("*.safetensors") for name, array in load_file(file).items()}
 
 
-@pytest.mark.parametrize(("name", "flags"), [("mha", INT4), ("half", ("--quantize", "int8", "--dtype", "fp32"))])
-def test_the_dequantised_checkpoint(work: Workshop, tmp_path: Path, name: str, flags: tuple[str, ...]) -> None:
-    """Every linear is the bundle's, everything else the source's, bit for bit, under the source's names."""
-    bundle, source = work.bundle(name, *flags, cuts=CUTS), work.checkpoint(name)
-    write_dequantised(Bundle.open(bundle), source, tmp_path)
-    made, theirs = read_all(tmp_path), read_all(source)
-    assert made.keys() == theirs.keys()
-    changed = {key for key in made if not np.array_equal(made[key], theirs[key])}
-    assert changed == set(Bundle.open(bundle).manifest.quantised()) and len(changed) == 7 * work.tiny(name).layers
-    for key in sorted(changed)[::9]:
-        out, wide = theirs[key].shape
-        np.testing.assert_allclose(made[key], stated(read_parts(bundle, key), out, wide), rtol=1e-6)
-        assert made[key].dtype == np.float32
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((source / "config.json").read_text())
-    assert (tmp_path / "generation_config.json").samefile(source / "generation_config.json")
-
-
-def test_parts_of_a_fused_tensor_go_back_into_their_rows(tmp_path: Path) -> None:
-    source, bundle, out = (tmp_path / name for name in ("source", "bundle", "out"))
-    make_qwen_vl(source)
-    flags = ("--text-budget", 24, "--k1", 1, "--k2", 3, "--keep-dtype", "*.k_proj", *INT4, *ORT)
-    assert call(export_main, source, *flags, "--out", bundle) == 0
-    out.mkdir()
-    write_dequantised(Bundle.open(bundle), source, out)
-    fused, made, theirs = "transformer.h.1.attn.c_attn.weight", read_all(out), read_all(source)
-    for part in range(3):  # queries and values are quantised, keys are not
-        rows = slice(128 * part, 128 * part + 128)
-        if part == 1:
-            np.testing.assert_array_equal(made[fused][rows], theirs[fused][rows])
-        else:
-            parts = read_parts(bundle, f"{fused}[{rows.start}:{rows.stop}]")
-            np.testing.assert_allclose(made[fused][rows], stated(parts, 128, 128), rtol=1e-6)
-    assert made.keys() == theirs.keys()
-
-
-def test_a_quantised_head_that_was_tied_is_a_tensor_of_its_own(work: Workshop, tmp_path: Path) -> None:
-    bundle, source = work.bundle("tied", "--quantize-head", *INT4, cuts=CUTS), work.checkpoint("tied")
-    write_dequantised(Bundle.open(bundle), source, tmp_path)
-    found, theirs = Reference(tmp_path), Reference(source)
-    embedding = theirs.decoder.embed_tokens.weight
-    assert torch.equal(found.decoder.embed_tokens.weight, embedding)
-    head = found.adapter.whole.lm_head.weight
-    with torch.no_grad():
-        assert 0.02 < float((head - embedding).norm() / embedding.norm()) < 0.2
+def source_of(folder: Path) -> Source:
+    return Source(folder, None, own_image=False)
 
 
 # --- the gates ---
