@@ -16,7 +16,7 @@ from unsealed import LAYERS, SPEC, staged, unsealed
 from himap_export.engines.backends import tensorrt_rtx
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import QuantisedWeight, Quantization
-from himap_export.engines.nvinfer import build as builder
+from himap_export.engines.nvinfer import weight_only
 from himap_export.engines.nvinfer.kernels import UNSEEN, multiplied_out
 from himap_export.engines.nvinfer.weight_only import fusible
 from himap_export.exporter.quantize.floats import FLOATS, quantise_floats
@@ -98,7 +98,7 @@ def test_every_stage_multiplies_quantised_weights_as_they_are(kind: str, dtype: 
 def test_what_is_multiplied_out_first_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As TensorRT does it with int8 weights that multiply one input, unless it is kept from it."""
     bundle = quantised(tmp_path / "work", FORMS["int8"], "bf16")
-    monkeypatch.setattr(builder, "fusible", lambda model: None)
+    monkeypatch.setattr(weight_only, "fusible", lambda model: None)
     with pytest.raises(HimapError, match="multiplies quantised weights of k1 out") as caught:
         tensorrt_rtx.build(bundle, "k1")
     assert "in CastMulCast" in caught.value.details
