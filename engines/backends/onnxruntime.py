@@ -8,6 +8,7 @@ for runs on the CPU, and so do computations of shapes, which onnxruntime puts th
 of them might refuse sound graphs. So each is named on standard error.
 """
 
+import ctypes
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -125,12 +126,21 @@ def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Op
         details = next(iter(str(problem).splitlines()), type(problem).__name__)
         hint = "check onnxruntime's version against the manifest's"
         raise HimapError(f"onnxruntime refuses {path}", details, hint) from None
+    if bundle.manifest.quantised():
+        _trim()
     if _PROVIDERS[device] not in session.get_providers():  # onnxruntime itself falls back with a warning
         hint = "check the GPU's driver, or give `device` cpu"
         raise HimapError("onnxruntime cannot use the CUDA provider", hint=hint, code=Exit.MISSING)
     if device == "cuda" and (elsewhere := _elsewhere(session, _PROVIDERS["cuda"])):
         print(f"onnxruntime: {graph} runs partly on the CPU: {elsewhere}", file=sys.stderr)
     return session
+
+
+def _trim() -> None:
+    """Gives memory back to the system that a session's opening has freed: quantised weights are rewritten twice, and
+    glibc keeps what is freed between."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _level(bundle: Bundle, graph: str, exact: bool) -> str:

@@ -13,7 +13,6 @@ import numpy.typing as npt
 import pytest
 import torch
 from commands import ORT, Workshop, call
-from families import FAMILIES
 from legacy import make_qwen_vl
 from ready_checkpoints import write_awq, write_gptq
 from safetensors.numpy import load_file, save_file
@@ -320,23 +319,7 @@ def test_a_checkpoint_that_was_published_quantised(work: Workshop, tmp_path: Pat
         assert READY_MADE in "\n".join(found.lines()) and found.to_json()["quantised"]["note"] == READY_MADE
 
 
-# --- families, bad input ---
-
-
-FORMS = {"int4": INT4, "int8": ("--quantize", "int8")}
-QUICK = {("llava", "int4", "onnxruntime"), ("qwen2.5-vl", "int8", "openvino"), ("qwen3-vl", "int4", "onnxruntime")}
-EVERY = [(family, form, backend) for family in FAMILIES for form in FORMS for backend in ("onnxruntime", "openvino")]
-
-
-@pytest.mark.parametrize(
-    ("family", "form", "backend"),
-    [each if each in QUICK else pytest.param(*each, marks=pytest.mark.slow) for each in EVERY],
-)
-def test_every_family_passes(work: Workshop, family: str, form: str, backend: str) -> None:
-    flags = (*FORMS[form], "--backend", backend, "--quantize-head")
-    bundle = work.family_bundle(family, *flags, "--k1", 1, "--k2", 3)
-    found = validate(Bundle.open(bundle), speed=False, threads=1, max_new_tokens=6, prompts=2)
-    assert not found.failed
+# --- bad input ---
 
 
 def test_a_disk_without_room_is_one_line(work: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
