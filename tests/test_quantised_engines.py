@@ -41,7 +41,11 @@ def products(manifest: Manifest, graph: str) -> int:
 
 @pytest.mark.parametrize(
     ("kind", "block", "targets", "joined"),
-    [("int4", 32, (80, 86, 89, 120, 121), 4), ("fp8", 0, (89, 120, 121), 7), ("nvfp4", 16, (120, 121), 7)],
+    [
+        pytest.param("int4", 32, (80, 86, 89, 120, 121), 4, marks=pytest.mark.slow),  # as test_nvinfer_quantised has it
+        ("fp8", 0, (89, 120, 121), 7),
+        pytest.param("nvfp4", 16, (120, 121), 7, marks=pytest.mark.slow),
+    ],
 )
 def test_a_command_makes_engines_of_quantised_weights(
     kind: str, block: int, targets: tuple[int, ...], joined: int, tmp_path: Path

@@ -35,8 +35,14 @@ def validated(capsys: Capture, bundle: Path, *flags: object) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("name", FAMILIES)
+REPEATED = [name for name in FAMILIES if name not in ("llava", "qwen3-vl")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("int4", name) for name in FAMILIES]
+    + [pytest.param("int8", name, marks=[pytest.mark.slow] * (name in REPEATED)) for name in FAMILIES],
+)
 def test_families_pass_validation(work: Workshop, name: str, kind: str, capsys: Capture) -> None:
     """GQA, biases, q/k norms, M-RoPE, deepstack, tiles; batches of 3 leave one prompt of four to itself."""
     size = ("--image-size", SIZES[name][0]) if name in SIZES else ()

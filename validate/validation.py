@@ -189,7 +189,7 @@ class _Asked:
             family = resolve(str(self.source.folder), vision_tower=self.source.tower).family
             by_role = {role: weight.kind for role, weight in quantised_roles(bundle, family).items()}
             load_rounding = partial(_rounding_reference, load, by_role)
-        parity = compare(pipeline, load, self.given, self.options, self.progress, load_rounding)
+        parity = compare(pipeline, load, self.given, self.options, progress=self.progress, load_rounding=load_rounding)
         if kinds and has_original(self.source):
             parity = with_weights(parity, weight_errors(bundle, self.source, self.judge))
         return with_pixels(parity, self.pixels) if self.pixels else parity
@@ -200,7 +200,11 @@ class _Asked:
         original = self._load(self.source) if has_original(self.source) else None
         inside = rounds(weight.kind for weight in bundle.manifest.quantised().values())
         return quantisation_cost(
-            deployed, None if inside else exact, original, inputs=self.given, new_tokens=self.options.new_tokens,
+            deployed,
+            None if inside else exact,
+            original,
+            inputs=self.given,
+            new_tokens=self.options.new_tokens,
             progress=self.progress,
         )
 

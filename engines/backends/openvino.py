@@ -64,7 +64,7 @@ def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
     onnx.save(onnx.inliner.inline_local_functions(model), bundle.path(file))
     if bundle.manifest.quantised() and not bundle.path(TURNED).exists():
         write_turned(bundle, bundle.path(TURNED))
-    compiler = Compiler(bundle, "cpu", ANYWAY)
+    compiler = Compiler.of(bundle, "cpu", ANYWAY)
     engine = compiler.compile(compiler.read(bundle.path(file)))
     _check_packed(bundle, graph, engine)
     form: Literal["ops", "none"] = "ops" if any(port.role == "score" for port in record.inputs.values()) else "none"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import numpy.typing as npt
 
@@ -14,7 +14,7 @@ from himap_export.engines.bundle import Bundle
 from himap_export.engines.extras import required
 from himap_export.engines.manifest import GraphRecord
 from himap_export.engines.openvino.frontend import UNKNOWN, Append, Frontend, ReadGraph
-from himap_export.engines.openvino.quantised import TURNED, is_large, read_turned
+from himap_export.engines.openvino.quantised import TURNED, Dequantized, is_large, read_turned
 from himap_export.engines.weight_file import NUMPY, as_numbers, as_stored, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import ElementType, TensorSpec
@@ -48,7 +48,7 @@ class OpenVino:
 
     def __init__(self, bundle: Bundle, opening: Opening) -> None:
         self._bundle, self.device = bundle, opening.device or "cpu"
-        self._compiler = Compiler(bundle, self.device, opening)
+        self._compiler = Compiler.of(bundle, self.device, opening)
         absent = bundle.manifest.weight_form == "absent"
         self._weights = map_tensors(bundle.weights().values()) if absent else {}
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compile")
@@ -139,9 +139,18 @@ def _append(request: Any, append: Append, cache: OvTensor) -> Callable[[], None]
 class Compiler:
     """OpenVINO on one device; HimapError (missing) if there is none such, or it does not compute in `dtype`."""
 
-    def __init__(self, bundle: Bundle, device: str, opening: Opening) -> None:
-        self._core, self._device, self._opening = required("openvino").Core(), device.upper(), opening
-        self._threads, dtype = opening.cpu_threads(bundle), bundle.manifest.dtype
+    def __init__(
+        self,
+        device: str,
+        dtype: str,
+        threads: int,
+        quantised: Mapping[str, Dequantized] | None = None,
+        packed: bool = False,
+        exact: bool = False,
+    ) -> None:
+        """`quantised` and `packed` as for `Frontend`; `exact`: no activation is rounded beside them."""
+        self._core, self._device, self._threads = required("openvino").Core(), device.upper(), threads
+        self._packed, self._exact = packed, exact
         held = {name.partition(".")[0] for name in self._core.available_devices}
         if self._device not in held:
             details = f"it sees {', '.join(sorted(held)).lower() or 'none'}"
@@ -151,9 +160,17 @@ class Compiler:
             raise HimapError(
                 f"{name} does not compute in {dtype}", f"it computes in {', '.join(own)}", hint, Exit.MISSING
             )
-        quantised = bundle.manifest.quantised()
-        self._packed = is_large(bundle)
-        self._frontend = Frontend(read_turned(bundle.path(TURNED), quantised) if quantised else {}, self._packed)
+        self._frontend = Frontend(quantised or {}, packed)
+
+    @classmethod
+    def of(cls, bundle: Bundle, device: str, opening: Opening) -> Self:
+        """Returns what compiles the graphs of `bundle`."""
+        weights = bundle.manifest.quantised()
+        return cls(
+            device, bundle.manifest.dtype, opening.cpu_threads(bundle),
+            quantised=read_turned(bundle.path(TURNED), weights) if weights else {}, packed=is_large(bundle),
+            exact=opening.exact,
+        )  # fmt: skip
 
     def read(self, path: Path, weights: Mapping[str, npt.NDArray[Any]] = _NONE) -> ReadGraph:
         """Returns the graph in `path`; `weights` stand for the inputs of their names."""
@@ -168,7 +185,7 @@ class Compiler:
         """Returns the model, compiled to compute as it says: fp32 where it casts to fp32, else in its own dtype. Beside
         quantised weights activations are rounded to 8 bits, 32 of them together, where that gains anything: in decode,
         and in a prefill that keeps them packed."""
-        rounded = not self._opening.exact and (bool(graph.appends) or self._packed)
+        rounded = not self._exact and (bool(graph.appends) or self._packed)
         settings = {
             "EXECUTION_MODE_HINT": "ACCURACY",  # else fp32 scores, too, would be computed in bf16
             "PERFORMANCE_HINT": "LATENCY",

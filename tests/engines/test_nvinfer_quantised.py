@@ -77,7 +77,7 @@ PRODUCTS: Mapping[str, tuple[str, int, int]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", FORMS)
 def test_every_stage_multiplies_quantised_weights_as_they_are(kind: str, dtype: Dtype, tmp_path: Path) -> None:
     bundle = quantised(tmp_path / "work", FORMS[kind], dtype)

@@ -194,13 +194,13 @@ def test_threads_are_as_many_as_gain_anything(work: Workshop, monkeypatch: pytes
 
 def test_idle_threads_of_one_graph_leave_the_cores_to_the_next(work: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[ort.SessionOptions] = []
-    real = ort.InferenceSession
+    run, real = Bundle.open(work.bundle("gqa2", cuts=CUTS)).select(), ort.InferenceSession
     monkeypatch.setattr(
         ort, "InferenceSession", lambda path, options, **more: opened.append(options) or real(path, options, **more)
     )
-    Pipeline(Bundle.open(work.bundle("gqa2", cuts=CUTS)).select(), "onnxruntime", Opening(threads=2))
+    Pipeline(run, "onnxruntime", Opening(threads=2))
     assert len(opened) == 5 and {options.intra_op_num_threads for options in opened} == {2}
-    assert {options.get_session_config_entry("session.intra_op.allow_spinning") for options in opened} == {"0"}
+    assert {options.get_session_config_entry("session.force_spinning_stop") for options in opened} == {"1"}
 
 
 @pytest.mark.parametrize(("backend", "device"), [("onnxruntime", "npu"), ("tensorrt-rtx", "cpu"), ("tensorrt", "gpu")])

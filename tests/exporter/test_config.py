@@ -280,11 +280,10 @@ def unions(kind: inspect.Type, seen: set[type]) -> Iterator[inspect.UnionType]:
 
 def test_no_schema_has_the_union_that_breaks_msgspec() -> None:
     """msgspec 0.22 reads beyond its memory for a union of a bounded number or text and a tuple of fixed length."""
-    from himap_export.engines import image, manifest, prompt  # noqa: F401  # defines schemas
+    from himap_export.engines import image, manifest, prompt, questions  # noqa: F401  # defines schemas
     from himap_export.exporter import checkpoint, plans, processor  # noqa: F401
-    from himap_export.validate.accuracy import (
-        dataset,  # noqa: F401
-    )
+    from himap_export.exporter.quantize import declared  # noqa: F401
+    from himap_export.validate.accuracy import answers  # noqa: F401
 
     kinds = [kind for kind in all_structs(msgspec.Struct) if kind.__module__.startswith("himap_export.")]
     assert len(kinds) > 30
