@@ -134,7 +134,7 @@ def _pieces(bundle: Bundle, held: Files) -> dict[str, list[Piece]]:
     parts = dict[str, list[str]]()
     for part in (name for name, spec in wanted.items() if spec.constant):
         if part not in held:
-            hint = "export it for onnxruntime or openvino, too: such a bundle keeps them beside its engines"
+            hint = "in int8 and int4, export it for onnxruntime or openvino, too: then they lie beside the engines"
             raise HimapError(f"{bundle.folder} holds its weights inside its engines", hint=hint, code=Exit.USAGE)
         name, _, suffix = part.rpartition(".")
         parts.setdefault(name, []).append(suffix)
