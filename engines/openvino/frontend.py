@@ -1,7 +1,7 @@
 """From an ONNX graph in a file to OpenVINO's model: read by our rules, weights put in, linear layers merged."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -70,6 +70,7 @@ class Frontend:
         appends = dict(self._taken_out(model))
         if appends:  # one token: what it costs is reading the weights, in as few pieces as can be
             _merge_linear_layers(model)
+            _leave_slots_open(appended.cache.get_node() for appended in self._appended.values())
         for parameter in model.get_parameters():
             if not parameter.output(0).get_target_inputs():  # a cache that prefill only writes
                 model.remove_parameter(parameter)
@@ -111,6 +112,15 @@ def _fill(model: Any, weights: Mapping[str, npt.NDArray[Any]]) -> None:
             shared = ov.Tensor(np.asarray(array), list(array.shape), parameter.get_element_type())
             parameter.output(0).replace(ov.op.Constant(shared, shared_memory=True).output(0))
             model.remove_parameter(parameter)
+
+
+def _leave_slots_open(caches: Iterable[Any]) -> None:
+    """Leaves the slots of caches [B,G,C,E] uncounted: beside an input of a fixed shape the CPU plugin holds as much
+    memory of its own, all caches once more."""
+    ov = required("openvino")
+    for cache in caches:
+        batch, heads, _, width = cache.get_partial_shape()
+        cache.set_partial_shape(ov.PartialShape([batch, heads, ov.Dimension.dynamic(), width]))
 
 
 def _merge_linear_layers(model: Any) -> None:
