@@ -176,6 +176,16 @@ def map_tensors(tensors: Iterable[StoredTensor]) -> dict[str, npt.NDArray[np.gen
     return arrays
 
 
+def turn_int4(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Returns int4 [in,out], two outputs in a byte [in,out/2], as [out,in], two inputs in a byte [out,in/2]."""
+    wide, half = packed.shape
+    even, odd = packed[0::2], packed[1::2]
+    turned = np.empty((half, 2, wide // 2), np.uint8)
+    turned[:, 0] = ((even & 15) | (odd << 4)).T
+    turned[:, 1] = ((even >> 4) | (odd & 0xF0)).T
+    return turned.reshape(2 * half, wide // 2)
+
+
 def as_stored(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     """Returns `values` in the form in which `NUMPY` holds `dtype`, rounded to nearest even: NaN stays NaN, and what is
     too large is infinite."""

@@ -13,10 +13,12 @@ import pytest
 from commands import OPENVINO, ORT, Workshop, call
 from families import FAMILIES
 from tiny import make_inputs
+from transformers import AutoModelForImageTextToText
 
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.session import open_pipeline
+from himap_export.exporter.cli import main as export_main
 from himap_export.validate.cli import main as validate_main
 from himap_export.validate.reference.criteria import reference_himap
 
@@ -59,23 +61,33 @@ def test_families_pass_validation(work: Workshop, name: str, kind: str, capsys: 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_decode_reads_weights_as_they_are_stored(work: Workshop, kind: str, tmp_path: Path) -> None:
-    """onnxruntime fuses each of a layer's seven linear layers; OpenVINO has a compressed product in fp32 only."""
+    """Each of a layer's seven linear layers is MatMulNBits, over weights that every graph maps from one file; OpenVINO
+    has a compressed product in fp32 only."""
     import onnx
-    import onnxruntime
 
     bundle = work.bundle("tied", "--quantize", kind, "--backend", "onnxruntime", cuts=CUTS)
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    options.log_severity_level = 4
-    onnxruntime.InferenceSession(bundle / "decode.onnx", options)
-    operators = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node]
-    layers = Bundle.open(bundle).manifest.decoder.layers
+    manifest = Bundle.open(bundle).manifest
+    engine, layers = manifest.engines["onnxruntime"]["decode"], manifest.decoder.layers
+    graph = onnx.load(bundle / engine.file, load_external_data=False).graph
+    operators = [node.op_type for node in graph.node]
     assert operators.count("MatMulNBits") == 7 * layers and "DequantizeLinear" not in operators
+    held = [{entry.key: entry.value for entry in part.external_data} for part in graph.initializer]
+    assert sum(entries.get("location") == engine.weights for entries in held) == 2 * 7 * layers
     stored = "i4" if kind == "int4" else "i8"
     for dtype in ("fp32", "bf16"):
         made = work.bundle("tied", "--quantize", kind, *OPENVINO, "--dtype", dtype, cuts=CUTS)
         listed = Bundle.open(made).manifest.engines["openvino"]["decode"].kernels
         assert any(k.startswith(f"{7 * layers}x FullyConnected") and k.endswith(f", {stored})") for k in listed), listed
+
+
+def test_inputs_may_fill_no_block(work: Workshop, capsys: Capture, tmp_path: Path) -> None:
+    """One scale for all 72 inputs: onnxruntime takes them in blocks of 32, the last one padded."""
+    config = FAMILIES["llava"].config()
+    config.text_config.intermediate_size = 72
+    folder, out = tmp_path / "model", tmp_path / "out"
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    assert call(export_main, folder, "--out", out, "--k1", 1, "--k2", 2, *ORT, "--quantize", "int8") == 0
+    validated(capsys, out, "--model", folder)
 
 
 def test_embedded_weights_give_the_same_answers(work: Workshop) -> None:

@@ -1,14 +1,16 @@
 """onnxruntime on the CPU or, as onnxruntime-gpu, on a GPU: the bundle's ONNX graphs are its engines.
 
-All sessions share each weight as one OrtValue: over the mapped file's pages, or once on the device. In the graphs
-weights are inputs with defaults, not constants, so no session makes copies of its own: prepacked, folded or cast.
+All sessions share each plain weight as one OrtValue: over the mapped file's pages, or once on the device. In the graphs
+they are inputs with defaults, not constants, so no session makes copies of its own: prepacked, folded or cast.
+Quantised ones are constants, else there is no kernel that reads them compressed: each session packs those it reads, and
+its engine is a graph of its own, over weights in the order that packing begins with.
 
 The CUDA provider has not been on hardware yet: it is written from onnxruntime's documentation. What it has no kernel
 for runs on the CPU, and so do computations of shapes, which onnxruntime puts there itself: a session that refused all
 of them might refuse sound graphs. So each is named on standard error.
 """
 
-import ctypes
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +25,13 @@ from himap_export.engines.backends import ANYWAY, Gather, Opening, Tensor
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.extras import how_to_install, required
 from himap_export.engines.manifest import EngineRecord
+from himap_export.engines.onnxruntime.quantised import TURNED, exact, fused, write_engine, write_turned
 from himap_export.engines.weight_file import NUMPY, StoredTensor, as_stored, find_tensors, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import TensorSpec
 
 _RECORD = "session.record_ep_graph_assignment_info"  # else a session does not know afterwards where its nodes run
-_LEVEL = "session.qdq_matmulnbits_accuracy_level"
+_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph that is given as bytes
 _NAMED = 500  # characters of a list of nodes
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -56,14 +59,21 @@ def version() -> dict[str, str]:
 
 
 def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
-    """Opens the graph once: proof that every node has a kernel. The ONNX file itself is the engine."""
+    """Opens the graph once: proof that every node has a kernel. The ONNX file itself is the engine, unless it reads
+    quantised weights."""
     start = time.perf_counter()
-    record = bundle.manifest.graphs[graph]
+    record, own = bundle.manifest.graphs[graph], None
+    file = record.file
+    if any(spec.constant for spec in record.weights.values()) and fused(bundle):
+        file, own = f"{graph}.onnxruntime.onnx", TURNED  # beside the weights that it points to
+        if not bundle.path(TURNED).exists():
+            write_turned(bundle, bundle.path(TURNED))
+        write_engine(bundle, bundle.path(record.file), bundle.path(file), _level(bundle, graph))
     inputs = {name: spec for name, spec in record.weights.items() if not spec.constant}
     held = {} if bundle.manifest.weight_form == "absent" else find_tensors(bundle.tensors, inputs)
-    _session(bundle, graph, weights=_values(held, "cpu"), opening=ANYWAY, device="cpu")
+    _session(bundle, graph, file, weights=_values(held, "cpu"), opening=ANYWAY, device="cpu")
     form: Literal["ops", "none"] = "ops" if any(port.role == "score" for port in record.inputs.values()) else "none"
-    return EngineRecord(record.file, round(time.perf_counter() - start, 3), form)
+    return EngineRecord(file, round(time.perf_counter() - start, 3), form, weights=own)
 
 
 def open_engines(bundle: Bundle, opening: Opening = ANYWAY) -> "OnnxRuntime":
@@ -100,17 +110,9 @@ def _borrowed(value: Any) -> Any:
     return _onnxruntime().OrtValue.from_dlpack(value)
 
 
-def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Opening, device: str) -> Any:
-    """Opens a graph over `weights`, as far as it reads them from outside its own file."""
-    ort, options = _onnxruntime(), _onnxruntime().SessionOptions()
-    options.intra_op_num_threads = opening.cpu_threads(bundle)
-    # Each session has threads of its own. They spin between its operators, a fifth of a decode step in int4, and stop
-    # when it has run: else they would keep the next graph's from the cores.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.log_severity_level = 3
-    options.add_session_config_entry(_LEVEL, _level(bundle, graph, opening.exact))
-    record = bundle.manifest.graphs[graph]
+def _session(bundle: Bundle, graph: str, file: str, weights: Mapping[str, Any], opening: Opening, device: str) -> Any:
+    """Opens a graph's engine over `weights`, as far as it reads them from outside its own file."""
+    ort, options, record = _onnxruntime(), _options(bundle, opening), bundle.manifest.graphs[graph]
     if bundle.manifest.weight_form == "shared":
         for name, spec in record.weights.items():
             if not spec.constant:
@@ -119,15 +121,18 @@ def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Op
     if device == "cuda":
         providers.insert(0, (_PROVIDERS["cuda"], {"device_id": 0}))
         options.add_session_config_entry(_RECORD, "1")
-    path = str(bundle.path(record.file))
+    else:
+        _share_memory(options)
+    engine: str | bytes = str(bundle.path(file))
+    if opening.exact and file != record.file:
+        engine = exact(bundle.path(file))
+        options.add_session_config_entry(_FOLDER, str(bundle.folder))
     try:
-        session = ort.InferenceSession(path, options, providers=providers)
+        session = ort.InferenceSession(engine, options, providers=providers)
     except Exception as problem:  # onnxruntime's own exceptions share no base class
         details = next(iter(str(problem).splitlines()), type(problem).__name__)
         hint = "check onnxruntime's version against the manifest's"
-        raise HimapError(f"onnxruntime refuses {path}", details, hint) from None
-    if bundle.manifest.quantised():
-        _trim()
+        raise HimapError(f"onnxruntime refuses {bundle.path(file)}", details, hint) from None
     if _PROVIDERS[device] not in session.get_providers():  # onnxruntime itself falls back with a warning
         hint = "check the GPU's driver, or give `device` cpu"
         raise HimapError("onnxruntime cannot use the CUDA provider", hint=hint, code=Exit.MISSING)
@@ -136,19 +141,38 @@ def _session(bundle: Bundle, graph: str, weights: Mapping[str, Any], opening: Op
     return session
 
 
-def _trim() -> None:
-    """Gives memory back to the system that a session's opening has freed: quantised weights are rewritten twice, and
-    glibc keeps what is freed between."""
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
+def _options(bundle: Bundle, opening: Opening) -> Any:
+    options = _onnxruntime().SessionOptions()
+    options.intra_op_num_threads = opening.cpu_threads(bundle)
+    # Each session has threads of its own. They spin between its operators, a fifth of a decode step in int4, and stop
+    # when it has run: else they would keep the next graph's from the cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.log_severity_level = 3
+    return options
 
 
-def _level(bundle: Bundle, graph: str, exact: bool) -> str:
+def _share_memory(options: Any) -> None:
+    """Lets a session on the CPU take what its operators write from the memory that all sessions share, one of which
+    runs at a time. What it packs when it is opened is its own, and leaves with it."""
+    _register_memory()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+
+
+@functools.cache
+def _register_memory() -> None:
+    ort = _onnxruntime()
+    info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    as_asked = {"arena_extend_strategy": 1}  # not twice as much each time
+    ort.create_and_register_allocator(info, ort.OrtArenaCfg(as_asked))
+
+
+def _level(bundle: Bundle, graph: str) -> int:
     """Returns how MatMulNBits computes: 0, with activations as they are, or 4, with activations rounded to 8 bits, of
-    32 inputs together. Prefill in int4 loses nothing by the former: what is kept does not hang on rounding."""
-    bits = {weight.kind for weight in bundle.manifest.quantised().values()}
-    decodes = graph in bundle.manifest.decode_graphs()
-    return "0" if exact or (bits == {"int4"} and not decodes) else "4"
+    32 inputs together. Prefill over int4 alone loses nothing by the former: what is kept does not hang on rounding."""
+    kinds = {weight.kind for weight in bundle.manifest.quantised().values()}
+    return 0 if kinds == {"int4"} and graph not in bundle.manifest.decode_graphs() else 4
 
 
 def _elsewhere(session: Any, provider: str) -> str:
@@ -188,7 +212,8 @@ class OnnxRuntime:
         return OrtTensor(spec, _on_host(zeros) if self.device == "cpu" else _on_device(zeros))
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
-        session = _session(self._bundle, graph, weights=self._weights, opening=self._opening, device=self.device)
+        file = self._bundle.manifest.engines["onnxruntime"][graph].file
+        session = _session(self._bundle, graph, file, self._weights, opening=self._opening, device=self.device)
         record, binding = self._bundle.manifest.graphs[graph], session.io_binding()
         for names, bind in (
             (record.inputs, binding.bind_ortvalue_input),

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.extras import required
 from himap_export.engines.manifest import QuantisedWeight
-from himap_export.engines.weight_file import as_numbers, map_tensors, read_header, write_safetensors
+from himap_export.engines.weight_file import as_numbers, map_tensors, read_header, turn_int4, write_safetensors
 from himap_export.graphs.errors import HimapError
 from himap_export.graphs.ports import Kind
 
@@ -76,21 +76,11 @@ def write_turned(bundle: Bundle, file: Path) -> None:
     def arrays() -> Iterator[npt.NDArray[Any]]:
         for name, q in weights.items():
             raw = np.memmap(q.file, np.uint8, "r", q.offset, q.shape)
-            yield raw.T if q.dtype == "I8" else _turned_int4(raw)
+            yield raw.T if q.dtype == "I8" else turn_int4(raw)
             scale = map_tensors([scales[name]])[name + ".scale"]
             yield np.atleast_2d(as_numbers(scale, scales[name].dtype)).T.astype(np.float32)
 
     write_safetensors(file, held, arrays())
-
-
-def _turned_int4(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Returns int4 [in,out], two outputs in a byte [in,out/2], as [out,in], two inputs in a byte [out,in/2]."""
-    wide, half = packed.shape
-    even, odd = packed[0::2], packed[1::2]
-    turned = np.empty((half, 2, wide // 2), np.uint8)
-    turned[:, 0] = ((even & 15) | (odd << 4)).T
-    turned[:, 1] = ((even >> 4) | (odd & 0xF0)).T
-    return turned.reshape(2 * half, wide // 2)
 
 
 def read_turned(file: Path, weights: Mapping[str, QuantisedWeight]) -> dict[str, Dequantized]:

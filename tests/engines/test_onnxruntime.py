@@ -130,7 +130,7 @@ def test_a_session_tells_where_its_nodes_run(work: Workshop, gpu: set[int]) -> N
     """The real one: should a version of onnxruntime stop telling, this is where it shows."""
     bundle = Bundle.open(work.bundle("gqa2", cuts=CUTS))
     weights = onnxruntime._values(bundle.weights(), "cuda")
-    session = onnxruntime._session(bundle, "k1", weights, Opening(1), "cuda")
+    session = onnxruntime._session(bundle, "k1", "k1.onnx", weights, Opening(1), "cuda")
     parts = session.get_provider_graph_assignment_info()
     nodes = [node for part in parts for node in part.get_nodes()]
     assert {part.ep_name for part in parts} == {CPU} and {"Attention", "Gemm"} <= {node.op_type for node in nodes}

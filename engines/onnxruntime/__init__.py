@@ -1,0 +1,1 @@
+"""What onnxruntime reads in the place of our quantised linear layers."""
