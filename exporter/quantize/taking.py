@@ -27,7 +27,7 @@ def take_over(
     ready: Mapping[str, ReadyLinear], names: WeightNames, decoder: DecoderSpec, backends: Sequence[str]
 ) -> dict[str, ReadyLinear]:
     """Returns the layers `ready` of a checkpoint by their roles in the `decoder`, each as the weight that graphs call
-    by its name, without a form if one of `backends` does not compute on it.
+    by its name, without a form if one of `backends` does not compute on it, or the embedding reads it, too.
 
     HimapError (usage) if a layer has another shape than the decoder, or is none of its.
     """
