@@ -52,7 +52,7 @@ def open_checkpoint(
     """Returns the checkpoint in `folder`, single or sharded safetensors, with the tensors of a `tower` that lies in
     another folder; checks every header against its file's length, and quantised layers against what it says of them.
 
-    HimapError (missing) if the folder holds no tensors, or as `ready_made`; without `weights` none are looked for.
+    HimapError (missing) if the folder holds no tensors, or as `ready_linears`; without `weights` none are looked for.
     """
     generation = Generation()
     if os.path.lexists(folder / "generation_config.json"):

@@ -19,6 +19,21 @@ TOKENS = 2**20  # the longest contexts are a million tokens
 def _parser() -> argparse.ArgumentParser:
     p = Parser(prog="himap-export", description=__doc__)
     p.add_argument("model", metavar="MODEL", help=f"{', '.join(ALIASES)}, a Hugging Face id, or a checkpoint folder")
+    _planning(p)
+    _budgeting(p)
+    _compiling(p)
+    _weighing(p)
+    _quantising(p)
+    _locating(p)
+    p.add_argument("--dry-run", action="store_true", help="print the plan; needs no weights")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.add_argument("--overwrite", action="store_true", help="replace a bundle that is already at --out")
+    p.add_argument("--out", type=Path, metavar="DIR", help="the bundle's folder")
+    return p
+
+
+def _planning(p: argparse.ArgumentParser) -> None:
+    """Adds what says which image tokens are kept."""
     plan = p.add_argument_group("pruning plan (HiMAP, arXiv 2503.13108, and what it is compared with)")
     plan.add_argument("--task", choices=tuple(TASKS), default="qa", help="the authors' plan for a task (default: qa)")
     plan.add_argument(
@@ -36,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--keep", type=whole(0, TOKENS), metavar="N", help="image tokens that a policy of one cut keeps, for --r1"
     )
+
+
+def _budgeting(p: argparse.ArgumentParser) -> None:
+    """Adds the sizes, which are static."""
     budget = p.add_argument_group("static budgets")
     budget.add_argument(
         "--text-budget", type=whole(1, TOKENS), nargs="+", default=[192], metavar="N",
@@ -57,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument(
         "--batch", type=whole(1, 4096), default=1, metavar="N", help="prompts answered together (default: 1)"
     )
+
+
+def _compiling(p: argparse.ArgumentParser) -> None:
+    """Adds what engines are built, and in which dtype."""
     p.add_argument(
         "--dtype", choices=("fp16", "bf16", "fp32"), help="default: the checkpoint's, if the backend computes it"
     )
@@ -68,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
         "--gather", choices=("auto", "plugin", "ops"), default="auto",
         help="top-k gather as a TensorRT plugin or in standard operators (auto: plugin on tensorrt, else ops)",
     )  # fmt: skip
+
+
+def _weighing(p: argparse.ArgumentParser) -> None:
+    """Adds how weights are stored."""
     weights = p.add_argument_group("weights").add_mutually_exclusive_group()
     weights.add_argument(
         "--weight-form", choices=("shared", "embedded"),
@@ -79,11 +106,15 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-overflow", action="store_true",
         help="weights beyond the range of --dtype become its largest number (default: they are refused)",
     )  # fmt: skip
+
+
+def _quantising(p: argparse.ArgumentParser) -> None:
+    """Adds which weights are stored in fewer bits."""
     small = p.add_argument_group("quantised weights (of the decoder's linear layers)")
     small.add_argument("--quantize", choices=KINDS, help="integers, or floats of 8 or 4 bits, and scales")
     small.add_argument(
         "--block", type=whole(0, 1024), metavar="N",
-        help="inputs that share a scale: 32 (default), 64 or 128 for int4; also for int8, else one scale an output",
+        help="inputs that share a scale: 32 (default for int4), 64, 128; for int8 also 0 (default), one an output",
     )  # fmt: skip
     small.add_argument(
         "--keep-dtype", action="append", default=[], metavar="PATTERN",
@@ -92,19 +123,19 @@ def _parser() -> argparse.ArgumentParser:
     small.add_argument("--quantize-head", action="store_true", help="the head, too")
     small.add_argument(
         "--calibrate", type=Path, metavar="FILE",
-        help="questions (JSON lines, as himap-validate --dataset): scale weights by the activations they meet (AWQ)",
+        help="questions (JSON lines, as himap-validate --dataset): scale weights by the activations they meet (AWQ); "
+        "fp8 and nvfp4 need it for their ranges",
     )  # fmt: skip
+
+
+def _locating(p: argparse.ArgumentParser) -> None:
+    """Adds where the checkpoint lies."""
     p.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     p.add_argument("--checkpoint", type=Path, metavar="DIR", help="folder that holds an alias's weights")
     p.add_argument(
         "--vision-tower", type=Path, metavar="DIR",
         help="folder of the vision tower, where a checkpoint names one outside its own folder",
     )  # fmt: skip
-    p.add_argument("--dry-run", action="store_true", help="print the plan; needs no weights")
-    p.add_argument("--json", action="store_true", help="print one JSON object")
-    p.add_argument("--overwrite", action="store_true", help="replace a bundle that is already at --out")
-    p.add_argument("--out", type=Path, metavar="DIR", help="the bundle's folder")
-    return p
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from dataclasses import replace as with_fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnx
 import onnx_ir as ir
@@ -31,7 +32,6 @@ from himap_export.engines.manifest import (
 )
 from himap_export.engines.prompt import TOKENIZER
 from himap_export.engines.questions import Example
-from himap_export.engines.scratch import scratch_folder
 from himap_export.engines.weight_file import StoredTensor, check_finite, read_header
 from himap_export.exporter.bind import WeightNames, bind, fitting
 from himap_export.exporter.checkpoint import Checkpoint, open_checkpoint
@@ -123,12 +123,14 @@ class Export:
         ready, tensors = {linear.name for linear in self.ready.values()}, self.checkpoint.tensors
         used = {n: fitting(tensors, n, spec.shape, spec.rows) for n, spec in wanted.items() if n not in ready}
         check_finite([*used.values(), *(linear.stored for linear in self._linears() if isinstance(linear, Linear))])
-        with scratch_folder("quantised") as scratch:
+        # Beside what is built: a temporary folder may lie in memory, and a 7B's weights do not.
+        with TemporaryDirectory(dir=self.work) as name:
+            scratch = Path(name)
             if self.questions:
                 used |= self._calibrate(scratch / "folded")
-            used |= self._multiply(scratch / "multiplied")
             if p.weight_form == "shared":
                 return self._share(used, self._linears())
+            used |= self._multiply(scratch / "multiplied")
             return self._embed(used | self._quantise(self._linears(), scratch / "parts"))
 
     def _take_over(self, bundle: Bundle) -> str:
@@ -183,10 +185,11 @@ class Export:
         p, folder = self.planned, self.work / "weights"
         if linears or self.ready:
             folder.mkdir()
-            self.files = ["plain.safetensors", *(["quantised.safetensors"] if linears else [])]
-            self._quantise(linears, folder / "quantised.safetensors")
             over = p.asked.allow_overflow
             write_weights([*used.values()], folder / "plain.safetensors", p.dtype, allow_overflow=over)
+            self._multiply(folder / "multiplied.safetensors")
+            self._quantise(linears, folder / "quantised.safetensors")
+            self.files = sorted(file.name for file in folder.iterdir())
         else:
             self.files = store_weights(
                 used.values(), folder, p.dtype, p.asked.hard_link, allow_overflow=p.asked.allow_overflow
@@ -194,10 +197,10 @@ class Export:
         stored = {name: t for file in self.files for name, t in read_header(folder / file).items()}
         for name, graph in self.graphs.items():
             self._write(name, bind(graph, stored, _location))
-        sources = (linear.stored if isinstance(linear, Linear) else linear for linear in linears)
-        read = sum(t.nbytes for t in (*used.values(), *sources))
+        sources = (linear.stored for linear in linears if isinstance(linear, Linear))
+        read = sum(t.nbytes for t in (*used.values(), *sources)) + sum(t.nbytes for t in self.ready.values())
         written = sum(t.nbytes for t in stored.values())
-        became = f", {written / 1e6:.1f} MB written" if linears else ""
+        became = f", {written / 1e6:.1f} MB written" if linears or self.ready else ""
         return f"{read / 1e6:.1f} MB read{became}, shared by {len(self.graphs)} graphs"
 
     def _embed(self, used: Mapping[str, StoredTensor]) -> str:

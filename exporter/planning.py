@@ -160,11 +160,14 @@ def plan_export(model: Model, asked: Request) -> Planned:
 
 def _weight_form(asked: Request, forms: Mapping[str, LinearForm], ready: bool) -> WeightForm:
     """Returns the form of the weights, chosen if it was left open: engines that hold constants of their own embed
-    quantised ones, of `forms` or `ready`. HimapError (usage) where that form is refused, or a backend has none of these
-    weights."""
+    quantised ones, of `forms` or `ready`. HimapError (usage) where that form is refused, a backend has none of these
+    weights, or they need what was not asked for."""
     if asked.quantize in FLOATS and asked.calibrate is None:
         details = "activations are rounded, too, on scales that are fixed beforehand"
         raise HimapError(f"{asked.quantize} weights need `calibrate`", details, code=Exit.USAGE)
+    if asked.quantize == "int8-dynamic" and asked.batch > 1:
+        details = "activations are rounded by one range over all prompts of a batch"
+        raise HimapError("int8-dynamic weights need a `batch` of 1", details, code=Exit.USAGE)
     for backend in asked.backends:
         check_forms(backend, set(forms.values()))
     quantised = ready or bool(forms)

@@ -65,7 +65,10 @@ def linear(f: Frame, x: ir.Value, ref: WeightRef, out: int) -> ir.Value:
 
 
 def _dynamic(f: Frame, x: ir.Value, q: ir.Value, scale: ir.Value) -> ir.Value:
-    """Rounds x to 8 bits by its own range, and multiplies integers: [n,out]."""
+    """Rounds x to 8 bits by its own range, and multiplies integers: [n,out].
+
+    ONNX takes one range over all of x. So padding takes part in it, and in a batch an answer would hang on the others.
+    """
     rounded, step, zero = f.op.DynamicQuantizeLinear(x, _outputs=3)
     product = f.op.Cast(f.op.MatMulInteger(rounded, q, zero), to=f.dtype)
     return f.op.Mul(product, f.op.Mul(step, scale))

@@ -17,7 +17,8 @@ from ready_checkpoints import (
 from safetensors.torch import save_file
 
 from himap_export.engines.checkpoint_files import SINGLE, stored_tensors
-from himap_export.exporter.quantize.ready import ready_made
+from himap_export.exporter.quantize.declared import declared
+from himap_export.exporter.quantize.ready import ready_linears
 from himap_export.exporter.quantize.ready_linear import ReadyLinear
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import LinearForm
@@ -54,8 +55,13 @@ def write(folder: Path, parts: Tensors, layer: str = LAYER, **more: torch.Tensor
     save_file(tensors, folder / SINGLE)
 
 
+def ready_made(folder: Path, config: Mapping[str, Any]) -> dict[str, ReadyLinear]:
+    """The quantised layers of the checkpoint in `folder`, as its `config` says."""
+    return ready_linears(declared(config, "config.json"), stored_tensors([folder]))
+
+
 def read(folder: Path, said: Mapping[str, Any]) -> ReadyLinear:
-    found = ready_made({"quantization_config": dict(said)}, stored_tensors([folder]))
+    found = ready_made(folder, {"quantization_config": dict(said)})
     assert list(found) == [f"{LAYER}.weight"]
     return found[f"{LAYER}.weight"]
 

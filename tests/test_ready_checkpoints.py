@@ -11,6 +11,8 @@ from commands import ORT, Workshop, call, padded
 from legacy import make_qwen_vl
 from ready_checkpoints import (
     Floats,
+    gptq_tensors,
+    rounded,
     stored,
     write_awq,
     write_compressed,
@@ -24,7 +26,9 @@ from tiny import Inputs, make_inputs
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.pipeline import Pipeline
+from himap_export.engines.weight_file import write_safetensors
 from himap_export.exporter.cli import main as export_main
+from himap_export.exporter.quantize import taking
 from himap_export.exporter.quantize.packing import unpack_int4
 from himap_export.graphs.errors import Exit
 from himap_export.graphs.ports import LinearForm
@@ -160,6 +164,40 @@ def test_layers_of_each_own_form(work: Workshop, tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[weight], values, weight)
     write_multiplied(source, tmp_path / "plain", made)
     check_answers(bundle.folder, tmp_path / "plain", make_inputs(work.tiny("gqa2"), [9], [5]))
+
+
+def test_a_quantised_head_that_is_the_embedding_too(work: Workshop, tmp_path: Path) -> None:
+    """Rows of it are looked up, so it is multiplied out."""
+    source, made = work.checkpoint("tied"), tmp_path / "made"
+    weights, name = write_gptq(source, made), "language_model.model.embed_tokens"
+    table = rounded(stored(source)[f"{name}.weight"].numpy(), 32)
+
+    def quantise_table(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[f"{name}.weight"]
+        tensors.update({f"{name}.{part}": tensor for part, tensor in gptq_tensors(table).items()})
+
+    spoiled(made, quantise_table)
+    bundle = export(made, tmp_path / "bundle")
+    assert set(bundle.manifest.quantised()) == set(weights)
+    np.testing.assert_array_equal(held(bundle)[f"{name}.weight"], table.weight)
+    write_multiplied(source, tmp_path / "plain", weights | {f"{name}.weight": table.weight})
+    check_answers(bundle.folder, tmp_path / "plain", make_inputs(work.tiny("tied"), [9], [5]))
+
+
+@pytest.mark.parametrize("form", ["shared", "embedded"])
+def test_what_is_multiplied_out_never_lies_in_a_temporary_folder(
+    work: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """That may be memory: it is written beside the bundle, and shared by all graphs where it is."""
+    MAKERS["gptq in order of activation"][0](work.checkpoint("mqa4"), tmp_path / "made")
+    written, write = list[Path](), write_safetensors
+    monkeypatch.setattr(taking, "write_safetensors", lambda file, *rest: (written.append(file), write(file, *rest)))
+    bundle = export(tmp_path / "made", tmp_path / "bundle", "--weight-form", form)
+    assert [file.is_relative_to(tmp_path) for file in written] == [True]
+    files = {Path(file).name for file in bundle.manifest.files if file.startswith("weights/")}
+    assert (form == "shared") == (files == {"plain.safetensors", "multiplied.safetensors"})
+    assert {path.name for path in bundle.folder.iterdir() if path.is_dir()} == {"weights"}
+    assert not any("tmp" in file for file in bundle.manifest.files)
 
 
 # --- what is refused, before anything is built ---

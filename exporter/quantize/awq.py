@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from himap_export.engines.weight_file import as_numbers, as_stored
+from himap_export.graphs.errors import HimapError
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
 Floats = npt.NDArray[np.float32]
@@ -135,18 +136,31 @@ def _maker(reader: str) -> str:
 
 def search(spec: DecoderSpec, maker: str, seen: Activations, weight: Floats, rounded: Rounded) -> tuple[Floats, Scaled]:
     """Returns the scales [outputs of `maker`] that leave the least error of x W^T at the rows x that were `seen`, and
-    how good they are. `weight`: rows W [n,in] of what reads x; `rounded` is what becomes of them."""
+    how good they are. `weight`: rows W [n,in] of what reads x; `rounded` is what becomes of them, HimapError if they do
+    not fit its dtype. HimapError if that is so of all scales, or outputs are not finite."""
     groups, each = _shared(spec, maker)
     mean = seen.mean.reshape(groups, each, -1).mean(axis=1).ravel()
-    power = _power(seen.rows @ weight.T)
     found = list[tuple[float, float, Floats]]()
-    for alpha in (step / STEPS for step in range(STEPS)):
-        scales = _scales(mean, alpha)
-        s = spread(spec, maker, scales)
-        found.append((_power(seen.rows @ (rounded(weight * s) / s - weight).T), alpha, scales))
+    with np.errstate(over="ignore", invalid="ignore"):
+        power = _power(seen.rows @ weight.T)
+        for alpha in (step / STEPS for step in range(STEPS)):
+            scales = _scales(mean, alpha)
+            found.append((_error(seen.rows, weight, spread(spec, maker, scales), rounded), alpha, scales))
     error, alpha, scales = min(found, key=lambda tried: tried[0])  # of equals, the smallest alpha
+    if not np.isfinite([error, power]).all():
+        raise HimapError(f"cannot calibrate: what reads the output of {maker} overflows", "its weights or its outputs")
     before, after = (float(np.sqrt(e / power)) if power else 0.0 for e in (found[0][0], error))
     return scales, Scaled(maker, alpha, before, after)
+
+
+def _error(x: Floats, weight: Floats, scales: Floats, rounded: Rounded) -> float:
+    """Returns by how much x W^T errs once W is multiplied by `scales` [in] and rounded, squared; infinite if it does
+    not fit."""
+    try:
+        error = _power(x @ (rounded(weight * scales) / scales - weight).T)
+    except HimapError:
+        return float("inf")
+    return error if np.isfinite(error) else float("inf")
 
 
 def _power(y: Floats) -> float:

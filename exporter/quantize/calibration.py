@@ -74,7 +74,7 @@ def activations(source: Source, questions: Sequence[Example], head: bool) -> Ite
     """Yields what each group of linear layers reads of the prompts' real tokens, layer by layer; the head's last.
 
     HimapError: usage for a checkpoint without a tokenizer, a question that is no prompt, a weight that does not fit;
-    missing without onnxruntime.
+    missing without onnxruntime; failure for activations that are not finite.
     """
     spec = source.planned.decoder
     with scratch_folder("calibration") as folder:
@@ -85,7 +85,7 @@ def activations(source: Source, questions: Sequence[Example], head: bool) -> Ite
             tally, weight = _Tally(), source.read("norm.weight", (spec.hidden,))
             for prompt in prompts:
                 tally.add(_normalised(prompt.load("hidden")[0], weight, spec.norm_eps), prompt)
-            yield HEAD, tally.activations()
+            yield HEAD, tally.activations(HEAD)
 
 
 def layer_graph(spec: DecoderSpec, layer: int, budget: TokenBudget) -> StageGraph:
@@ -137,8 +137,13 @@ class _Tally:
         self._tokens += prompt.length
         self._rows.append(x[prompt.sampled])
 
-    def activations(self) -> Activations:
+    def activations(self, group: Group) -> Activations:
+        """Returns what `group` reads. HimapError if some of that is not finite."""
         mean = np.asarray(self._sum / self._tokens, np.float32)
+        if not np.isfinite(self._largest).all():
+            count = np.count_nonzero(~np.isfinite(self._largest))
+            details = f"{count} of {mean.size} channels overflow in fp32 where {group.readers[0]} reads them"
+            raise HimapError(f"cannot calibrate: the output of {group.maker} is not finite", details)
         return Activations(mean, np.asarray(self._largest), np.concatenate(self._rows))
 
 
@@ -215,4 +220,4 @@ def _layer(source: Source, layer: int, prompts: Sequence[_Prompt], budget: Token
         for group, value in read.items():
             tallies[group].add(found[str(value.name)], prompt)
         prompt.save("hidden", found[after])
-    return {group: tally.activations() for group, tally in tallies.items()}
+    return {group: tally.activations(group) for group, tally in tallies.items()}

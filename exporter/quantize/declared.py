@@ -53,6 +53,11 @@ class Rounding(Struct, frozen=True, kw_only=True):
     group_size: GroupSize | None = None
     dynamic: bool | Name = False
 
+    @property
+    def inputs(self) -> int:
+        """How many inputs share a scale, -1: all. As compressed-tensors infers it where no strategy is told."""
+        return self.group_size or -1 if self.strategy in (None, "group") else -1
+
 
 class Scheme(Struct, frozen=True, kw_only=True):
     """One of compressed-tensors' groups of layers."""
@@ -119,7 +124,8 @@ def _checked_gptq(found: Gptq) -> Gptq:
 
 def _checked_compressed(found: CompressedTensors) -> CompressedTensors:
     method = found.method
-    _require(method, "quantization_status", found.quantization_status, "compressed")
+    # Many that are compressed were saved as "frozen". One that is not holds floats, and is refused for these.
+    _require(method, "quantization_status", found.quantization_status, "compressed", "frozen")
     for name in ("kv_cache_scheme", "transform_config"):
         _require(method, name, "one" if getattr(found, name) else "none", "none")
     _require(method, "sparsity_config.format", (found.sparsity_config or {}).get("format", "dense"), "dense")

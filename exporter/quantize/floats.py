@@ -38,24 +38,6 @@ def quantise_floats(weight: Weight, form: LinearForm, largest: float) -> Quantis
     return Quantised({**values, "input_scale": input_scale}, error)
 
 
-def dequantise_floats(found: Quantised, form: LinearForm) -> Floats:
-    """Returns the weight [out,in] that the parts stand for, fp32."""
-    if form.kind == "fp8":
-        weight: Floats = found.parts["fp8"].view(E4M3).astype(np.float32) * found.parts["scale"]
-        return weight.T
-    q = unpack_fp4(found.parts["fp4"])
-    steps = found.parts["block_scale"].view(E4M3).astype(np.float32) * found.parts["scale"]
-    weight = q * np.repeat(steps, FP4_BLOCK, axis=0)
-    return weight.T
-
-
-def unpack_fp4(packed: npt.NDArray[np.uint8]) -> Floats:
-    """Returns the numbers [.., 2n] fp32 that bytes [.., n] hold, the even column in the low four bits."""
-    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
-    numbers: Floats = codes.view(E2M1).astype(np.float32)
-    return numbers
-
-
 def _fp8(weight: Weight) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.float64]]:
     out, wide = weight.shape
     q, scale = np.empty((wide, out), np.uint8), np.empty(out, np.float32)

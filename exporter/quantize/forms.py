@@ -21,8 +21,8 @@ def plan_forms(
     """Returns the form of each weight that is quantised, by its role: all linear layers but those whose role, without
     ".weight", matches a pattern of `keep`; the head only if asked for.
 
-    HimapError (usage) for a block that does not divide a layer's inputs, a pattern that matches none, or options
-    without a `kind`.
+    HimapError (usage) for a block that does not divide a layer's inputs, a pattern that matches none, patterns
+    that match all, or options without a `kind`.
     """
     if kind is None:
         _check_nothing_asked({"block": block, "keep_dtype": keep, "quantize_head": head})
@@ -35,12 +35,16 @@ def plan_forms(
         details = f"it takes {', '.join(map(str, allowed))}" if len(allowed) > 1 else "it has no blocks to choose"
         raise HimapError(f"{kind} weights have no blocks of {form.block}", details, "change `block`", Exit.USAGE)
     shapes = {role: shape for role, shape in linear_shapes(decoder).items() if head or role != HEAD}
+    kept = set[str]()
     for pattern in keep:
         found = {role for role in shapes if fnmatchcase(role.removesuffix(".weight"), pattern)}
         if not found:
             details = f"there are layers.0 to layers.{decoder.layers - 1}, as in layers.0.mlp.down_proj"
             raise HimapError(f"`keep_dtype` {pattern} matches no layer", details, code=Exit.USAGE)
-        shapes = {role: shape for role, shape in shapes.items() if role not in found}
+        kept |= found
+    if kept == shapes.keys():
+        raise HimapError("`keep_dtype` leaves no layer to quantise", hint="leave `quantize` out", code=Exit.USAGE)
+    shapes = {role: shape for role, shape in shapes.items() if role not in kept}
     for role, (out, wide) in shapes.items():
         _check_shape(role, out=out, wide=wide, form=form)
     return dict.fromkeys(shapes, form)

@@ -41,6 +41,10 @@ class Grid:
             found[self.along] *= WORD // self.bits
         return found[0], found[1]
 
+    def below_zero(self) -> bool:
+        """Tells whether one of its numbers is below zero; reads all."""
+        return bool((mapped(self.tensor) < 0).any())
+
     def read(self, rows: slice, outputs: slice) -> npt.NDArray[Any]:
         """Returns the numbers [rows,outputs], whose slices have a start and a stop: uint8 of packed ones."""
         stored = mapped(self.tensor)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from himap_export.engines.weight_file import StoredTensor, check_finite
 from himap_export.exporter.quantize.grid import Grid, mapped, misfit, require_type
-from himap_export.exporter.quantize.ready_linear import Codes, ReadyLinear, form_of
+from himap_export.exporter.quantize.ready_linear import BELOW_ZERO, Codes, ReadyLinear, form_of
 from himap_export.graphs.errors import Exit, HimapError
 
 
@@ -68,6 +68,8 @@ class Layer:
             codes = replace(codes, zeros=None)
         found = self._order(order, wide=wide, group=group, groups=groups)
         form, why = form_of(codes, shape, group=group, in_order=found is None)
+        if form is not None and not form.block and scales.below_zero():
+            form, why = None, BELOW_ZERO
         return ReadyLinear(
             name=f"{self.name}.weight", shape=shape, codes=codes, scales=scales, group=group, order=found,
             form=form, why=why, outputs=slice(0, out),

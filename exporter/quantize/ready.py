@@ -9,11 +9,10 @@ n numbers of 32/n bits lie in one word, the first in its low bits; AWQ's are in 
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from himap_export.engines.weight_file import StoredTensor
 from himap_export.exporter.quantize.compressed_tensors import compressed_linear
-from himap_export.exporter.quantize.declared import Awq, CompressedTensors, Declared, declared
+from himap_export.exporter.quantize.declared import Awq, CompressedTensors, Declared
 from himap_export.exporter.quantize.grid import misfit
 from himap_export.exporter.quantize.layer import Layer
 from himap_export.exporter.quantize.ready_linear import ReadyLinear
@@ -23,18 +22,13 @@ from himap_export.graphs.errors import Exit, HimapError
 _MARKS = (".qweight", ".qzeros", ".weight_packed", ".weight_scale")  # what a quantised layer has and no other
 
 
-def ready_made(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> dict[str, ReadyLinear]:
+def ready_linears(said: Declared | None, tensors: Mapping[str, StoredTensor]) -> dict[str, ReadyLinear]:
     """Returns the quantised linear layers of a checkpoint by the names that their weights would have unquantised; none
     of an unquantised one. Reads zero points, orders and scales; the weights stay unread.
 
-    HimapError: usage for what is quantised otherwise than can be read, or than `config` says; missing for a tensor
+    HimapError: usage for what is quantised otherwise than can be read, or than config.json `said`; missing for a tensor
     that is not there; failure for a scale that is not finite.
     """
-    return ready_linears(declared(config, "config.json"), tensors)
-
-
-def ready_linears(said: Declared | None, tensors: Mapping[str, StoredTensor]) -> dict[str, ReadyLinear]:
-    """Returns what `ready_made` does, of a configuration that is read already."""
     layers = sorted({name.removesuffix(mark) for name in tensors for mark in _MARKS if name.endswith(mark)})
     if said is None and layers:
         details = f"config.json has no quantization_config that says how {layers[0][:200]} is quantised"

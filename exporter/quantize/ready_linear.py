@@ -22,6 +22,8 @@ from himap_export.graphs.ports import LinearForm
 Floats = npt.NDArray[np.float32]
 _BLOCKS = (128, 64, 32)
 _PIECE = 1 << 22  # numbers that are unpacked at once
+BELOW_ZERO = "scales below zero"  # TensorRT takes them of blocks alone
+NO_ACTIVATIONS = "fp8 without a stored scale of activations"
 _DAMAGED = "is the checkpoint damaged?"
 
 
@@ -155,10 +157,12 @@ def form_of(codes: Codes, shape: tuple[int, int], group: int, in_order: bool) ->
     """Returns the form that holds a layer [out,in] without loss, and in which respect it is another than the
     checkpoint's; None, and the reason, if there is no such form."""
     (out, wide), bits, why = shape, codes.grid.bits or 8, ""
-    if codes.is_float:
-        return None, "fp8 without a stored scale of activations"
     if not in_order:
         return None, "scales in order of activation"
+    if codes.is_float:
+        if codes.zeros is not None:
+            return None, "zero points of fp8"
+        return None, NO_ACTIVATIONS if group == wide else f"{group} of {wide} inputs share a scale"
     if codes.zeros is not None:
         if bits == 8:
             return None, "zero points of 8 bits"

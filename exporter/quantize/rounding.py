@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.engines.weight_file import as_numbers, as_stored
+from himap_export.engines.weight_file import as_numbers, as_stored, not_finite
 from himap_export.exporter.quantize.packing import pack_int4, unpack_int4
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import LinearForm
@@ -46,7 +46,7 @@ class Weight(Protocol):
 def quantise(weight: Weight, form: LinearForm, dtype: Dtype) -> Quantised:
     """Returns `weight` rounded to `form`, with scales of `dtype`.
 
-    HimapError (usage) if a scale does not fit `dtype`: fp16 ends at 65504.
+    HimapError (usage) if a scale, or a number times it, does not fit `dtype`: fp16 ends at 65504.
     """
     out, wide = weight.shape
     rows, bits = form.block or wide, BITS[form.kind]
@@ -64,11 +64,20 @@ def quantise(weight: Weight, form: LinearForm, dtype: Dtype) -> Quantised:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # NumPy lets other threads run
         for found in pool.map(fill, _tiles(wide, out, rows, columns)):
             squares += found
-    if not np.isfinite(as_numbers(scale, dtype)).all():
+    if not products_fit(q, scale, dtype):
         raise HimapError(f"a scale does not fit {dtype}", hint="export with another `dtype`", code=Exit.USAGE)
     values: npt.NDArray[Any] = pack_int4(q) if form.kind == "int4" else q
     parts = {form.kind.partition("-")[0]: values, "scale": scale if form.block else scale[0]}
     return Quantised(parts, float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0)
+
+
+def products_fit(q: npt.NDArray[np.int8], scale: npt.NDArray[Any], dtype: Dtype) -> bool:
+    """Tells whether integers q [in,out] times their scales [in/block,out], as stored in `dtype`, are numbers of it."""
+    blocks = q.reshape(len(scale), -1, q.shape[1])
+    largest = np.maximum(blocks.max(axis=1).astype(np.float64), -blocks.min(axis=1).astype(np.float64))
+    with np.errstate(invalid="ignore"):  # zero times an infinite scale
+        products = as_stored(largest * as_numbers(scale, dtype), dtype)
+    return not_finite(products.reshape(-1), dtype) == 0
 
 
 def dequantise(found: Quantised, form: LinearForm, dtype: Dtype) -> Floats:
@@ -91,16 +100,15 @@ def _rounded(w: Floats, bits: int, dtype: Dtype) -> tuple[npt.NDArray[np.int8], 
     largest = np.abs(w).max(axis=0)
     best, q = np.full(w.shape[1], np.inf, np.float32), np.zeros(w.shape, np.int8)
     scale = as_stored(np.ones(w.shape[1], np.float32), dtype)  # of zeros, as TensorRT wants scales above zero
-    for share in _SHARES[bits]:
-        stored = as_stored(largest * np.float32(share / high), dtype)
-        step = as_numbers(stored, dtype).astype(np.float32)
-        with np.errstate(
-            divide="ignore", invalid="ignore", over="ignore"
-        ):  # of a block of zeros, or of numbers too small for a scale
+    # Of a block of zeros, or of numbers too small or too large for a scale, which the caller refuses.
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        for share in _SHARES[bits]:
+            stored = as_stored(largest * np.float32(share / high), dtype)
+            step = as_numbers(stored, dtype).astype(np.float32)
             found = np.where(step > 0, np.rint(w / step), 0).clip(-high - 1, high)
-        error = np.square(found * step - w).sum(axis=0)
-        better = (error < best) | (share == 1)  # the first one stays where it is infinite, to be refused
-        best = np.where(better, error, best)
-        scale = np.where(better & (step > 0), stored, scale)
-        q = np.where(better, found.astype(np.int8), q)
+            error = np.square(found * step - w).sum(axis=0)
+            better = (error < best) | (share == 1)  # the first one stays where it is infinite, to be refused
+            best = np.where(better, error, best)
+            scale = np.where(better & (step > 0), stored, scale)
+            q = np.where(better, found.astype(np.int8), q)
     return q, scale, float(best.sum(dtype=np.float64))

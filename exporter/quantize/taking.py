@@ -15,43 +15,48 @@ from himap_export.engines.weight_file import as_held, as_numbers, as_stored, not
 from himap_export.exporter.bind import WeightNames
 from himap_export.exporter.quantize.packing import pack_int4
 from himap_export.exporter.quantize.ready_linear import Floats, ReadyLinear
-from himap_export.exporter.quantize.rounding import Quantised
+from himap_export.exporter.quantize.rounding import Quantised, products_fit
 from himap_export.exporter.store import held_back
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.ports import Kind, LinearForm, TensorSpec
+from himap_export.graphs.ports import LinearForm, TensorSpec
 from himap_export.graphs.quantization import linear_shapes
 from himap_export.graphs.spec import DecoderSpec, Dtype
-
-_LARGEST: Mapping[Kind, int] = {"int4": 8, "int8": 128}  # numbers of each kind
 
 
 def take_over(
     ready: Mapping[str, ReadyLinear], names: WeightNames, decoder: DecoderSpec, backends: Sequence[str]
 ) -> dict[str, ReadyLinear]:
     """Returns the layers `ready` of a checkpoint by their roles in the `decoder`, each as the weight that graphs call
-    by its name, without a form if one of `backends` does not compute on it.
+    by its name, without a form if one of `backends` does not compute on it, or the embedding reads it, too.
 
     HimapError (usage) if a layer has another shape than the decoder, or is none of its.
     """
-    found, others = dict[str, ReadyLinear](), set(ready)
+    found, others, embedding = dict[str, ReadyLinear](), set(ready), _name(names, "embed_tokens.weight")
     for role, shape in linear_shapes(decoder).items():
-        try:
-            ref = names(role)
-        except HimapError:  # what is missing is found and told by those who look for all
+        if (name := _name(names, role)) not in ready:
             continue
-        name = ref.name if ref.rows is None else ref.rows.tensor
-        if name not in ready:
-            continue
+        ref = names(role)
         others.discard(name)
         linear = ready[name] if ref.rows is None else ready[name].part(ref.name, ref.rows.start, ref.rows.stop)
         if linear.shape != shape:
             details = f"it is {list(linear.shape)}, the model's configuration says {list(shape)}"
             raise HimapError(f"{name[:200]} does not fit", details, "is this the checkpoint of that model?", Exit.USAGE)
+        if name == embedding:  # which looks up rows of floats
+            linear = replace(linear, form=None, why="the embedding reads it, too")
         found[role] = _computed(linear, backends)
     if others:
         details = f"{min(others)[:200]}; only a decoder's linear layers are read quantised, all else in 16 or 32 bits"
         raise HimapError(f"{len(others)} quantised weights are none of the decoder's", details, code=Exit.USAGE)
     return found
+
+
+def _name(names: WeightNames, role: str) -> str:
+    """Returns the tensor that holds `role`; "" for none, which is told by those who look for all."""
+    try:
+        ref = names(role)
+    except HimapError:
+        return ""
+    return ref.name if ref.rows is None else ref.rows.tensor
 
 
 def _computed(linear: ReadyLinear, backends: Sequence[str]) -> ReadyLinear:
@@ -80,14 +85,13 @@ def taken(linear: ReadyLinear, dtype: Dtype) -> Quantised:
     linear = replace(linear)  # what it keeps of its scales goes with it
     assert linear.form is not None
     values, scales = linear.values(), linear.block_scales()
+    scales = np.where(scales == 0, np.float32(1), scales)  # TensorRT wants them above zero; their numbers are zeros
     if linear.form.kind == "fp8":
-        positive = np.where(scales == 0, np.float32(1), scales)  # TensorRT divides by them
-        found = {"fp8": values.view(np.uint8), "scale": positive[0]}
+        found = {"fp8": values.view(np.uint8), "scale": scales[0]}
         return Quantised({**found, "input_scale": np.array(linear.input_scale, np.float32)}, 0.0)
     stored = as_stored(scales, dtype)
     held = as_numbers(stored, dtype).astype(np.float32)
-    largest = as_stored(held.astype(np.float64) * _LARGEST[linear.form.kind], dtype)
-    if not_finite(largest.reshape(-1), dtype) or (held == 0).any(where=scales != 0):
+    if (held == 0).any() or not products_fit(values, stored, dtype):
         hint = "export with another `dtype`"
         raise HimapError(f"a scale of {linear.name[:200]} does not fit {dtype}", hint=hint, code=Exit.USAGE)
     error = 0.0 if np.array_equal(held, scales) else _error(values, scales, held)

@@ -6,14 +6,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy.typing as npt
 from tqdm import tqdm
 
 from himap_export.engines.manifest import QuantisedWeight
-from himap_export.engines.weight_file import StoredTensor, as_held, map_tensors, write_safetensors
+from himap_export.engines.weight_file import StoredTensor, as_held, write_safetensors
 from himap_export.exporter.quantize.awq import Floats, Folded
 from himap_export.exporter.quantize.floats import FLOATS, quantise_floats
+from himap_export.exporter.quantize.grid import mapped
 from himap_export.exporter.quantize.ready_linear import ReadyLinear
 from himap_export.exporter.quantize.rounding import Quantised, quantise
 from himap_export.exporter.quantize.taking import taken
@@ -61,7 +61,8 @@ def write_quantised(linears: Sequence[Linear | ReadyLinear], target: Path, dtype
             for linear in linears:
                 found, form = _quantised(linear, dtype), forms[linear.name]
                 records[linear.name] = QuantisedWeight(form.kind, form.block, error=round(found.error, 6))
-                yield from (found.parts[part.suffix] for part in parts(forms[linear.name], linear.shape, dtype))
+                yield from (found.parts[part.suffix] for part in parts(form, linear.shape, dtype))
+                del found  # before the next one is made
                 bar.update(prod(linear.shape))
 
     write_safetensors(target, held, arrays())
@@ -71,16 +72,10 @@ def write_quantised(linears: Sequence[Linear | ReadyLinear], target: Path, dtype
 def _quantised(linear: Linear | ReadyLinear, dtype: Dtype) -> Quantised:
     if isinstance(linear, ReadyLinear):
         return taken(linear, dtype)
-    weight = Folded(numbers(linear.stored), *linear.factors)
+    weight = Folded(mapped(linear.stored), *linear.factors)
     try:
         if linear.form.kind in FLOATS:
             return quantise_floats(weight, linear.form, linear.largest)
         return quantise(weight, linear.form, dtype)
     except HimapError as problem:
-        raise HimapError(f"{linear.name}: {problem.summary}", problem.details, problem.hint) from None
-
-
-def numbers(stored: StoredTensor) -> npt.NDArray[Any]:
-    """Returns a mapped tensor as numbers of its own type: nothing is read before its use."""
-    mapped = map_tensors([stored])[stored.name]
-    return mapped.view(ml_dtypes.bfloat16) if stored.dtype == "bf16" else mapped
+        raise HimapError(f"{linear.name}: {problem.summary}", problem.details, problem.hint, problem.code) from None

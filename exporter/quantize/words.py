@@ -10,7 +10,7 @@ SLOTS = (0, 4, 1, 5, 2, 6, 3, 7)  # which slot of an AWQ word holds its output j
 
 
 def awq_linear(said: Awq, layer: Layer) -> ReadyLinear:
-    """Returns a linear layer of an AWQ checkpoint; HimapError as `ready_made`."""
+    """Returns a linear layer of an AWQ checkpoint; HimapError as `ready_linears`."""
     scales = Grid(layer.want("scales", *FLOATS))
     codes = Grid(layer.want("qweight", "int32"), bits=4, along=1, order=SLOTS)
     zeros = Grid(layer.want("qzeros", "int32"), bits=4, along=1, order=SLOTS)
@@ -22,7 +22,7 @@ def awq_linear(said: Awq, layer: Layer) -> ReadyLinear:
 
 
 def gptq_linear(said: Gptq, layer: Layer) -> ReadyLinear:
-    """Returns a linear layer of a GPTQ checkpoint; HimapError as `ready_made`, and (usage) for zero points that
+    """Returns a linear layer of a GPTQ checkpoint; HimapError as `ready_linears`, and (usage) for zero points that
     contradict `said` or that GPTQ's first format has two meanings for."""
     scales, packed = Grid(layer.want("scales", *FLOATS)), layer.want("qzeros", "int32")
     (groups, out), words = scales.shape, layer.want("qweight", "int32")

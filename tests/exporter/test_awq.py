@@ -25,6 +25,7 @@ from himap_export.exporter.quantize.awq import (
 )
 from himap_export.exporter.quantize.rounding import dequantise, quantise
 from himap_export.exporter.registry import resolve
+from himap_export.graphs.errors import HimapError
 from himap_export.graphs.ports import Kind, LinearForm
 from himap_export.graphs.quantization import linear_shapes
 from himap_export.graphs.spec import DecoderSpec, Dtype
@@ -90,6 +91,17 @@ def test_a_channel_that_is_never_read_is_not_divided_by_nothing() -> None:
     x[:, 7] = 0
     scales, how = search(SPEC, NORM, seen(x), weight, rounding("int4", 32))
     assert how.after < how.before and np.isfinite(scales).all() and scales.min() > 1e-3 * scales.max()
+
+
+def test_scales_whose_weights_do_not_fit_the_dtype_are_passed_over() -> None:
+    form, (weight, x) = LinearForm("int8"), drawn(0)
+    x[:, 7] *= 3
+    weight[:, 7] = 5e4  # fp16 ends at 65504
+    scales, how = search(SPEC, NORM, seen(x), weight, lambda w: dequantise(quantise(w, form, "fp16"), form, "fp16"))
+    assert 5e4 * scales[7] < 65504 and np.isfinite([how.before, how.after]).all()
+    weight[:, 7] = 1e5
+    with pytest.raises(HimapError, match=f"what reads the output of {NORM} overflows"):
+        search(SPEC, NORM, seen(x), weight, lambda w: dequantise(quantise(w, form, "fp16"), form, "fp16"))
 
 
 def test_heads_that_share_values_share_their_scales() -> None:

@@ -167,6 +167,28 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(work: Workshop, tmp_path: P
     assert told.value.code == Exit.USAGE
 
 
+@pytest.mark.filterwarnings("error:.*(overflow|invalid value):RuntimeWarning")
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        ("input_layernorm", "the output of layers.1.input_layernorm is not finite"),
+        ("mlp.down_proj", "what reads the output of layers.1.mlp.up_proj overflows"),
+    ],
+)
+def test_activations_that_overflow_are_told_by_their_layer(
+    work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str], weight: str, words: str
+) -> None:
+    folder = Path(shutil.copytree(work.family("llava"), tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith(f"layers.1.{weight}.weight") and "language" in name)
+    save_file(weights | {name: torch.full_like(weights[name], 3e38)}, folder / "model.safetensors", {"format": "pt"})
+    flags = ("--k1", 1, "--k2", 3, "--quantize", "int8", *ORT, "--out", tmp_path / "out")
+    assert call(export_main, folder, *flags, "--calibrate", questions(tmp_path, FAMILIES["llava"].size)) == Exit.FAILURE
+    told = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(told) == 1 and words in told[0], told
+    assert not (tmp_path / "out").exists()
+
+
 MEASURE = """
 import gc, re, sys
 from pathlib import Path

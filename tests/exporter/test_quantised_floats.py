@@ -3,16 +3,26 @@
 import numpy as np
 import pytest
 
-from himap_export.exporter.quantize.floats import (
-    E4M3,
-    dequantise_floats,
-    quantise_floats,
-    unpack_fp4,
-)  # fmt: skip
+from himap_export.exporter.quantize.floats import E2M1, E4M3, quantise_floats
+from himap_export.exporter.quantize.rounding import Quantised
 from himap_export.graphs.ports import LinearForm
 
 FP8, NVFP4 = LinearForm("fp8"), LinearForm("nvfp4", 16)
 E2M1_NUMBERS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+
+def dequantised(found: Quantised, form: LinearForm) -> "np.ndarray":
+    """The weight [out,in] that the parts stand for, fp32."""
+    if form.kind == "fp8":
+        return (found.parts["fp8"].view(E4M3).astype(np.float32) * found.parts["scale"]).T
+    steps = found.parts["block_scale"].view(E4M3).astype(np.float32) * found.parts["scale"]
+    return (unpacked(found.parts["fp4"]) * np.repeat(steps, 16, axis=0)).T
+
+
+def unpacked(packed: "np.ndarray") -> "np.ndarray":
+    """The numbers [.., 2n] fp32 that bytes [.., n] hold, the even column in the low four bits."""
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+    return codes.view(E2M1).astype(np.float32)
 
 
 def e4m3_numbers() -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
@@ -46,7 +56,7 @@ def test_fp8_is_the_nearest_number_on_each_outputs_scale() -> None:
     np.testing.assert_allclose(np.abs(q.T - ratio), np.abs(nearest(ratio, e4m3_numbers()) - ratio), atol=1e-4)
     assert np.abs(q).max() == 448
     assert found.parts["input_scale"] == np.float32(0.1)
-    back = dequantise_floats(found, FP8)
+    back = dequantised(found, FP8)
     np.testing.assert_array_equal(back, (q * scale).T.astype(np.float32))
     assert found.error == pytest.approx(np.sqrt(((back - w) ** 2).sum() / (w**2).sum()), rel=1e-4)
     assert 0.01 < found.error < 0.04
@@ -65,7 +75,7 @@ def test_nvfp4_is_the_better_of_two_scales_for_each_block() -> None:
         with np.errstate(divide="ignore", invalid="ignore"):
             q = np.where(step[..., None] > 0, nearest(np.clip(blocks / step[..., None], -6, 6), E2M1_NUMBERS), 0)
         best = np.minimum(best, np.square(q * step[..., None] - blocks).sum(-1))
-    back = dequantise_floats(found, NVFP4)
+    back = dequantised(found, NVFP4)
     np.testing.assert_allclose(np.square(back - w).reshape(24, 4, 16).sum(-1), best, rtol=1e-3, atol=1e-6)
     assert found.error == pytest.approx(np.sqrt(best.sum() / (w**2).sum()), rel=1e-4)
     assert not back[3].any() and not back[5, :16].any()
@@ -73,7 +83,7 @@ def test_nvfp4_is_the_better_of_two_scales_for_each_block() -> None:
 
 def test_fp4_codes_are_read_low_bits_first() -> None:
     codes = np.array([[0x10, 0x32, 0x54, 0x76], [0x98, 0xBA, 0xDC, 0xFE]], np.uint8)
-    np.testing.assert_array_equal(unpack_fp4(codes), [E2M1_NUMBERS, -E2M1_NUMBERS])
+    np.testing.assert_array_equal(unpacked(codes), [E2M1_NUMBERS, -E2M1_NUMBERS])
 
 
 @pytest.mark.parametrize("form", [FP8, NVFP4])
@@ -82,7 +92,7 @@ def test_scales_are_above_zero(form: LinearForm) -> None:
     for w in (np.zeros((4, 32), np.float32), np.full((4, 32), 1e-45, np.float32)):
         found = quantise_floats(w, form, largest=0.0)
         assert (found.parts["scale"] > 0).all() and found.parts["input_scale"] > 0
-        assert np.isfinite(dequantise_floats(found, form)).all()
+        assert np.isfinite(dequantised(found, form)).all()
 
 
 @pytest.mark.parametrize("form", [FP8, NVFP4])
@@ -90,5 +100,5 @@ def test_many_outputs_are_rounded_as_few(form: LinearForm) -> None:
     """In pieces, which share nothing but the tensor's scale: that of the largest weight."""
     w = np.random.default_rng(1).standard_normal((40, 64)).astype(np.float16)
     many = np.tile(w, (1000, 1))
-    few, all_ = (dequantise_floats(quantise_floats(x, form, 1.0), form) for x in (w, many))
+    few, all_ = (dequantised(quantise_floats(x, form, 1.0), form) for x in (w, many))
     np.testing.assert_array_equal(all_, np.tile(few, (1000, 1)))

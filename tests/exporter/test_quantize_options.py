@@ -25,6 +25,11 @@ Capture = pytest.CaptureFixture[str]
         (("--quantize", "int4", "--block", 0, *ORT), "int4 weights have no blocks of 0"),
         (("--quantize", "int8-dynamic", "--block", 32, *ORT), "has no blocks to choose"),
         (("--quantize", "int4", "--keep-dtype", "layer.0", *ORT), "--keep-dtype layer.0 matches no layer"),
+        (
+            ("--quantize", "int4", "--keep-dtype", "*", *ORT),
+            "--keep-dtype leaves no layer to quantise (leave --quantize",
+        ),
+        (("--quantize", "int8-dynamic", "--dtype", "fp32", "--batch", 2, *ORT), "weights need a --batch of 1"),
         (("--quantize", "int8-dynamic", "--dtype", "fp16", *ORT), "int8-dynamic weights need --dtype fp32"),
         (("--quantize", "int8-dynamic", "--dtype", "fp32", *OPENVINO), "openvino has no int8-dynamic weights"),
         (("--quantize", "nvfp4", *ORT), "nvfp4 weights need --calibrate"),
@@ -55,6 +60,7 @@ def test_a_block_that_does_not_divide_names_the_layer_and_what_would(
 
 def test_layers_are_left_out_and_the_head_is_put_in(work: Workshop) -> None:
     flags = ("--quantize", "int4", "--keep-dtype", "layers.0.*", "--keep-dtype", "*.down_proj", *ORT)
+    flags += ("--keep-dtype", "layers.0.mlp.*")  # all of which the first leaves out already
     held = Bundle.open(work.bundle("tied", *flags, cuts=CUTS)).manifest.quantised()
     assert len(held) == 6 * (6 - 1) and not any("layers.0." in name or "down_proj" in name for name in held)
     assert all(weight.block == 32 and 0.03 < weight.error < 0.2 for weight in held.values())

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -23,24 +22,21 @@ from ready_layers import (
     INT4,
     INT8,
     LAYER,
-    activations,
     check,
     drawn,
-    float8,
     held,
     multiplied,
     opened,
     packed,
-    plain,
+    ready_made,
     refused,
     write,
 )
 from safetensors.torch import save_file
 
-from himap_export.engines.checkpoint_files import SINGLE, stored_tensors
+from himap_export.engines.checkpoint_files import SINGLE
 from himap_export.engines.weight_file import as_numbers, as_stored, map_tensors, read_header
 from himap_export.exporter.quantize.packing import unpack_int4
-from himap_export.exporter.quantize.ready import ready_made
 from himap_export.exporter.quantize.taking import taken, write_multiplied
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import LinearForm
@@ -186,53 +182,32 @@ def test_outputs_of_a_fused_layer(tmp_path: Path, start: int) -> None:
             whole.part("a", 40, 49)
 
 
-# --- one number an element ---
-
-
-@pytest.mark.parametrize("each", ["channel", "tensor"])
-def test_fp8_whose_activations_are_scaled_as_they_come_is_multiplied_out(tmp_path: Path, each: str) -> None:
-    weight = drawn()
-    scale = np.abs(weight).max(1, keepdims=True) / 448 if each == "channel" else np.float32([0.01])
-    codes, wanted = float8(weight, scale.astype(np.float16).astype(np.float32))
-    parts = {"weight": codes, "weight_scale": torch.from_numpy(scale).half()}
-    said = plain("float-quantized", {"type": "float", "strategy": each}, activations())
-    linear = opened(tmp_path, parts, said)
-    assert linear.form is None and "without a stored scale of activations" in linear.why
-    np.testing.assert_array_equal(multiplied(linear), wanted)
-
-
-def test_fp8_with_a_scale_of_its_activations(tmp_path: Path) -> None:
-    codes, wanted = float8(drawn(), np.float32([0.01171875]))
-    parts = {"weight": codes, "weight_scale": torch.tensor([0.01171875]), "input_scale": torch.tensor([0.25])}
-    inputs = activations(strategy="tensor", dynamic=False)
-    linear = opened(tmp_path, parts, plain("float-quantized", {"type": "float", "strategy": "tensor"}, inputs))
-    assert (linear.form, linear.why, linear.input_scale) == (LinearForm("fp8"), "", 0.25)
-    assert linear.values().dtype == ml_dtypes.float8_e4m3fn
-    np.testing.assert_array_equal(held(linear), wanted)
-    np.testing.assert_array_equal(multiplied(linear), wanted)
-    stored = taken(linear, "fp16")
-    assert (stored.parts["input_scale"], stored.error) == (0.25, 0) and stored.parts["scale"].dtype == np.float32
-    np.testing.assert_array_equal(stored.parts["fp8"].view(ml_dtypes.float8_e4m3fn), linear.values())
-    np.testing.assert_array_equal(stored.parts["scale"], np.full(48, 0.01171875))
-    for scale, words, code in ((np.nan, "not finite", Exit.FAILURE), (0.0, "of activations is 0", Exit.USAGE)):
-        parts["input_scale"] = torch.tensor(scale)
-        said = plain("float-quantized", {"type": "float", "strategy": "tensor"}, inputs)
-        refused(tmp_path, parts, said, words, code)
-
-
-def test_8_bit_integers_an_element_each(tmp_path: Path) -> None:
-    r = rounded(drawn(), -1, 8)
-    parts = {"weight": torch.from_numpy((r.codes.T - 128).astype(np.int8))}
-    parts["weight_scale"] = torch.from_numpy(r.scales.T.copy()).half()
-    said = plain("int-quantized", {}, activations(type="int"))
-    check(opened(tmp_path, parts, said), r, LinearForm("int8"), "activations stay in the model's dtype")
-    parts["weight_zero_point"] = torch.full((48, 1), 3, dtype=torch.int8)
-    check(opened(tmp_path, parts, said), replace(r, zeros=r.zeros + 3), None, "zero points of 8 bits")
-    parts["weight_zero_point"] = torch.zeros((48, 1), dtype=torch.int8)
-    check(opened(tmp_path, parts, said), r, LinearForm("int8"), "activations stay in the model's dtype")
-
-
 # --- as a bundle stores it ---
+
+
+def test_whole_outputs_with_scales_below_zero(tmp_path: Path) -> None:
+    """TensorRT-RTX refuses to read them; of blocks it does not."""
+    r = rounded(drawn(), -1, 8)
+    r.scales[0, 5] *= -1
+    said = packed(num_bits=8, strategy="channel", group_size=None)
+    check(opened(tmp_path, compressed_tensors(r, 8), said), r, None, "scales below zero")
+    r = rounded(drawn(), 32)
+    r.scales[1, 5] *= -1
+    check(opened(tmp_path, gptq_tensors(r), GPTQ), r, INT4)
+
+
+@pytest.mark.parametrize(("bits", "form"), [(4, INT4), (8, LinearForm("int8"))])
+def test_a_scale_of_zero_becomes_one(tmp_path: Path, bits: int, form: LinearForm) -> None:
+    """Its numbers are zeros; TensorRT-RTX wants it above zero."""
+    r = rounded(drawn(), form.block or -1, bits)
+    r.scales[0, 5], r.codes[r.groups == 0, 5] = 0, 2 ** (bits - 1)
+    linear = opened(tmp_path, gptq_tensors(r, bits), GPTQ | {"bits": bits, "group_size": form.block or -1})
+    check(linear, r, form)
+    found = taken(linear, "fp16")
+    scales = np.atleast_2d(found.parts["scale"]).astype(np.float32)
+    assert scales[0, 5] == 1 and (scales > 0).all() and found.error == 0
+    values = unpack_int4(found.parts["int4"]) if bits == 4 else found.parts["int8"]
+    np.testing.assert_array_equal((values * scales.repeat(len(values) // len(scales), axis=0)).T, r.weight)
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
@@ -297,12 +272,12 @@ def test_a_mixed_checkpoint(tmp_path: Path) -> None:
     said = packed()
     other = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
     said["config_groups"]["group_1"] = {"targets": ["re:.*b"], "weights": other}
-    found = ready_made({"text_config": {"quantization_config": said}}, stored_tensors([tmp_path]))
+    found = ready_made(tmp_path, {"text_config": {"quantization_config": said}})
     assert {name: linear.form for name, linear in found.items()} == {"a.weight": INT4, "b.weight": LinearForm("int8")}
     np.testing.assert_array_equal(held(found["b.weight"]), eight.weight)
     del said["config_groups"]["group_1"]
     with pytest.raises(HimapError, match=r"b\.weight_scale does not fit: 1 scales for 64 inputs, .* none share one"):
-        ready_made({"quantization_config": said}, stored_tensors([tmp_path]))
+        ready_made(tmp_path, {"quantization_config": said})
 
 
 def test_gptq_with_layers_of_other_bits(tmp_path: Path) -> None:
@@ -314,11 +289,11 @@ def test_gptq_with_layers_of_other_bits(tmp_path: Path) -> None:
 
 def test_an_unquantised_checkpoint(tmp_path: Path) -> None:
     save_file({"a.weight": torch.ones(2, 2)}, tmp_path / SINGLE)
-    assert ready_made({}, stored_tensors([tmp_path])) == {}
-    assert ready_made({"quantization_config": None, "text_config": {}}, stored_tensors([tmp_path])) == {}
+    assert ready_made(tmp_path, {}) == {}
+    assert ready_made(tmp_path, {"quantization_config": None, "text_config": {}}) == {}
     write(tmp_path, awq_tensors(rounded(drawn(), 32)))
     with pytest.raises(HimapError, match=r"is quantised: config\.json has no quantization_config .*q_proj") as caught:
-        ready_made({}, stored_tensors([tmp_path]))
+        ready_made(tmp_path, {})
     assert caught.value.code == Exit.USAGE
 
 

@@ -28,12 +28,11 @@ from ready_layers import (
     packed,
     plain,
     read,
+    ready_made,
     refused,
     write,
 )
 
-from himap_export.engines.checkpoint_files import stored_tensors
-from himap_export.exporter.quantize.ready import ready_made
 from himap_export.graphs.errors import Exit, HimapError
 
 
@@ -65,7 +64,8 @@ from himap_export.graphs.errors import Exit, HimapError
         (packed(type="float", num_bits=4), "whose num_bits is 4: 8 can be read"),
         (packed() | {"format": "nvfp4-pack-quantized"}, "whose format is nvfp4-pack-quantized"),
         (packed() | {"format": "marlin-24"}, "whose format is marlin-24"),
-        (packed() | {"quantization_status": "frozen"}, "whose quantization_status is frozen"),
+        (packed() | {"quantization_status": "calibration"}, "status is calibration: compressed, frozen can be read"),
+        (packed() | {"quantization_status": "decompressed"}, "whose quantization_status is decompressed"),
         (packed() | {"kv_cache_scheme": {"num_bits": 8}}, "whose kv_cache_scheme is one: none can be read"),
         (packed() | {"transform_config": {"config_groups": {"a": {}}}}, "whose transform_config is one"),
         (packed() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config.format is sparse-24"),
@@ -76,8 +76,17 @@ from himap_export.graphs.errors import Exit, HimapError
 def test_a_configuration_that_is_not_read(tmp_path: Path, said: Any, words: str) -> None:
     write(tmp_path, awq_tensors(rounded(drawn(), 32)))
     with pytest.raises(HimapError, match=words) as caught:
-        ready_made({"quantization_config": said}, stored_tensors([tmp_path]))
+        ready_made(tmp_path, {"quantization_config": said})
     assert caught.value.code == Exit.USAGE and len(str(caught.value)) < 1500 and "\n" not in str(caught.value)
+
+
+def test_a_frozen_checkpoint_is_read_if_it_is_compressed(tmp_path: Path) -> None:
+    """So many published ones say. What was calibrated and never compressed holds floats."""
+    r = rounded(drawn(), 32)
+    said = packed() | {"quantization_status": "frozen"}
+    check(opened(tmp_path, compressed_tensors(r), said), r, INT4)
+    dense = {"weight": torch.from_numpy(drawn()), "weight_scale": torch.ones(48, 4)}
+    refused(tmp_path, dense, said, rf"{LAYER}\.weight does not fit: it is stored as fp32, not as I8 or F8_E4M3")
 
 
 Spoil = Callable[[Tensors], Any]

@@ -1,5 +1,7 @@
 """Rounding to nearest, against a plain NumPy statement, and int4 as ONNX packs it."""
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -10,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
+from safetensors.numpy import save_file
 
+from himap_export.engines.weight_file import read_header
 from himap_export.exporter.quantize.packing import pack_int4, unpack_int4
 from himap_export.exporter.quantize.rounding import Quantised, quantise
+from himap_export.exporter.quantize.weights import Linear, write_quantised
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import LinearForm
 from himap_export.graphs.spec import Dtype
@@ -87,4 +92,35 @@ def test_a_scale_beyond_the_dtype_is_refused() -> None:
     weight = np.full((2, 32), 1e7, np.float32)
     with pytest.raises(HimapError, match="does not fit fp16") as caught:
         quantise(weight, LinearForm("int4", 32), "fp16")
+    assert caught.value.code == Exit.USAGE
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_numbers_beyond_the_dtype_are_refused_though_their_scales_are_not(form: LinearForm) -> None:
+    """65504 is fp16's largest: 1e5 has a scale of fp16, and would be infinite times its number."""
+    weight = np.zeros((4, 64), np.float32)
+    weight[1, 2] = 1e5
+    with pytest.raises(HimapError, match="does not fit fp16") as caught:
+        quantise(weight, form, "fp16")
+    assert caught.value.code == Exit.USAGE
+    weight[1, 2] = 6e4
+    found = quantise(weight, form, "fp16")
+    assert dequantised(found, form).astype(np.float16)[1, 2] == pytest.approx(6e4, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("largest", [1e-8, 1e7, 3e38])
+def test_nothing_is_said_of_numbers_that_do_not_fit(largest: float) -> None:
+    weight = np.zeros((2, 32), np.float32)
+    weight[0, 3] = largest
+    for form in (LinearForm("int4", 32), LinearForm("int8")):
+        with contextlib.suppress(HimapError):
+            quantise(weight, form, "fp16")
+
+
+def test_the_refusal_names_the_weight_and_keeps_its_exit_code(tmp_path: Path) -> None:
+    save_file({"a.weight": np.full((2, 32), 1e7, np.float32)}, tmp_path / "in")
+    linear = Linear("a.weight", read_header(tmp_path / "in")["a.weight"], LinearForm("int4", 32))
+    with pytest.raises(HimapError, match=r"a\.weight: .* does not fit fp16 .*another `dtype`") as caught:
+        write_quantised([linear], tmp_path / "out", "fp16")
     assert caught.value.code == Exit.USAGE
