@@ -38,7 +38,7 @@ class _Layout:
 
     @classmethod
     def of(cls, form: QuantisedWeight, q: StoredTensor) -> "_Layout":
-        """`q`: as the bundle stores it, [in,out], two int4 of a row in a byte."""
+        """Returns the layout of a weight whose integers lie in the bundle as `q`: [in,out], two int4 of a row in a byte."""
         bits = _BITS[form.kind]
         return cls(q.shape[1] * 8 // bits, q.shape[0], bits, form.block or _BLOCK)
 
@@ -98,7 +98,7 @@ def write_engine(bundle: Bundle, source: Path, file: Path, level: int) -> None:
         if node.op_type == "Gemm" and node.input[1] in dequantised:
             q, scale = dequantised[node.input[1]].input
             layout = _Layout.of(weights[q], bundle.tensors[q])
-            node.CopyFrom(_product(node, q, scale, layout, level))
+            node.CopyFrom(_product(node, (q, scale), layout, level))
     if left := sorted({name for node in g.node for name in node.input} & dequantised.keys()):
         raise HimapError(f"{source.name} reads the quantised weight {left[0]} otherwise than in a product")
     parts = {name for node in dequantised.values() for name in node.input}
@@ -109,11 +109,11 @@ def write_engine(bundle: Bundle, source: Path, file: Path, level: int) -> None:
     onnx.save(model, file)
 
 
-def _product(gemm: Any, q: str, scale: str, layout: _Layout, level: int) -> Any:
-    """Returns what takes the place of a Gemm."""
+def _product(gemm: Any, weight: tuple[str, str], layout: _Layout, level: int) -> Any:
+    """Returns what takes the place of a Gemm by a `weight` of these names: its integers and its scales."""
     bias = ["", "", gemm.input[2]] if len(gemm.input) > 2 else []
     return required("onnx").helper.make_node(
-        "MatMulNBits", [gemm.input[0], q, scale, *bias], gemm.output, gemm.name, domain="com.microsoft",
+        "MatMulNBits", [gemm.input[0], *weight, *bias], gemm.output, gemm.name, domain="com.microsoft",
         K=layout.inputs, N=layout.out, bits=layout.bits, block_size=layout.block, accuracy_level=level,
     )  # fmt: skip
 
