@@ -38,7 +38,7 @@ class _Layout:
 
     @classmethod
     def of(cls, form: QuantisedWeight, q: StoredTensor) -> "_Layout":
-        """Returns the layout of a weight whose integers the bundle has as `q`: [in,out], two int4 of a row in a byte."""
+        """Returns the layout of a weight whose integers are stored as `q`: [in,out], two int4 of a row in a byte."""
         bits = _BITS[form.kind]
         return cls(q.shape[1] * 8 // bits, q.shape[0], bits, form.block or _BLOCK)
 
