@@ -122,6 +122,12 @@ def as_held(spec: TensorSpec) -> tuple[str, tuple[int, ...]]:
     return kind, (*spec.shape[:-1], spec.shape[-1] // share) if spec.shape else ()
 
 
+def held_bytes(spec: TensorSpec) -> int:
+    """Returns how many bytes a file holds of a weight."""
+    kind, shape = as_held(spec)
+    return _bits(kind) * prod(shape) // 8
+
+
 def write_safetensors(
     target: Path, held: Mapping[str, tuple[str, tuple[int, ...]]], arrays: Iterable[npt.NDArray[Any]]
 ) -> None:

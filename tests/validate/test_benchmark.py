@@ -164,6 +164,20 @@ def test_what_would_not_fit_into_memory_is_left_out_and_said(work: Workshop, mon
     assert "on npu; PyTorch in fp32 was left out" in found.note
 
 
+def test_memory_is_reckoned_with_quantised_weights_as_they_are_stored(
+    work: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both bundles hold them so; PyTorch, in two dtypes, multiplied out."""
+    run = Bundle.open(work.bundle("gqa2", "--quantize", "int8", "--dtype", "fp16", cuts=CUTS), verify=False).select()
+    stored = sum(t.nbytes for t in run.bundle.weights().values())
+    plain = bundle_of(work, "fp16").bundle.weights()
+    numbers = sum(t.nbytes // 2 for t in plain.values())
+    needed = 2 * stored + numbers * (2 + 4)
+    for memory, left_out in ((needed - 1, True), (needed, False)):
+        monkeypatch.setattr(speed, "memory_bytes", lambda memory=memory: memory)
+        assert bool(speed._dtypes_of_pytorch(run, "cpu")[1]) == left_out
+
+
 def test_decode_takes_as_many_steps_however_short_an_answer_may_be(
     work: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from himap_export.engines.arrays import memory_bytes
 from himap_export.engines.bundle import RunSpec
 from himap_export.engines.scratch import scratch_folder
+from himap_export.engines.weight_file import held_bytes
 from himap_export.graphs.flops import BYTES, true_ratio
 from himap_export.graphs.plan import PruningPlan
 from himap_export.graphs.spec import Dtype
@@ -93,9 +94,10 @@ def measure(
 def _dtypes_of_pytorch(run: RunSpec, torchs: str) -> tuple[tuple[Dtype, ...], str]:
     """Returns the bundle's dtype and fp32, and why fp32 is not among them: all systems are in memory at once."""
     dtype = run.manifest.dtype
-    weights = {name: prod(w.shape) for g in run.manifest.graphs.values() for name, w in g.weights.items()}
+    weights = run.manifest.wanted().values()
+    numbers = sum(prod(w.shape) for w in weights if not (w.constant and w.dtype in BYTES))  # those are scales
     # On a CPU the engines of both bundles, and PyTorch in two dtypes; a GPU's memory is not known here.
-    needed = sum(weights.values()) * (3 * BYTES[dtype] + BYTES["fp32"])
+    needed = 2 * sum(map(held_bytes, weights)) + numbers * (BYTES[dtype] + BYTES["fp32"])
     if dtype != "fp32" and torchs == "cpu" and needed > memory_bytes():
         return (dtype,), f"PyTorch in fp32 was left out: with it all systems take {needed / 1e9:.0f} GB"
     return tuple(dict.fromkeys((dtype, "fp32"))), ""
