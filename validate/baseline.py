@@ -29,7 +29,7 @@ def export_baseline(
     """Exports and returns a bundle of `plans`, by name, at the text budget, new tokens and batch of `like`, for
     images as `image` or, if None, the model's own.
 
-    Its weights are the checkpoint's; beside a quantised bundle, those of `beside`. Weights that overflow are saturated:
+    Its weights are the checkpoint's; if either is quantised, those of `beside`. Weights that overflow are saturated:
     the user has allowed it, or the bundle that is compared would not be there. `vision_tower`: the folder of the tower,
     if the checkpoint lacks it.
     """
@@ -48,7 +48,8 @@ def export_baseline(
     planned = Planned(
         model, decoder, variants=variants, dtype=dtype, asked=Request(backends=(backend,), allow_overflow=True)
     )
-    if beside is not None and (roles := quantised_roles(beside, model.family)):
+    roles = quantised_roles(beside, model.family) if beside is not None else {}
+    if beside is not None and (roles or model.quantised is not None):
         form = beside.manifest.weight_form
         planned = dataclasses.replace(planned, forms=roles, weights_of=beside, weight_form=form)
     return write_bundle(planned, out, command=("himap-validate",), overwrite=False, progress=lambda line: None)

@@ -33,9 +33,13 @@ class Source:
 
 
 def checkpoint_folder(model: str, vision_tower: Path | None = None) -> Path:
-    """Returns the folder of an alias, a Hugging Face id or a folder, with weights; `vision_tower` as for `resolve`.
-    HimapError as `resolve`."""
-    return _complete(model, vision_tower)[1]
+    """Returns the folder of an alias, a Hugging Face id or a folder, with unquantised weights; `vision_tower` as for
+    `resolve`. HimapError as `resolve`, usage for quantised ones."""
+    found, folder = _complete(model, vision_tower)
+    if found.quantised is not None:
+        details = "analysis and tuning need the unquantised checkpoint"
+        raise HimapError(f"{model} comes quantised", details, code=Exit.USAGE)
+    return folder
 
 
 def source_of(bundle: Bundle, named: str | None, vision_tower: Path | None = None) -> Source:

@@ -4,21 +4,21 @@ Tight parity needs a reference over the very numbers that the engines hold: what
 mistake of the engines. Values are read from the bundle's files and restated here in NumPy; nothing is shared with what
 rounded and packed them. As stored, of a linear layer's weight NAME [out,in]:
 
-    NAME.int8   I8       [in,out]       NAME.scale  [out], or [in/B,out]: one for B inputs of an output
-    NAME.int4   U8       [in,out/2]     two's complement, an even column in a byte's low four bits; NAME.scale as above
-    NAME.fp8    F8_E4M3  [in,out]       NAME.scale  [out]
-    NAME.fp4    U8       [in,out/2]     E2M1, packed as int4; NAME.block_scale F8_E4M3 [in/16,out], NAME.scale []
+    NAME.int8   I8   [in,out]     NAME.scale  [out], or [in/B,out]: one for B inputs of an output
+    NAME.int4   U8   [in,out/2]   two's complement, an even column in a byte's low four bits; NAME.scale as above
 
-The value is q * scale, in fp32, which is exact for scales in fp16 and bf16.
+The value is q * scale, in fp32, which is exact for scales in fp16 and bf16. Weights in fp8 and nvfp4 are only ever
+inside engines.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,16 @@ from torch import Tensor
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.checkpoint_files import INDEX, stored_tensors
 from himap_export.engines.scratch import scratch_folder
+from himap_export.engines.weight_file import StoredTensor, find_tensors
 from himap_export.exporter.checkpoint import read_config
+from himap_export.exporter.quantize.declared import PLACES, declared
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.ports import WeightSpec
 from himap_export.validate.checkpoint import Source
 
 Files = Mapping[str, Path]  # where each tensor lies, by name
 HEAD = "lm_head.weight"
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-_VALUES = ("int8", "int4", "fp8", "fp4")  # what holds a weight's numbers; the rest are its scales
-_QUANTISED = ("quantization_config", "compression_config")  # what config.json says of a quantised checkpoint
+_NUMBERS = ("int8", "int4")  # what holds a weight's numbers; the rest are its scales
 
 
 @dataclass(frozen=True)
@@ -69,20 +70,25 @@ def judge_of(bundle: Bundle, source: Source) -> Iterator[Source]:
 
 def has_original(source: Source) -> bool:
     """Tells whether a checkpoint holds its weights unrounded: nobody published it quantised."""
-    config = read_config(source.folder)
-    return _plain(config) == config
+    return declared(read_config(source.folder), "config.json") is None
+
+
+def check_held(bundle: Bundle, source: Source) -> None:
+    """Raises HimapError (usage) if `judge_of` must read the bundle's weights, and they lie inside its engines only."""
+    m = bundle.manifest
+    if (m.quantization or not has_original(source)) and m.weight_form == "embedded" and not m.weights:
+        hint = "in int8 and int4, export it for onnxruntime or openvino, too: then they lie beside the engines"
+        raise HimapError(f"{bundle.folder} holds its weights inside its engines", hint=hint, code=Exit.USAGE)
 
 
 def dequantised(parts: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
     """Returns a weight [out,in] of its `parts` by suffix, int8, uint8 or floats, in the shapes above."""
-    kind = next(suffix for suffix in _VALUES if suffix in parts)
+    kind = next(suffix for suffix in _NUMBERS if suffix in parts)
     q, scale = parts[kind], parts["scale"].astype(np.float32)
-    if kind in ("int4", "fp4"):
+    if kind == "int4":
         codes = np.empty((len(q), 2 * q.shape[1]), np.uint8)
         codes[:, 0::2], codes[:, 1::2] = q % 16, q // 16
-        q = E2M1[codes] if kind == "fp4" else codes.astype(np.float32) - 16 * (codes > 7)
-    if "block_scale" in parts:
-        scale = parts["block_scale"].astype(np.float32) * scale
+        q = codes.astype(np.float32) - 16 * (codes > 7)
     if scale.ndim == 2:
         scale = scale.repeat(len(q) // len(scale), axis=0)
     return np.ascontiguousarray((q.astype(np.float32) * scale).T)
@@ -92,16 +98,17 @@ def write_dequantised(bundle: Bundle, folder: Path, out: Path) -> None:
     """Writes into the folder `out` what the checkpoint in `folder` holds, one tensor in memory at a time: those of the
     decoder as the bundle has them, quantised ones in fp32, all others as they are, and links to everything else.
 
-    HimapError (failure) if the disk has no room for it; (usage) if the bundle's weights are inside its engines.
+    HimapError (failure) if the disk has no room for it.
     """
     held = {name: t.file for name, t in bundle.tensors.items()}
-    source = {name: t.file for name, t in stored_tensors([folder]).items()}
-    pieces = _pieces(bundle, held)
+    stored = stored_tensors([folder])
+    source = {name: t.file for name, t in stored.items()}
+    pieces = _pieces(bundle)
     names = [
         *(name for name in source if name in pieces or not _is_packed(name, pieces)),
         *(name for name in pieces if name not in source),
     ]
-    _check_room(bundle, folder, out)
+    _check_room(bundle, [stored[name] for name in names if name not in pieces], out)
     index = {name: f"{n:05}.safetensors" for n, name in enumerate(names)}
     for name, file in index.items():
         own = pieces.get(name, [])
@@ -121,10 +128,10 @@ def write_dequantised(bundle: Bundle, folder: Path, out: Path) -> None:
             (out / entry.name).symlink_to(entry.resolve())
 
 
-def _pieces(bundle: Bundle, held: Files) -> dict[str, list[Piece]]:
+def _pieces(bundle: Bundle) -> dict[str, list[Piece]]:
     """Returns what the bundle holds of each of the checkpoint's decoder tensors. A quantised head that is tied to the
     embedding is a tensor of its own."""
-    wanted = bundle.manifest.graphs[bundle.select().graph_name("decode")].weights
+    wanted = _of_decoder(bundle)
     pieces = dict[str, list[Piece]]()
     for name, spec in wanted.items():
         if not spec.constant:
@@ -133,9 +140,6 @@ def _pieces(bundle: Bundle, held: Files) -> dict[str, list[Piece]]:
             pieces.setdefault(name if rows is None else rows.tensor, []).append(whole)
     parts = dict[str, list[str]]()
     for part in (name for name, spec in wanted.items() if spec.constant):
-        if part not in held:
-            hint = "in int8 and int4, export it for onnxruntime or openvino, too: then they lie beside the engines"
-            raise HimapError(f"{bundle.folder} holds its weights inside its engines", hint=hint, code=Exit.USAGE)
         name, _, suffix = part.rpartition(".")
         parts.setdefault(name, []).append(suffix)
     for name, suffixes in parts.items():
@@ -144,6 +148,11 @@ def _pieces(bundle: Bundle, held: Files) -> dict[str, list[Piece]]:
         tensor = fused[1] if fused else HEAD if name in pieces else name
         pieces.setdefault(tensor, []).append(Piece(name, start, stop, tuple(suffixes)))
     return pieces
+
+
+def _of_decoder(bundle: Bundle) -> Mapping[str, WeightSpec]:
+    """Returns the decoder's weights, all of which decode reads, parts of quantised ones each by its own name."""
+    return bundle.manifest.graphs[bundle.select().graph_name("decode")].weights
 
 
 def _is_packed(name: str, pieces: Mapping[str, list[Piece]]) -> bool:
@@ -184,10 +193,12 @@ def read_tensor(files: Files, name: str, rows: slice = slice(None)) -> Tensor:
     return tensor if name in files else tensor[rows]
 
 
-def _check_room(bundle: Bundle, folder: Path, out: Path) -> None:
-    widths = {name: 8 if name.rpartition(".")[2] in _VALUES else 1 for name in bundle.tensors}  # two numbers a byte
-    needed = sum(widths[name] * t.nbytes for name, t in bundle.tensors.items())
-    needed += sum(t.nbytes for t in stored_tensors([folder]).values())
+def _check_room(bundle: Bundle, kept: Iterable[StoredTensor], out: Path) -> None:
+    """Raises HimapError unless the disk has room for tensors `kept`, and for the bundle's, quantised ones in fp32."""
+    wanted = _of_decoder(bundle)
+    needed = sum(4 * prod(spec.shape) for spec in wanted.values() if spec.dtype in _NUMBERS)
+    needed += sum(t.nbytes for t in find_tensors(bundle.tensors, wanted).values() if not wanted[t.name].constant)
+    needed += sum(t.nbytes for t in kept)
     if needed > (free := shutil.disk_usage(out).free):
         details = f"it takes up to {needed / 1e9:.1f} GB in {out.parent}, which has {free / 1e9:.1f} GB"
         raise HimapError(f"no room for the dequantised weights of {bundle.folder}", details, "set TMPDIR")
@@ -195,5 +206,5 @@ def _check_room(bundle: Bundle, folder: Path, out: Path) -> None:
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what a config.json says but for how its checkpoint is quantised."""
-    found = {key: value for key, value in config.items() if key not in _QUANTISED}
+    found = {key: value for key, value in config.items() if key not in PLACES}
     return {key: _plain(value) if isinstance(value, dict) else value for key, value in found.items()}

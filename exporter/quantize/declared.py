@@ -14,7 +14,7 @@ from himap_export.exporter.config import Name
 from himap_export.graphs.errors import Exit, HimapError
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
-_PLACES = ("quantization_config", "compression_config")  # the second is of 2024
+PLACES = ("quantization_config", "compression_config")  # the second is of 2024
 
 Bits = Annotated[int, Meta(ge=1, le=64)]
 GroupSize = Annotated[int, Meta(ge=-1, le=2**24)]  # inputs that share a scale; -1: all
@@ -93,7 +93,7 @@ def declared(config: Mapping[str, Any], where: str) -> Declared | None:
     """
     text = config.get("text_config")
     levels = (config, text if isinstance(text, Mapping) else {})
-    found = next((level[place] for level in levels for place in _PLACES if level.get(place) is not None), None)
+    found = next((level[place] for level in levels for place in PLACES if level.get(place) is not None), None)
     if found is None:
         return None
     where = f"{where}: quantization_config"

@@ -1,11 +1,12 @@
 """The checkpoint that judges a quantised bundle: what the bundle holds, multiplied out, in the layout of its source."""
 
 import json
+import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -16,7 +17,8 @@ from safetensors.numpy import load_file
 
 from himap_export.engines.bundle import Bundle
 from himap_export.exporter.cli import main as export_main
-from himap_export.validate.dequantised import E2M1, dequantised, write_dequantised
+from himap_export.graphs.errors import HimapError
+from himap_export.validate.dequantised import dequantised, write_dequantised
 from himap_export.validate.reference.criteria import reference_himap
 from himap_export.validate.reference.reference import Reference
 
@@ -30,20 +32,14 @@ def stated(parts: Arrays, out: int, wide: int) -> npt.NDArray[np.float64]:
     weight, scale = np.zeros((out, wide)), parts["scale"].astype(np.float64)
     for o in range(out):
         for i in range(wide):
-            if "int4" in parts or "fp4" in parts:
-                byte = int(parts["int4" if "int4" in parts else "fp4"][i, o // 2])
+            if "int4" in parts:
+                byte = int(parts["int4"][i, o // 2])
                 code = byte >> 4 if o % 2 else byte & 15
                 number = code - 16 if code > 7 else code
-                if "fp4" in parts:  # sign, two bits of exponent, one of mantissa
-                    exponent, half = code >> 1 & 3, code & 1
-                    size = (1 + half / 2) * 2.0 ** (exponent - 1) if exponent else half / 2
-                    number = -size if code & 8 else size
             else:
-                number = float(parts["int8" if "int8" in parts else "fp8"][i, o])
+                number = int(parts["int8"][i, o])
             block = wide // len(scale) if scale.ndim == 2 else 1
-            weight[o, i] = number * (scale[i // block, o] if scale.ndim == 2 else scale[o] if scale.ndim else scale)
-            if "block_scale" in parts:
-                weight[o, i] *= float(parts["block_scale"][i // 16, o])
+            weight[o, i] = number * (scale[i // block, o] if scale.ndim == 2 else scale[o])
     return weight
 
 
@@ -56,8 +52,6 @@ PARTS: dict[str, Arrays] = {
     "int8 in blocks": {"int8": INT8, "scale": FLOATS[:2]},
     "int8 in fp16": {"int8": INT8, "scale": FLOATS[0].astype(np.float16)},
     "int4": {"int4": BYTES, "scale": FLOATS[:2]},
-    "fp8": {"fp8": FLOATS.astype(ml_dtypes.float8_e4m3fn).astype(np.float32), "scale": FLOATS[0]},
-    "fp4": {"fp4": BYTES, "block_scale": FLOATS[:4], "scale": np.float32(0.25)},
 }
 
 
@@ -66,10 +60,6 @@ def test_dequantised_is_q_times_scale(kind: str) -> None:
     found = dequantised(PARTS[kind])
     assert found.shape == (OUT, WIDE) and found.dtype == np.float32
     np.testing.assert_allclose(found, stated(PARTS[kind], OUT, WIDE), rtol=1e-6)
-
-
-def test_e2m1_is_the_format_of_ml_dtypes() -> None:
-    np.testing.assert_array_equal(E2M1, np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32))
 
 
 def read_parts(bundle: Path, name: str) -> Arrays:
@@ -96,6 +86,21 @@ def test_the_dequantised_checkpoint(work: Workshop, tmp_path: Path, name: str, f
         assert made[key].dtype == np.float32
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     assert (tmp_path / "generation_config.json").samefile(source / "generation_config.json")
+
+
+@pytest.mark.parametrize("flags", [INT4, ("--quantize", "int8"), (*INT4, "--dtype", "fp16")])
+def test_as_much_room_is_asked_for_as_is_written(
+    work: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    """A 7B checkpoint in int4 is refused for want of room only where it has none."""
+    bundle, source = Bundle.open(work.bundle("mha", *flags, cuts=CUTS)), work.checkpoint("mha")
+    write_dequantised(bundle, source, tmp_path)
+    written = sum(array.nbytes for array in read_all(tmp_path).values())
+    for free, fits in ((1.05 * written, True), (0.95 * written, False)):
+        (out := tmp_path / str(free)).mkdir()
+        monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: shutil._ntuple_diskusage(0, 0, free))
+        with nullcontext() if fits else pytest.raises(HimapError, match="no room for the dequantised weights"):
+            write_dequantised(bundle, source, out)
 
 
 def test_parts_of_a_fused_tensor_go_back_into_their_rows(tmp_path: Path) -> None:
