@@ -20,13 +20,21 @@ from himap_export.exporter.registry import resolve
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import Dtype
 from himap_export.validate.checkpoint import Source, load_reference, quantised_roles, source_of
-from himap_export.validate.dequantised import has_original, judge_of
+from himap_export.validate.dequantised import check_held, has_original, judge_of
 from himap_export.validate.parity import polygraphy_json
 from himap_export.validate.parity.compare import Load, Parity, compare
 from himap_export.validate.parity.limits import ParityOptions
 from himap_export.validate.parity.pixels import PixelParity, compare_pixels, with_pixels
 from himap_export.validate.parity.prompts import drawn_inputs
-from himap_export.validate.parity.quantised import Quantised, quantisation_cost, quantised_json, quantised_lines
+from himap_export.validate.parity.quantised import (
+    EXACT,
+    FreeRun,
+    Quantised,
+    other_runs,
+    quantisation_cost,
+    quantised_json,
+    quantised_lines,
+)
 from himap_export.validate.parity.results import gates_json, parity_json, parity_lines
 from himap_export.validate.parity.weights import weight_errors, with_weights
 from himap_export.validate.reference.activations import round_activations, rounds
@@ -135,81 +143,104 @@ def validate(
     HimapError: usage for what does not fit the bundle, missing for what is not there; a gate that fails is no error.
     """
     bundle, source = judged_bundle(bundle, model, vision_tower)
-    quantised = bundle.manifest.quantization is not None
-    session = bundle.session(plan=plan, text_budget=text_budget, image_size=image_size)
-    request = _request(session, image, prompt, inputs)
+    request = _request(bundle.session(plan=plan, text_budget=text_budget, image_size=image_size), image, prompt, inputs)
     run = request.spec if request else bundle.select(plan, text_budget, image_size=image_size)
     given = request.inputs if request else drawn_inputs(run, prompts, seed)
     file = None if image is None or isinstance(image, Image.Image) else Path(image)
     pixels = compare_pixels(given.pixel_values, file, run.image, source) if file else None
-    threads = threads or len(os.sched_getaffinity(0))
-    if captures:
-        polygraphy_json.check_folders(run, *captures.values())
-    opening = Opening(threads, device)
-    pipeline = open_pipeline(run, backend, replace(opening, exact=quantised))
-    if captures:
-        _save_captures(pipeline, given, captures)
+    opening = Opening(threads or len(os.sched_getaffinity(0)), device)
     options = ParityOptions(min(max_new_tokens or ANSWER, run.budget.new), atol, rtol, outputs is not None)
-    with judge_of(bundle, source) as judge:
-        asked = _Asked(source, judge, given, options, pixels=pixels, threads=threads, progress=progress)
-        found = Report(run, pipeline.backend, pipeline.engines.device, parity=asked.parity(pipeline))
-        tell(parity_lines(found.parity, bundle, found.backend))
-        if outputs is not None:
-            save_outputs(outputs, found.parity.outputs)
-        if quantised:
-            cost = asked.cost(open_pipeline(run, found.backend, opening), pipeline)
-            tell(quantised_lines(cost))
-            found = replace(found, quantised=cost)
-        del pipeline  # its memory, while others are timed
-        if speed:
-            found = _timed(found, asked, device=device, iterations=iterations, warm_up=warm_up, tell=tell)
-    return found
+    asked = _Asked(run, source, given, options, pixels=pixels, opening=opening, tell=tell, progress=progress)
+    return asked.report(backend, outputs, captures or {}, (iterations, warm_up) if speed else None)
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a bundle is compared on: prompts `given`, with the checkpoint that it was made from, `source`, and the one
-    whose model it must equal, `judge`; `pixels`, if an image was given."""
+    """What a variant is compared on: prompts `given`, with the checkpoint that its bundle was made from, `source`;
+    `pixels`, if an image was given. `opening`: how engines are deployed."""
 
+    run: RunSpec
     source: Source
-    judge: Source
     given: Inputs
     options: ParityOptions
     pixels: PixelParity | None
-    threads: int
+    opening: Opening
+    tell: Lines
     progress: Progress
 
-    def parity(self, pipeline: Pipeline) -> Parity:
-        """Returns the parity of `pipeline` with the judge; of quantised weights, with the source's, too."""
-        own = ", with the weights that the bundle made of its" if self.judge != self.source else ""
+    def report(
+        self, backend: str | None, outputs: Path | None, captures: Mapping[str, Path], timing: tuple[int, int] | None
+    ) -> Report:
+        """Returns parity; of a quantised bundle what quantising cost; and, with `timing`, iterations and those to warm
+        up, speed. Engines and PyTorch's models are in memory while they are asked, and no longer."""
+        if captures:
+            polygraphy_json.check_folders(self.run, *captures.values())
+        pipeline = open_pipeline(self.run, backend, replace(self.opening, exact=bool(self._kinds())))
+        if captures:
+            _save_captures(pipeline, self.given, captures)
+        with judge_of(self.run.bundle, self.source) as judge:
+            parity = self._parity(judge, pipeline)
+            found = Report(self.run, pipeline.backend, pipeline.engines.device, parity)
+            self.tell(parity_lines(parity, self.run.bundle, found.backend))
+            if outputs is not None:
+                save_outputs(outputs, parity.outputs)
+            if self._kinds():
+                others = self._others(pipeline)
+                if EXACT in others:  # else opening it exact has changed nothing
+                    del pipeline
+                    pipeline = open_pipeline(self.run, found.backend, self.opening)
+                found = replace(found, quantised=self._cost(pipeline, others))
+            del pipeline
+            return found if timing is None else self._timed(found, judge, *timing)
+
+    def _parity(self, judge: Source, pipeline: Pipeline) -> Parity:
+        """Returns the parity of `pipeline` with the `judge`; of quantised weights, with the source's, too."""
+        own = ", with the weights that the bundle made of its" if judge != self.source else ""
         self.progress(f"judged by the checkpoint in {self.source.folder}{own}")
-        bundle, load = pipeline.spec.bundle, self._load(self.judge)
-        load_rounding, kinds = None, {weight.kind for weight in bundle.manifest.quantised().values()}
-        if rounds(kinds):
+        bundle, load, load_rounding = self.run.bundle, self._load(judge), None
+        if rounds(self._kinds()):
             family = resolve(str(self.source.folder), vision_tower=self.source.tower).family
             by_role = {role: weight.kind for role, weight in quantised_roles(bundle, family).items()}
             load_rounding = partial(_rounding_reference, load, by_role)
         parity = compare(pipeline, load, self.given, self.options, progress=self.progress, load_rounding=load_rounding)
-        if kinds and has_original(self.source):
-            parity = with_weights(parity, weight_errors(bundle, self.source, self.judge))
+        if self._kinds() and has_original(self.source):
+            parity = with_weights(parity, weight_errors(bundle, self.source, judge))
         return with_pixels(parity, self.pixels) if self.pixels else parity
 
-    def cost(self, deployed: Pipeline, exact: Pipeline) -> Quantised:
-        """Returns how far a quantised bundle lies from its source, as `deployed` and opened to be `exact`."""
-        bundle = deployed.spec.bundle
+    def _others(self, pipeline: Pipeline) -> dict[str, list[FreeRun]]:
         original = self._load(self.source) if has_original(self.source) else None
-        inside = rounds(weight.kind for weight in bundle.manifest.quantised().values())
-        return quantisation_cost(
-            deployed,
-            None if inside else exact,
-            original,
-            inputs=self.given,
-            new_tokens=self.options.new_tokens,
-            progress=self.progress,
+        exact, asked = not rounds(self._kinds()), (self.given, self.options.new_tokens)
+        return other_runs(pipeline, original, exact, *asked, progress=self.progress)
+
+    def _cost(self, deployed: Pipeline, others: Mapping[str, Sequence[FreeRun]]) -> Quantised:
+        found = quantisation_cost(deployed, others, self.given, self.options.new_tokens)
+        self.tell(quantised_lines(found))
+        return found
+
+    def _timed(self, report: Report, judge: Source, iterations: int, warm_up: int) -> Report:
+        """Returns `report` with the speed of its bundle beside others'."""
+        self.tell(["", f"speed: FLOPs allow {ceiling(self.run):.2f}x over the unpruned decoder prefill"])
+        repetitions = f"{warm_up} + {iterations} repetitions"
+        self.progress(
+            f"exporting the unpruned baseline; then {repetitions}, a process for each system, on {report.device}"
         )
+        speed = measure(
+            self.run, self.source.folder, report.backend, report.device, judge=judge.folder,
+            asked=self.opening.device, iterations=iterations, warm_up=warm_up, threads=self._threads(),
+            vision_tower=self.source.tower,
+        )  # fmt: skip
+        self.tell(speed_lines(speed))
+        return replace(report, speed=speed)
+
+    def _kinds(self) -> set[str]:
+        return {weight.kind for weight in self.run.manifest.quantised().values()}
+
+    def _threads(self) -> int:
+        assert self.opening.threads is not None  # `validate` settles it
+        return self.opening.threads
 
     def _load(self, checkpoint: Source) -> Load:
-        return partial(load_reference, checkpoint.folder, threads=self.threads, vision_tower=checkpoint.tower)
+        return partial(load_reference, checkpoint.folder, threads=self._threads(), vision_tower=checkpoint.tower)
 
 
 def _rounding_reference(load: Load, kinds: Mapping[str, str], dtype: Dtype) -> Reference:
@@ -234,23 +265,11 @@ def _request(
     return None if inputs is None else session.prepare_arrays(inputs)
 
 
-def _timed(report: Report, asked: _Asked, *, device: str | None, iterations: int, warm_up: int, tell: Lines) -> Report:
-    tell(["", f"speed: FLOPs allow {ceiling(report.run):.2f}x over the unpruned decoder prefill"])
-    repetitions = f"{warm_up} + {iterations} repetitions"
-    asked.progress(
-        f"exporting the unpruned baseline; then {repetitions}, a process for each system, on {report.device}"
-    )
-    speed = measure(
-        report.run, asked.source.folder, report.backend, report.device, judge=asked.judge.folder, asked=device,
-        iterations=iterations, warm_up=warm_up, threads=asked.threads, vision_tower=asked.source.tower,
-    )  # fmt: skip
-    tell(speed_lines(speed))
-    return replace(report, speed=speed)
-
-
 def judged_bundle(bundle: Bundle, model: str | None, vision_tower: Path | None) -> tuple[Bundle, Source]:
-    """Returns the bundle with its weights, and the checkpoint that it is judged by. HimapError as `source_of`."""
+    """Returns the bundle with its weights, and the checkpoint that it is judged by. HimapError as `source_of`, and as
+    `check_held`."""
     source = source_of(bundle, model, vision_tower)
+    check_held(bundle, source)
     if bundle.manifest.weight_form == "absent":
         bundle = bundle.with_weights([folder for folder in (source.folder, source.tower) if folder is not None])
     return bundle, source

@@ -3,6 +3,7 @@ beside the checkpoint before rounding, which is only reported."""
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,6 @@ import numpy.typing as npt
 import pytest
 import torch
 from commands import ORT, Workshop, call
-from legacy import make_qwen_vl
-from ready_checkpoints import write_awq, write_gptq
 from safetensors.numpy import load_file, save_file
 
 from himap_export.engines.backends import Opening
@@ -25,6 +24,7 @@ from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import HimapError
 from himap_export.graphs.plan import PruningPlan
 from himap_export.validate import dequantised as dequantised_module
+from himap_export.validate import validation
 from himap_export.validate.baseline import export_baseline
 from himap_export.validate.checkpoint import Source, load_reference
 from himap_export.validate.cli import main as validate_main
@@ -32,7 +32,14 @@ from himap_export.validate.dequantised import judge_of
 from himap_export.validate.parity.compare import Parity, compare
 from himap_export.validate.parity.limits import ParityOptions
 from himap_export.validate.parity.prompts import drawn_inputs
-from himap_export.validate.parity.quantised import EXACT, ORIGINAL, READY_MADE, FreeRun, drift, quantisation_cost
+from himap_export.validate.parity.quantised import (
+    EXACT,
+    ORIGINAL,
+    FreeRun,
+    drift,
+    other_runs,
+    quantisation_cost,
+)
 from himap_export.validate.parity.runs import batched
 from himap_export.validate.parity.weights import LIMIT, weight_errors
 from himap_export.validate.reference.activations import int8_dynamic
@@ -242,7 +249,7 @@ def test_drift_is_what_its_definition_says(work: Workshop) -> None:
 
     other = run([0, 1, 2, 3], [7, eos, 0], [[0.5, 0.5], [0.25, 0.75], [0.5, 0.5]])
     own = run([0, 1, 2, 9], [7, 5, 5], [[0.5, 0.5], [0.5, 0.5], [0.01, 0.99]])
-    found = drift("x", own, other, pipeline, prompts)
+    found = drift("x", own, other, prompts, pipeline)
     expected = 0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)
     assert found.positions == found.total == 2 and found.equal == 1
     assert found.kl_max == pytest.approx(expected, rel=1e-5) and found.kl_mean == pytest.approx(expected / 2, rel=1e-5)
@@ -254,9 +261,41 @@ def test_drift_is_what_its_definition_says(work: Workshop) -> None:
 
 def test_what_is_published_quantised_has_no_original(work: Workshop) -> None:
     pipeline = work.pipeline(work.bundle("mha", *INT4, cuts=CUTS))
-    found = quantisation_cost(pipeline, pipeline, None, drawn_inputs(pipeline.spec, 2, 0), 6)
+    asked = drawn_inputs(pipeline.spec, 2, 0), 6
+    found = quantisation_cost(pipeline, other_runs(pipeline, None, True, *asked), *asked)
     assert [d.over for d in found.drifts] == [EXACT] and "published quantised" in found.note
     assert found.drifts[0].kl_max == 0 and found.drifts[0].equal == found.drifts[0].total
+
+
+class Lives:
+    """Which pipelines and models of PyTorch there are at once, each by a weak reference."""
+
+    def __init__(self) -> None:
+        self.opened: list[tuple[str, weakref.ref[object]]] = []
+        self.beside: list[set[str]] = []
+
+    def watched(self, name: str, make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*asked: Any, **named: Any) -> Any:
+            self.beside.append({kind for kind, each in self.opened if each() is not None})
+            found = make(*asked, **named)
+            self.opened.append((name, weakref.ref(found)))
+            return found
+
+        return made
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8-dynamic"])
+def test_engines_and_models_are_in_memory_in_turn(work: Workshop, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """At most one pipeline and one model, of 7B too: deployed engines are opened when the exact ones are gone, or are
+    the same where nothing can be exact."""
+    bundle, lives = Bundle.open(work.bundle("mha", "--quantize", kind, cuts=CUTS)), Lives()
+    monkeypatch.setattr(validation, "open_pipeline", lives.watched("engines", validation.open_pipeline))
+    monkeypatch.setattr(validation, "load_reference", lives.watched("model", validation.load_reference))
+    assert validate(bundle, speed=False, threads=1, max_new_tokens=2, prompts=1).passed
+    made = [kind for kind, _ in lives.opened]
+    assert made.count("engines") == (2 if kind == "int4" else 1) and made.count("model") >= 2
+    for name, beside in zip(made, lives.beside, strict=True):
+        assert beside <= ({"engines"} if name == "model" else set())
 
 
 # --- baselines ---
@@ -292,31 +331,6 @@ def test_a_baseline_holds_the_bundles_weights(shapes: Path, tmp_path: Path) -> N
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
     assert made.select().plan.policy == "none"
-
-
-# --- published quantised ---
-
-
-@pytest.mark.parametrize("form", ["awq", "in order of activation", "fused"])
-def test_a_checkpoint_that_was_published_quantised(work: Workshop, tmp_path: Path, form: str) -> None:
-    """Taken over, multiplied out, and with query, key and value in one: transformers alone could load none of them."""
-    made, bundle = tmp_path / "made", tmp_path / "bundle"
-    if form == "fused":
-        make_qwen_vl(tmp_path / "source")
-        write_gptq(tmp_path / "source", made)
-    elif form == "awq":
-        write_awq(work.checkpoint("mqa4"), made)
-    else:
-        write_gptq(work.checkpoint("mqa4"), made, activation_order=True)
-    flags = ("--k1", 1, "--k2", 3, "--text-budget", 24, *ORT)
-    assert call(export_main, made, *flags, "--out", bundle) == 0
-    found = validate(Bundle.open(bundle), speed=False, threads=1, max_new_tokens=4, prompts=2)
-    assert found.passed and "weights" not in {gate.name for gate in found.parity.gates}
-    if form == "in order of activation":
-        assert found.quantised is None  # floats, as far as the bundle goes
-    else:
-        assert found.quantised is not None and [d.over for d in found.quantised.drifts] == [EXACT]
-        assert READY_MADE in "\n".join(found.lines()) and found.to_json()["quantised"]["note"] == READY_MADE
 
 
 # --- bad input ---

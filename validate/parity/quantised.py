@@ -91,31 +91,41 @@ class Quantised:
     note: str = ""
 
 
-def quantisation_cost(
-    deployed: Pipeline,
-    exact: Pipeline | None,
+def other_runs(
+    pipeline: Pipeline,
     original: Load | None,
+    exact: bool,
     inputs: Inputs,
     new_tokens: int,
     progress: Callable[[str], None] = lambda line: None,
-) -> Quantised:
-    """Returns how far `deployed` lies from the `original` checkpoint in fp32, and from `exact`, the same bundle opened
-    to compute with activations as they are, where there are such; over all prompts of `inputs`, answers of at most
-    `new_tokens`."""
+) -> dict[str, list[FreeRun]]:
+    """Returns what a deployed bundle is compared with, by name, a run for each batch of `inputs`, answers of at most
+    `new_tokens`: the `original` checkpoint in fp32, if there is one, and, if `exact`, `pipeline` itself, which is the
+    bundle opened to compute with activations as they are. The checkpoint's model is gone when it has run."""
+    found, batches = dict[str, list[FreeRun]](), batched(inputs, pipeline)
     if original is not None:
         progress("PyTorch reference in fp32, of the weights before they were quantised")
-    reference = original("fp32") if original is not None else None
-    found = list[list[Drift]]()
-    for prompts in batched(inputs, deployed):
-        others = dict[str, FreeRun]()
-        if reference is not None:
-            others[ORIGINAL] = run_original(reference, deployed, prompts, new_tokens)
-        if exact is not None:
-            others[EXACT] = run_free(exact, prompts, new_tokens, _along(others))
-        own = run_free(deployed, prompts, new_tokens, _along(others))
-        found.append([drift(name, own, other, pipeline=deployed, prompts=prompts) for name, other in others.items()])
-    drifts = tuple(reduce(add, parts) for parts in zip(*found, strict=True))
-    return Quantised(drifts, READY_MADE if original is None else "")
+        reference = original("fp32")
+        found[ORIGINAL] = [run_original(reference, pipeline, prompts, new_tokens) for prompts in batches]
+        del reference
+    if exact:
+        along = _along(found, len(batches))
+        found[EXACT] = [run_free(pipeline, *each, new_tokens) for each in zip(batches, along, strict=True)]
+    return found
+
+
+def quantisation_cost(
+    deployed: Pipeline, others: Mapping[str, Sequence[FreeRun]], inputs: Inputs, new_tokens: int
+) -> Quantised:
+    """Returns how far `deployed` lies from `others`, over all prompts of `inputs`, as `other_runs` found them."""
+    batches = batched(inputs, deployed)
+    along = _along(others, len(batches))
+    own = [run_free(deployed, *each, new_tokens) for each in zip(batches, along, strict=True)]
+    drifts = []
+    for name, runs in others.items():
+        parts = [drift(name, *each, deployed) for each in zip(own, runs, batches, strict=True)]
+        drifts.append(reduce(add, parts))
+    return Quantised(tuple(drifts), "" if ORIGINAL in others else READY_MADE)
 
 
 def run_original(reference: Reference, pipeline: Pipeline, prompts: Prompts, new_tokens: int) -> FreeRun:
@@ -129,7 +139,7 @@ def run_original(reference: Reference, pipeline: Pipeline, prompts: Prompts, new
     return FreeRun(start.kept, answer, logits, answer)
 
 
-def run_free(pipeline: Pipeline, prompts: Prompts, new_tokens: int, along: Integers | None = None) -> FreeRun:
+def run_free(pipeline: Pipeline, prompts: Prompts, along: Integers | None, new_tokens: int) -> FreeRun:
     """Returns what `pipeline` computes of one batch, its logits along the answer [b,M], its own if None."""
     inputs, rows = prompts.inputs, len(prompts)
     prefilled, layout = pipeline.prefill(inputs.input_ids, inputs.pixel_values, inputs.attention_mask, prompts.seeds)
@@ -141,11 +151,13 @@ def run_free(pipeline: Pipeline, prompts: Prompts, new_tokens: int, along: Integ
     return FreeRun(kept, answer, logits, along)
 
 
-def _along(others: Mapping[str, FreeRun]) -> Integers | None:
-    return next((other.along for other in others.values()), None)
+def _along(others: Mapping[str, Sequence[FreeRun]], batches: int) -> list[Integers | None]:
+    """Returns the answer that each batch is run along: the first of `others`' one; None, its own, without any."""
+    first = next(iter(others.values()), None)
+    return [None] * batches if first is None else [run.along for run in first]
 
 
-def drift(name: str, own: FreeRun, other: FreeRun, pipeline: Pipeline, prompts: Prompts) -> Drift:
+def drift(name: str, own: FreeRun, other: FreeRun, prompts: Prompts, pipeline: Pipeline) -> Drift:
     """Returns how far the run `own` of one batch lies from `other`, called `name`, both along one answer."""
     model = pipeline.manifest.model
     live, answered = (_live(answer, model.eos_tokens) for answer in (other.along, other.answer))

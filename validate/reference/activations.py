@@ -33,7 +33,8 @@ def round_activations(decoder: Any, head: Any, kinds: Mapping[str, str]) -> None
 
 
 def rounds(kinds: Iterable[str]) -> bool:
-    """Tells whether engines over weights of one of `kinds` round activations whatever they are asked for."""
+    """Tells whether engines over weights of one of `kinds` round activations whatever they are asked for: of those that
+    lie beside engines, too, which fp8 and nvfp4 never do."""
     return any(kind in ROUNDINGS for kind in kinds)
 
 
