@@ -20,12 +20,25 @@ from himap_export.engines.layout import Grid, ImageTokens
 from himap_export.engines.prompt import PromptFormat
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.plan import PruningPlan, TokenBudget, Tokens
-from himap_export.graphs.ports import GraphPorts, LinearForm, Port, Size, WeightSpec, chain_problems, graph_problems
+from himap_export.graphs.ports import (
+    ElementType,
+    GraphPorts,
+    Kind,
+    LinearForm,
+    Port,
+    Size,
+    WeightSpec,
+    chain_problems,
+    graph_problems,
+)
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
 SCHEMA = 6
 FILE_NAME = "manifest.json"
 WeightForm = Literal["shared", "embedded", "absent"]
+_NUMBERS: Mapping[Kind, ElementType] = {
+    "int8": "int8", "int8-dynamic": "int8", "int4": "int4", "fp8": "fp8", "nvfp4": "fp4",
+}  # fmt: skip
 MOST = 64 * MEGABYTE  # a hundred variants of the largest model take 20
 
 Name = Annotated[str, Meta(min_length=1, max_length=500)]
@@ -110,6 +123,11 @@ class QuantisedWeight(LinearForm, frozen=True, forbid_unknown_fields=True, kw_on
     """How one weight is quantised, and the `error` of it: root mean square, relative to the weight's."""
 
     error: Annotated[float, Meta(ge=0, le=1e6)]
+
+    @property
+    def numbers(self) -> ElementType:
+        """The type of its numbers, whose name in graphs ends in it."""
+        return _NUMBERS[self.kind]
 
 
 class Quantization(Struct, frozen=True, forbid_unknown_fields=True):
@@ -225,6 +243,8 @@ def _problems(m: Manifest) -> Iterator[str]:
     yield from (f"{FILE_NAME} lists itself" for name in m.files if name == FILE_NAME)
     for name, graph in m.graphs.items():
         yield from (f"graph {name}: {problem}" for problem in graph_problems(graph.ports))
+        yield from (f"the weight {w} is of int64" for w, spec in graph.weights.items() if spec.dtype == "int64")
+    yield from _quantised_problems(m)
     for v in m.variants:
         yield from _variant_problems(m, v)
     for backend, engines in m.engines.items():
@@ -234,6 +254,16 @@ def _problems(m: Manifest) -> Iterator[str]:
     held = {name: sorted((v.plan_name, v.budget.text) for v in m.variants if v.image == name) for name in m.images}
     if any(plans != next(iter(held.values())) for plans in held.values()):
         yield "its images have different plans"
+
+
+def _quantised_problems(m: Manifest) -> Iterator[str]:
+    wanted = m.wanted()
+    for name, weight in m.quantised().items():
+        spec = wanted.get(f"{name}.{weight.numbers}")
+        if spec is None or not spec.constant or spec.dtype != weight.numbers:
+            yield f"no graph reads {name} in {weight.kind}"
+        elif len(spec.shape) != 2 or not all(spec.shape) or (weight.block and spec.shape[0] % weight.block):
+            yield f"{name} is {list(spec.shape)}, quantised in blocks of {weight.block}"
 
 
 def _variant_problems(m: Manifest, v: Variant) -> Iterator[str]:

@@ -146,11 +146,14 @@ def check_forms(name: str, forms: Iterable[LinearForm]) -> None:
 
 def open_backend(name: str, bundle: Bundle, opening: Opening = ANYWAY) -> Engines:
     """Returns a bundle's engines of a backend, opened. HimapError (usage) for a device that is none of the backend's,
-    (missing) for one that is not here."""
+    (missing) for one that is not here, (failure) for quantised weights that the backend never had engines of."""
     backend, devices = load_backend(name), DEVICES[name]
     if opening.device not in (None, *devices):
         details = f"it runs on {' or '.join(devices)}"
         raise HimapError(f"{name} does not run on `device` {opening.device}", details, code=Exit.USAGE)
+    for form in bundle.manifest.quantised().values():
+        if lacking := lacks(name, form):
+            raise HimapError(f"{name} has no {lacking}, which {bundle.folder} says", hint="export the bundle again")
     return backend.open_engines(bundle, opening)
 
 

@@ -14,12 +14,11 @@ from himap_export.engines.backends import ANYWAY, Gather, Opening
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.extras import how_to_install, required
 from himap_export.engines.manifest import EngineRecord
-from himap_export.engines.openvino.quantised import TURNED, write_turned
+from himap_export.engines.openvino.quantised import PACKED, TURNED, count_packed, write_turned
 from himap_export.engines.openvino.run import Compiler, OpenVino, computed
 from himap_export.graphs.errors import Exit, HimapError
 
 OLDEST = (2026, 4)  # older ones were not tried
-_INTEGERS = ("i4", "i8")
 _NO_KERNELS = ("Const", "Input", "Output", "Parameter", "Result", "Reshape")
 
 
@@ -62,14 +61,15 @@ def build(bundle: Bundle, graph: str, gather: Gather = "auto") -> EngineRecord:
     record, file = bundle.manifest.graphs[graph], f"{graph}.openvino.onnx"  # beside the weights that it points to
     model = onnx.load(bundle.path(record.file), load_external_data=False)
     onnx.save(onnx.inliner.inline_local_functions(model), bundle.path(file))
-    if bundle.manifest.quantised() and not bundle.path(TURNED).exists():
-        write_turned(bundle, bundle.path(TURNED))
-    compiler = Compiler.of(bundle, "cpu", ANYWAY)
-    engine = compiler.compile(compiler.read(bundle.path(file)))
-    _check_packed(bundle, graph, engine)
+    own = TURNED if bundle.manifest.quantised() else None
+    if own and not bundle.path(own).exists():
+        write_turned(bundle, bundle.path(own))
+    compiler = Compiler.of(bundle, "cpu", ANYWAY, own)
+    read = compiler.read(bundle.path(file))
+    engine = compiler.compile(read)
+    _check_packed(graph, count_packed(read.model), engine)
     form: Literal["ops", "none"] = "ops" if any(port.role == "score" for port in record.inputs.values()) else "none"
     seconds = round(time.perf_counter() - start, 3)
-    own = TURNED if bundle.manifest.quantised() else None
     return EngineRecord(file, seconds, form, kernels=_kernels(engine), weights=own)
 
 
@@ -78,7 +78,7 @@ def _kernels(engine: Any) -> tuple[str, ...]:
     type of its weights where they stay integers: "112x FullyConnected (brgemm_avx512_f32, i4)"."""
     found = Counter[str]()
     for kind, kernel, precision in _nodes(engine):
-        stored = f", {precision}" if kind == "FullyConnected" and precision in _INTEGERS else ""
+        stored = f", {precision}" if kind == "FullyConnected" and precision in PACKED else ""
         found[f"{kind} ({kernel}{stored})"] += kind not in _NO_KERNELS
     return tuple(f"{count}x {kernel}" for kernel, count in (+found).most_common())
 
@@ -89,12 +89,10 @@ def _nodes(engine: Any) -> list[tuple[str, str, str]]:
     return [(n["layerType"].value, n["primitiveType"].value, n["runtimePrecision"].value) for n in nodes]
 
 
-def _check_packed(bundle: Bundle, graph: str, engine: Any) -> None:
-    """Raises HimapError unless the model keeps its quantised weights as they are: in decode, and in fp32."""
-    m = bundle.manifest
-    weights = sum(spec.dtype in ("int4", "int8") for spec in m.graphs[graph].weights.values())
-    kept = sum(kind == "FullyConnected" and precision in _INTEGERS for kind, _, precision in _nodes(engine))
-    if (m.dtype == "fp32" or graph in m.decode_graphs()) and kept != weights:
+def _check_packed(graph: str, weights: int, engine: Any) -> None:
+    """Raises HimapError unless the compiled model keeps as many quantised `weights` as they are."""
+    kept = sum(kind == "FullyConnected" and precision in PACKED for kind, _, precision in _nodes(engine))
+    if kept != weights:
         details, hint = f"{kept} of {weights} stay as they are", "check openvino's version against the manifest's"
         raise HimapError(f"OpenVINO multiplies quantised weights of {graph} out", details, hint)
 

@@ -9,7 +9,6 @@ In fp32 its kernels do not use AMX. Prefill in 16 bits therefore takes the weigh
 the graph is read, unless they are too many for the machine's memory: `packed` says so.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -20,15 +19,24 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from himap_export.engines.arrays import memory_bytes
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.extras import required
-from himap_export.engines.manifest import QuantisedWeight
-from himap_export.engines.weight_file import as_numbers, map_tensors, read_header, turn_int4, write_safetensors
+from himap_export.engines.manifest import Manifest
+from himap_export.engines.weight_file import (
+    as_held,
+    as_numbers,
+    map_tensors,
+    read_header,
+    turn_int4,
+    write_safetensors,
+)
 from himap_export.graphs.errors import HimapError
-from himap_export.graphs.ports import Kind
+from himap_export.graphs.ports import Kind, TensorSpec
 
 TURNED = "openvino.safetensors"  # in a bundle
 _KINDS: Mapping[Kind, tuple[str, str]] = {"int8": ("int8", "i8"), "int4": ("int4", "i4")}  # what ends names; OpenVINO's
+PACKED = tuple(kind for _, kind in _KINDS.values())
 _FEW = 16  # rows up to which the compressed product is the faster one: reading the weights is all that it costs
 
 
@@ -83,15 +91,17 @@ def write_turned(bundle: Bundle, file: Path) -> None:
     write_safetensors(file, held, arrays())
 
 
-def read_turned(file: Path, weights: Mapping[str, QuantisedWeight]) -> dict[str, Dequantized]:
-    """Returns the weights in a file of `write_turned`, mapped, by the names of their integers in graphs. HimapError if
-    one is missing."""
-    stored, found = read_header(file), dict[str, Dequantized]()
-    for name, form in weights.items():
+def read_turned(file: Path, manifest: Manifest) -> dict[str, Dequantized]:
+    """Returns the quantised weights of `manifest` in a file of `write_turned`, mapped, by the names of their integers
+    in graphs. HimapError if one is missing, or of another type or shape."""
+    stored, wanted, found = read_header(file), manifest.wanted(), dict[str, Dequantized]()
+    for name, form in manifest.quantised().items():
         suffix, kind = _KINDS[form.kind]
         q, scale = stored.get(f"{name}.{suffix}"), stored.get(f"{name}.scale")
-        if q is None or scale is None or len(q.shape) != 2 or len(scale.shape) != 2:
-            raise HimapError(f"{file} does not hold {name}", hint="export the bundle again")
+        wide, out = wanted[f"{name}.{suffix}"].shape
+        held = as_held(TensorSpec(form.numbers, (out, wide))), ("fp32", (out, wide // form.block if form.block else 1))
+        if q is None or scale is None or ((q.dtype, q.shape), (scale.dtype, scale.shape)) != held:
+            raise HimapError(f"{file} does not hold {name} as it should", hint="export the bundle again")
         mapped = np.memmap(file, np.uint8, "c", q.offset, q.shape)
         found[q.name] = Dequantized(mapped, map_tensors([scale])[scale.name].view(np.float32), kind)
     return found
@@ -141,5 +151,10 @@ def is_large(bundle: Bundle) -> bool:
     """Tells whether the quantised weights of a bundle, multiplied out to 16 bits, take more than a quarter of this
     machine's memory."""
     parts = {n: s for n, s in bundle.manifest.wanted().items() if s.constant and s.dtype in ("int4", "int8")}
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 2 * sum(prod(spec.shape) for spec in parts.values()) > memory // 4
+    return 2 * sum(prod(spec.shape) for spec in parts.values()) > memory_bytes() // 4
+
+
+def count_packed(model: Any) -> int:
+    """Returns how many weights a model, read and not yet compiled, holds as integers: all that `product` left so."""
+    nodes = (node for node in model.get_ops() if node.get_type_name() == "Constant")
+    return sum(node.get_output_element_type(0).to_string() in PACKED for node in nodes)

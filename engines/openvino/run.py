@@ -14,7 +14,7 @@ from himap_export.engines.bundle import Bundle
 from himap_export.engines.extras import required
 from himap_export.engines.manifest import GraphRecord
 from himap_export.engines.openvino.frontend import UNKNOWN, Append, Frontend, ReadGraph
-from himap_export.engines.openvino.quantised import TURNED, Dequantized, is_large, read_turned
+from himap_export.engines.openvino.quantised import Dequantized, is_large, read_turned
 from himap_export.engines.weight_file import NUMPY, as_numbers, as_stored, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import ElementType, TensorSpec
@@ -48,7 +48,7 @@ class OpenVino:
 
     def __init__(self, bundle: Bundle, opening: Opening) -> None:
         self._bundle, self.device = bundle, opening.device or "cpu"
-        self._compiler = Compiler.of(bundle, self.device, opening)
+        self._compiler = Compiler.of(bundle, self.device, opening, _own_weights(bundle))
         absent = bundle.manifest.weight_form == "absent"
         self._weights = map_tensors(bundle.weights().values()) if absent else {}
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compile")
@@ -72,6 +72,14 @@ class OpenVino:
                 each()
 
         return run
+
+
+def _own_weights(bundle: Bundle) -> str | None:
+    """Returns the file of quantised weights that the records of a bundle's engines name; None if it has none."""
+    named = {engine.weights for engine in bundle.manifest.engines["openvino"].values()}
+    if len(named) != 1 or (None in named) == bool(bundle.manifest.quantised()):
+        raise HimapError(f"the engines of {bundle.folder} do not name their weights", hint="export the bundle again")
+    return named.pop()
 
 
 class Run:
@@ -150,7 +158,7 @@ class Compiler:
     ) -> None:
         """`quantised` and `packed` as for `Frontend`; `exact`: no activation is rounded beside them."""
         self._core, self._device, self._threads = required("openvino").Core(), device.upper(), threads
-        self._packed, self._exact = packed, exact
+        self._rounds, self._rounds_prefill = not exact, not exact and packed and dtype != "fp32"
         held = {name.partition(".")[0] for name in self._core.available_devices}
         if self._device not in held:
             details = f"it sees {', '.join(sorted(held)).lower() or 'none'}"
@@ -163,12 +171,11 @@ class Compiler:
         self._frontend = Frontend(quantised or {}, packed)
 
     @classmethod
-    def of(cls, bundle: Bundle, device: str, opening: Opening) -> Self:
-        """Returns what compiles the graphs of `bundle`."""
-        weights = bundle.manifest.quantised()
+    def of(cls, bundle: Bundle, device: str, opening: Opening, turned: str | None) -> Self:
+        """Returns what compiles the graphs of `bundle`, whose quantised weights are in the file `turned`."""
         return cls(
             device, bundle.manifest.dtype, opening.cpu_threads(bundle),
-            quantised=read_turned(bundle.path(TURNED), weights) if weights else {}, packed=is_large(bundle),
+            quantised=read_turned(bundle.path(turned), bundle.manifest) if turned else {}, packed=is_large(bundle),
             exact=opening.exact,
         )  # fmt: skip
 
@@ -183,9 +190,10 @@ class Compiler:
 
     def compile(self, graph: ReadGraph) -> Any:
         """Returns the model, compiled to compute as it says: fp32 where it casts to fp32, else in its own dtype. Beside
-        quantised weights activations are rounded to 8 bits, 32 of them together, where that gains anything: in decode,
-        and in a prefill that keeps them packed."""
-        rounded = not self._exact and (bool(graph.appends) or self._packed)
+        quantised weights activations are rounded to 8 bits, 32 of them together: in decode, and in a 16-bit prefill
+        over weights that are too many to multiply out. Prefill in fp32 never rounds, so that what it keeps does not
+        hang on the machine."""
+        rounded = self._rounds if graph.appends else self._rounds_prefill
         settings = {
             "EXECUTION_MODE_HINT": "ACCURACY",  # else fp32 scores, too, would be computed in bf16
             "PERFORMANCE_HINT": "LATENCY",
