@@ -10,7 +10,7 @@ from himap_export.engines.backends import Gather
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import EngineRecord
 from himap_export.engines.nvinfer.edition import Edition, log_of, one_line
-from himap_export.engines.nvinfer.kernels import kernels, layers, multiplied_out
+from himap_export.engines.nvinfer.kernels import UNSEEN, kernels, layers, multiplied_out
 from himap_export.graphs.errors import Exit, HimapError
 
 
@@ -52,8 +52,7 @@ def build(edition: Edition, bundle: Bundle, graph: str, gather: Gather) -> Engin
         raise HimapError(f"{edition.title} did not take the gather as {gather}", details)
     if apart := multiplied_out(log.layers, record.weights.values()):
         path.unlink()
-        details = f"in {', '.join(dict.fromkeys(apart))}"
-        raise HimapError(f"{edition.title} multiplies quantised weights of {graph} out before their product", details)
+        raise _multiplies_out(edition, graph, apart)
     return EngineRecord(
         file, round(time.perf_counter() - start, 3), form,
         layers=layers(network), kernels=kernels(log.layers, operators), targets=targets,
@@ -116,6 +115,14 @@ def _refused(edition: Edition, source: Path, problem: str) -> HimapError:
     else:
         details, hint = one_line(problem), f"check {edition.name}'s version"
     return HimapError(f"{edition.title} refuses {source}", details, hint)
+
+
+def _multiplies_out(edition: Edition, graph: str, apart: tuple[str, ...]) -> HimapError:
+    if apart == (UNSEEN,):
+        summary = f"{edition.title} does not show that it multiplies quantised weights of {graph} as they are"
+        return HimapError(summary, f"it has {UNSEEN}", f"check {edition.name}'s version")
+    details = f"in {', '.join(dict.fromkeys(apart))}"
+    return HimapError(f"{edition.title} multiplies quantised weights of {graph} out before their product", details)
 
 
 def _gather_form(trt: ModuleType, network: Any, operators: Mapping[str, str]) -> Literal["ops", "plugin", "none"]:

@@ -41,8 +41,10 @@ def kernels(log: str, operators: Mapping[str, str]) -> tuple[str, ...]:
 
 def multiplied_out(log: str, weights: Iterable[WeightSpec]) -> tuple[str, ...]:
     """Returns the kernels that turn quantised weights into floats for another's product, as the `Layers:` log of a
-    build says, or UNSEEN if it names none; empty: each of `weights` goes into a matrix product as it is, or the log
-    tells no constants."""
+    build says, or UNSEEN if it names none; empty: each of `weights` goes into a matrix product as it is.
+
+    Of a build for several targets the log has one list, of one of them: nothing is proved of the others.
+    """
     held = Counter[str]()
     for spec in weights:
         if spec.constant and spec.dtype in _NUMBERS and len(spec.shape) == 2:
@@ -56,7 +58,7 @@ def multiplied_out(log: str, weights: Iterable[WeightSpec]) -> tuple[str, ...]:
             apart.append(_name(layer))
     if all(found[kind] >= count for kind, count in held.items()):
         return ()
-    return tuple(apart) or ((UNSEEN,) if "Constants: [" in log else ())
+    return tuple(apart) or (UNSEEN,)
 
 
 def _name(layer: re.Match[str]) -> str:

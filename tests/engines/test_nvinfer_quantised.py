@@ -17,6 +17,7 @@ from himap_export.engines.backends import tensorrt_rtx
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.manifest import QuantisedWeight, Quantization
 from himap_export.engines.nvinfer import weight_only
+from himap_export.engines.nvinfer.edition import RTX, log_of
 from himap_export.engines.nvinfer.kernels import UNSEEN, multiplied_out
 from himap_export.engines.nvinfer.weight_only import fusible
 from himap_export.exporter.quantize.floats import FLOATS, quantise_floats
@@ -105,6 +106,14 @@ def test_what_is_multiplied_out_first_is_an_error(tmp_path: Path, monkeypatch: p
     assert not bundle.path("tensorrt-rtx/k1.engine").exists()
 
 
+def test_a_build_that_does_not_say_what_it_runs_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, log = quantised(tmp_path / "work", FORMS["int4"], "fp16"), log_of(RTX)
+    monkeypatch.setattr(type(log), "layers", property(lambda self: "", lambda self, value: None), raising=False)
+    with pytest.raises(HimapError, match="does not show that it multiplies quantised weights of k2 as they are"):
+        tensorrt_rtx.build(bundle, "k2")
+    assert not bundle.path("tensorrt-rtx/k2.engine").exists()
+
+
 def test_numbers_that_kernels_read_are_counted() -> None:
     log = """Layers:
 Name: __myl_CastMulCast_myl0_1, LayerType: kgen, Inputs: [], Constants: [ { Name: a, Dimensions: [64,96], \
@@ -118,7 +127,9 @@ Datatype: Int8 }], Outputs: [], Metadata: [ONNX Layer: e]
     assert multiplied_out(log, held) == ()  # all that is held is read by the product
     assert multiplied_out(log, [*held, WeightSpec("int8", (64, 96), constant=True)]) == ("CastMulCast",)
     assert multiplied_out(log, [WeightSpec("int4", (2, 2), constant=True)]) == (UNSEEN,)
-    assert multiplied_out("", held) == ()  # a log that tells nothing
+    assert multiplied_out("", held) == (UNSEEN,)  # a log that tells nothing proves nothing
+    assert multiplied_out(log.replace("Constants: [", "["), held) == (UNSEEN,)
+    assert multiplied_out("", held[1:]) == ()  # scales alone: nothing is quantised
     assert multiplied_out(log, [WeightSpec("int8", (64, 96))]) == ()  # an input: no part of a quantised weight
 
 
