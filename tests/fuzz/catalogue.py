@@ -3,7 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fuzz import bundle_doors, checkpoint_doors, option_doors, place_doors, quantised_doors, question_doors
+from fuzz import (
+    bundle_doors,
+    checkpoint_doors,
+    option_doors,
+    place_doors,
+    quantised_bundle_doors,
+    quantised_doors,
+    question_doors,
+)
 from fuzz.contract import Door, Outcome
 
 Originals = Mapping[str, Path]
@@ -11,6 +19,7 @@ GROUPS: Mapping[str, Callable[[Originals], list[Door]]] = {
     "bundle": bundle_doors.doors,
     "checkpoint": checkpoint_doors.doors,
     "quantised": quantised_doors.doors,
+    "quantised bundle": quantised_bundle_doors.doors,
     "questions": question_doors.doors,
     "places": place_doors.doors,
     "options": option_doors.doors,

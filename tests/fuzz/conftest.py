@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import Workshop
+from commands import OPENVINO, ORT, Workshop
 from families import FAMILIES, family_inputs
 from PIL import Image
 from ready_checkpoints import write_compressed, write_gptq
@@ -18,13 +18,16 @@ FIXTURES = Path(__file__).parent.parent / "fixtures"
 def originals(work: Workshop) -> Mapping[str, Path]:
     """By the name they have in a room: model, bundle, in.npz, image.png, data.jsonl, and a folder for each config."""
     model, bundle = work.family("llava"), work.family_bundle("llava", "--k1", 1, "--k2", 3)
+    small = work.family_bundle("llava", "--k1", 1, "--k2", 3, "--quantize", "int4", *ORT, *OPENVINO)
     with work._once("fuzz") as (folder, missing):
         if missing:
             folder.mkdir()
             _make(folder)
             write_gptq(model, folder / "quantised gptq", version=2, symmetric=False)
             write_compressed(model, folder / "quantised compressed-tensors")
-    return {"model": model, "bundle": bundle} | {path.name: path for path in sorted(folder.iterdir())}
+    return {"model": model, "bundle": bundle, "bundle of int4": small} | {
+        path.name: path for path in sorted(folder.iterdir())
+    }
 
 
 def _make(folder: Path) -> None:

@@ -10,7 +10,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 # Enough to see every door; together they take a quiet core about ten seconds.
-CASES = {"bundle": 90, "checkpoint": 120, "quantised": 60, "questions": 60, "places": 100, "options": 120}
+CASES = {
+    "bundle": 90,
+    "checkpoint": 120,
+    "quantised": 60,
+    "quantised bundle": 60,
+    "questions": 60,
+    "places": 100,
+    "options": 120,
+}
 
 
 @pytest.mark.parametrize("group", GROUPS)
