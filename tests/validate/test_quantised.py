@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle
+from himap_export.engines.onnxruntime.quantised import TURNED
 from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.weight_file import read_header
 from himap_export.exporter.cli import main as export_main
@@ -79,9 +80,9 @@ def failed(parity: Parity) -> set[str]:
 
 
 def spoiled(bundle: Path, folder: Path, ends: str, spoil: Spoil) -> Path:
-    """A copy of `bundle` in `folder`, in which the first stored tensor whose name ends so was changed."""
+    """A copy of `bundle` in `folder`, in whose engines the first tensor whose name ends so was changed."""
     shutil.copytree(bundle, folder)
-    file = folder / "weights" / "quantised.safetensors"
+    file = folder / TURNED
     tensor = next(t for name, t in read_header(file).items() if name.endswith(ends))
     stored = np.memmap(file, np.uint8, "r+", tensor.offset, (tensor.nbytes,))
     spoil(stored)
@@ -112,18 +113,16 @@ def test_a_wrong_weight_fails(work: Workshop, tmp_path: Path, ends: str, spoil: 
 def test_weights_of_another_layer_fail_though_parity_holds(work: Workshop, tmp_path: Path) -> None:
     """Parity compares a bundle with a reference that holds the same wrong weights."""
     bundle, source = work.bundle("mha", *INT4, cuts=CUTS), source_of(work.checkpoint("mha"))
-    file = bundle / "weights" / "quantised.safetensors"
-    at = {name: t for name, t in read_header(file).items() if "mlp.gate_proj" in name}
-    other = {
-        kind: next(t for n, t in at.items() if f"layers.3.mlp.gate_proj.weight.{kind}" in n)
-        for kind in ("int4", "scale")
-    }
     wrong = tmp_path / "wrong"
     shutil.copytree(bundle, wrong)
-    for kind, theirs in other.items():
-        own = next(t for n, t in at.items() if f"layers.2.mlp.gate_proj.weight.{kind}" in n)
-        content = np.fromfile(file, np.uint8, theirs.nbytes, offset=theirs.offset)
-        np.memmap(wrong / "weights" / file.name, np.uint8, "r+", own.offset, (own.nbytes,))[:] = content
+    for file in ("weights/quantised.safetensors", TURNED):  # what the reference reads, and what the engines do
+        at = {name: t for name, t in read_header(bundle / file).items() if "mlp.gate_proj" in name}
+        for kind in ("int4", "scale"):
+            own, theirs = (
+                next(t for n, t in at.items() if f"layers.{i}.mlp.gate_proj.weight.{kind}" in n) for i in (2, 3)
+            )
+            content = np.fromfile(bundle / file, np.uint8, theirs.nbytes, offset=theirs.offset)
+            np.memmap(wrong / file, np.uint8, "r+", own.offset, (own.nbytes,))[:] = content
     errors = {}
     for each in (bundle, wrong):
         opened = Bundle.open(each, verify=False)
