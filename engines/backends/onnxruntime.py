@@ -156,6 +156,7 @@ def _share_memory(options: Any) -> None:
     """Lets a session on the CPU take what its operators write from the memory that all sessions share, one of which
     runs at a time. What it packs when it is opened is its own, and leaves with it."""
     _register_memory()
+    options.enable_mem_pattern = False  # a block for all that a run writes: of prefill it is larger than what it needs
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
 
