@@ -77,7 +77,12 @@ def family(work: Workshop, name: str, *flags: object) -> Path:
     return work.family_bundle(name, *OPENVINO, "--batch", 3, *cuts, *sizes, *flags)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+REPEATED = ("internvl", "qwen2.5-vl")  # in int4, every family is in test_quantised_parity
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in REPEATED)) for name in FAMILIES]
+)
 def test_families_pass_validation(work: Workshop, name: str, capsys: Capture) -> None:
     """GQA, biases, q/k norms, M-RoPE, deepstack, tiles, each image size; the tower, too."""
     bundle = family(work, name)

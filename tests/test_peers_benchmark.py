@@ -176,7 +176,9 @@ def test_a_worker_that_dies_or_is_not_installed_is_an_error(tmp_path: Path) -> N
 
 def test_llama_bench_is_run_for_each_answer(tmp_path: Path) -> None:
     program = tmp_path / "llama-bench"
-    body = f"#!{sys.executable}\nimport json, sys\ntokens = 746 if '-d' not in sys.argv else 16\n"
+    body = (
+        f"#!{sys.executable}\nimport json, sys, time\ntime.sleep(0.3)\ntokens = 746 if '-d' not in sys.argv else 16\n"
+    )
     program.write_text(body + "print(json.dumps([{'argv': sys.argv, 'samples_ns': [tokens * 1_000_000]}]))\n")
     program.chmod(0o755)
     one = peer_systems.LlamaBench([str(program)], tmp_path / "log")

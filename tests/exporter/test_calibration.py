@@ -210,6 +210,7 @@ print(len(groups), memory("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 def test_one_layer_is_in_memory(tmp_path: Path) -> None:
     """Eight layers of 16.8 million weights are 268 MB in fp16, 537 MB in fp32. One is 34 MB, mapped, and the largest of
     its matrices has 17 MB in fp32. Its own process has no holes in its heap to begin with."""
