@@ -66,7 +66,12 @@ def test_pruned_prompts_are_the_references(
         np.testing.assert_array_equal(found["tokens"][:, : said.shape[1]], said)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+REPEATED = ("internvl", "qwen2.5-vl")  # InternVL with tiles and Qwen3-VL do all that these do
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in REPEATED)) for name in FAMILIES]
+)
 def test_every_policy_passes_validation(work: Workshop, name: str) -> None:
     flags = [word for policy in POLICIES for word in ("--policy", policy)]
     bundle = work.family_bundle(name, *flags, "--k1", 2, "--k2", 4, "--r1", 0.5, "--r2", 0.5)
