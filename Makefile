@@ -70,7 +70,7 @@ bench: install
 bench-export: install
 	$(BIN)/python benchmarks/real_size.py
 
-# LLaVA-7B in int4, answering; 35 GB of disk, 18 GB of memory, an hour on 2 cores.
+# LLaVA-7B in int4, answering; 35 GB of disk, 18 GB of memory, an hour on 2 cores with three rounds.
 bench-7b: install peers-env
 	$(BIN)/python benchmarks/real_size_answers.py
 
