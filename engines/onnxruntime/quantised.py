@@ -22,7 +22,7 @@ from himap_export.graphs.errors import HimapError
 
 TURNED = "onnxruntime.safetensors"  # in a bundle
 _BITS = {"int8": 8, "int4": 4}  # what MatMulNBits computes with; int8-dynamic has operators of its own
-_ZERO = {"int8": np.uint8(0x80), "int4": np.uint8(0x88)}  # what makes signed integers unsigned ones, by xor
+_ZERO = {8: np.uint8(0x80), 4: np.uint8(0x88)}  # what makes signed integers unsigned ones, by xor
 _BLOCK = 32  # inputs that share a copy of a scale that all inputs share, as in onnxruntime's own fusion
 
 
@@ -58,22 +58,21 @@ def fused(bundle: Bundle) -> dict[str, QuantisedWeight]:
 
 def write_turned(bundle: Bundle, file: Path) -> None:
     """Writes the weights of `fused` with outputs as rows, in the layout of MatMulNBits, a tensor at a time."""
-    stored, weights = bundle.tensors, fused(bundle)
-    held: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, form in weights.items():
+    stored, held = bundle.tensors, dict[str, tuple[str, tuple[int, ...]]]()
+    weights = list[tuple[StoredTensor, StoredTensor, _Layout]]()
+    for name, form in fused(bundle).items():
         q, scale = stored[f"{name}.{form.kind}"], stored[f"{name}.scale"]
         layout = _Layout.of(form, q)
+        weights.append((q, scale, layout))
         held[q.name] = "U8", layout.integers
         held[scale.name] = {"fp32": "F32", "fp16": "F16"}[scale.dtype], layout.integers[:2]
 
     def arrays() -> Iterator[npt.NDArray[Any]]:
-        for name, form in weights.items():
-            q, scale = stored[f"{name}.{form.kind}"], stored[f"{name}.scale"]
-            layout = _Layout.of(form, q)
+        for q, scale, layout in weights:
             raw = np.memmap(q.file, np.uint8, "r", q.offset, q.shape)
-            rows = (turn_int4(raw) if form.kind == "int4" else raw.T) ^ _ZERO[form.kind]
+            rows = (turn_int4(raw) if layout.bits == 4 else raw.T) ^ _ZERO[layout.bits]
             padding = layout.blocks * layout.integers[2] - rows.shape[1]
-            yield np.pad(rows, ((0, 0), (0, padding)), constant_values=_ZERO[form.kind])
+            yield np.pad(rows, ((0, 0), (0, padding)), constant_values=_ZERO[layout.bits])
             steps = np.atleast_2d(map_tensors([scale])[scale.name]).T
             yield np.broadcast_to(steps, layout.integers[:2])
 
