@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from msgspec.structs import replace
 from prefill import work_folder
-from real_size import memory
+from real_size import peak_memory
 
 from himap_export.engines.backends import build_all
 from himap_export.engines.bundle import Bundle
@@ -111,29 +110,14 @@ def _manifest(planned: Planned, graph: StageGraph) -> Manifest:
     )  # fmt: skip
 
 
-def watched(bundle: Bundle) -> tuple[Any, tuple[int, int]]:
-    """Builds decode; its record, and the most memory that this process and its children held."""
-    peak, done = [0, 0], Event()
-
-    def watch() -> None:
-        while not done.wait(0.05):
-            peak[:] = map(max, peak, memory(os.getpid()))
-
-    watcher = Thread(target=watch)
-    watcher.start()
-    try:
-        return build_all("tensorrt-rtx", bundle, ["decode"], "ops")["decode"], (peak[0], peak[1])
-    finally:
-        done.set()
-        watcher.join()
-
-
 def build(alias: str, kind: Kind, block: int | None, layers: int | None, folder: Path) -> Built:
     # Planning asks for a calibration set where one is needed, and does not read it.
     asked = Request(quantize=kind, block=block, backends=("tensorrt-rtx",), calibrate=Path("none"))
     planned = plan_export(resolve(alias, weights=False), asked)
     bundle = decode_bundle(planned, layers, folder)
-    record, peak = watched(bundle)
+    with peak_memory(os.getpid()) as memory:
+        record = build_all("tensorrt-rtx", bundle, ["decode"], "ops")["decode"]
+        peak = memory()
     weights = bundle.manifest.graphs["decode"].weights
     linears = sum(name.endswith(".scale") and spec.constant for name, spec in weights.items())
     return Built(

@@ -14,10 +14,11 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import numpy as np
 from prefill import work_folder
@@ -127,6 +128,26 @@ def memory(process: int) -> tuple[int, int]:
             found = re.search(rf"^{key}:\s+(\d+) kB", status, re.MULTILINE)
             total[i] += int(found[1]) * 1024 if found else 0
     return total[0], total[1]
+
+
+@contextmanager
+def peak_memory(process: int) -> Iterator[Callable[[], tuple[int, int]]]:
+    """Yields what returns the most anonymous and resident bytes that a process and its children have held since."""
+    peak, ended = (0, 0), Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not ended.wait(0.05):
+            anonymous, resident = memory(process)
+            peak = max(peak[0], anonymous), max(peak[1], resident)
+
+    watcher = Thread(target=watch)
+    watcher.start()
+    try:
+        yield lambda: peak
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def export(command: list[str]) -> tuple[list[Phase], float]:

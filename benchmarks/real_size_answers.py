@@ -11,11 +11,10 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Event, Thread
 
 import real_size
 from answering import Answering
@@ -49,33 +48,15 @@ class Answered:
     resident: int
 
 
-@contextmanager
-def anonymous_peak(process: int) -> Iterator[Callable[[], int]]:
-    """Yields what returns the most anonymous bytes that a process and its children have held since."""
-    peak, ended = [0], Event()
-
-    def watch() -> None:
-        while not ended.wait(0.05):
-            peak[0] = max(peak[0], real_size.memory(process)[0])
-
-    watcher = Thread(target=watch)
-    watcher.start()
-    try:
-        yield lambda: peak[0]
-    finally:
-        ended.set()
-        watcher.join()
-
-
 def answered(run: RunSpec, backend: str, threads: int) -> Answered:
     """Opens a plan in a process of its own and returns what it took to answer; HimapError if it cannot."""
     limits = QUIET | {"OMP_NUM_THREADS": str(threads)}
     with (
         child(f"answering on {backend}", limits, Answering, run, backend, threads) as one,
-        anonymous_peak(one.pid) as anonymous,
+        real_size.peak_memory(one.pid) as peak,
     ):
         seconds = [one.ask(phase) for phase in ("opened", "first", "first", "decode")]
-        return Answered(*seconds, anonymous(), peak_bytes(one.pid))
+        return Answered(*seconds, peak()[0], peak_bytes(one.pid))
 
 
 @dataclass(frozen=True)
