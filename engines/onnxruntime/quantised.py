@@ -61,7 +61,7 @@ def write_turned(bundle: Bundle, file: Path) -> None:
     stored, held = bundle.tensors, dict[str, tuple[str, tuple[int, ...]]]()
     weights = list[tuple[StoredTensor, StoredTensor, _Layout]]()
     for name, form in fused(bundle).items():
-        q, scale = stored[f"{name}.{form.kind}"], stored[f"{name}.scale"]
+        q, scale = stored[f"{name}.{form.numbers}"], stored[f"{name}.scale"]
         layout = _Layout.of(form, q)
         weights.append((q, scale, layout))
         held[q.name] = "U8", layout.integers
@@ -87,7 +87,7 @@ def write_engine(bundle: Bundle, source: Path, file: Path, level: int) -> None:
     """
     onnx = required("onnx")
     model, turned = onnx.load(source, load_external_data=False), read_header(bundle.path(TURNED))
-    weights = {f"{name}.{form.kind}": form for name, form in fused(bundle).items()}
+    weights = {f"{name}.{form.numbers}": form for name, form in fused(bundle).items()}
     g = model.graph
     nodes = list(g.node)
     dequantised = {n.output[0]: n for n in nodes if n.op_type == "DequantizeLinear" and n.input[0] in weights}

@@ -35,8 +35,8 @@ from himap_export.graphs.errors import HimapError
 from himap_export.graphs.ports import Kind, TensorSpec
 
 TURNED = "openvino.safetensors"  # in a bundle
-_KINDS: Mapping[Kind, tuple[str, str]] = {"int8": ("int8", "i8"), "int4": ("int4", "i4")}  # what ends names; OpenVINO's
-PACKED = tuple(kind for _, kind in _KINDS.values())
+_KINDS: Mapping[Kind, str] = {"int8": "i8", "int4": "i4"}  # OpenVINO's names
+PACKED = tuple(_KINDS.values())
 _FEW = 16  # rows up to which the compressed product is the faster one: reading the weights is all that it costs
 
 
@@ -71,7 +71,7 @@ class Dequantized:
 def write_turned(bundle: Bundle, file: Path) -> None:
     """Writes the quantised weights of `bundle` with outputs as rows, and their scales as fp32, a tensor at a time."""
     stored = bundle.tensors
-    weights = {name: stored[f"{name}.{_KINDS[form.kind][0]}"] for name, form in bundle.manifest.quantised().items()}
+    weights = {name: stored[f"{name}.{form.numbers}"] for name, form in bundle.manifest.quantised().items()}
     scales = {name: stored[f"{name}.scale"] for name in weights}
     held: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, q in weights.items():
@@ -96,14 +96,13 @@ def read_turned(file: Path, manifest: Manifest) -> dict[str, Dequantized]:
     in graphs. HimapError if one is missing, or of another type or shape."""
     stored, wanted, found = read_header(file), manifest.wanted(), dict[str, Dequantized]()
     for name, form in manifest.quantised().items():
-        suffix, kind = _KINDS[form.kind]
-        q, scale = stored.get(f"{name}.{suffix}"), stored.get(f"{name}.scale")
-        wide, out = wanted[f"{name}.{suffix}"].shape
+        q, scale = stored.get(f"{name}.{form.numbers}"), stored.get(f"{name}.scale")
+        wide, out = wanted[f"{name}.{form.numbers}"].shape
         held = as_held(TensorSpec(form.numbers, (out, wide))), ("fp32", (out, wide // form.block if form.block else 1))
         if q is None or scale is None or ((q.dtype, q.shape), (scale.dtype, scale.shape)) != held:
             raise HimapError(f"{file} does not hold {name} as it should", hint="export the bundle again")
         mapped = np.memmap(file, np.uint8, "c", q.offset, q.shape)
-        found[q.name] = Dequantized(mapped, map_tensors([scale])[scale.name].view(np.float32), kind)
+        found[q.name] = Dequantized(mapped, map_tensors([scale])[scale.name].view(np.float32), _KINDS[form.kind])
     return found
 
 
