@@ -1,275 +1,373 @@
 """Trains the shipped model `shapes`: a small LLaVA that answers questions about drawn scenes.
 
-Two phases. First the vision tower and projector learn what each patch shows, from dense labels: minutes of that replace
-hours of guessing from answers alone. Then everything is trained on the answers. All questions about an image share its
-tokens: they stand behind it in one row, each blind to the others.
+First the vision tower and projector learn what each patch shows and what stands beside it, from dense labels; then all
+is trained on the answers. Both begin on parts of scenes, 8 x 8 and 16 x 16 patches at their place in the whole, so that
+patches look and are numbered as in the 24 x 24 of the end, which is slow to train. All questions about an image share
+its tokens: they stand behind it in one row, each blind to the others.
 """
 
 import argparse
+import json
+import os
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from draw import (
-    ANSWERS,
+    BESIDE,
+    CELL,
     COLORS,
+    KINDS,
     LETTERS,
-    SHAPES,
+    PATCH,
+    TYPES,
     Question,
     Scene,
-    corpus,
     draw,
     held_out,
     patch_labels,
     questions,
     sample_scene,
 )
+from model import PATCHES, SYSTEMS, make_model, make_processor, make_tokenizer
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from torch.nn import functional
-from transformers import (
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import AttentionInterface, GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, apply_rotary_pos_emb
 
-PIXELS, PATCH, ASKED = 112, 14, 6  # image side, patch side, questions per image and step
-PATCHES = PIXELS // PATCH
-PREAMBLE = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions. "
+WEIGHTS = dict.fromkeys(TYPES, 1.0) | {"letter": 3.0, "relation": 3.0, "color": 2.0, "shape": 2.0, "count": 1.5}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`steps` of `batch` scenes of cells x cells cells, `asked` questions each; none: dense labels alone."""
+
+    cells: int
+    steps: int
+    batch: int
+    part: int  # of a batch goes through at once: what it leaves for the way back stays in the caches
+    asked: int
+    rate: float  # of learning, at the start
+    last: float  # and at the end
+
+
+PHASES = (
+    Phase(cells=2, steps=1800, batch=64, part=32, asked=0, rate=2e-3, last=1e-3),
+    Phase(cells=4, steps=700, batch=32, part=16, asked=0, rate=1e-3, last=1e-3),
+    Phase(cells=6, steps=200, batch=16, part=8, asked=0, rate=1e-3, last=1e-3),
+    Phase(cells=2, steps=3000, batch=32, part=16, asked=10, rate=1.5e-3, last=1e-3),
+    Phase(cells=4, steps=500, batch=24, part=6, asked=14, rate=1e-3, last=7e-4),
+    Phase(cells=6, steps=500, batch=16, part=4, asked=16, rate=7e-4, last=0.0),
 )
-WEIGHTS = {
-    "color": 1,
-    "count": 1,
-    "exists": 2,
-    "shape": 3,
-    "letter": 4,
-    "relation": 4,
-}  # hard ones are asked more often
-SYSTEMS = ("", "", "", "Answer with one word. ", "You see a drawing. ", PREAMBLE)
-TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% else %} ASSISTANT: {{ message['content'][0]['text'] }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
-)
+POOL = {2: 40_000, 4: 12_000, 6: 8_000}  # scenes drawn ahead for a phase, by cells
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image as the model's pixels [3,112,112] uint8, its scene, and its patch labels [3,64]."""
+    """A scene, its pixels [3,H,W] uint8 and its patch labels [7,patches]."""
 
+    scene: Scene
     pixels: np.ndarray
     labels: np.ndarray
-    scene: Scene
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE over the questions: it can encode any text, and knows these words whole."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", "<image>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([*corpus(), *(["USER: ", " ASSISTANT:", *SYSTEMS] * 50)], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>"}, padding_side="left",
-    )  # fmt: skip
+def _sample(cells: int, seed: str) -> Sample:
+    scene = sample_scene(random.Random(seed), cells)
+    return Sample(scene, np.asarray(draw(scene)).transpose(2, 0, 1).copy(), patch_labels(scene))
 
 
-def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS}
-    )
-    return LlavaProcessor(
-        image_processor, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=TEMPLATE,
-    )  # fmt: skip
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention [B,H,N,E] under an additive `mask`, in three steps: on a CPU the fused kernel's way back takes longer."""
+    with torch.autocast("cpu", enabled=False):
+        q, k, v = (x.to(torch.bfloat16) for x in (query, key, value))
+        return ((q * scale) @ k.transpose(2, 3) + mask).softmax(-1) @ v
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=10, num_attention_heads=4,
-        num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4, image_size=PIXELS,
-        patch_size=PATCH, projection_dim=128,
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=3, image_seq_length=PATCHES * PATCHES,
-        vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False,
-    )  # fmt: skip
-    return LlavaForConditionalGeneration(config)
-
-
-def _sample(seed: str) -> Sample:
-    scene = sample_scene(random.Random(seed))
-    small = draw(scene).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
-    return Sample(np.asarray(small).transpose(2, 0, 1).copy(), patch_labels(scene, PATCHES), scene)
-
-
-def make_pool(size: int, seed: int) -> list[Sample]:
-    """Scenes of the training stream, drawn ahead and resized as the processor does it."""
-    with ProcessPoolExecutor(2) as workers:
-        return list(workers.map(_sample, (f"train {seed} {i}" for i in range(size)), chunksize=256))
+def _tower_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: object
+) -> tuple[Tensor, None]:
+    """`attend` as Hugging Face's layers call it."""
+    return attend(query, key, value, query.new_zeros((), dtype=torch.bfloat16), scaling).transpose(1, 2), None
 
 
 class Trainer:
-    """The model, its data and its optimiser; `minutes` of training in all."""
+    """The model, its optimiser and how far it has come: phase and step."""
 
-    def __init__(self, seed: int, minutes: float, pool: int, resume: Path | None = None) -> None:
+    def __init__(self, seed: int, state: Path, compiled: bool, rank: int = 0, ranks: int = 1) -> None:
         torch.manual_seed(seed)
-        self.rng, self.seconds = random.Random(seed), minutes * 60
+        self.seed, self.state, self.rank, self.ranks = seed, state, rank, ranks
         self.tokenizer = make_tokenizer()
         self.processor = make_processor(self.tokenizer)
-        self.model = LlavaForConditionalGeneration.from_pretrained(resume) if resume else make_model(self.tokenizer)
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self._image.image_mean, self._image.image_std))
-        self.normalise = lambda pixels: (pixels.float() / 255 - mean) / std
-        kinds = (len(SHAPES) + 2, len(COLORS) + 1, len(LETTERS) + 1)
-        self.heads = torch.nn.ModuleList(torch.nn.Linear(self.model.config.text_config.hidden_size, n) for n in kinds)
-        self.pool = make_pool(pool, seed)
+        AttentionInterface.register("three-steps", _tower_attention)
+        self.model = make_model(len(self.tokenizer))
+        self.model.model.vision_tower.config._attn_implementation = "three-steps"
+        image = self.processor.image_processor
+        self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (image.image_mean, image.image_std))
+        classes = (len(KINDS) + 1, len(COLORS) + 1, len(LETTERS) + 1, *(len(KINDS) + 1 for _ in BESIDE))
+        hidden = self.model.config.text_config.hidden_size
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(hidden, n) for n in classes)
+        self.modules = torch.nn.ModuleDict({"model": self.model, "heads": self.heads})
+        self.optimiser = torch.optim.AdamW(self.modules.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+        self.phase = self.step = 0
         self.ids: dict[str, list[int]] = {}
-        for answer in ANSWERS:
-            assert len(self._encode(f" {answer}")) == 1, f"{answer} is more than one token"
+        self.layer = torch.compile(decoder_layer, dynamic=True) if compiled else decoder_layer
+        if compiled:
+            for layer in self.model.model.vision_tower.encoder.layers:
+                layer.compile(dynamic=True)
 
-    @property
-    def _image(self) -> CLIPImageProcessorPil:
-        return self.processor.image_processor
+    def run(self, minutes: float) -> bool:
+        """Trains for at most so long, and tells whether that was to the end."""
+        end = time.monotonic() + minutes * 60
+        while self.phase < len(PHASES):
+            phase, pool = PHASES[self.phase], self._pool()
+            recent, begin = Counter[str](), time.monotonic()
+            while self.step < phase.steps:
+                self._train(pool, recent)
+                if self.step % 100 == 0:
+                    self._tell(recent, time.monotonic() - begin)
+                    begin = time.monotonic()
+                if self.step % 200 == 0 or self.step == phase.steps:
+                    late = self._agreed(time.monotonic() > end)
+                    self.save_state()
+                    if late:
+                        return False
+            self.phase, self.step = self.phase + 1, 0
+        return True
 
-    def run(self, seconds: float, batch: int, rate: float, dense: bool) -> None:
-        """One phase: AdamW, a short warm-up, then a cosine over the time that is left."""
-        parts = (self.model.model.vision_tower, self.model.model.multi_modal_projector, self.heads)
-        modules = parts if dense else (self.model, self.heads)
-        parameters = [p for m in modules for p in m.parameters()]
-        optimiser = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
-        start, step, recent = time.monotonic(), 0, Counter[str]()
-        while (done := (time.monotonic() - start) / seconds) < 1:
-            for group in optimiser.param_groups:
-                group["lr"] = rate * min(1, (step + 1) / 100) * 0.5 * (1 + np.cos(np.pi * done))
+    def _pool(self) -> list[Sample]:
+        """This rank's scenes of the present phase of the training stream."""
+        cells = PHASES[self.phase].cells
+        seeds = (f"train {self.seed} {self.phase} {self.rank} {i}" for i in range(POOL[cells] // self.ranks))
+        return [_sample(cells, seed) for seed in seeds]
+
+    def _agreed(self, late: bool) -> bool:
+        """What rank 0 says."""
+        said = torch.tensor(float(late))
+        torch.distributed.broadcast(said, 0)
+        return bool(said)
+
+    def _train(self, pool: list[Sample], recent: Counter[str]) -> None:
+        """One step of AdamW, its draws seeded by where it stands, so that a resumed run draws the same."""
+        phase, rng = PHASES[self.phase], random.Random(f"{self.seed} {self.phase} {self.step} {self.rank}")
+        done = self.step / phase.steps
+        for group in self.optimiser.param_groups:
+            group["lr"] = min(1, (self.step + 1) / 100) * (phase.last + (phase.rate - phase.last) * (1 + np.cos(np.pi * done)) / 2)
+        samples = rng.sample(pool, phase.batch // self.ranks)
+        self.optimiser.zero_grad()
+        for start in range(0, len(samples), phase.part):
+            part = samples[start : start + phase.part]
+            share = len(part) / len(samples)
             with torch.autocast("cpu", torch.bfloat16):
-                loss = self._dense_loss(batch) if dense else self._answer_loss(batch, recent)
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            step, recent["loss"], recent["steps"] = step + 1, recent["loss"] + loss.item(), recent["steps"] + 1
-            if step % 100 == 0:
-                right = f"  answers {recent['right'] / recent['asked']:.1%}" if recent["asked"] else ""
-                log(
-                    f"{'dense' if dense else 'answers'} step {step} {done:4.0%} "
-                    f"loss {recent['loss'] / recent['steps']:.4f}{right}"
-                )
-                recent.clear()
+                loss = self._answer_loss(part, rng, recent) if phase.asked else self._patch_loss(self._features(part), part)
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            recent["loss"] += loss.item() * share
+        self._average()
+        torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+        self.optimiser.step()
+        self.step, recent["steps"] = self.step + 1, recent["steps"] + 1
 
-    def _features(self, samples: list[Sample]) -> torch.Tensor:
-        """[B,64,D]"""
-        pixels = self.normalise(torch.from_numpy(np.stack([s.pixels for s in samples])))
-        features = self.model.get_image_features(pixels).pooler_output
-        return torch.stack(list(features))
+    def _average(self) -> None:
+        """The ranks' gradients, in one exchange."""
+        own = [p.grad for p in self.modules.parameters() if p.grad is not None]
+        whole = torch.cat([g.flatten() for g in own])
+        torch.distributed.all_reduce(whole)
+        for gradient, mean in zip(own, (whole / self.ranks).split([g.numel() for g in own]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
-    def _patch_loss(self, features: torch.Tensor, samples: list[Sample]) -> torch.Tensor:
-        labels = torch.from_numpy(np.stack([s.labels for s in samples]))
-        losses = [
-            functional.cross_entropy(head(features).flatten(0, 1), labels[:, i].flatten())
-            for i, head in enumerate(self.heads)
-        ]
+    def _tell(self, recent: Counter[str], seconds: float) -> None:
+        if self.rank:
+            return
+        phase = PHASES[self.phase]
+        right = "  ".join(f"{t} {recent[t] / recent[f'{t} asked']:.0%}" for t in TYPES if recent[f"{t} asked"])
+        log(
+            f"{'answers' if phase.asked else 'dense'} {(phase.cells * CELL // PATCH) ** 2} tokens, step {self.step} of {phase.steps}, "
+            f"{recent['steps'] * phase.batch / seconds:.0f} images/s  loss {recent['loss'] / recent['steps']:.4f}  {right}"
+        )
+        recent.clear()
+
+    def _features(self, samples: list[Sample]) -> Tensor:
+        """[B,P,D] of P patches at their places in the whole: LLaVA's tower to its last layer but one, and projector."""
+        pixels = (torch.from_numpy(np.stack([s.pixels for s in samples])).float() / 255 - self.mean) / self.std
+        tower, side = self.model.model.vision_tower, pixels.shape[-1] // PATCH
+        cut = pixels.unflatten(3, (side, PATCH)).unflatten(2, (side, PATCH)).permute(0, 2, 4, 1, 3, 5)
+        patches = functional.linear(cut.flatten(3).flatten(1, 2), tower.embeddings.patch_embedding.weight.flatten(1))
+        first = tower.embeddings.class_embedding.expand(len(samples), 1, -1)
+        places = functional.pad(_places(samples) + 1, (1, 0))
+        hidden = torch.cat([first, patches], 1) + tower.embeddings.position_embedding(places)
+        hidden = tower.pre_layrnorm(hidden)
+        for layer in tower.encoder.layers[:-1]:
+            hidden = layer(hidden, attention_mask=None)
+        features: Tensor = self.model.model.multi_modal_projector(hidden[:, 1:])
+        return features
+
+    def _patch_loss(self, features: Tensor, samples: list[Sample]) -> Tensor:
+        """Cross entropy of the patch labels: items weigh as much as all that is behind them, which says what it is not."""
+        labels = torch.from_numpy(np.stack([s.labels for s in samples])).transpose(0, 1).flatten(1)
+        item, features = labels[0] > 0, features.flatten(0, 1)
+        losses = [functional.cross_entropy(head(features[item]), labels[i][item]) for i, head in enumerate(self.heads)]
+        losses += [functional.cross_entropy(self.heads[0](features[~item]), labels[0][~item])]
         return torch.stack(losses).sum()
 
-    def _dense_loss(self, batch: int) -> torch.Tensor:
-        samples = self.rng.choices(self.pool, k=batch)
-        return self._patch_loss(self._features(samples), samples)
-
-    def _answer_loss(self, batch: int, recent: Counter[str]) -> torch.Tensor:
+    def _answer_loss(self, samples: list[Sample], rng: random.Random, recent: Counter[str]) -> Tensor:
         """Cross entropy of the answers' words and of the end behind them, all questions of an image in one row."""
-        samples = self.rng.choices(self.pool, k=batch)
-        prefix = self._encode(f"{self.rng.choice(SYSTEMS)}USER: ", bos=True) + [3] * PATCHES**2 + self._encode("\n")
-        asked = [self._questions(s.scene) for s in samples]
-        texts = [
-            [self._encode(f"{q.text} ASSISTANT:") + self._encode(f" {q.answer}") + [2] for q in row] for row in asked
-        ]
-        width = max(len(t) for row in texts for t in row)
-        rows = torch.tensor([prefix + [i for t in row for i in t + [0] * (width - len(t))] for row in texts])
+        before, behind = self._encode(f"{rng.choice(SYSTEMS)}USER: ", bos=True), self._encode("\n")
+        asked = [self._questions(s.scene, rng) for s in samples]
+        texts = [[(self._encode(f"{q.text} ASSISTANT:"), [*self._encode(f" {q.answer}"), 2]) for q in row] for row in asked]
+        rows = _stacked([[i for q, a in row for i in q + a] for row in texts], 0)
+        wanted = _stacked([[i for q, a in row for i in [-100] * (len(q) - 1) + a + [-100]] for row in texts], -100)
+        owner = _stacked([[n for n, (q, a) in enumerate(row) for _ in q + a] for row in texts], -1)
         features = self._features(samples)
-        embeds = self.model.get_input_embeddings()(rows)
-        embeds = embeds.masked_scatter((rows == 3)[..., None], features.to(embeds.dtype))
-        mask, positions = _blind(len(prefix), width, ASKED)
-        out = self.model.model.language_model(
-            inputs_embeds=embeds, attention_mask=mask.expand(batch, 1, -1, -1), position_ids=positions, use_cache=False
-        )
-        at = torch.tensor([[len(prefix) + n * width + len(t) - 3 for n, t in enumerate(row)] for row in texts])
-        at = torch.stack([at, at + 1], -1).flatten(1)  # the word is said where the prompt ends, the end after it
-        picked = out.last_hidden_state.gather(1, at[..., None].expand(-1, -1, embeds.shape[-1]))
-        logits, wanted = self.model.lm_head(picked), rows.gather(1, at + 1)
-        recent["right"] += int((logits.argmax(-1) == wanted)[:, ::2].sum())
-        recent["asked"] += batch * ASKED
-        return functional.cross_entropy(logits.flatten(0, 1), wanted.flatten()) * 2 + 0.1 * self._patch_loss(
-            features, samples
-        )
+        hidden = self._decode(features, _places(samples), before, behind, rows, owner)
+        answers = wanted != -100
+        logits = self.model.lm_head(self.model.model.language_model.norm(hidden[answers]))
+        loss = functional.cross_entropy(logits, wanted[answers])
+        index = torch.arange(len(asked))[:, None] * PHASES[self.phase].asked + owner
+        wrong = torch.zeros(len(asked) * PHASES[self.phase].asked).index_add(0, index[answers], (logits.argmax(-1) != wanted[answers]).float())
+        for question, mistakes in zip((q for row in asked for q in row), wrong.tolist(), strict=True):
+            recent[question.type] += not mistakes
+            recent[f"{question.type} asked"] += 1
+        return loss * 2 + 0.1 * self._patch_loss(features, samples)
 
-    def _questions(self, scene: Scene) -> list[Question]:
-        """ASKED of them, drawn by the weight of their type without putting any back."""
-        found = sorted(
-            questions(scene, self.rng), key=lambda q: self.rng.random() ** (1 / WEIGHTS[q.type]), reverse=True
-        )
-        return (found * ASKED)[:ASKED]
+    def _decode(self, features: Tensor, places: Tensor, before: list[int], behind: list[int], texts: Tensor, owner: Tensor) -> Tensor:
+        """Hidden states [B,N,D] of `texts` [B,N], each token part of the question `owner` [B,N] says, behind prompt and
+        image."""
+        language, batch = self.model.model.language_model, len(features)
+        embedded = (language.embed_tokens(torch.tensor(ids)).expand(batch, -1, -1) for ids in (before, behind))
+        prompt = torch.cat([next(embedded), features, next(embedded)], 1)
+        image, text = len(before) + places, len(before) + PATCHES**2
+        positions = torch.cat([_line(0, len(before), batch), image, _line(text, len(behind), batch)], 1)
+        seen, nth = _blind(owner)
+        masks = torch.ones(1, prompt.shape[1], prompt.shape[1]).tril() > 0, functional.pad(seen, (prompt.shape[1], 0), value=True)
+        causal, blind = (torch.where(mask, 0.0, -1e9)[:, None].to(torch.bfloat16) for mask in masks)
+        turns = [language.rotary_emb(prompt, position_ids=p) for p in (positions, text + len(behind) + nth)]
+        hidden: Tensor = language.embed_tokens(texts)
+        for layer in language.layers:
+            prompt, key, value = self.layer(layer, prompt, *turns[0], causal)
+            hidden, _, _ = self.layer(layer, hidden, *turns[1], blind, key, value)
+        return hidden
+
+    def _questions(self, scene: Scene, rng: random.Random) -> list[Question]:
+        """As many as the phase asks, drawn by the weight of their type without putting any back."""
+        asked = PHASES[self.phase].asked
+        found = sorted(questions(scene, rng), key=lambda q: rng.random() ** (1 / WEIGHTS[q.type]), reverse=True)
+        return (found * asked)[:asked]
 
     def _encode(self, text: str, bos: bool = False) -> list[int]:
         if text not in self.ids:
             self.ids[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [1] * bos + self.ids[text]
 
+    def save_state(self) -> None:
+        """Writes weights, the optimiser's moments and the place in the schedule; whole or not at all."""
+        if self.rank:
+            return
+        self.state.mkdir(parents=True, exist_ok=True)
+        tensors = dict(self.modules.state_dict())
+        names = {parameter: name for name, parameter in self.modules.named_parameters()}
+        for parameter, moments in self.optimiser.state.items():
+            tensors |= {f"{key} of {names[parameter]}": value for key, value in moments.items()}
+        new = self.state / "new.safetensors"
+        save_file(tensors, new, {"place": json.dumps([self.phase, self.step])})
+        new.replace(self.state / "state.safetensors")
+
+    def load_state(self) -> None:
+        """Goes on from what `save_state` wrote, if there is any."""
+        file = self.state / "state.safetensors"
+        if not file.exists():
+            return
+        with safe_open(file, "pt") as found:
+            self.phase, self.step = json.loads(found.metadata()["place"])
+            tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
+        self.modules.load_state_dict({name: t for name, t in tensors.items() if " of " not in name})
+        for name, parameter in self.modules.named_parameters():
+            moments = {key: tensors[f"{key} of {name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key} of {name}" in tensors}
+            if moments:
+                self.optimiser.state[parameter] = moments
+
     def save(self, out: Path) -> None:
+        """Writes the model in bf16, as Hugging Face does, and its processor."""
         self.model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-        self.model.save_pretrained(out)
+        self.model.to(torch.bfloat16).save_pretrained(out)
         self.processor.save_pretrained(out)
 
 
-def _blind(prefix: int, width: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Additive mask [1,1,N,N] and positions [1,N] of `count` texts behind one prefix, each blind to the others."""
-    owner = torch.cat([torch.zeros(prefix), torch.arange(1, count + 1).repeat_interleave(width)])
-    position = torch.cat([torch.arange(prefix), prefix + torch.arange(width).repeat(count)])
-    index = torch.arange(len(owner))
-    seen = (index[None] <= index[:, None]) & ((owner[None] == 0) | (owner[None] == owner[:, None]))
-    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None], position[None]
+def decoder_layer(
+    layer: LlamaDecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
+    past_key: Tensor | None = None, past_value: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """x [B,N,D] after `layer`, its keys and values [B,G,N,E]; under an additive `mask` [B or 1,1,N,P+N], behind a past of P.
+
+    Hugging Face's layer says the same; this one keeps the keys without a cache object, so that it compiles."""
+    attention, mlp = layer.self_attn, layer.mlp
+
+    def norm(x: Tensor, by: LlamaRMSNorm) -> Tensor:
+        return functional.rms_norm(x, by.weight.shape, by.weight, by.variance_epsilon)
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+
+    n = norm(x, layer.input_layernorm)
+    q, k, v = (heads(project(n)) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+    q, k = apply_rotary_pos_emb(q, k, cos.to(q.dtype), sin.to(q.dtype))
+    key, value = (k, v) if past_key is None or past_value is None else (torch.cat([past_key, k], 2), torch.cat([past_value, v], 2))
+    groups = q.shape[1] // k.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out = attend(q, key, value, mask, attention.scaling)
+    x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
+    n = norm(x, layer.post_attention_layernorm)
+    return x + mlp.down_proj(functional.silu(mlp.gate_proj(n)) * mlp.up_proj(n)), k, v
+
+
+def _line(start: int, count: int, batch: int) -> Tensor:
+    return torch.arange(start, start + count).expand(batch, -1)
+
+
+def _places(samples: list[Sample]) -> Tensor:
+    """[B,P] int64: the numbers that the patches of parts of scenes have in the whole."""
+    side, cell = samples[0].scene.cells * CELL // PATCH, CELL // PATCH
+    within = torch.arange(side)[:, None] * PATCHES + torch.arange(side)
+    corners = torch.tensor([(r * PATCHES + c) * cell for r, c in (s.scene.corner for s in samples)])
+    return corners[:, None] + within.flatten()
+
+
+def _stacked(rows: list[list[int]], fill: int) -> Tensor:
+    """[B,N], `fill` behind the shorter."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+
+
+def _blind(owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens see which, bool [B,N,N], and each one's place [B,N] in its text: texts are blind to one another."""
+    own, step = owner[:, :, None] == owner[:, None], torch.arange(owner.shape[1])
+    seen = own & (step[:, None] >= step)
+    return seen, seen.sum(-1) - 1
 
 
 @torch.inference_mode()
 def evaluate(folder: Path, count: int, seed: int) -> dict[str, float]:
     """Share of right answers by type and in all: the saved model, its own processor, greedy `generate`."""
     processor = LlavaProcessor.from_pretrained(folder)
-    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     right, asked, batch = Counter[str](), Counter[str](), list[tuple[Image.Image, str, str, str]]()
     for n, item in enumerate(held_out(count, seed), 1):
         batch.append(item)
-        if len(batch) == 64 or n == count:
+        if len(batch) == 32 or n == count:
             prompts = [f"USER: <image>\n{question} ASSISTANT:" for _, question, _, _ in batch]
             inputs = processor(images=[i[0] for i in batch], text=prompts, padding=True, return_tensors="pt")
             tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-            for said, (_, _, answer, kind) in zip(
-                processor.batch_decode(tokens, skip_special_tokens=True), batch, strict=True
-            ):
+            said = processor.batch_decode(tokens, skip_special_tokens=True)
+            for words, (_, _, answer, kind) in zip(said, batch, strict=True):
                 asked[kind] += 1
-                right[kind] += said.strip() == answer
+                right[kind] += words.strip() == answer
             batch.clear()
     return {kind: right[kind] / asked[kind] for kind in asked} | {"all": right.total() / asked.total()}
 
@@ -278,33 +376,37 @@ def log(line: str) -> None:
     print(line, flush=True)
 
 
+def work(rank: int, args: argparse.Namespace, meeting: str) -> None:
+    """One of the processes: each has a core, which is faster than two threads that wait for each other."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=args.processes)
+    trainer, begin = Trainer(args.seed, args.state, args.compile, rank, args.processes), time.monotonic()
+    trainer.load_state()
+    if rank == 0:
+        size, words = sum(p.numel() for p in trainer.model.parameters()), len(trainer.tokenizer)
+        log(f"train.py --seed {args.seed}  torch {torch.__version__}, {size / 1e6:.2f} M parameters, {words} words")
+        log(f"from phase {trainer.phase}, step {trainer.step}")
+    ended = trainer.run(args.minutes)
+    if rank == 0:
+        log(f"{'ended' if ended else 'stopped'} after {(time.monotonic() - begin) / 60:.0f} minutes")
+        trainer.save(args.out)
+    torch.distributed.destroy_process_group()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=60, help="of training, all phases (default: 60)")
-    parser.add_argument("--pool", type=int, default=40_000, help="scenes drawn ahead (default: 40000)")
-    parser.add_argument("--questions", type=int, default=3000, help="held-out questions (default: 3000)")
-    parser.add_argument("--resume", type=Path, help="go on from this checkpoint, answers only")
+    parser.add_argument("--minutes", type=float, default=180, help="at most, in this run (default: 180)")
+    parser.add_argument("--state", type=Path, default=Path("build/shapes"), help="what a stopped run goes on from")
+    parser.add_argument("--processes", type=int, default=2, help="cores to use (default: 2)")
+    parser.add_argument("--compile", action="store_true", help="the layers; needs a C++ compiler")
+    parser.add_argument("--questions", type=int, default=3500, help="held-out questions (default: 3500)")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    begin = time.monotonic()
-    resumed = " --resume" if args.resume else ""
-    log(
-        f"train.py --seed {args.seed} --minutes {args.minutes:g} --pool {args.pool}{resumed}  torch {torch.__version__}"
-    )
-    torch.set_num_threads(2)
-    trainer = Trainer(args.seed, args.minutes, args.pool, args.resume)
-    size = sum(p.numel() for p in trainer.model.parameters())
-    log(
-        f"{size / 1e6:.2f} M parameters, {len(trainer.tokenizer)} words, pool drawn in {time.monotonic() - begin:.0f} s"
-    )
-    if args.resume is None:
-        trainer.run(trainer.seconds * 0.12, 64, 2e-3, dense=True)
-    trainer.run(trainer.seconds * (1 if args.resume else 0.88), 32, 1.2e-3, dense=False)
-    trainer.save(args.out)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work, (args, f"{folder}/meeting"), args.processes)  # type: ignore[no-untyped-call]
     accuracy = evaluate(args.out, args.questions, seed=1)
     log(f"held out, {args.questions} questions: " + "  ".join(f"{k} {v:.1%}" for k, v in accuracy.items()))
-    log(f"wall time {(time.monotonic() - begin) / 60:.0f} minutes")
     sys.exit(accuracy["all"] < 0.9)
 
 
