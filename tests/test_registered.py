@@ -19,7 +19,8 @@ from himap_export.exporter.families.llava import Llava
 from himap_export.exporter.registry import register_family, resolve
 from himap_export.graphs import importance
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.importance import ScoringContext, register_score
+from himap_export.graphs.importance import register_score
+from himap_export.graphs.scoring import ScoringContext
 from himap_export.validate.cli import main as validate_main
 from himap_export.validate.reference import criteria
 from himap_export.validate.reference.criteria import ReferenceCut, State, register_reference

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from himap_export.graphs.importance import ScoringContext, register_score
+from himap_export.graphs.importance import register_score
+from himap_export.graphs.scoring import ScoringContext
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,4 +1,4 @@
-"""What the reference ranks image tokens by: a restatement of every selector on plain attention maps.
+"""What the reference ranks image tokens by: a restatement of every selector on what Hugging Face's modules compute.
 
 It shares no code with the graphs that are compared with it. Letters as in reference.py.
 """
@@ -33,19 +33,67 @@ def reference_himap(k1: int, k2: int, r1: float, r2: float) -> tuple[ReferenceCu
 
 
 @dataclass(frozen=True)
+class LayerView:
+    """What one layer computed for one prompt: `query` and `key` are rotated, `raw_query` and `raw_key` not yet."""
+
+    attention: Tensor  # [S,S] fp32 probabilities, averaged over heads
+    query: Tensor  # [H,S,E]
+    key: Tensor  # [G,S,E]
+    value: Tensor  # [G,S,E]
+    raw_query: Tensor  # [H,S,E], behind its norm, where the model has one
+    raw_key: Tensor  # [G,S,E]
+    previous: Tensor  # [1,S,D] hidden states that the layer was given
+
+
+@dataclass(frozen=True)
 class State:
-    """One prompt on its way through the decoder, between layers `layer` - 1 and `layer`."""
+    """One prompt on its way through the decoder, between layers `layer` - 1 and `layer`.
+
+    What layer `layer` - 1 computed is there to rank by, under the names of LayerView, once `advance` was asked for it.
+    """
 
     layer: int
     hidden: Tensor  # [1,S,D]
     alive: Tensor  # [S] int64 original positions, ascending
     image: Tensor  # [V0] int64 positions of the image tokens
-    attention: Tensor | None = None  # [S,S] fp32 probabilities of layer `layer` - 1, averaged over heads, if asked for
-    query: Tensor | None = None  # [H,S,E] of layer `layer` - 1, rotated, with `attention`
-    key: Tensor | None = None  # [G,S,E]
+    seen: LayerView | None = None  # of layer `layer` - 1, if asked for
     cache: DynamicCache | None = None  # a state without one can be advanced any number of times
     rope_positions: Tensor | None = None  # [3,S0] of all tokens, under M-RoPE; None: their original positions
     deepstack: tuple[Tensor, ...] = ()  # [V0,D] each, added to the image tokens behind layers 0, 1, ..
+
+    @property
+    def attention(self) -> Tensor:
+        return self._view.attention
+
+    @property
+    def query(self) -> Tensor:
+        return self._view.query
+
+    @property
+    def key(self) -> Tensor:
+        return self._view.key
+
+    @property
+    def value(self) -> Tensor:
+        return self._view.value
+
+    @property
+    def raw_query(self) -> Tensor:
+        return self._view.raw_query
+
+    @property
+    def raw_key(self) -> Tensor:
+        return self._view.raw_key
+
+    @property
+    def previous(self) -> Tensor:
+        return self._view.previous
+
+    @property
+    def _view(self) -> LayerView:
+        if self.seen is None:
+            raise ValueError("this state was advanced without what criteria look at")
+        return self.seen
 
     @property
     def is_image(self) -> Tensor:
@@ -69,8 +117,6 @@ class State:
 
     def received(self, rows: Tensor) -> Tensor:
         """Returns the attention [V] that image tokens get from `rows`, bool [S]."""
-        if self.attention is None:
-            raise ValueError("this state was advanced without attention")
         return self.attention[rows][:, self.is_image].sum(0)
 
 
