@@ -9,6 +9,7 @@ from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.plan import Criterion, PruningPlan
 from himap_export.graphs.scoring import Score, ScoringContext
 from himap_export.graphs.spec import IMAGE
+from himap_export.graphs.state_scores import key_norm_score, variation_score
 
 SCORES: dict[str, Score] = {
     "instruction": instruction_score,
@@ -17,6 +18,8 @@ SCORES: dict[str, Score] = {
     "boundary": boundary_score,
     "random": random_score,
     "uniform": uniform_score,
+    "key-norm": key_norm_score,
+    "v2drop": variation_score,
 }
 
 

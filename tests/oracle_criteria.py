@@ -58,6 +58,17 @@ def even(s: Layer) -> Floats:
     return np.diff(places).astype(np.float64)
 
 
+def short_keys(s: Layer) -> Floats:
+    mean = sum(s.key) / len(s.key)
+    return -np.sqrt((mean[s.candidates] ** 2).sum(1))
+
+
+def moved(s: Layer) -> Floats:
+    added = (s.hidden - s.previous)[s.candidates]
+    found: Floats = np.sqrt(np.einsum("vd,vd->v", added, added))
+    return found
+
+
 RANKINGS: Mapping[str, Callable[[Layer], Floats]] = {
     "instruction": lambda s: received(s, s.instruction),
     "image": lambda s: received(s, s.candidates),
@@ -65,6 +76,8 @@ RANKINGS: Mapping[str, Callable[[Layer], Floats]] = {
     "boundary": lambda s: received(s, s.instruction[:1]),
     "random": drawn,
     "uniform": even,
+    "key-norm": short_keys,
+    "v2drop": moved,
 }
 
 

@@ -143,6 +143,16 @@ def _uniform(s: State, keep: int, seed: int) -> Tensor:
     return torch.tensor(steps, dtype=torch.float32, device=s.hidden.device)
 
 
+def _key_norm(s: State, keep: int, seed: int) -> Tensor:
+    """Minus the L2 norm of the mean of the heads' keys, as ViTCoP's `image_k_l2_norm` (arXiv 2601.17818)."""
+    return -torch.linalg.vector_norm(s.key.float().mean(0), dim=1)[s.is_image]
+
+
+def _v2drop(s: State, keep: int, seed: int) -> Tensor:
+    """The L2 norm of what the layer added, as V2Drop's `l2_diff_candidate` (arXiv 2509.01552)."""
+    return torch.linalg.vector_norm(s.hidden[0].float() - s.previous[0].float(), dim=1)[s.is_image]
+
+
 # Scores [V] of the image tokens alive, from a state, how many will stay, and the request's seed. himap: instruction,
 # then image. fastv (arXiv 2403.06764): last. truncation (arXiv 2406.06579, eqs. 7-11; position Nsys + Nimg): boundary.
 Score = Callable[[State, int, int], Tensor]
@@ -153,6 +163,8 @@ CRITERIA: dict[str, Score] = {
     "boundary": lambda s, keep, seed: s.received(_boundary(s)),
     "random": _random,
     "uniform": _uniform,
+    "key-norm": _key_norm,
+    "v2drop": _v2drop,
 }
 
 
