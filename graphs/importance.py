@@ -1,13 +1,14 @@
 """The importance scores: what ranks image tokens at a cut, one function per criterion, by name."""
 
-import msgspec
 import onnx_ir as ir
 
 from himap_export.graphs.attention_scores import boundary_score, image_score, instruction_score, last_score
 from himap_export.graphs.baseline_scores import random_score, uniform_score
-from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.plan import Criterion, PruningPlan
+from himap_export.graphs.build import dim
+from himap_export.graphs.errors import Exit, HimapError, suggestion
+from himap_export.graphs.plan import PruningPlan
 from himap_export.graphs.scoring import Score, ScoringContext
+from himap_export.graphs.selectors import find_selector
 from himap_export.graphs.spec import IMAGE
 from himap_export.graphs.state_scores import key_norm_score, variation_score
 
@@ -23,27 +24,31 @@ SCORES: dict[str, Score] = {
 }
 
 
-def register_score(criterion: str, score: Score) -> None:
-    """Lets plans cut by `criterion`, a name of small letters, digits, _ and -.
-
-    HimapError (usage) for any other name, or one that is taken."""
-    try:
-        msgspec.convert(criterion, Criterion)
-    except msgspec.ValidationError:
-        details = "a name is up to 64 small letters, digits, _ and -, a letter first"
-        raise HimapError(f"{criterion[:80]!r} cannot name a criterion", details, code=Exit.USAGE) from None
-    if SCORES.setdefault(criterion, score) is not score:
-        raise HimapError(f"there is a criterion {criterion}", f"known: {', '.join(SCORES)}", code=Exit.USAGE)
+def score_of(criterion: str) -> Score:
+    """Returns what builds `criterion` into a graph. HimapError (usage) for one that there is not, or as
+    `find_selector`."""
+    if criterion in SCORES:
+        return SCORES[criterion]
+    found = find_selector(criterion)
+    if found is None:
+        details = f"known: {', '.join(SCORES)}{suggestion(criterion, SCORES)}"
+        hint = "one of your own is registered before it is used, or offered by a package"
+        raise HimapError(f"unknown criterion {criterion}", details, hint, Exit.USAGE)
+    return found.score
 
 
 def require_scores(plan: PruningPlan) -> None:
-    """Raises HimapError (usage) if a criterion of the plan is not registered."""
+    """Raises HimapError as `score_of` if a criterion of the plan cannot be built into a graph."""
     for cut in plan.cuts:
-        if cut.criterion not in SCORES:
-            details, hint = f"known: {', '.join(SCORES)}", "one of your own is registered before it is used"
-            raise HimapError(f"unknown criterion {cut.criterion}", details, hint, Exit.USAGE)
+        score_of(cut.criterion)
 
 
 def importance(criterion: str, s: ScoringContext) -> ir.Value:
-    """Returns [B,S] fp32: image tokens' score by `criterion`, a key of SCORES; +inf for others, which always stay."""
-    return s.op.Where(s.op.Equal(s.token_type, IMAGE), SCORES[criterion](s), float("inf"))
+    """Returns [B,S] fp32: image tokens' score by `criterion`; +inf for others, which always stay.
+
+    HimapError (usage) as `score_of`, or if a criterion of one's own returns anything but [B,S] fp32."""
+    score, wanted = score_of(criterion)(s), tuple(dim(s.token_type, axis) for axis in (0, 1))
+    if tuple(score.shape or wanted) != wanted or score.dtype not in (None, ir.DataType.FLOAT):
+        details = f"{score.dtype} {score.shape}, not FLOAT {list(wanted)}, batch and tokens"
+        raise HimapError(f"the criterion {criterion} scores in another shape", details, code=Exit.USAGE)
+    return s.op.Where(s.op.Equal(s.token_type, IMAGE), score, float("inf"))

@@ -145,15 +145,18 @@ def _uniform(s: State, keep: int, seed: int) -> Tensor:
 
 def _key_norm(s: State, keep: int, seed: int) -> Tensor:
     """Minus the L2 norm of the mean of the heads' keys, as ViTCoP's `image_k_l2_norm` (arXiv 2601.17818)."""
-    return -torch.linalg.vector_norm(s.key.float().mean(0), dim=1)[s.is_image]
+    norms: Tensor = torch.linalg.vector_norm(s.key.float().mean(0), dim=1)
+    return -norms[s.is_image]
 
 
 def _v2drop(s: State, keep: int, seed: int) -> Tensor:
     """The L2 norm of what the layer added, as V2Drop's `l2_diff_candidate` (arXiv 2509.01552)."""
-    return torch.linalg.vector_norm(s.hidden[0].float() - s.previous[0].float(), dim=1)[s.is_image]
+    moved: Tensor = torch.linalg.vector_norm(s.hidden[0].float() - s.previous[0].float(), dim=1)
+    return moved[s.is_image]
 
 
-# Scores [V] of the image tokens alive, from a state, how many will stay, and the request's seed. himap: instruction,
+# Scores [V] of the image tokens alive, in the order of their positions, from a state, how many will stay, and the
+# request's seed; the highest stay. One's own are added by `validate/registration.py`. himap: instruction,
 # then image. fastv (arXiv 2403.06764): last. truncation (arXiv 2406.06579, eqs. 7-11; position Nsys + Nimg): boundary.
 Score = Callable[[State, int, int], Tensor]
 CRITERIA: dict[str, Score] = {
@@ -166,10 +169,3 @@ CRITERIA: dict[str, Score] = {
     "key-norm": _key_norm,
     "v2drop": _v2drop,
 }
-
-
-def register_reference(criterion: str, score: Score) -> None:
-    """Lets the reference cut by `criterion`: scores [V] of the image tokens alive, in the order of their positions, of
-    which the highest stay. ValueError for a name that is taken."""
-    if CRITERIA.setdefault(criterion, score) is not score:
-        raise ValueError(f"the reference has a criterion {criterion}")

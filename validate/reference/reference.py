@@ -132,6 +132,8 @@ class Reference:
         count = int(is_image.sum())
         keep = count - math.floor(cut.remove * count) if cut.keep is None else cut.keep
         scores = CRITERIA[cut.criterion](state, keep, seed)
+        if scores.shape != (count,):
+            raise ValueError(f"{cut.criterion} gives scores {list(scores.shape)} to {count} image tokens")
         kept = torch.cat((state.alive[~is_image], state.alive[is_image][_winners(scores, keep)])).sort().values
         return self._keep(state, kept), scores
 
@@ -230,6 +232,8 @@ class Reference:
     def _check(self, cuts: Cuts) -> None:
         layers = [0, *(cut.layer for cut in cuts), self.layers]
         shares = [cut.remove for cut in cuts]
+        if unknown := [cut.criterion for cut in cuts if cut.criterion not in CRITERIA]:
+            raise ValueError(f"the reference does not rank by {unknown[0]}")
         if any(a >= b for a, b in pairwise(layers)) or any(not 0 <= share <= 1 for share in shares):
             raise ValueError(f"{cuts} is out of range: layers rise from 1 to {self.layers - 1}, fractions from 0 to 1")
 
