@@ -11,9 +11,17 @@ from himap_export.engines.command import BACKENDS, Parser, image_size, number, r
 from himap_export.exporter.aliases import ALIASES
 from himap_export.graphs.plan import POLICIES, TASKS
 from himap_export.graphs.ports import Kind
+from himap_export.graphs.selectors import is_policy
 
 KINDS = get_args(Kind)
 TOKENS = 2**20  # the longest contexts are a million tokens
+
+
+class _Policies(tuple[str, ...]):
+    """Those that are told of; of others it is seen whether a package offers them."""
+
+    def __contains__(self, policy: object) -> bool:
+        return isinstance(policy, str) and is_policy(policy)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,8 +49,8 @@ def _planning(p: argparse.ArgumentParser) -> None:
         help=f"repeatable, all in one bundle: {', '.join(TASKS)}, or a TOML file of plans",
     )  # fmt: skip
     plan.add_argument(
-        "--policy", action="append", default=[], choices=tuple(POLICIES), metavar="POLICY",
-        help=f"repeatable, all in one bundle: {', '.join(POLICIES)} (default: himap)",
+        "--policy", action="append", default=[], choices=_Policies(POLICIES), metavar="POLICY",
+        help=f"repeatable, all in one bundle: {', '.join(POLICIES)}, or a package's (default: himap)",
     )  # fmt: skip
     plan.add_argument("--k1", type=whole(-1024, 1024), help="layer of the first cut")
     plan.add_argument("--k2", type=whole(-1024, 1024), help="layer of the second cut")

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from himap_export.engines.documents import MEGABYTE, read_file, typed
 from himap_export.graphs.errors import Exit, HimapError, suggestion
 from himap_export.graphs.plan import POLICIES, TASKS, Cut, PruningPlan, Tokens
+from himap_export.graphs.selectors import criteria_of, is_policy
 
 Values = Mapping[str, Any]  # k1, k2, r1, r2, keep, as far as they were given
 Source = str | Path | PruningPlan | Mapping[str, PruningPlan]  # of TASKS; a TOML file; a plan; plans by name
@@ -90,7 +91,7 @@ def _plans_of(source: Source) -> Iterator[tuple[str, PruningPlan]]:
 
 def _default(policy: str, task: str) -> PruningPlan | None:
     """Returns a policy's plan before anything is changed; None if it has none: truncation's authors try every layer."""
-    criteria = POLICIES[policy]
+    criteria = criteria_of(policy)
     if len(criteria) == 1:
         return FASTV if policy == "fastv" else None
     cuts = TASKS[task].cuts[: len(criteria)]
@@ -103,7 +104,7 @@ def _changed(policy: str, plan: PruningPlan | None, values: Values) -> PruningPl
     if plan is None and not ("k1" in values and {"r1", "keep"} & set(values)):
         hint = "give `k1` LAYER and `keep` N (or `r1` FRACTION)"
         raise HimapError(f"the policy {policy} has no default cut", hint=hint, code=Exit.USAGE)
-    cuts = plan.cuts if plan else (Cut(values["k1"], POLICIES[policy][0], 0.0),)
+    cuts = plan.cuts if plan else (Cut(values["k1"], criteria_of(policy)[0], 0.0),)
     changed = [
         replace(cut, layer=values.get(f"k{n}", cut.layer), remove=values.get(f"r{n}", cut.remove))
         for n, cut in enumerate(cuts, 1)
@@ -114,11 +115,11 @@ def _changed(policy: str, plan: PruningPlan | None, values: Values) -> PruningPl
 
 
 def _allowed(policy: str) -> tuple[str, ...]:
-    return _TABLES[len(POLICIES[policy])].__struct_fields__[1:]  # without "policy"
+    return _TABLES[len(criteria_of(policy))].__struct_fields__[1:]  # without "policy"
 
 
 def _not_for(policy: str, key: str) -> HimapError:
-    count = len(POLICIES[policy])
+    count = len(criteria_of(policy))
     hint = f"it has {count} cut{'s' * (count != 1)}: {', '.join(f'`{own}`' for own in _allowed(policy)) or 'no flags'}"
     return HimapError(f"`{key}` is not for the policy {policy}", hint=hint, code=Exit.USAGE)
 
@@ -161,10 +162,10 @@ def _plan(what: str, table: Mapping[str, Any]) -> PruningPlan:
     if "cuts" in table:
         return typed(table, PruningPlan, what)
     policy = table.get("policy", "himap")
-    if policy not in tuple(POLICIES):  # it may be a list
+    if not isinstance(policy, str) or not is_policy(policy):
         known = f"known: {', '.join(POLICIES)}{suggestion(str(policy), POLICIES)}"
         raise HimapError(f"{what}: unknown policy {str(policy)[:80]}", known, code=Exit.USAGE)
-    found = typed(table, _TABLES[len(POLICIES[policy])], what)
+    found = typed(table, _TABLES[len(criteria_of(policy))], what)
     values = {key: value for key in KEYS if (value := getattr(found, key, None)) is not None}
     if isinstance(found, _OneCut) and found.r1 is None and found.keep is None:
         raise HimapError(f"{what} lacks r1", "expected k1, and r1 or keep", code=Exit.USAGE)

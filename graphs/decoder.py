@@ -29,15 +29,19 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Attended:
-    """What attention leaves behind: `out` and `query` [B,H,S,E], `key` and `value` [B,G,S,E]; query and key rotated."""
+    """What a layer attends with: `query` [B,H,S,E], `key` [B,G,S,E], both rotated, and `value` [B,G,S,E].
 
-    out: ir.Value
+    `raw_query` and `raw_key` are what is rotated: behind their norms, where the model has them.
+    """
+
     query: ir.Value
     key: ir.Value
     value: ir.Value
+    raw_query: ir.Value
+    raw_key: ir.Value
 
 
-Attention = Callable[[ir.Value, ir.Value, ir.Value], Attended]
+Attention = Callable[[ir.Value, ir.Value, ir.Value], ir.Value]  # of rotated query, rotated key, value: [B,H,S,E]
 
 
 def rotary(f: Frame, spec: DecoderSpec, position: ir.Value) -> Rotary:
@@ -62,7 +66,7 @@ class Decoder:
         self.batch, self.tokens = batch, tokens
 
     def layer(self, i: int, x: ir.Value, rope: Rotary, attend: Attention) -> tuple[ir.Value, Attended]:
-        """Returns x + attention, then x + feed-forward, of [B*S,D] as [B*S,D], and what attention left behind."""
+        """Returns x + attention, then x + feed-forward, of [B*S,D] as [B*S,D], and what it attended with."""
         op, spec, p = self.op, self.spec, f"layers.{i}."
         n = self.norm(x, p + "input_layernorm")
         q, k, v = (
@@ -72,16 +76,17 @@ class Decoder:
         if spec.qk_norm:
             q, k = self.norm(q, p + "self_attn.q_norm"), self.norm(k, p + "self_attn.k_norm")
         q, k, v = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (q, k, v))
-        a = attend(self.rotate(q, rope), self.rotate(k, rope), v)
-        x = op.Add(x, self.linear(self.merge(a.out), p + "self_attn.o_proj", spec.hidden, spec.out_bias))
+        a = Attended(self.rotate(q, rope), self.rotate(k, rope), v, raw_query=q, raw_key=k)
+        out = self.merge(attend(a.query, a.key, v))
+        x = op.Add(x, self.linear(out, p + "self_attn.o_proj", spec.hidden, spec.out_bias))
         n = self.norm(x, p + "post_attention_layernorm")
         gate = self.linear(n, p + "mlp.gate_proj", spec.ffn, spec.mlp_bias)
         up = self.linear(n, p + "mlp.up_proj", spec.ffn, spec.mlp_bias)
         return op.Add(x, self.linear(op.Mul(op.Swish(gate), up), p + "mlp.down_proj", spec.hidden, spec.mlp_bias)), a
 
-    def prefill_attention(self, q: ir.Value, k: ir.Value, v: ir.Value) -> Attended:
+    def prefill_attention(self, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
         """Attends causally over the stage's own tokens. No mask: padding lies behind every real token."""
-        return Attended(self.op.Attention(q, k, v, is_causal=1), q, k, v)
+        return self.op.Attention(q, k, v, is_causal=1)
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
         """Normalises by the RMS over the last axis."""

@@ -62,9 +62,8 @@ class PruningPlan(Struct, frozen=True, forbid_unknown_fields=True):
     def policy(self) -> str:
         """The name in POLICIES of what the cuts do, or custom."""
         found = tuple(cut.criterion for cut in self.cuts)
-        for name in ("random", "uniform"):
-            if found and set(found) == {name}:
-                return name
+        if len(set(found)) == 1 and found[0] not in PARTS:  # a policy of the criterion's own name, at any cuts
+            return found[0]
         return next((name for name, criteria in POLICIES.items() if criteria == found), "custom")
 
     def ranked_by(self, criterion: Criterion) -> Self:
@@ -111,7 +110,8 @@ def _bad(summary: str, hint: str) -> HimapError:
 
 
 # himap: arXiv 2503.13108. fastv: arXiv 2403.06764. truncation: arXiv 2406.06579, eqs. 7-11. intra-visual: HiMAP's
-# ablation, its second criterion also at the shallow cut. random and uniform: the baselines, at any plan's cuts.
+# ablation, its second criterion also at the shallow cut. random and uniform: the baselines, at any plan's cuts. At
+# HiMAP's cuts, to compare: key-norm (arXiv 2601.17818, cuts at 2 and 22), v2drop (arXiv 2509.01552, at 3, 16 and 22).
 POLICIES: Mapping[str, tuple[Criterion, ...]] = {
     "himap": ("instruction", "image"),
     "fastv": ("last",),
@@ -119,8 +119,12 @@ POLICIES: Mapping[str, tuple[Criterion, ...]] = {
     "intra-visual": ("image", "image"),
     "random": ("random", "random"),
     "uniform": ("uniform", "uniform"),
+    "key-norm": ("key-norm", "key-norm"),
+    "v2drop": ("v2drop", "v2drop"),
     "none": (),
 }
+# What ranks at some cut of a policy that has a name of its own; any other criterion is a policy by its own name.
+PARTS = {criterion for name, criteria in POLICIES.items() for criterion in criteria if criterion != name}
 
 
 def himap(k1: int, k2: int, r1: float, r2: float) -> PruningPlan:

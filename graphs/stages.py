@@ -15,9 +15,10 @@ import onnx_ir as ir
 from himap_export.graphs.build import Frame, StageGraph
 from himap_export.graphs.decoder import Attended, Attention, Decoder, Names, Rotary, rotary
 from himap_export.graphs.gather import top_k_gather
-from himap_export.graphs.importance import ScoringContext, importance
+from himap_export.graphs.importance import importance
 from himap_export.graphs.plan import PruningPlan, TokenBudget
 from himap_export.graphs.ports import Place
+from himap_export.graphs.scoring import ScoringContext
 from himap_export.graphs.spec import IMAGE, PADDING, DecoderSpec, Dtype, stage_layers
 
 INT64 = ir.DataType.INT64
@@ -45,7 +46,7 @@ class StagedModel:
         """Returns stage i of prefill: opened by the prompt or a gather, closed by the next cut's score or by logits."""
         f = Frame(self.plan.stages[i], self.dtype)
         x, position, token_type = self._prompt(f) if i == 0 else self._cut(f, i)
-        x, a = self._prefill(f, i, x=x, position=position, token_type=token_type)
+        x, previous, a = self._prefill(f, i, x=x, position=position, token_type=token_type)
         by_token = (self.budget.batch, self.budget.total[i], self.spec.hidden)
         hidden = f.op.Reshape(x, list(by_token))
         if i == len(self.plan.cuts):
@@ -54,7 +55,9 @@ class StagedModel:
             return f.finish()
         f.output(Place("hidden", cut=i + 1), hidden, by_token)
         if self.removes(i + 1):
-            self._score(f, i + 1, a=a, token_type=token_type, position=position)
+            self._score(
+                f, i + 1, a=a, hidden=hidden, layer_input=previous, token_type=token_type, position=position
+            )  # fmt: skip
         return f.finish()
 
     def _prompt(self, f: Frame) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -81,12 +84,22 @@ class StagedModel:
         f.output(Place("kept_types", cut=i), token_type, (b, after), "int64")
         return f.op.Reshape(x, [b * after, hidden]), position, token_type
 
-    def _score(self, f: Frame, i: int, a: Attended, token_type: ir.Value, position: ir.Value) -> None:
+    def _score(
+        self,
+        f: Frame,
+        i: int,
+        a: Attended,
+        hidden: ir.Value,
+        layer_input: ir.Value,
+        token_type: ir.Value,
+        position: ir.Value,
+    ) -> None:
         """Outputs the score by which cut i ranks; a random one reads the requests' seeds."""
         cut, (before, after) = self.plan.cuts[i - 1], self.budget.visual[i - 1 : i + 1]
         seed = f.integers(Place("seed"), self.budget.batch, 1) if cut.criterion == "random" else None
         context = ScoringContext(
-            f.op, self.spec, query=a.query, key=a.key, token_type=token_type, position=position, seed=seed,
+            f.op, self.spec, query=a.query, key=a.key, value=a.value, raw_query=a.raw_query, raw_key=a.raw_key,
+            hidden=hidden, layer_input=layer_input, token_type=token_type, position=position, seed=seed,
             layer=cut.layer, visual=before, keep=after, text=self.budget.text,
         )  # fmt: skip
         shape = self.budget.batch, self.budget.total[i - 1]
@@ -120,9 +133,9 @@ class StagedModel:
     def _cached_attention(self, f: Frame, i: int, capacity: int, slot: ir.Value, mask: ir.Value) -> Attention:
         """Returns attention of one new token, which takes its `slot` in layer i's caches, over what `mask` shows it."""
 
-        def attend(q: ir.Value, k: ir.Value, v: ir.Value) -> Attended:
+        def attend(q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
             k, v = self._cache(f, i, capacity=capacity, new=(k, v), at=slot)
-            return Attended(f.op.Attention(q, k, v, mask), q, k, v)
+            return f.op.Attention(q, k, v, mask)
 
         return attend
 
@@ -139,17 +152,20 @@ class StagedModel:
 
     def _prefill(
         self, f: Frame, stage: int, x: ir.Value, position: ir.Value, token_type: ir.Value
-    ) -> tuple[ir.Value, Attended]:
-        """Runs the stage's layers: each attends over its own keys and values and leaves them at its caches' head."""
+    ) -> tuple[ir.Value, ir.Value, Attended]:
+        """Runs the stage's layers: each attends over its own keys and values and leaves them at its caches' head.
+
+        Returns what the last of them made, what it was given, both [B*S,D], and what it attended with.
+        """
         b, tokens, capacity = self.budget.batch, self.budget.total[stage], self.budget.capacity[stage]
         rope, first = self._rotary(f, position), f.op.Constant(value_ints=[0] * b)
         decoder = Decoder(f, self.spec, names=self.names, batch=b, tokens=tokens)
         for i in stage_layers(self.plan, self.spec.layers)[stage]:
-            x, a = decoder.layer(i, x, rope, decoder.prefill_attention)
+            x, a = decoder.layer(i, previous := x, rope, decoder.prefill_attention)
             self._cache(f, i, capacity=capacity, new=(a.key, a.value), at=first)
             if i < self.spec.deepstack:
                 x = self._add_deepstack(f, i, x=x, position=position, token_type=token_type)
-        return x, a
+        return x, previous, a
 
     def _rotary(self, f: Frame, position: ir.Value) -> Rotary:
         """Rotates by the tokens' places in the prompt; under M-RoPE by what the whole prompt's ids have there.

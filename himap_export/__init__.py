@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from himap_export.graphs.errors import HimapWarning as HimapWarning
     from himap_export.graphs.plan import Cut as Cut
     from himap_export.graphs.plan import PruningPlan as PruningPlan
+    from himap_export.graphs.selectors import Selector as Selector
     from himap_export.validate.registration import register_criterion as register_criterion
     from himap_export.validate.validation import Report as Report
     from himap_export.validate.validation import validate as validate
@@ -43,6 +44,7 @@ _HOME = {
     "Planned": "exporter.planning",
     "PruningPlan": "graphs.plan",
     "Report": "validate.validation",
+    "Selector": "graphs.selectors",
     "Session": "engines.session",
     "export": "exporter.api",
     "plan": "exporter.api",

@@ -9,14 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from oracle_criteria import RANKINGS, Floats, Ints, Layer
 
-from himap_export.graphs.plan import Cut, PruningPlan
+from himap_export.graphs.plan import PruningPlan
 from himap_export.graphs.spec import DecoderSpec
 
-Floats = NDArray[np.floating]
-Ints = NDArray[np.int64]
 IMAGE_TOKEN = 0
-PRIME = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -47,16 +45,20 @@ def decode(
     x: Floats = w["embed_tokens.weight"][np.append(prompt, answer)].astype(np.float64)
     x[is_image] = image
     turns = places(is_image, grid)
-    instruction = (position > np.flatnonzero(is_image)[-1]) & (position < length)
+    instruction = np.flatnonzero((position > np.flatnonzero(is_image)[-1]) & (position < length))
     alive, kept, margin, cuts = np.ones(size, bool), [np.arange(length)], np.inf, list(plan.cuts)
     for i in range(spec.layers):
-        x, attention = layer(spec, w, f"layers.{i}.", x, alive, turns)
+        previous, (x, seen) = x, layer(spec, w, f"layers.{i}.", x, alive, turns)
         if i < len(deep):
             x[is_image] += deep[i]
         if cuts and i + 1 == cuts[0].layer:
             cut, candidates = cuts.pop(0), np.flatnonzero(is_image & alive)
             keep = len(candidates) - int((cut.remove or 0) * len(candidates)) if cut.keep is None else cut.keep
-            score = ranking(cut, attention, candidates, np.flatnonzero(alive[:length]), instruction, keep, seed)
+            s = Layer(
+                **seen, hidden=x, previous=previous, candidates=candidates, instruction=instruction,
+                last=int(np.flatnonzero(alive[:length])[-1]), position=position, cut=cut.layer, keep=keep, seed=seed,
+            )  # fmt: skip
+            score = RANKINGS[cut.criterion](s)
             order = np.argsort(-score, kind="stable")
             if 0 < keep < len(order) and score.any() and cut.criterion not in ("random", "uniform"):
                 margin = min(margin, score[order[keep - 1]] - score[order[keep]])
@@ -67,28 +69,6 @@ def decode(
     followed = [kept[-1][-1], *range(length, size)]
     n = norm(spec, x[followed], w["norm.weight"])
     return Decoded(tuple(kept[1:]), n @ w["lm_head.weight"].T, float(margin))
-
-
-def ranking(
-    cut: Cut, attention: Floats, candidates: Ints, alive: Ints, instruction: NDArray[np.bool_], keep: int, seed: int
-) -> Floats:
-    """Scores [V] of the image tokens at `candidates` from attention [S,S], mean over heads."""
-    if cut.criterion == "random":
-        x = [seed % PRIME * 48271 + int(p) * 16807 + cut.layer * 69621 + 1 for p in candidates]
-        for constant in (1013904223, 374761393, 668265263):
-            x = [int(v) ** 5 % PRIME + constant for v in x]
-        return np.array(x, np.float64) % 2**24
-    if cut.criterion == "uniform":
-        places = np.arange(len(candidates) + 1) * keep // len(candidates)
-        return np.diff(places).astype(np.float64)
-    rows = {
-        "instruction": np.flatnonzero(instruction),
-        "image": candidates,
-        "last": alive[-1:],
-        "boundary": np.flatnonzero(instruction)[:1],
-    }[cut.criterion]
-    scores: Floats = attention[rows][:, candidates].sum(0)
-    return scores
 
 
 def places(is_image: NDArray[np.bool_], grid: tuple[int, int] | None) -> Ints:
@@ -108,8 +88,9 @@ def places(is_image: NDArray[np.bool_], grid: tuple[int, int] | None) -> Ints:
 
 def layer(
     spec: DecoderSpec, w: Mapping[str, Floats], p: str, x: Floats, alive: NDArray[np.bool_], turns: Ints
-) -> tuple[Floats, Floats]:
-    """x [S,D] after one layer in which tokens see only those `alive`, and itself; attention [S,S], mean over heads."""
+) -> tuple[Floats, dict[str, Floats]]:
+    """x [S,D] after one layer in which tokens see only those `alive`, and itself; and what it attended with, by the
+    names of a criterion's Layer."""
     size = len(x)
 
     def linear(of: Floats, name: str) -> Floats:
@@ -120,7 +101,7 @@ def layer(
     k = linear(n, "self_attn.k_proj").reshape(size, spec.kv_heads, -1)
     if spec.qk_norm:
         q, k = (norm(spec, a, w[f"{p}self_attn.{which}_norm.weight"]) for a, which in ((q, "q"), (k, "k")))
-    q, k = rotate(spec, q, turns), rotate(spec, k, turns)
+    raw_q, raw_k, q, k = q, k, rotate(spec, q, turns), rotate(spec, k, turns)
     v = linear(n, "self_attn.v_proj").reshape(size, spec.kv_heads, -1)
     visible = (np.tri(size, dtype=bool) & alive) | np.eye(size, dtype=bool)
     outs, attention = [], np.zeros((size, size))
@@ -132,9 +113,11 @@ def layer(
         attention += probability / spec.heads
         outs.append(probability @ v[:, shared])
     x = x + linear(np.concatenate(outs, 1), "self_attn.o_proj")
+    by_head = {"query": q, "key": k, "value": v, "raw_query": raw_q, "raw_key": raw_k}
+    seen = {"attention": attention} | {name: a.swapaxes(0, 1) for name, a in by_head.items()}
     n = norm(spec, x, w[p + "post_attention_layernorm.weight"])
     gate = linear(n, "mlp.gate_proj")
-    return x + linear(gate / (1 + np.exp(-gate)) * linear(n, "mlp.up_proj"), "mlp.down_proj"), attention
+    return x + linear(gate / (1 + np.exp(-gate)) * linear(n, "mlp.up_proj"), "mlp.down_proj"), seen
 
 
 def norm(spec: DecoderSpec, x: Floats, weight: Floats) -> Floats:

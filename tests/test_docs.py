@@ -19,6 +19,7 @@ from textwrap import dedent
 
 import pytest
 from commands import MAIN, call
+from outside_package import install
 
 from himap_export.exporter.aliases import ALIASES
 from himap_export.graphs.errors import MEANINGS
@@ -132,6 +133,8 @@ def test_every_command_is_one_that_there_is(page: Path, tmp_path: Path, monkeypa
     for block in found:
         if block.language == "toml":
             Path("plans.toml").write_text(block.text)
+    if install((block.text for block in found), tmp_path):
+        monkeypatch.syspath_prepend(tmp_path)
     for block in found if str(page.relative_to(ROOT)) not in RUN else ():
         for command, *words in commands(block.text) if block.language == "sh" else ():
             parsed(command, words) if command in MAIN else checked([command, *words])

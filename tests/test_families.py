@@ -3,6 +3,7 @@
 The reference is `validate/reference.py` on Hugging Face's layers; unpruned answers also go against its `generate`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from commands import Workshop, call, greedy, padded
 from families import FAMILIES, family_inputs, hugging_face_answer
 
-from himap_export.graphs.plan import POLICIES
+from himap_export.engines.bundle import Bundle
+from himap_export.graphs.importance import SCORES
 from himap_export.validate.analysis.attention import prompts
 from himap_export.validate.analysis.gradcam import grad_cams
 from himap_export.validate.analysis.sample import Sample
@@ -25,6 +27,16 @@ EARLY = (
     ReferenceCut(2, "instruction", keep=2),
 )  # in front of the last deepstack layer
 TEXT, NEW = 24, 12
+
+
+def plan_table(name: str, cuts: Sequence[ReferenceCut]) -> str:
+    """A plan as TOML."""
+    rows = (
+        f'{{layer = {c.layer}, criterion = "{c.criterion}", '
+        + (f"remove = {c.remove}}}" if c.keep is None else f"keep = {c.keep}}}")
+        for c in cuts
+    )
+    return f"[{name}]\ncuts = [{', '.join(rows)}]\n"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -44,13 +56,8 @@ def test_pruned_prompts_are_the_references(
     work: Workshop, tmp_path: Path, name: str, cuts: tuple[ReferenceCut, ...], batch: int
 ) -> None:
     """Kept sets identical, logits within 1e-3, 12 tokens equal; one prompt fewer than the batch holds, too."""
-    rows = ", ".join(
-        f'{{layer = {c.layer}, criterion = "{c.criterion}", '
-        + (f"remove = {c.remove}}}" if c.keep is None else f"keep = {c.keep}}}")
-        for c in cuts
-    )
     plan = tmp_path / "plan.toml"
-    plan.write_text(f"[plan]\ncuts = [{rows}]\n")
+    plan.write_text(plan_table("plan", cuts))
     bundle = work.family_bundle(name, "--plan", plan, "--batch", batch, key=f"{cuts}")
     reference = Reference(work.family(name))
     for lengths in {1: [(9,), (1,)], 3: [(9, 4, 17), (3, 8)]}[batch]:
@@ -72,12 +79,19 @@ REPEATED = ("internvl", "qwen2.5-vl")  # InternVL with tiles and Qwen3-VL do all
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in REPEATED)) for name in FAMILIES]
 )
-def test_every_policy_passes_validation(work: Workshop, name: str) -> None:
-    flags = [word for policy in POLICIES for word in ("--policy", policy)]
-    bundle = work.family_bundle(name, *flags, "--k1", 2, "--k2", 4, "--r1", 0.5, "--r2", 0.5)
-    for policy in POLICIES:
-        flags = ["--policy", policy, "--no-speed", "--prompts", 2, "--threads", 1]
-        assert call(validate_main, bundle, "--model", work.family(name), *flags) == 0, policy
+def test_every_criterion_passes_validation(work: Workshop, tmp_path: Path, name: str) -> None:
+    """As few plans as there can be, each cutting before every layer, to even shares of the image; and unpruned."""
+    tokens, criteria, plans = FAMILIES[name].tokens, sorted(SCORES), ["[none]\ncuts = []\n"]
+    most = min(5, tokens - 1)
+    for start in range(0, len(criteria), most):
+        chosen = enumerate(criteria[start : start + most], 1)
+        cuts = [ReferenceCut(layer, c, keep=tokens * (most + 1 - layer) // (most + 1)) for layer, c in chosen]
+        plans.append(plan_table(f"plan{start}", cuts))
+    (tmp_path / "plans.toml").write_text("".join(plans))
+    bundle = work.family_bundle(name, "--plan", tmp_path / "plans.toml", key=f"{plans}")
+    for variant in Bundle.open(bundle).manifest.variants:
+        flags = ["--plan", variant.plan_name, "--no-speed", "--prompts", 2, "--threads", 1]
+        assert call(validate_main, bundle, "--model", work.family(name), *flags) == 0, variant.plan
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].tiles == 1])

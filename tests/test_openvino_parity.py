@@ -147,6 +147,7 @@ PLANS: Mapping[str, Cuts] = {
     "intra-visual": (ReferenceCut(1, "image", 0.5), ReferenceCut(3, "image", 0.75)),
     "random": (ReferenceCut(1, "random", 0.5), ReferenceCut(3, "random", 0.75)),
     "uniform": (ReferenceCut(1, "uniform", 0.5), ReferenceCut(3, "uniform", 0.75)),
+    "states": (ReferenceCut(2, "key-norm", 0.5), ReferenceCut(4, "v2drop", 0.5)),
     "nothing-cut": (),
     "three": (ReferenceCut(1, "last", 0.25), ReferenceCut(2, "random", keep=8), ReferenceCut(4, "image", 0.5)),
     "nothing-kept": (ReferenceCut(2, "last", keep=0),),

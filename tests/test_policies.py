@@ -21,6 +21,8 @@ PLANS: dict[str, tuple[tuple[object, ...], Cuts]] = {
     "intra-visual": (("--k1", 1, "--k2", 3), (ReferenceCut(1, "image", 0.5), ReferenceCut(3, "image", 0.75))),
     "random": (("--k1", 1, "--k2", 3), (ReferenceCut(1, "random", 0.5), ReferenceCut(3, "random", 0.75))),
     "uniform": (("--k1", 1, "--k2", 3), (ReferenceCut(1, "uniform", 0.5), ReferenceCut(3, "uniform", 0.75))),
+    "key-norm": (("--k1", 2, "--k2", 4), (ReferenceCut(2, "key-norm", 0.5), ReferenceCut(4, "key-norm", 0.75))),
+    "v2drop": (("--k1", 2, "--k2", 3), (ReferenceCut(2, "v2drop", 0.5), ReferenceCut(3, "v2drop", 0.75))),
     "none": ((), ()),
 }
 THREE = """

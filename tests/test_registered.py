@@ -14,32 +14,34 @@ from torch import Tensor
 
 from himap_export.engines.bundle import Bundle
 from himap_export.exporter import registry
+from himap_export.exporter.api import plan
 from himap_export.exporter.cli import main as export_main
 from himap_export.exporter.families.llava import Llava
 from himap_export.exporter.registry import register_family, resolve
-from himap_export.graphs import importance
+from himap_export.graphs import selectors
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.importance import ScoringContext, register_score
+from himap_export.graphs.plan import Cut
+from himap_export.graphs.scoring import ScoringContext
 from himap_export.validate.cli import main as validate_main
 from himap_export.validate.reference import criteria
-from himap_export.validate.reference.criteria import ReferenceCut, State, register_reference
+from himap_export.validate.reference.criteria import ReferenceCut, State
+from himap_export.validate.registration import register_criterion, require_references
 
 PLAN = """
 [mine]
-cuts = [{layer = 2, criterion = "key-norm", remove = 0.5}, {layer = 4, criterion = "image", remove = 0.5}]
+cuts = [{layer = 2, criterion = "long-keys", remove = 0.5}, {layer = 4, criterion = "image", remove = 0.5}]
 """
-CUTS = (ReferenceCut(2, "key-norm", 0.5), ReferenceCut(4, "image", 0.5))
+CUTS = (ReferenceCut(2, "long-keys", 0.5), ReferenceCut(4, "image", 0.5))
 
 
-def key_norm(s: ScoringContext) -> ir.Value:
+def long_keys(s: ScoringContext) -> ir.Value:
     """The keys' squared length, [B,S] summed over heads."""
     keys = s.op.Cast(s.key, to=ir.DataType.FLOAT)
     squared: ir.Value = s.op.ReduceSum(s.op.Mul(keys, keys), [1, 3], keepdims=0)
     return squared
 
 
-def key_norm_reference(state: State, keep: int, seed: int) -> Tensor:
-    assert state.key is not None
+def long_keys_reference(state: State, keep: int, seed: int) -> Tensor:
     squared: Tensor = state.key.float().square().sum((0, 2))[state.is_image]
     return squared
 
@@ -47,11 +49,11 @@ def key_norm_reference(state: State, keep: int, seed: int) -> Tensor:
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The criterion on both sides, for one test."""
-    monkeypatch.setattr(importance, "SCORES", dict(importance.SCORES))
+    monkeypatch.setattr(selectors, "_REGISTERED", {})
     monkeypatch.setattr(criteria, "CRITERIA", dict(criteria.CRITERIA))
     monkeypatch.setattr("himap_export.validate.reference.reference.CRITERIA", criteria.CRITERIA)
-    register_score("key-norm", key_norm)
-    register_reference("key-norm", key_norm_reference)
+    register_criterion("long-keys", long_keys, long_keys_reference)
+    require_references("this test", ["long-keys"])
     yield
 
 
@@ -81,7 +83,9 @@ def test_a_criterion_of_ones_own_is_exported_and_judged(
 def test_a_reference_that_ranks_otherwise_fails_the_gate(
     bundle: Path, work: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(criteria.CRITERIA, "key-norm", lambda state, keep, seed: -key_norm_reference(state, keep, seed))
+    monkeypatch.setitem(
+        criteria.CRITERIA, "long-keys", lambda state, keep, seed: -long_keys_reference(state, keep, seed)
+    )
     assert call(validate_main, bundle, "--model", work.checkpoint("gqa2"), "--threads", 1, "--no-speed") == Exit.GATE
 
 
@@ -90,14 +94,14 @@ def test_a_bundle_runs_where_its_criterion_is_unknown_and_is_not_judged_there(
 ) -> None:
     inputs = make_inputs(work.tiny("gqa2"), [9], [5], seed=4)
     known = work.answer(bundle, inputs)["tokens"]
-    monkeypatch.delitem(criteria.CRITERIA, "key-norm")
-    monkeypatch.delitem(importance.SCORES, "key-norm")
-    assert Bundle.open(bundle).select().plan.cuts[0].criterion == "key-norm"
+    monkeypatch.delitem(criteria.CRITERIA, "long-keys", raising=False)
+    monkeypatch.delitem(selectors._REGISTERED, "long-keys")
+    assert Bundle.open(bundle).select().plan.cuts[0].criterion == "long-keys"
     np.testing.assert_array_equal(work.answer(bundle, inputs)["tokens"], known)
     capsys.readouterr()
     assert call(validate_main, bundle, "--model", work.checkpoint("gqa2")) == Exit.USAGE
     told = capsys.readouterr().err.strip()
-    assert "cut by key-norm, which no reference ranks by" in told and "\n" not in told
+    assert "cut by long-keys, which no reference ranks by" in told and "\n" not in told
 
 
 def test_an_unregistered_criterion_is_not_exported(
@@ -107,22 +111,30 @@ def test_an_unregistered_criterion_is_not_exported(
     model = work.checkpoint("gqa2")
     assert call(export_main, model, "--plan", tmp_path / "plans.toml", "--dry-run") == Exit.USAGE
     told = capsys.readouterr().err.strip()
-    assert "unknown criterion key-norm" in told and "instruction, image" in told and "\n" not in told
+    assert "unknown criterion long-keys" in told and "instruction, image" in told and "\n" not in told
 
 
 @pytest.mark.parametrize("name", ["", "Mine", "my own", "1st", "a" * 65, "mine\n", "../x"])
 def test_names_that_no_criterion_can_have(name: str) -> None:
     with pytest.raises(HimapError, match="cannot name a criterion"):
-        register_score(name, key_norm)
+        register_criterion(name, long_keys)
 
 
 def test_a_criterion_is_registered_once(registered: None) -> None:
-    register_score("key-norm", key_norm)  # the same again does no harm
-    register_reference("key-norm", key_norm_reference)
-    with pytest.raises(HimapError, match="there is a criterion image"):
-        register_score("image", key_norm)
-    with pytest.raises(ValueError, match="has a criterion image"):
-        register_reference("image", key_norm_reference)
+    register_criterion("long-keys", long_keys, long_keys_reference)  # the same again does no harm
+    for name in ("image", "himap", "key-norm", "none"):
+        with pytest.raises(HimapError, match=f"there is a criterion {name}"):
+            register_criterion(name, long_keys, long_keys_reference)
+    with pytest.raises(HimapError, match="there is a criterion long-keys"):
+        register_criterion("long-keys", long_keys)
+
+
+def test_a_criterion_of_ones_own_is_a_policy(registered: None, work: Workshop) -> None:
+    planned = plan(str(work.checkpoint("gqa2")), policy="long-keys", k2=4)
+    assert [(v.plan_name, v.plan.policy) for v in planned.variants] == [("long-keys", "long-keys")]
+    assert planned.variants[0].plan.cuts == (Cut(2, "long-keys", 0.5), Cut(4, "long-keys", 0.75))
+    with pytest.raises(HimapError, match="unknown policy longkeys"):
+        plan(str(work.checkpoint("gqa2")), policy="longkeys")
 
 
 class Renamed(Llava):

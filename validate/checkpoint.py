@@ -15,6 +15,7 @@ from himap_export.exporter.registry import Model, resolve
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.quantization import linear_shapes
 from himap_export.graphs.spec import Dtype
+from himap_export.validate.registration import require_references
 
 if TYPE_CHECKING:
     from himap_export.validate.reference.reference import Reference
@@ -56,7 +57,8 @@ def source_of(bundle: Bundle, named: str | None, vision_tower: Path | None = Non
         hint = "give it with `model`"
         raise HimapError(f"the model of {bundle.folder} is not at {source}", hint=hint, code=Exit.MISSING) from None
     _check_sizes(bundle, model)
-    _check_criteria(bundle)
+    criteria = (cut.criterion for variant in bundle.manifest.variants for cut in variant.plan.cuts)
+    require_references(str(bundle.folder), criteria)
     return Source(folder, model.tower, model.family.own_image)
 
 
@@ -103,16 +105,6 @@ def _complete(model: str, vision_tower: Path | None) -> tuple[Model, Path]:
     assert found.folder is not None  # `resolve` fetches weights unless told not to
     open_checkpoint(found.folder, tower=found.tower, quantised=found.quantised)
     return found, found.folder
-
-
-def _check_criteria(bundle: Bundle) -> None:
-    from himap_export.validate.reference.criteria import CRITERIA  # torch: seconds to import
-
-    for criterion in (cut.criterion for variant in bundle.manifest.variants for cut in variant.plan.cuts):
-        if criterion not in CRITERIA:
-            summary = f"{bundle.folder} is cut by {criterion}, which no reference ranks by"
-            hint = "one of your own is registered with its reference before"
-            raise HimapError(summary, f"known: {', '.join(CRITERIA)}", hint, Exit.USAGE)
 
 
 def _check_sizes(bundle: Bundle, model: Model) -> None:

@@ -6,16 +6,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from frames import give, give_integers, take
-from oracle import ranking
+from frames import SEEN, scoring_context, take
+from oracle_criteria import RANKINGS, Layer
 
 from himap_export.engines.extras import required
 from himap_export.engines.openvino import run
 from himap_export.engines.openvino.run import Compiler, computed
 from himap_export.engines.weight_file import as_numbers, as_stored
 from himap_export.graphs.build import Frame, StageGraph
-from himap_export.graphs.importance import ScoringContext, importance
-from himap_export.graphs.plan import Cut
+from himap_export.graphs.importance import importance
 from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, SYSTEM, DecoderSpec, Dtype
 
 SPEC = DecoderSpec(layers=3, hidden=8, ffn=8, heads=6, kv_heads=2, head_dim=16, vocab=8)
@@ -34,12 +33,7 @@ def test_random_scores_are_the_oracles_to_the_last_bit(tmp_path: Path) -> None:
     seeds = np.array([0, 1, 2, 48271, 2**16, 2**22 - 1, 2**24 + 1, 2**30, edge - 2, edge - 1, edge], np.int64)
     seeds = np.concatenate([seeds, np.random.default_rng(0).integers(0, edge, 21)])
     f, shape = Frame("random", "fp32"), (len(seeds), len(positions))
-    token_type, position = (give_integers(f, name, *shape) for name in ("token_type", "position"))
-    seed, unused = give_integers(f, "seed", len(seeds), 1), give(f, "q", (1, 6, 4, 16))
-    context = ScoringContext(
-        f.op, SPEC, query=unused, key=unused, token_type=token_type, position=position, seed=seed, layer=2,
-        visual=len(positions), keep=8, text=0,
-    )  # fmt: skip
+    context = scoring_context(f, SPEC, shape, (), layer=2, visual=len(positions), keep=8, seeded=True)
     take(f, "score", importance("random", context), shape, ir.DataType.FLOAT)
     feeds = {
         "token_type": np.full(shape, IMAGE),
@@ -47,10 +41,13 @@ def test_random_scores_are_the_oracles_to_the_last_bit(tmp_path: Path) -> None:
         "seed": seeds[:, None],
     }
     found = compiled(f.finish(), tmp_path)(feeds)["score"]
-    none = np.zeros((1, 1))
+    nothing = dict.fromkeys((*SEEN[:-1], "attention", "previous"), np.zeros((1, 1)))
     for row, own in zip(found, seeds.tolist(), strict=True):
-        truth = ranking(Cut(2, "random", keep=8), none, positions, positions, none > 0, 8, own)
-        np.testing.assert_array_equal(row, truth)
+        s = Layer(
+            **nothing, candidates=positions, instruction=positions[:0], last=0, position=positions, cut=2, keep=8,
+            seed=own,
+        )  # fmt: skip
+        np.testing.assert_array_equal(row, RANKINGS["random"](s))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -60,16 +57,12 @@ def test_scores_are_fp32_whatever_the_bundle_is(dtype: Dtype, tmp_path: Path) ->
         pytest.skip(f"this CPU does not compute in {dtype}: OpenVINO says {', '.join(computed())}")
     token_type = np.array([SYSTEM] * 3 + [IMAGE] * 20 + [SYSTEM] + [IMAGE] * 12 + [INSTRUCTION] * 9 + [PADDING] * 4)
     random, f, size = np.random.default_rng(0), Frame("scores", dtype), len(token_type)
-    context = ScoringContext(
-        f.op, SPEC, give(f, "q", (1, 6, size, 16)), give(f, "k", (1, 2, size, 16)),
-        *(give_integers(f, name, 1, size) for name in ("token_type", "position")),
-        seed=None, layer=2, visual=32, keep=8, text=17,
-    )  # fmt: skip
+    context = scoring_context(f, SPEC, (1, size), ("query", "key"), layer=2, visual=32, keep=8)
     for name in ("instruction", "image"):
         take(f, name, importance(name, context), (1, size), ir.DataType.FLOAT)
     made, ov = compiled(f.finish(), tmp_path), required("openvino")
     request, values = made.create_infer_request(), {}
-    for name, heads in (("q", 6), ("k", 2)):
+    for name, heads in (("query", 6), ("key", 2)):
         tensor = ov.Tensor(getattr(ov.Type, run._TYPES[dtype]), [1, heads, size, 16])
         stored = as_stored(2.4 * random.standard_normal((1, heads, size, 16)), dtype)
         tensor.data.view(stored.dtype)[...] = stored
@@ -78,7 +71,7 @@ def test_scores_are_fp32_whatever_the_bundle_is(dtype: Dtype, tmp_path: Path) ->
     request.set_tensor("token_type", ov.Tensor(token_type[None]))
     request.set_tensor("position", ov.Tensor(np.arange(size)[None]))
     request.infer()
-    logits = values["q"] @ np.repeat(values["k"], 3, 0).swapaxes(1, 2) / 4
+    logits = values["query"] @ np.repeat(values["key"], 3, 0).swapaxes(1, 2) / 4
     probability = np.exp(np.where(np.tri(size, dtype=bool), logits, -np.inf))
     attention = (probability / probability.sum(-1, keepdims=True)).mean(0)
     for name, rows in (("instruction", token_type == INSTRUCTION), ("image", token_type == IMAGE)):

@@ -8,13 +8,13 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from drawn_models import NEW, Arrays, Chain, Example, check_chain, examples, real
-from frames import give, give_integers, take
+from frames import scoring_context, take
 from hypothesis import given, settings
 from oracle import IMAGE_TOKEN
 
 from himap_export.engines.layout import PromptLayout
 from himap_export.graphs.build import Frame
-from himap_export.graphs.importance import ScoringContext, importance
+from himap_export.graphs.importance import importance
 from himap_export.graphs.plan import TokenBudget
 from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, SYSTEM, DecoderSpec, Dtype, stage_layers
 from himap_export.graphs.stages import StagedModel
@@ -70,6 +70,9 @@ def test_unpruned_decode_equals_prefill_of_the_longer_prompt(example: Example) -
 def test_graphs_pass_on_what_the_next_one_reads(example: Example) -> None:
     """Inputs and outputs meet by name, dtype and shape; each layer's cache is written once, of its stage's capacity."""
     graphs = {graph.name: graph for graph in example.model.graphs()}
+    for graph in graphs.values():  # nothing that a criterion might look at is there for one that does not
+        given = set(graph.model.graph.outputs)
+        assert [node for node in graph.model.graph if not any(v.uses() or v in given for v in node.outputs)] == []
     made: dict[str, tuple[object, ...]] = {}
     for name in example.model.plan.stages:
         for value in graphs[name].model.graph.inputs:
@@ -105,12 +108,7 @@ def test_scores_are_fp32_whatever_the_model_is(dtype: Dtype) -> None:
     random, f = np.random.default_rng(0), Frame("scores", dtype)
     q, k = (2.4 * random.standard_normal((1, heads, len(token_type), 16)) for heads in (6, 2))
     q, k = (a.astype(np.float16).astype(f.dtype.numpy()) for a in (q, k))
-    inputs = (
-        give(f, "q", q.shape),
-        give(f, "k", k.shape),
-        *(give_integers(f, n, 1, len(token_type)) for n in ("token_type", "position")),
-    )
-    context = ScoringContext(f.op, spec, *inputs, seed=None, layer=2, visual=32, keep=8, text=17)
+    context = scoring_context(f, spec, (1, len(token_type)), ("query", "key"), layer=2, visual=32, keep=8)
     rows = {
         "instruction": token_type == INSTRUCTION, "image": is_image,
         "last": np.arange(len(token_type)) == 44, "boundary": np.arange(len(token_type)) == 36,
@@ -118,7 +116,7 @@ def test_scores_are_fp32_whatever_the_model_is(dtype: Dtype) -> None:
     for name in rows:
         take(f, name, importance(name, context), (1, len(token_type)), ir.DataType.FLOAT)
     session = onnxruntime.InferenceSession(ir.to_proto(f.finish().model).SerializeToString())
-    found = session.run(None, {"q": q, "k": k, "token_type": token_type[None], "position": position[None]})
+    found = session.run(None, {"query": q, "key": k, "token_type": token_type[None], "position": position[None]})
 
     logits = q[0].astype(np.float64) @ np.repeat(k[0], 3, 0).astype(np.float64).swapaxes(1, 2) / 4
     probability = np.exp(np.where(np.tri(len(token_type), dtype=bool), logits, -np.inf))

@@ -1,4 +1,4 @@
-"""What the reference ranks image tokens by: a restatement of every selector on plain attention maps.
+"""What the reference ranks image tokens by: a restatement of every selector on what Hugging Face's modules compute.
 
 It shares no code with the graphs that are compared with it. Letters as in reference.py.
 """
@@ -33,19 +33,67 @@ def reference_himap(k1: int, k2: int, r1: float, r2: float) -> tuple[ReferenceCu
 
 
 @dataclass(frozen=True)
+class LayerView:
+    """What one layer computed for one prompt: `query` and `key` are rotated, `raw_query` and `raw_key` not yet."""
+
+    attention: Tensor  # [S,S] fp32 probabilities, averaged over heads
+    query: Tensor  # [H,S,E]
+    key: Tensor  # [G,S,E]
+    value: Tensor  # [G,S,E]
+    raw_query: Tensor  # [H,S,E], behind its norm, where the model has one
+    raw_key: Tensor  # [G,S,E]
+    previous: Tensor  # [1,S,D] hidden states that the layer was given
+
+
+@dataclass(frozen=True)
 class State:
-    """One prompt on its way through the decoder, between layers `layer` - 1 and `layer`."""
+    """One prompt on its way through the decoder, between layers `layer` - 1 and `layer`.
+
+    What layer `layer` - 1 computed is there to rank by, under the names of LayerView, once `advance` was asked for it.
+    """
 
     layer: int
     hidden: Tensor  # [1,S,D]
     alive: Tensor  # [S] int64 original positions, ascending
     image: Tensor  # [V0] int64 positions of the image tokens
-    attention: Tensor | None = None  # [S,S] fp32 probabilities of layer `layer` - 1, averaged over heads, if asked for
-    query: Tensor | None = None  # [H,S,E] of layer `layer` - 1, rotated, with `attention`
-    key: Tensor | None = None  # [G,S,E]
+    seen: LayerView | None = None  # of layer `layer` - 1, if asked for
     cache: DynamicCache | None = None  # a state without one can be advanced any number of times
     rope_positions: Tensor | None = None  # [3,S0] of all tokens, under M-RoPE; None: their original positions
     deepstack: tuple[Tensor, ...] = ()  # [V0,D] each, added to the image tokens behind layers 0, 1, ..
+
+    @property
+    def attention(self) -> Tensor:
+        return self._view.attention
+
+    @property
+    def query(self) -> Tensor:
+        return self._view.query
+
+    @property
+    def key(self) -> Tensor:
+        return self._view.key
+
+    @property
+    def value(self) -> Tensor:
+        return self._view.value
+
+    @property
+    def raw_query(self) -> Tensor:
+        return self._view.raw_query
+
+    @property
+    def raw_key(self) -> Tensor:
+        return self._view.raw_key
+
+    @property
+    def previous(self) -> Tensor:
+        return self._view.previous
+
+    @property
+    def _view(self) -> LayerView:
+        if self.seen is None:
+            raise ValueError("this state was advanced without what criteria look at")
+        return self.seen
 
     @property
     def is_image(self) -> Tensor:
@@ -69,8 +117,6 @@ class State:
 
     def received(self, rows: Tensor) -> Tensor:
         """Returns the attention [V] that image tokens get from `rows`, bool [S]."""
-        if self.attention is None:
-            raise ValueError("this state was advanced without attention")
         return self.attention[rows][:, self.is_image].sum(0)
 
 
@@ -97,7 +143,20 @@ def _uniform(s: State, keep: int, seed: int) -> Tensor:
     return torch.tensor(steps, dtype=torch.float32, device=s.hidden.device)
 
 
-# Scores [V] of the image tokens alive, from a state, how many will stay, and the request's seed. himap: instruction,
+def _key_norm(s: State, keep: int, seed: int) -> Tensor:
+    """Minus the L2 norm of the mean of the heads' keys, as ViTCoP's `image_k_l2_norm` (arXiv 2601.17818)."""
+    norms: Tensor = torch.linalg.vector_norm(s.key.float().mean(0), dim=1)
+    return -norms[s.is_image]
+
+
+def _v2drop(s: State, keep: int, seed: int) -> Tensor:
+    """The L2 norm of what the layer added, as V2Drop's `l2_diff_candidate` (arXiv 2509.01552)."""
+    moved: Tensor = torch.linalg.vector_norm(s.hidden[0].float() - s.previous[0].float(), dim=1)
+    return moved[s.is_image]
+
+
+# Scores [V] of the image tokens alive, in the order of their positions, from a state, how many will stay, and the
+# request's seed; the highest stay. One's own are added by `validate/registration.py`. himap: instruction,
 # then image. fastv (arXiv 2403.06764): last. truncation (arXiv 2406.06579, eqs. 7-11; position Nsys + Nimg): boundary.
 Score = Callable[[State, int, int], Tensor]
 CRITERIA: dict[str, Score] = {
@@ -107,11 +166,6 @@ CRITERIA: dict[str, Score] = {
     "boundary": lambda s, keep, seed: s.received(_boundary(s)),
     "random": _random,
     "uniform": _uniform,
+    "key-norm": _key_norm,
+    "v2drop": _v2drop,
 }
-
-
-def register_reference(criterion: str, score: Score) -> None:
-    """Lets the reference cut by `criterion`: scores [V] of the image tokens alive, in the order of their positions, of
-    which the highest stay. ValueError for a name that is taken."""
-    if CRITERIA.setdefault(criterion, score) is not score:
-        raise ValueError(f"the reference has a criterion {criterion}")

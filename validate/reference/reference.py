@@ -22,6 +22,7 @@ D hidden, H query heads, G kv heads, E head dim, L layers, W vocabulary, N gener
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -34,8 +35,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from himap_export.validate.reference.adapter import VisionFeatures, load_adapter
-from himap_export.validate.reference.attention import register
-from himap_export.validate.reference.criteria import CRITERIA, Cuts, ReferenceCut, State
+from himap_export.validate.reference.attention import register, watched
+from himap_export.validate.reference.criteria import CRITERIA, Cuts, LayerView, ReferenceCut, State
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -118,12 +119,11 @@ class Reference:
 
     @torch.no_grad()
     def advance(self, state: State, layer: int, attention: bool = False) -> State:
-        """Returns `state` after the layers before `layer`, with the probabilities of the last one if `attention`."""
+        """Returns `state` after the layers before `layer`, with what criteria see of the last one if `attention`."""
         layers = range(state.layer, layer)
         positions = self.rope_positions(state)
         hidden, seen = self.run(layers, state.hidden, positions, state.cache, score=attention, state=state)
-        probabilities, query, key = seen or (None, None, None)
-        return replace(state, layer=layer, hidden=hidden, attention=probabilities, query=query, key=key)
+        return replace(state, layer=layer, hidden=hidden, seen=seen)
 
     @torch.no_grad()
     def cut(self, state: State, cut: ReferenceCut, seed: int = 0) -> tuple[State, Tensor]:
@@ -132,6 +132,8 @@ class Reference:
         count = int(is_image.sum())
         keep = count - math.floor(cut.remove * count) if cut.keep is None else cut.keep
         scores = CRITERIA[cut.criterion](state, keep, seed)
+        if scores.shape != (count,):
+            raise ValueError(f"{cut.criterion} gives scores {list(scores.shape)} to {count} image tokens")
         kept = torch.cat((state.alive[~is_image], state.alive[is_image][_winners(scores, keep)])).sort().values
         return self._keep(state, kept), scores
 
@@ -230,6 +232,8 @@ class Reference:
     def _check(self, cuts: Cuts) -> None:
         layers = [0, *(cut.layer for cut in cuts), self.layers]
         shares = [cut.remove for cut in cuts]
+        if unknown := [cut.criterion for cut in cuts if cut.criterion not in CRITERIA]:
+            raise ValueError(f"the reference does not rank by {unknown[0]}")
         if any(a >= b for a, b in pairwise(layers)) or any(not 0 <= share <= 1 for share in shares):
             raise ValueError(f"{cuts} is out of range: layers rise from 1 to {self.layers - 1}, fractions from 0 to 1")
 
@@ -238,7 +242,7 @@ class Reference:
         state, ended, scores = replace(state, cache=DynamicCache(config=self.decoder.config)), list[State](), []
         for n, cut in enumerate(cuts):
             state = self.advance(state, cut.layer, attention=True)
-            ended.append(replace(state, attention=None, query=None, key=None))
+            ended.append(replace(state, seen=None))
             ranked, score = self.cut(state, cut, seed)
             state = ranked if forced is None else self._keep(state, _checked(forced[n], state.alive))
             scores.append(score)
@@ -263,7 +267,7 @@ class Reference:
 
     def _keep(self, state: State, kept: Tensor) -> State:
         hidden = state.hidden[:, torch.isin(state.alive, kept)]
-        return replace(state, hidden=hidden, alive=kept, attention=None, query=None, key=None)
+        return replace(state, hidden=hidden, alive=kept, seen=None)
 
     def run(
         self,
@@ -274,26 +278,28 @@ class Reference:
         score: bool = False,
         state: State | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    ) -> tuple[Tensor, LayerView | None]:
         """Runs Hugging Face's decoder `layers` on `hidden` [B,S,D], at `positions` [S] or [3,S], appended to `cache` if
         there is one, under `mask` [1,1,S,S] or causal; what `state` adds to image tokens is added. With gradients.
 
-        Also returns, of the last of the layers, the attention probabilities [S,S] fp32, averaged over the heads, its
-        queries [H,S,E] and keys [G,S,E], if `score`.
+        Also returns what criteria see of the last of the layers, if `score`.
         """
         ids = positions.reshape(-1, 1, positions.shape[-1])  # Hugging Face's [3,1,S] under M-RoPE, else [1,S]
         rotary = self.decoder.rotary_emb(hidden, position_ids=ids if len(ids) > 1 else ids[0])
         size = hidden.shape[1]
         if mask is None and self._eager and size > 1:  # sdpa is causal where there is no mask and more than one row
             mask = torch.full((1, 1, size, size), -torch.inf, dtype=hidden.dtype, device=hidden.device).triu(1)
-        sink: list[tuple[Tensor, Tensor, Tensor]] = []
+        seen = None
         for index in layers:
-            hidden = self.decoder.layers[index](
-                hidden, attention_mask=mask, position_ids=ids[0], position_embeddings=rotary, past_key_values=cache,
-                use_cache=cache is not None, himap_sink=sink if score and index == layers[-1] else None,
-            )  # fmt: skip
+            layer, previous = self.decoder.layers[index], hidden
+            with watched(layer.self_attn) if score and index == layers[-1] else nullcontext() as sink:
+                hidden = layer(
+                    hidden, attention_mask=mask, position_ids=ids[0], position_embeddings=rotary,
+                    past_key_values=cache, use_cache=cache is not None, himap_sink=sink,
+                )  # fmt: skip
             hidden = hidden if state is None else state.deepened(index, hidden)
-        return hidden, sink[0] if sink else None
+            seen = None if sink is None else LayerView(**sink, previous=previous)
+        return hidden, seen
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits [B,W] fp32 of the last row of `hidden` [B,S,D]."""

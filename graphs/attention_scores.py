@@ -1,0 +1,69 @@
+"""Scores of image tokens by the attention that they receive.
+
+HiMAP's two (arXiv 2503.13108, section 4; authors' `himap.py`), FastV's and truncation's are softmax attention of the
+layer before the cut, averaged over heads and summed over some rows; they differ only in the rows. They are computed in
+fp32 beside the fused attention, and only for those rows: probabilities accumulated in fp16 flip kept tokens.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from himap_export.graphs.build import dim
+from himap_export.graphs.scoring import ScoringContext, positions_of
+from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING
+
+FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+
+
+def instruction_score(s: ScoringContext) -> ir.Value:
+    """Scores as HiMAP's first criterion: what image tokens receive from the text behind the image.
+
+    All T rows that are not image are computed; those before the image and padding weigh nothing.
+    """
+    rows = positions_of(s.op, s.op.Not(s.op.Equal(s.token_type, IMAGE)), dim(s.token_type, 1), s.text)
+    return _attention(s, rows, _is(s, rows, INSTRUCTION))
+
+
+def image_score(s: ScoringContext) -> ir.Value:
+    """Scores as HiMAP's second criterion: what the V image tokens receive from one another."""
+    rows = positions_of(s.op, s.op.Equal(s.token_type, IMAGE), dim(s.token_type, 1), s.visual)
+    return _attention(s, rows, s.op.Constant(value=ir.tensor(np.ones((1, 1, 1, s.visual), np.float32))))
+
+
+def last_score(s: ScoringContext) -> ir.Value:
+    """Scores as FastV (arXiv 2403.06764): what image tokens receive from the last token of the prompt."""
+    real = s.op.Cast(s.op.Not(s.op.Equal(s.token_type, PADDING)), to=INT64)
+    rows = s.op.Sub(s.op.ReduceSum(real, [1], keepdims=1), 1)
+    return _attention(s, rows, s.op.Constant(value=ir.tensor(np.ones((1, 1, 1, 1), np.float32))))
+
+
+def boundary_score(s: ScoringContext) -> ir.Value:
+    """Scores as truncation (arXiv 2406.06579, eqs. 7-11): what image tokens receive from position Nsys + Nimg, the
+    first text behind the image; 0 if there is none."""
+    tokens = dim(s.token_type, 1)
+    first = positions_of(s.op, s.op.Equal(s.token_type, INSTRUCTION), tokens, 1)
+    rows = s.op.Min(first, tokens - 1)
+    return _attention(s, rows, _is(s, rows, INSTRUCTION))
+
+
+def _is(s: ScoringContext, rows: ir.Value, token_type: int) -> ir.Value:
+    """Returns 1 for the `rows` [B,R] of that type, else 0: [B,1,1,R] fp32."""
+    same = s.op.Equal(s.op.GatherElements(s.token_type, rows, axis=1), token_type)
+    return s.op.Unsqueeze(s.op.Cast(same, to=FLOAT), [1, 2])
+
+
+def _attention(s: ScoringContext, rows: ir.Value, weight: ir.Value) -> ir.Value:
+    """Returns mean over heads of sum over `rows` [B,R] of weight [B,1,1,R] * softmax(q k^T / sqrt(E)) [B,H,R,S]."""
+    op, batch, count = s.op, dim(rows, 0), dim(rows, 1)
+    tokens, groups, e = dim(s.query, 2), s.spec.kv_heads, s.spec.head_dim
+    by_token = op.Transpose(s.query, perm=[0, 2, 1, 3])
+    picked = op.Transpose(op.GatherND(by_token, op.Unsqueeze(rows, [2]), batch_dims=1), perm=[0, 2, 1, 3])
+    # Heads that share a key stand together, so GQA is one batched product per group: [B,G,(H/G)*R,E] x [B,G,E,S].
+    q32 = op.Reshape(op.Cast(picked, to=FLOAT), [batch, groups, -1, e])
+    k32 = op.Transpose(op.Cast(s.key, to=FLOAT), perm=[0, 1, 3, 2])
+    logits = op.Reshape(op.MatMul(op.Mul(q32, e**-0.5), k32), [batch, s.spec.heads, count, tokens])
+    seen_from = op.Unsqueeze(op.GatherElements(s.position, rows, axis=1), [2])
+    visible = op.LessOrEqual(op.Unsqueeze(s.position, [1]), seen_from)
+    causal = op.Unsqueeze(op.Where(visible, 0.0, float("-inf")), [1])
+    probability = op.Softmax(op.Add(logits, causal), axis=-1)
+    return op.Reshape(op.ReduceMean(op.MatMul(weight, probability), [1], keepdims=0), [batch, tokens])
