@@ -41,7 +41,7 @@ def cuts_of(policy: str) -> int:
     """Returns how many cuts a policy makes. HimapError (usage) if it is unknown, or there is nothing to tune."""
     if policy not in POLICIES:
         known = f"known: {', '.join(POLICIES)}{suggestion(policy, POLICIES)}"
-        raise HimapError(f"unknown policy {policy[:80]}", known, code=Exit.USAGE)
+        raise HimapError(f"unknown policy {policy[:80]!r}", known, code=Exit.USAGE)
     if not 0 < (cuts := len(POLICIES[policy])) <= MOST_CUTS:
         raise HimapError(f"the policy {policy} makes {cuts} cuts", "1 or 2 can be tuned", code=Exit.USAGE)
     return cuts
