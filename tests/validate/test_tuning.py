@@ -224,6 +224,19 @@ def test_many_answers_draw_a_front_beside_several_draws_of_chance(
     assert {a["seed"] for a in log if a["policy"] == f"random-{DEAR}"} == {0, 1, 2, 3}
 
 
+def test_chance_is_not_its_own_baseline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = {"none": "1" * 40, CHEAP: "1" * 10 + "0" * 30, DEAR: "1" * 30 + "0" * 10}
+    tune_made(monkeypatch, tmp_path, right, "--policy", "random")
+    found = json.loads(capsys.readouterr().out)
+    assert found["policy"] == "random" and found["draws"] == 0 and found["over_random"] == {}
+    plans = named_plans([str(tmp_path / "out" / "plans.toml")])
+    assert {plan.policy for plan in plans.values()} == {"random"}
+    log = [json.loads(line) for line in (tmp_path / "out" / "sweep.jsonl").read_text().splitlines()[1:]]
+    assert {(a["policy"], a["seed"]) for a in log} == {("none", 0), (CHEAP, 0), (DEAR, 0)}
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("tune") / "out"
