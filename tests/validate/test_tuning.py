@@ -113,7 +113,7 @@ def test_every_policy_has_a_grid_whose_plans_are_read_back(policy: str, tmp_path
         ("fastv", {"k2": (4,)}, "`k2` is not for the policy fastv"),
         ("truncation", {"r2": (0.5,)}, "it cuts once: `k1`, `r1`"),
         ("none", {}, "the policy none makes 0 cuts"),
-        ("himapp", {}, "unknown policy 'himapp'.*did you mean himap"),
+        ("himapp", {}, "unknown policy himapp.*did you mean himap"),
     ],
 )
 def test_what_no_policy_has_is_refused(policy: str, values: Values, words: str) -> None:

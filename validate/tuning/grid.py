@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
-from himap_export.graphs.errors import Exit, HimapError, suggestion
-from himap_export.graphs.plan import POLICIES, Cut, PruningPlan
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.plan import Cut, PruningPlan
+from himap_export.graphs.selectors import criteria_of
 
 MOST_PLANS = 1000  # each is a prefill of every question: of 1000 questions, at a tenth of a second, more than a day
 MOST_CUTS = 2  # as many as there are options
@@ -39,10 +40,7 @@ class Candidate:
 
 def cuts_of(policy: str) -> int:
     """Returns how many cuts a policy makes. HimapError (usage) if it is unknown, or there is nothing to tune."""
-    if policy not in POLICIES:
-        known = f"known: {', '.join(POLICIES)}{suggestion(policy, POLICIES)}"
-        raise HimapError(f"unknown policy {policy[:80]!r}", known, code=Exit.USAGE)
-    if not 0 < (cuts := len(POLICIES[policy])) <= MOST_CUTS:
+    if not 0 < (cuts := len(criteria_of(policy))) <= MOST_CUTS:
         raise HimapError(f"the policy {policy} makes {cuts} cuts", "1 or 2 can be tuned", code=Exit.USAGE)
     return cuts
 
@@ -87,5 +85,5 @@ def grid(values: Values, layers: int, policy: str = "himap") -> tuple[Candidate,
 
 
 def _plan(policy: str, cuts: Sequence[tuple[int, float]]) -> PruningPlan:
-    criteria = POLICIES[policy]
+    criteria = criteria_of(policy)
     return PruningPlan(tuple(Cut(layer, c, removed) for (layer, removed), c in zip(cuts, criteria, strict=False)))
