@@ -13,10 +13,14 @@ from test_docs import ROOT, blocks
 
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.cli import main as run_main
+from himap_export.engines.questions import Example
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import Exit
 from himap_export.validate.cli import main as validate_main
 from himap_export.validate.reference import criteria
+from himap_export.validate.reference.criteria import ReferenceCut
+from himap_export.validate.tuning.grid import grid
+from himap_export.validate.tuning.sweep import Job, _answering
 
 PAGE = [block.text for block in blocks(ROOT / "docs" / "add-a-selector.md")]
 FLAGS = ("--policy", "value-norm", "--k1", 2, "--k2", 4, "--text-budget", 120, "--max-new-tokens", 8, *ORT)
@@ -65,8 +69,20 @@ def test_it_is_exported_run_judged_and_scored(
     assert call(run_main, bundle, "--image", tmp_path / "0.png", "--prompt", "What?", "--threads", 1) == 0
     scoring = ("--dataset", tmp_path / "two.jsonl", "--seeds", 1, "--threads", 1, "--report", tmp_path / "r", "--json")
     capsys.readouterr()
-    assert call(validate_main, bundle, *scoring) == 0
+    assert call(validate_main, bundle, *scoring, "--no-speed") == 0
     assert "value-norm" in capsys.readouterr().out
+
+
+def test_its_cuts_are_tuned(place: Path, work: Workshop, tmp_path: Path) -> None:
+    """As a worker of himap-tune answers, in this process."""
+    install(PAGE, place)
+    (made,) = grid({"k1": (2,), "r1": (0.5,), "k2": (4,), "r2": (0.5,)}, 6, "value-norm")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 56, 3), np.uint8)).save(tmp_path / "0.png")
+    example = Example(1, "1", tmp_path / "0.png", "What?", "a", "")
+    cuts = tuple(ReferenceCut(cut.layer, cut.criterion, cut.remove or 0.0) for cut in made.plan.cuts)
+    answer = _answering(Job(work.family("llava"), "fp32", 1, {"none": (), made.name: cuts}, (0,)))
+    _, tokens, _ = answer((0, example))
+    assert set(tokens) == {("none", 0), (made.name, 0)} and "value-norm" in criteria.CRITERIA
 
 
 def test_a_reference_that_ranks_otherwise_fails_the_gate(place: Path, work: Workshop, tmp_path: Path) -> None:

@@ -52,9 +52,11 @@ def _parser() -> Parser:
     )  # fmt: skip
     p.add_argument("--atol", type=number(0, 1e6), help="allowed difference of logits (default: by dtype)")
     p.add_argument("--rtol", type=number(0, 1), help="the same, as a share of the largest logit; added to --atol")
-    p.add_argument("--no-speed", action="store_true", help="parity only")
-    p.add_argument("--iterations", type=whole(1, 10_000), default=10, help="repetitions of each phase (default: 10)")
-    p.add_argument("--warm-up", type=whole(0, 10_000), default=2, help="repetitions not counted (default: 2)")
+    p.add_argument("--no-speed", action="store_true", help="parity only; with --dataset: accuracy only")
+    p.add_argument(
+        "--iterations", type=whole(1, 10_000), help="repetitions of each phase (default: 10; with --dataset: 5)"
+    )
+    p.add_argument("--warm-up", type=whole(0, 10_000), help="repetitions not counted (default: 2; with --dataset: 1)")
     threads = len(os.sched_getaffinity(0))
     p.add_argument("--threads", type=whole(1, MOST_THREADS), default=threads, help="CPU threads (default: all)")
     p.add_argument(
@@ -73,6 +75,8 @@ def _parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
+    usual = (10, 2) if args.dataset is None else (5, 1)  # many systems take turns over a data set
+    args.iterations, args.warm_up = args.iterations or usual[0], usual[1] if args.warm_up is None else args.warm_up
     for problem in _misuse(args):
         parser.error(problem)
     words = sys.argv[1:] if argv is None else argv
@@ -118,7 +122,7 @@ def _score(args: argparse.Namespace, argv: list[str]) -> None:
     asked = Scoring(
         dataset=args.dataset, report=report, plans=tuple(args.plan), text_budget=args.text_budget, backend=args.backend,
         seeds=args.seeds, limit=args.limit, new_tokens=args.max_new_tokens, skip_bad=args.skip_bad,
-        command=("himap-validate", *argv),
+        timing=None if args.no_speed else (args.iterations, args.warm_up), command=("himap-validate", *argv),
     )  # fmt: skip
     lines, facts = score(bundle, source, Opening(args.threads, args.device), asked)
     if args.json:

@@ -66,7 +66,8 @@ class Study:
         plans, budgets = self.out / f"{name}.toml", ("--text-budget", TEXT, "--max-new-tokens", 4, "--batch", BATCH)
         if not bundle.exists():
             command("himap-export", "shapes", "--backend", "onnxruntime", "--plan", plans, *budgets, "--out", bundle)
-        flags = ("--dataset", self.dataset, "--report", report, "--seeds", self.seeds, "--threads", 1)
+        # Two run at once: neither's times would say anything.
+        flags = ("--dataset", self.dataset, "--report", report, "--seeds", self.seeds, "--threads", 1, "--no-speed")
         command("himap-validate", bundle, *flags, "--max-new-tokens", 2)
         return report
 

@@ -12,9 +12,12 @@ from himap_export.engines.arrays import Inputs
 from himap_export.engines.questions import Dataset, Example, read_dataset
 from himap_export.validate.accuracy import prompter as prompter_module
 from himap_export.validate.accuracy.answers import Answered, AnswerLog, read_log
-from himap_export.validate.accuracy.evaluate import percent, points, run, summarise, summary_json, summary_lines
+from himap_export.validate.accuracy.costs import Costs
+from himap_export.validate.accuracy.evaluate import Findings, percent, points, run, summarise, summary_lines
+from himap_export.validate.accuracy.front import Front
 from himap_export.validate.accuracy.prompter import Prompter, prompter_of_checkpoint
 from himap_export.validate.accuracy.statistics import Interval, accuracy_interval
+from himap_export.validate.speed.benchmark import Times
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "exporter" / "shapes"
@@ -116,10 +119,32 @@ def test_the_summary_by_hand(prompter: Prompter, data: Dataset, tmp_path: Path) 
     of_type = [number for number, e in enumerate(data.examples) if e.type == one]
     right = np.isin(of_type, [0, 1, 2]).mean()
     assert summary.cells["himap"][one].accuracy.mean == pytest.approx(right)
-    text = "\n".join(summary_lines(summary))
+    flops = {"none": 1.0, "himap": 0.4, "random": 0.4}
+    found = Findings(summary, flops, Costs("not timed"), Front((), "nothing told apart"))
+    text = "\n".join(summary_lines(found))
+    assert "not timed" in text and "nothing told apart" in text and "prefill" not in text
     assert "±" not in text and "himap" in text and "paired differences" in text
     assert f"{300 / n:.1f} ({100 * himap.accuracy.low:.1f} to {100 * himap.accuracy.high:.1f})" in text
-    assert json.loads(json.dumps(summary_json(summary)))["accuracy"]["himap"]["all"]["questions"] == n
+    told = json.loads(json.dumps(found.to_json()))
+    assert told["accuracy"]["himap"]["all"]["questions"] == n and told["flops_kept"] == flops
+    assert told["costs"] == {"note": "not timed", "systems": {}} and told["front"]["names"] == []
+
+
+def test_time_and_memory_stand_beside_accuracy(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:
+    answered = asked(prompter, data, tmp_path / "a.jsonl", made_systems(prompter, data))
+    summary = summarise(answered, data, {"none": (), "himap": ("none", "random"), "random": ("none",)})
+    prefill = {"none": (0.2, 0.3, 0.2), "himap": (0.1, 0.1, 0.1), "random": (0.1, 0.29, 0.21)}
+    times = {n: Times(n, {"prefill": p, "decode": (0.004,) * 3}, 7 * 2**20, 1.0) for n, p in prefill.items()}
+    flops, costs = {"none": 1.0, "himap": 0.4, "random": 0.4}, Costs("on this machine", "none", times)
+    found = Findings(summary, flops, costs, Front(("random", "none")))
+    lines = summary_lines(found)
+    rows = {line.split()[0]: " ".join(line.split()) for line in lines[2:5]}
+    assert "100.0 ms 2.00x (2.00 to 3.00) 4.0 ms 7 MiB" in rows["himap"] and " 40% " in rows["himap"]
+    assert "210.0 ms no difference measurable here (0.95 to 2.00)" in rows["random"]  # 2.00, 1.03, 0.95
+    assert "200.0 ms" in rows["none"] and "x (" not in rows["none"] and "100%" in rows["none"]
+    told = found.to_json()["costs"]["systems"]
+    assert told["himap"]["over_unpruned"]["prefill"] == pytest.approx((2, 2, 3)) and told["none"]["decode"] == 0.004
+    assert told["random"]["peak_bytes"] == 7 * 2**20 and found.to_json()["front"]["names"] == ("random", "none")
 
 
 def test_missing_answers_are_no_wrong_answers(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:

@@ -309,7 +309,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_accuracy_has_baselines_of_the_same_weights_and_the_original(shapes: Path, tmp_path: Path) -> None:
-    flags = ("--dataset", IMAGES / "questions.jsonl", "--limit", 4, "--seeds", 1, "--threads", 1)
+    flags = ("--dataset", IMAGES / "questions.jsonl", "--limit", 4, "--seeds", 1, "--threads", 1, "--no-speed")
     assert call(validate_main, shapes, *flags, "--report", tmp_path / "report") == 0
     found = json.loads((tmp_path / "report" / "report.json").read_text())["accuracy"]
     over = {name: set(cells["all"]["over"]) for name, cells in found.items()}

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import pytest
 from commands import ORT, Workshop, call, greedy
+from pages import Seen
 
 from himap_export.engines.questions import read_dataset
 from himap_export.exporter.cli import main as export_main
@@ -30,7 +31,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def score(bundle: Path, report: Path, *flags: object) -> int:
-    arguments = ("--dataset", IMAGES / "questions.jsonl", "--report", report, "--seeds", 2, "--threads", 1)
+    timing = () if "--iterations" in flags else ("--no-speed",)
+    arguments = ("--dataset", IMAGES / "questions.jsonl", "--report", report, "--seeds", 2, "--threads", 1, *timing)
     return call(main, bundle, *arguments, *flags)
 
 
@@ -78,10 +80,28 @@ def test_what_was_answered_is_not_asked_again(bundle: Path, report: Path, tmp_pa
 
 
 def test_one_plan_and_one_object(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert score(bundle, tmp_path / "r", "--plan", "fastv", "--limit", 3, "--json") == 0
+    flags = ("--plan", "fastv", "--limit", 3, "--iterations", 1, "--warm-up", 0, "--json")
+    assert score(bundle, tmp_path / "r", *flags) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["accuracy"]) == ["fastv", "none", "random", "uniform"]
     assert found["accuracy"]["fastv"]["all"]["questions"] == 3
+    timed = found["costs"]["systems"]
+    assert list(timed) == list(found["accuracy"]) and "1 interleaved repetitions" in found["costs"]["note"]
+    assert timed["none"]["over_unpruned"] == {"prefill": [1, 1, 1], "decode": [1, 1, 1]}
+    for cost in timed.values():
+        assert 0 < cost["decode"] < cost["prefill"] and 2**24 < cost["peak_bytes"] < 2**32
+    assert found["front"]["names"] == [] and "Nothing can be told apart on 3 questions" in found["front"]["note"]
+    told = Seen((tmp_path / "r" / "report.html").read_text())
+    assert "Nothing can be told apart on 3 questions" in " ".join(told.texts) and "over unpruned" in told.texts
+    assert (tmp_path / "r" / "worth.png").is_file()
+
+
+def test_what_would_not_fit_into_memory_is_not_timed_and_told(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("himap_export.validate.accuracy.costs.memory_bytes", lambda: 1000)
+    assert score(bundle, tmp_path / "r", "--plan", "fastv", "--limit", 1, "--iterations", 1) == 0
+    assert "Times were left out: 4 processes of their own take 0 GB" in capsys.readouterr().out
 
 
 def test_what_a_limit_asked_the_whole_goes_on_with(

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ from himap_export.engines.choice import best_backend
 from himap_export.engines.questions import Example
 from himap_export.exporter.plans import named_plans
 from himap_export.graphs.errors import HimapError
+from himap_export.graphs.plan import POLICIES, himap
 from himap_export.validate.accuracy.statistics import Interval
 from himap_export.validate.checkpoint import checkpoint_folder
-from himap_export.validate.reference.criteria import ReferenceCut, State, reference_himap
+from himap_export.validate.parity.runs import reference_cuts
+from himap_export.validate.reference.criteria import Cuts, State
 from himap_export.validate.reference.reference import Reference
 from himap_export.validate.report.charts import Point, pareto
 from himap_export.validate.report.page import Figure
 from himap_export.validate.tuning.cli import main
 from himap_export.validate.tuning.front import RankedPlan, choose, rank
-from himap_export.validate.tuning.grid import Candidate, defaults, grid
+from himap_export.validate.tuning.grid import Candidate, Values, defaults, grid
 from himap_export.validate.tuning.sweep import Job, SweptExample, first_tokens
 
 IMAGES = Path(__file__).parents[2] / "examples" / "shapes" / "images"
@@ -46,60 +48,101 @@ class Counting:
         return self.reference.advance(state, layer, attention)
 
 
-@pytest.mark.parametrize("policy", ["himap", "random"])
+def reference_plans(candidates: Sequence[Candidate], tokens: int = 16) -> dict[str, Cuts]:
+    return {c.name: reference_cuts(c.plan, c.plan.kept(tokens)) for c in candidates}
+
+
+@pytest.mark.parametrize("policy", ["himap", "random", "fastv"])
 def test_the_walk_says_what_one_prefill_a_plan_says(work: Workshop, policy: str) -> None:
     reference = Counting(work.reference("mha"))
-    plans = grid((1, 3), (0.25, 0.5), (4, 7), (0.5, 0.75), 10)
+    values = {"k1": (1, 3), "r1": (0.25, 0.5)} | ({"k2": (4, 7), "r2": (0.5, 0.75)} if policy != "fastv" else {})
+    plans = {"none": ()} | reference_plans(grid(values, 10, policy))
     made = make_inputs(work.tiny("mha"), [9], [5], seed=3)
-    found = first_tokens(reference, Inputs(made.input_ids, made.pixel_values), plans, policy, seed=5)  # type: ignore[arg-type]
-    assert set(found) == {"none", *(c.name for c in plans)} and len(plans) == 16
-    for c in plans:
-        cuts = reference_himap(c.k1, c.k2, c.r1, c.r2)
-        if policy == "random":
-            cuts = ReferenceCut(c.k1, "random", c.r1), ReferenceCut(c.k2, "random", c.r2)
-        wanted = reference.reference.prefill(made.input_ids, made.pixel_values, cuts=cuts, seeds=[5])
-        assert found[c.name] == int(wanted.logits[0].argmax())
-    plain = reference.reference.prefill(made.input_ids, made.pixel_values)
-    assert found["none"] == int(plain.logits[0].argmax())
-    # 10 unpruned; from each of 4 (K1, R1) on to layer 7; from each of the 16 plans' K2 to the end.
-    assert reference.ran == 10 + 2 * (7 - 1) + 2 * (7 - 3) + 8 * (10 - 4) + 8 * (10 - 7)
+    found = first_tokens(reference, Inputs(made.input_ids, made.pixel_values), plans, (5, 8))  # type: ignore[arg-type]
+    assert len(plans) == (5 if policy == "fastv" else 17) and set(found) == {
+        (name, n) for name in plans for n in (0, 1)
+    }
+    # Twice: 10 unpruned; from each of 4 (K1, R1) on to layer 7; from each of the 16 plans' K2, or the 4 plans' K1, on.
+    once = 10 + 2 * (7 - 1) + 2 * (7 - 3) + 8 * (10 - 4) + 8 * (10 - 7)
+    assert reference.ran == 2 * (10 + 2 * (10 - 1) + 2 * (10 - 3) if policy == "fastv" else once)
+    for (name, n), token in found.items():
+        arrays = made.input_ids, made.pixel_values
+        wanted = reference.reference.prefill(*arrays, cuts=plans[name], seeds=[(5, 8)[n]])
+        assert token == int(wanted.logits[0].argmax())
 
 
 def test_grids() -> None:
-    plans = grid((2, 1), (0.5,), (2, 4), (0.75,), 10)
+    plans = grid({"k1": (2, 1), "r1": (0.5,), "k2": (2, 4), "r2": (0.75,)}, 10)
     assert [c.name for c in plans] == ["k1-r0_5-k2-r0_75", "k1-r0_5-k4-r0_75", "k2-r0_5-k4-r0_75"]
-    near = grid((1,), (0.3333333, 0.3333334, 1e-7), (2,), (0.0,), 10)
+    assert plans[0].plan == himap(1, 2, 0.5, 0.75)
+    near = grid({"k1": (1,), "r1": (0.3333333, 0.3333334, 1e-7), "k2": (2,), "r2": (0.0,)}, 10)
     assert len({c.name for c in near}) == 3 and all(re.fullmatch(r"[\w-]+", c.name) for c in near)
     assert defaults(32) == ((1, 2, 4), (5, 8, 16)) and defaults(10)[0][0] == 1
+    assert defaults(32, 1) == ((1, 2, 4, 5, 8, 16),)
     for layers in (3, 6, 10, 28, 40):
-        assert grid(defaults(layers)[0], (0.5,), defaults(layers)[1], (0.5,), layers)
-    for arguments, words in (
-        (((4,), (0.5,), (2, 4), (0.5,)), "no plan is left to try"),
-        (((2,), (0.5,), (10,), (0.5,)), "`k2` 10 is past the last layer"),
-        (((0,), (0.5,), (4,), (0.5,)), "is below 1"),
-        (((2,), (1.0,), (4,), (0.5,)), r"`r1` 1\.0 is outside"),
-        (((2,), (0.5,), (4,), (-0.5,)), r"`r2` -0\.5 is outside"),
-        (((2,), (0.5,), (4,), (float("nan"),)), "`r2` nan is outside"),
-        (((10,), (0.5,), (4,), (0.5,)), "`k1` 10 is past"),
-        ((range(1, 4), [n / 64 for n in range(64)], range(4, 10), (0.5,)), "1152 plans are too many to try"),
+        for policy, cuts in (("himap", 2), ("fastv", 1)):
+            assert grid({}, layers, policy) and {len(c.cuts) for c in grid({}, layers, policy)} == {cuts}
+    for values, words in (
+        ({"k1": (4,), "k2": (2, 4)}, "no plan is left to try"),
+        ({"k1": (2,), "k2": (10,)}, "`k2` 10 is past the last layer"),
+        ({"k1": (0,), "k2": (4,)}, "is below 1"),
+        ({"r1": (1.0,)}, r"`r1` 1\.0 is outside"),
+        ({"r2": (-0.5,)}, r"`r2` -0\.5 is outside"),
+        ({"r2": (float("nan"),)}, "`r2` nan is outside"),
+        ({"k1": (10,), "k2": (4,)}, "`k1` 10 is past"),
+        (
+            {"k1": range(1, 4), "r1": [n / 64 for n in range(64)], "k2": range(4, 10), "r2": (0.5,)},
+            "1152 plans are too",
+        ),
     ):
         with pytest.raises(HimapError, match=words):
-            grid(*arguments, 10)
+            grid(values, 10)
+
+
+@pytest.mark.parametrize("policy", [name for name, criteria in POLICIES.items() if criteria])
+def test_every_policy_has_a_grid_whose_plans_are_read_back(policy: str, tmp_path: Path) -> None:
+    found = grid({"r1": (0.5,)}, 12, policy)
+    assert all(c.plan.policy == policy for c in found)
+    (tmp_path / "plans.toml").write_text("\n".join(c.toml(c.name) for c in found))
+    assert named_plans([str(tmp_path / "plans.toml")]) == {c.name: c.plan for c in found}
+
+
+@pytest.mark.parametrize(
+    ("policy", "values", "words"),
+    [
+        ("fastv", {"k2": (4,)}, "`k2` is not for the policy fastv"),
+        ("truncation", {"r2": (0.5,)}, "it cuts once: `k1`, `r1`"),
+        ("none", {}, "the policy none makes 0 cuts"),
+        ("himapp", {}, "unknown policy himapp.*did you mean himap"),
+    ],
+)
+def test_what_no_policy_has_is_refused(policy: str, values: Values, words: str) -> None:
+    with pytest.raises(HimapError) as refused:
+        grid(values, 10, policy)
+    assert re.search(words, " ".join((refused.value.summary, refused.value.details, refused.value.hint)))
+
+
+def candidate(r2: float) -> Candidate:
+    return Candidate(((1, 0.5), (2, r2)))
 
 
 def test_the_front_by_hand() -> None:
-    cheap, dear, bad, tied = (Candidate(1, 0.5, 2, r2) for r2 in (0.9, 0.25, 0.5, 0.75))
+    """Righter by 30 of 100 is told apart, and by none; the unpruned model is on the front like any other."""
+    cheap, dear, bad, tied = (candidate(r2) for r2 in (0.9, 0.25, 0.5, 0.75))
     flops = {cheap.name: 0.3, dear.name: 0.8, bad.name: 0.5, tied.name: 0.8}
-    shares = {cheap.name: 6, dear.name: 9, bad.name: 5, tied.name: 9}
-    right = {name: np.arange(10) < count for name, count in shares.items()}
-    ranked = rank((cheap, dear, bad, tied), flops, right, np.ones(10, bool))
-    assert [j.candidate for j in ranked if j.on_front] == [cheap, dear, tied]
-    assert {j.candidate: round(j.loss.mean, 6) for j in ranked} == {cheap: 0.4, dear: 0.1, bad: 0.5, tied: 0.1}
+    shares = {cheap.name: 40, dear.name: 70, bad.name: 35, tied.name: 70, "none": 100}
+    right = {name: np.arange(100) < count for name, count in shares.items()}
+    ranked, front = rank((cheap, dear, bad, tied), flops, right)
+    assert front.names == (cheap.name, dear.name, "none")
+    assert [j.candidate for j in ranked if j.on_front] == [cheap, dear]
+    assert {j.candidate: round(j.loss.mean, 6) for j in ranked} == {cheap: 0.6, dear: 0.3, bad: 0.65, tied: 0.3}
+    ranked, front = rank((cheap, dear, bad, tied), flops, {name: row[:5] for name, row in right.items()})
+    assert front.names == () and not any(j.on_front for j in ranked) and "on 5 questions" in front.note
 
 
 def test_the_choice_by_hand() -> None:
     def row(r2: float, flops: float, high: float) -> RankedPlan:
-        return RankedPlan(Candidate(1, 0.5, 2, r2), flops, Interval(0.9, 0.8, 1.0), Interval(high / 2, 0.0, high), True)
+        return RankedPlan(candidate(r2), flops, Interval(0.9, 0.8, 1.0), Interval(high / 2, 0.0, high), True)
 
     ranked = [row(0.9, 0.3, 0.05), row(0.75, 0.5, 0.019), row(0.5, 0.7, 0.0)]
     chosen = choose(ranked, 1.0, 0.98)
@@ -113,25 +156,25 @@ def test_the_choice_by_hand() -> None:
 
 @pytest.mark.parametrize(("questions", "sure"), [(5, False), (380, False), (381, True)])
 def test_a_loss_that_no_question_shows_is_not_excluded(questions: int, sure: bool) -> None:
-    plan, right = Candidate(1, 0.75, 2, 0.9), np.ones(questions, bool)
-    ranked = rank((plan,), {plan.name: 0.2}, {plan.name: right}, right)
+    plan, right = candidate(0.9), np.ones(questions, bool)
+    ranked, _ = rank((plan,), {plan.name: 0.2}, {plan.name: right, "none": right})
     chosen = choose(ranked, 1.0, 0.99)
     assert chosen.candidate == (plan if sure else None)
     assert sure or "even without a loss it takes 381" in chosen.reason
 
 
-@pytest.mark.parametrize("baseline", ["random", "none"])
-def test_a_chosen_plan_is_told_of_though_another_dominates_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], baseline: str
-) -> None:
-    """The cheap one is right as often as unpruned, but on other questions: its interval is wide, the dear one's not."""
-    right = {"none": "11100", "k1-r0_5-k4-r0_9": "01110", "k1-r0_5-k4-r0_5": "11100"}
+DEAR, CHEAP = "k1-r0_5-k4-r0_5", "k1-r0_5-k4-r0_9"
+
+
+def tune_made(monkeypatch: pytest.MonkeyPatch, folder: Path, right: Mapping[str, str], *flags: object) -> list[Point]:
+    """Runs the command on plans that are right where a 1 stands; what is random is so in every second draw. Returns the
+    points of its charts."""
     points: list[Point] = []
 
     def sweep(job: Job, examples: Sequence[tuple[int, Example]], workers: int) -> Iterator[SweptExample]:
-        assert job.policy == "himap" or {c.name for c in job.candidates} == set(right) - {"none"}
-        for n, example in examples:
-            yield example, {name: int(row[n]) for name, row in right.items()}, 1
+        keys = [(name, n) for name in job.plans for n in range(len(job.seeds))]
+        for number, example in examples:
+            yield example, {(k, n): int(right.get(k, "10"[n % 2] * 99)[number]) for k, n in keys}, 1
 
     def drawn(*words: str, data: Sequence[Point], **labels: str) -> Figure:
         points.extend(data)
@@ -139,25 +182,66 @@ def test_a_chosen_plan_is_told_of_though_another_dominates_it(
 
     monkeypatch.setattr("himap_export.validate.tuning.tune.sweep", sweep)
     monkeypatch.setattr("himap_export.validate.tuning.page.pareto", drawn)
-    flags = ("--k1", 1, "--k2", 4, "--r1", 0.5, "--r2", "0.5,0.9", "--no-time", "--baseline", baseline)
-    flags += ("--min-accuracy", 0.2)  # 3 of 5 are right: the dear plan may lose 43 points, the cheap one 55
-    data = IMAGES / "questions.jsonl"
-    assert call(main, "shapes", "--dataset", data, "--out", tmp_path / "out", *flags, "--json") == 0
+    lines = (IMAGES / "questions.jsonl").read_text().splitlines()
+    shutil.copytree(IMAGES, folder / "data")
+    data = folder / "data" / "many.jsonl"
+    data.write_text("".join(f"{lines[n % len(lines)]}\n" for n in range(len(right["none"]))))
+    grid_flags = ("--k1", 1, "--k2", 4, "--r1", 0.5, "--r2", "0.5,0.9", "--no-time", "--json", *flags)
+    assert call(main, "shapes", "--dataset", data, "--out", folder / "out", *grid_flags) == 0
+    return points
+
+
+@pytest.mark.parametrize("baseline", ["random", "none"])
+def test_few_answers_draw_no_front_and_may_choose_a_plan(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], baseline: str
+) -> None:
+    """The cheap one is right as often as unpruned, but on other questions: its interval is wide, the dear one's not."""
+    right = {"none": "11100", CHEAP: "01110", DEAR: "11100"}
+    # 3 of 5 are right: the dear plan may lose 43 points, the cheap one 55
+    points = tune_made(monkeypatch, tmp_path, right, "--min-accuracy", 0.2, "--baseline", baseline)
     found = json.loads(capsys.readouterr().out)
-    dear, cheap = "k1-r0_5-k4-r0_5", "k1-r0_5-k4-r0_9"
-    assert found["choice"]["name"] == dear and found["dtype"] == "fp32"
-    assert {p["name"]: p["on_front"] for p in found["plans"]} == {cheap: True, dear: False}
-    assert set(found["over_random"]) == ({cheap, dear} if baseline == "random" else set())
+    assert found["choice"]["name"] == DEAR and found["dtype"] == "fp32"
+    assert found["front"]["names"] == [] and "Nothing can be told apart on 5 questions" in found["front"]["note"]
+    assert not any(p["on_front"] for p in found["plans"]) and not any(p.on_front for p in points)
+    assert set(found["over_random"]) == ({DEAR} if baseline == "random" else set())
+    assert "Nothing can be told apart" in (tmp_path / "out" / "report.html").read_text()
     plans = named_plans([str(tmp_path / "out" / "plans.toml")])
-    assert set(plans) == {"tuned", cheap, dear} and plans["tuned"] == plans[dear]
-    assert [p.label for p in points if p.on_front] == [cheap]  # unpruned is dominated too, by the cheap one
+    assert set(plans) == {"tuned", DEAR} and plans["tuned"] == plans[DEAR]
+
+
+def test_many_answers_draw_a_front_beside_several_draws_of_chance(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = {"none": "1" * 40, CHEAP: "1" * 10 + "0" * 30, DEAR: "1" * 30 + "0" * 10}
+    points = tune_made(monkeypatch, tmp_path, right, "--seeds", 4)
+    found = json.loads(capsys.readouterr().out)
+    assert found["front"] == {"names": [CHEAP, DEAR, "none"], "note": ""} and found["draws"] == 4
+    assert {p["name"]: p["on_front"] for p in found["plans"]} == {CHEAP: True, DEAR: True}
+    assert {p.label for p in points if p.on_front} == {CHEAP, DEAR, "none"}
+    assert {name: i["mean"] for name, i in found["over_random"].items()} == {CHEAP: -0.25, DEAR: 0.25}
+    assert found["choice"]["name"] is None and set(named_plans([str(tmp_path / "out" / "plans.toml")])) == {CHEAP, DEAR}
+    log = [json.loads(line) for line in (tmp_path / "out" / "sweep.jsonl").read_text().splitlines()[1:]]
+    assert {a["seed"] for a in log if a["policy"] == f"random-{DEAR}"} == {0, 1, 2, 3}
+
+
+def test_chance_is_not_its_own_baseline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = {"none": "1" * 40, CHEAP: "1" * 10 + "0" * 30, DEAR: "1" * 30 + "0" * 10}
+    tune_made(monkeypatch, tmp_path, right, "--policy", "random")
+    found = json.loads(capsys.readouterr().out)
+    assert found["policy"] == "random" and found["draws"] == 0 and found["over_random"] == {}
+    plans = named_plans([str(tmp_path / "out" / "plans.toml")])
+    assert {plan.policy for plan in plans.values()} == {"random"}
+    log = [json.loads(line) for line in (tmp_path / "out" / "sweep.jsonl").read_text().splitlines()[1:]]
+    assert {(a["policy"], a["seed"]) for a in log} == {("none", 0), (CHEAP, 0), (DEAR, 0)}
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("tune") / "out"
     flags = ("--dataset", IMAGES / "questions.jsonl", "--out", out, *SMALL, "--iterations", 2, "--min-accuracy", 0.1)
-    flags += ("--threads", 1)
+    flags += ("--threads", 1, "--seeds", 2)
     assert call(main, "shapes", *flags) == 0
     yield out
 
@@ -165,13 +249,14 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_plans_can_be_exported(tuned: Path) -> None:
     found = json.loads((tuned / "report.json").read_text())
     plans = named_plans([str(tuned / "plans.toml")])
-    front = [p["name"] for p in found["plans"] if p["on_front"]]
-    assert list(plans) == ["tuned", *front] and plans["tuned"] == plans[found["choice"]["name"]]
-    by_name = {c.name: c.plan for c in grid((1, 2), (0.5,), (4,), (0.5, 0.75), 10)}
-    assert {name: by_name[name] for name in front} == {name: plans[name] for name in front}
-    assert set(found["times"]) == {"none", *front} and found["times"]["none"]["speed_up"] == [1, 1, 1]
+    chosen = found["choice"]["name"]
+    assert list(plans) == ["tuned", chosen] and plans["tuned"] == plans[chosen]
+    values = {"k1": (1, 2), "r1": (0.5,), "k2": (4,), "r2": (0.5, 0.75)}
+    assert plans[chosen] == {c.name: c.plan for c in grid(values, 10)}[chosen]
+    assert set(found["times"]) == {"none", chosen} and found["times"]["none"]["speed_up"] == [1, 1, 1]
     assert found["timed_on"] == {"backend": best_backend().backend, "threads": 1}
-    assert set(found["over_random"]) == set(front) and found["questions"] == 5
+    assert set(found["over_random"]) == {chosen} and found["questions"] == 5 and found["draws"] == 2
+    assert found["front"]["names"] == [] and "on 5 questions" in found["front"]["note"]
     text = re.sub("<[^>]*>", "", (tuned / "report.html").read_text())
     assert "himap-export shapes --plan" in text and (tuned / "flops.png").is_file() and (tuned / "time.png").is_file()
 
@@ -180,7 +265,19 @@ def test_a_sweep_goes_on_where_it_stopped(tuned: Path, tmp_path: Path, capsys: p
     again = Path(shutil.copytree(tuned, tmp_path / "again"))
     lines = (again / "sweep.jsonl").read_text().splitlines(keepends=True)
     (again / "sweep.jsonl").write_text("".join(lines[:8]) + lines[8][:9])
-    flags = ("--dataset", IMAGES / "questions.jsonl", "--out", again, *SMALL, "--no-time", "--json")
+    flags = (
+        "--dataset",
+        IMAGES / "questions.jsonl",
+        "--out",
+        again,
+        *SMALL,
+        "--no-time",
+        "--seeds",
+        2,
+        "--min-accuracy",
+        0.1,
+        "--json",
+    )
     assert call(main, "shapes", *flags) == 0
     assert sorted((again / "sweep.jsonl").read_text().splitlines()) == sorted(line.strip() for line in lines)
     before, after = json.loads((tuned / "report.json").read_text()), json.loads(capsys.readouterr().out)
@@ -246,6 +343,9 @@ def test_what_is_refused(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ((*data, "--out", tmp_path / "a", "--k1", "4", "--k2", "2"), "no plan is left to try"),
         ((*data, "--out", tmp_path / "a", "--k2", "10"), "--k2 10 is past the last layer"),
         ((*data, "--out", tmp_path / "a", "--r1", "1"), "is outside [0, 1)"),
+        ((*data, "--out", tmp_path / "a", "--policy", "fastv", "--k2", "4"), "--k2 is not for the policy fastv"),
+        ((*data, "--out", tmp_path / "a", "--policy", "none"), "the policy none makes 0 cuts"),
+        ((*data, "--out", tuned, *SMALL, "--policy", "intra-visual"), "policy is 'intra-visual', was 'himap'"),
         (("--dataset", tmp_path / "none.jsonl", "--out", tmp_path / "a"), "cannot read data set"),
         ((*data, "--out", tmp_path / ("x" * 300)), "File name too long"),
     ):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,13 +19,24 @@ from himap_export.validate.accuracy.answers import read_log
 from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
 from himap_export.validate.accuracy.systems import request_seed
 from himap_export.validate.checkpoint import checkpoint_folder
-from himap_export.validate.reference.criteria import ReferenceCut, reference_himap
+from himap_export.validate.parity.runs import reference_cuts
+from himap_export.validate.reference.criteria import Cuts, ReferenceCut
 from himap_export.validate.reference.reference import Reference
 from himap_export.validate.tuning.grid import grid
 from himap_export.validate.tuning.sweep import Job, sweep
 
 IMAGES = Path(__file__).parents[2] / "examples" / "shapes" / "images"
-PLANS = grid((1, 2), (0.5,), (4,), (0.75,), 10)
+TOKENS = 16  # any: cuts by fractions are alike
+
+
+def plans_of(policy: str) -> dict[str, Cuts]:
+    """The unpruned model and two plans of a policy of two cuts."""
+    found = grid({"k1": (1, 2), "r1": (0.5,), "k2": (4,), "r2": (0.75,)}, 10, policy)
+    return {"none": (), **{c.name: reference_cuts(c.plan, c.plan.kept(TOKENS)) for c in found}}
+
+
+def job(checkpoint: Path, plans: Mapping[str, Cuts] | None = None) -> Job:
+    return Job(checkpoint, "fp32", 1, plans or plans_of("himap"), (0,))
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +53,19 @@ def asked() -> list[tuple[int, Example]]:
 def test_two_processes_say_what_one_prefill_a_plan_says(
     shapes: Path, asked: list[tuple[int, Example]], policy: str
 ) -> None:
-    reference, prompter = Reference(shapes), prompter_of_checkpoint(shapes)
-    found = {e.line: (tokens, label) for e, tokens, label in sweep(Job(shapes, "fp32", 1, PLANS, policy, 3), asked, 2)}
+    reference, prompter, plans = Reference(shapes), prompter_of_checkpoint(shapes), plans_of(policy)
+    swept = sweep(Job(shapes, "fp32", 1, plans, (3, 4)), asked, 2)
+    found = {e.line: (tokens, label) for e, tokens, label in swept}
     assert len(found) == len(asked) >= 5
     for number, example in asked:
         tokens, label = found[example.line]
         assert prompter.processor.tokenizer.decode([label]).strip() == example.answer
-        inputs, seed = prompter.arrays(example), request_seed(3, number)
-        for c in PLANS:
-            cuts = reference_himap(c.k1, c.k2, c.r1, c.r2)
-            if policy == "random":
-                cuts = ReferenceCut(c.k1, "random", c.r1), ReferenceCut(c.k2, "random", c.r2)
-            wanted = reference.prefill(inputs.input_ids, inputs.pixel_values, cuts=cuts, seeds=[seed])
-            assert tokens[c.name] == int(wanted.logits[0].argmax())
+        inputs = prompter.arrays(example)
+        assert set(tokens) == {(name, n) for name in plans for n in (0, 1)}
+        for (name, n), token in tokens.items():
+            seeds = [request_seed((3, 4)[n], number)]
+            wanted = reference.prefill(inputs.input_ids, inputs.pixel_values, cuts=plans[name], seeds=seeds)
+            assert token == int(wanted.logits[0].argmax())
 
 
 def test_an_error_in_a_worker_is_told_as_it_is(
@@ -61,21 +73,21 @@ def test_an_error_in_a_worker_is_told_as_it_is(
 ) -> None:
     broken = Path(shutil.copytree(shapes, tmp_path / "broken", ignore=shutil.ignore_patterns("*.safetensors")))
     with pytest.raises(HimapError, match=r"PyTorch cannot load .*broken"):
-        list(sweep(Job(broken, "fp32", 1, PLANS, "himap", 0), asked, 2))
+        list(sweep(job(broken), asked, 2))
     assert not workers() and "Traceback" not in capfd.readouterr().err
 
 
 def test_a_bug_in_a_worker_is_told_as_what_it_is(
     shapes: Path, asked: list[tuple[int, Example]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(HimapError, match=r"sweeping plans failed: KeyError: 'nothing'") as told:
-        list(sweep(Job(shapes, "fp32", 1, PLANS, "nothing", 0), asked, 1))
+    with pytest.raises(HimapError, match=r"sweeping plans failed: IndexError: .*out of range") as told:
+        list(sweep(job(shapes, {"a": (ReferenceCut(99, "last"),)}), asked, 1))
     assert "memory" not in str(told.value) and "Traceback" in capfd.readouterr().err
     assert not workers()
 
 
 def test_a_worker_that_dies_is_an_error(shapes: Path, asked: list[tuple[int, Example]]) -> None:
-    answers = sweep(Job(shapes, "fp32", 1, PLANS, "himap", 0), asked, 1)
+    answers = sweep(job(shapes), asked, 1)
     next(answers)
     (worker,) = workers()
     os.kill(worker, signal.SIGKILL)

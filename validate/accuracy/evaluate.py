@@ -11,6 +11,8 @@ from himap_export.engines.arrays import Inputs
 from himap_export.engines.questions import Dataset, Example, expected
 from himap_export.validate.accuracy.answers import Answered, AnswerLog
 from himap_export.validate.accuracy.choices import is_right
+from himap_export.validate.accuracy.costs import HEAD, Costs
+from himap_export.validate.accuracy.front import Front
 from himap_export.validate.accuracy.prompter import Prompter
 from himap_export.validate.accuracy.statistics import (
     Interval,
@@ -43,6 +45,24 @@ class Summary:
 
     types: tuple[str, ...]
     cells: Mapping[str, Mapping[str, Cell]]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the systems know, their shares of the unpruned prefill's FLOPs, what they cost, and which are worth it."""
+
+    summary: Summary
+    flops: Mapping[str, float]
+    costs: Costs
+    front: Front
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns {"flops_kept": {system: share}, "types": [..], "accuracy": {system: {type: {questions, accuracy,
+        over, seeds}}}, "costs": {"note", "systems"}, "front": {"names", "note"}}"""
+        every = self.summary.cells.items()
+        cells = {name: {kind: asdict(cell) for kind, cell in found.items()} for name, found in every}
+        found = {"flops_kept": dict(self.flops), "types": list(self.summary.types), "accuracy": cells}
+        return found | {"costs": self.costs.to_json(), "front": asdict(self.front)}
 
 
 def run(
@@ -81,10 +101,9 @@ def _answered(system: PlanSystem, e: Example, said: str) -> Answered:
 def summarise(answered: Sequence[Answered], dataset: Dataset, baselines: Mapping[str, Sequence[str]]) -> Summary:
     """Sums up the answers by system and type; `baselines` lists all systems and whom each is compared with. KeyError if
     one lacks answers."""
-    lines = [e.line for e in dataset.examples]
     kinds = np.array([e.type for e in dataset.examples])
     types = (ALL, *dict.fromkeys(kind for kind in kinds.tolist() if kind not in ("", ALL)))
-    right = {name: _right(answered, name, lines) for name in baselines}
+    right = {name: right_answers(answered, name, dataset) for name in baselines}
     cells: dict[str, dict[str, Cell]] = {}
     for name, others in baselines.items():
         cells[name] = {}
@@ -97,28 +116,46 @@ def summarise(answered: Sequence[Answered], dataset: Dataset, baselines: Mapping
     return Summary(types, cells)
 
 
-def _right(answered: Sequence[Answered], name: str, lines: Sequence[int]) -> npt.NDArray[np.bool_]:
-    """[seeds, n]"""
+def right_answers(answered: Sequence[Answered], name: str, dataset: Dataset) -> npt.NDArray[np.bool_]:
+    """Returns whether system `name` was right, [seeds, n] over the examples. KeyError if it lacks answers."""
+    lines = [e.line for e in dataset.examples]
     found = {(a.seed, a.line): a.right for a in answered if a.policy == name}
     seeds = sorted({seed for seed, _ in found}) or [0]
     return np.array([[found[seed, line] for line in lines] for seed in seeds])
 
 
-def accuracy_rows(summary: Summary) -> list[tuple[str, ...]]:
-    """Returns how many questions there are of each type, then each system's accuracy on them."""
-    first = next(iter(summary.cells.values()))
-    rows = [(name, *(percent(cells[kind].accuracy) for kind in summary.types)) for name, cells in summary.cells.items()]
-    return [("questions", *(f"{first[kind].questions}" for kind in summary.types)), *rows]
+def system_rows(found: Findings) -> list[tuple[str, ...]]:
+    """Returns a head, then each system's accuracy, its share of the FLOPs and, if they were measured, time and
+    memory."""
+    head = ("", "right (%)", "FLOPs", *(HEAD if found.costs.times else ()))
+    right = {name: percent(cells[ALL].accuracy) for name, cells in found.summary.cells.items()}
+    return [head, *((name, right[name], f"{found.flops[name]:.0%}", *found.costs.cells(name)) for name in right)]
 
 
-def summary_lines(summary: Summary) -> list[str]:
-    """Returns, a line each, accuracy by system and type, then each system against its baselines."""
-    lines = aligned([("", *summary.types), *accuracy_rows(summary)])
+def type_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """Returns the types as a head, how many questions there are of each, and each system's accuracy on them; nothing if
+    the data set has no types."""
+    types, first = summary.types[1:], next(iter(summary.cells.values()))
+    if not types:
+        return []
+    rows = [(name, *(percent(cells[kind].accuracy) for kind in types)) for name, cells in summary.cells.items()]
+    return [("", *types), ("questions", *(f"{first[kind].questions}" for kind in types)), *rows]
+
+
+def summary_lines(found: Findings) -> list[str]:
+    """Returns, a line each, what the systems know and cost, accuracy by type, and each system against its baselines."""
+    summary = found.summary
+    questions = next(iter(summary.cells.values()))[ALL].questions
+    lines = [f"right answers to {questions} questions, with their 95 % interval, and what they cost:"]
+    lines += [*aligned(system_rows(found)), found.costs.note]
+    if found.front.note:
+        lines.append(found.front.note)
+    if by_type := type_rows(summary):
+        lines += ["", "right answers by type, in percent:", *aligned(by_type)]
     differences = [("", "over", "points, with their 95 % interval")]
     for name, cells in summary.cells.items():
         differences += [(name, other, points(i)) for other, i in cells[ALL].over.items()]
-    title = "right answers in percent, with their 95 % interval; paired differences on all questions:"
-    return [*lines, "", title, *aligned(differences)]
+    return [*lines, "", "paired differences on all questions:", *aligned(differences)]
 
 
 def percent(i: Interval) -> str:
@@ -136,9 +173,3 @@ def points(i: Interval) -> str:
 def _rounded(i: Interval) -> tuple[float, float, float]:
     mean, low, high = (round(100 * value, 1) + 0.0 for value in (i.mean, i.low, i.high))  # -0.0 + 0.0 is 0.0
     return mean, low, high
-
-
-def summary_json(summary: Summary) -> dict[str, Any]:
-    """Returns {"types": [..], "accuracy": {system: {type: {questions, accuracy, over, seeds}}}}"""
-    cells = {name: {kind: asdict(cell) for kind, cell in found.items()} for name, found in summary.cells.items()}
-    return {"types": list(summary.types), "accuracy": cells}

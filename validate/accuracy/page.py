@@ -9,10 +9,11 @@ from himap_export.engines.image import load_image, tile_grid
 from himap_export.engines.questions import Dataset, Example
 from himap_export.graphs.plan import POLICIES
 from himap_export.validate.accuracy.answers import Answered
-from himap_export.validate.accuracy.evaluate import ALL, Summary, accuracy_rows, points
+from himap_export.validate.accuracy.evaluate import ALL, Findings, Summary, points, system_rows, type_rows
+from himap_export.validate.accuracy.front import HOW as HOW_FRONT
 from himap_export.validate.accuracy.prompter import Prompter
 from himap_export.validate.accuracy.systems import PlanSystem, request_seed
-from himap_export.validate.report.charts import Datum, bars
+from himap_export.validate.report.charts import Datum, Point, bars, pareto
 from himap_export.validate.report.page import Block, Facts, Figure, Gallery, Page, Picture, Section, Table, png
 
 SHOWN, SIDE = 6, 336  # example images; pixels on which the line around a patch is still a thin one
@@ -25,19 +26,20 @@ HOW = (
 
 
 def accuracy_page(
-    summary: Summary,
+    found: Findings,
     answered: Sequence[Answered],
     systems: Sequence[PlanSystem],
     data: Dataset,
     prompter: Prompter,
     made: tuple[Block, ...],
 ) -> Page:
-    """Returns headline, chart and tables, example images with the patches that the first pruned plan kept, and what
+    """Returns headline, charts and tables, example images with the patches that the first pruned plan kept, and what
     `made` the report."""
     first = next((c for c in systems if c.pipeline.spec.plan.cuts), systems[0])
-    run, m = first.pipeline.spec, first.pipeline.spec.manifest
+    run, m, summary = first.pipeline.spec, first.pipeline.spec.manifest, found.summary
     sections = (
-        Section("Accuracy", (_facts(summary, first), _plot(summary), _table(summary, systems))),
+        Section("Accuracy and cost", (_facts(summary, first), *_worth(found, systems))),
+        Section("By type of question", (_plot(summary), *_types(summary))),
         Section("Against the unpruned model and against chance", (_differences(summary), HOW)),
         *([Section("What was kept", _examples(first, answered, data, prompter))] if first.baselines else []),
         Section("How this was made", (_plans(systems), *made)),
@@ -69,11 +71,31 @@ def _plot(summary: Summary) -> Figure:
     return bars("accuracy", title, how=how, data=data, x_label="type", y_label="right answers (%)")
 
 
-def _table(summary: Summary, systems: Sequence[PlanSystem]) -> Table:
-    flops = {c.name: f"{c.flops:.0%}" for c in systems}
-    rows = tuple((name, flops.get(name, ""), *found) for name, *found in accuracy_rows(summary))
-    caption = "Right answers, in percent, with their 95 % interval."
-    return Table("right", ("", "FLOPs kept", *summary.types), rows, caption)
+def _worth(found: Findings, systems: Sequence[PlanSystem]) -> tuple[Block, ...]:
+    """Accuracy beside what it costs: the table, and each system in a chart."""
+    head, *rows = system_rows(found)
+    caption = f"Right answers in percent, with their 95 % interval. {found.costs.note}"
+    policies = {c.name: c.pipeline.spec.plan.policy for c in systems}
+    times = found.costs.times
+    points = [
+        Point(
+            policies[name], 1e3 * times[name].median("prefill") if times else 100 * found.flops[name],
+            y=100 * a.mean, low=100 * a.low, high=100 * a.high, label=name, on_front=name in found.front.names,
+        )
+        for name, cells in found.summary.cells.items()
+        for a in (cells[ALL].accuracy,)
+    ]  # fmt: skip
+    title = f"Right answers against {'measured prefill time' if times else 'FLOPs'}, with 95 % intervals"
+    how = f"up and to the left is better. {found.front.note or 'The line joins the front. ' + HOW_FRONT}"
+    x_label = "prefill of a batch (ms)" if times else "share of the unpruned prefill's FLOPs (%)"
+    figure = pareto("worth", title, how=how, data=points, x_label=x_label, y_label="right answers (%)")
+    return figure, Table("systems", head, tuple(rows), caption)
+
+
+def _types(summary: Summary) -> tuple[Table, ...]:
+    """Accuracy on each type of question, if there are types."""
+    rows = type_rows(summary)
+    return (Table("types", rows[0], tuple(rows[1:]), "Right answers in percent."),) if rows else ()
 
 
 def _differences(summary: Summary) -> Table:

@@ -1,5 +1,6 @@
 """`himap-validate --dataset`: a bundle's plans, the unpruned model and the baselines answer a data set."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from himap_export.engines.manifest import FILE_NAME
 from himap_export.engines.questions import Dataset, read_dataset
 from himap_export.engines.session import open_pipeline
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.validate.accuracy.answers import AnswerLog, check_count, check_log, claim, read_log
-from himap_export.validate.accuracy.evaluate import run, summarise, summary_json, summary_lines
+from himap_export.validate.accuracy.answers import Answered, AnswerLog, check_count, check_log, claim, read_log
+from himap_export.validate.accuracy.costs import Costs, measure_costs
+from himap_export.validate.accuracy.evaluate import Findings, right_answers, run, summarise, summary_lines
+from himap_export.validate.accuracy.front import front
 from himap_export.validate.accuracy.page import accuracy_page
 from himap_export.validate.accuracy.prompter import Prompter, prompter_of_bundle
-from himap_export.validate.accuracy.systems import open_systems
+from himap_export.validate.accuracy.systems import PlanSystem, open_systems
 from himap_export.validate.checkpoint import Source
 from himap_export.validate.dequantised import has_original
 from himap_export.validate.progress import counted, say
@@ -27,7 +30,8 @@ SHORT = 8  # tokens of an answer, unless asked otherwise or the right ones are l
 
 @dataclass(frozen=True)
 class Scoring:
-    """`plans` of the bundle to score (none named: all), random ones `seeds` times, on the first `limit` lines."""
+    """`plans` of the bundle to score (none named: all), random ones `seeds` times, on the first `limit` lines;
+    `timing`: how often each is timed, and before that to warm up, None if none is."""
 
     dataset: Path
     report: Path
@@ -38,6 +42,7 @@ class Scoring:
     limit: int | None
     new_tokens: int | None
     skip_bad: bool
+    timing: tuple[int, int] | None
     command: tuple[str, ...]
 
 
@@ -78,14 +83,26 @@ def score(bundle: Bundle, source: Source, opening: Opening, asked: Scoring) -> t
         wanted = {(c.name, c.seed) for c in systems}
         lines = {e.line for e in data.examples}
         answered = [a for a in read_log(log.file) if (a.policy, a.seed) in wanted and a.line in lines]
-        summary = summarise(answered, data, {c.name: c.baselines for c in systems})
-        facts = header | {"flops_kept": {c.name: c.flops for c in systems}, "skipped": list(data.skipped)}
-        facts |= summary_json(summary)
+        costs = Costs("Times were not asked for.")
+        if asked.timing is not None:
+            say(f"timing, each in a process of its own: {', '.join(dict.fromkeys(c.name for c in systems))}")
+            costs = measure_costs(systems, source.folder, opening, *asked.timing)
+        found = _findings(systems, answered, data, costs)
+        facts = header | {"skipped": list(data.skipped)} | found.to_json()
         digests = {"bundle's digest": bundle.manifest.digest, "data set's sha256": header["dataset"]}
         made = provenance(asked.command, digests)
-        page = accuracy_page(summary, answered, systems=systems, data=data, prompter=prompter, made=made)
+        page = accuracy_page(found, answered, systems=systems, data=data, prompter=prompter, made=made)
     written = write_report(asked.report, page, facts)
-    return [*summary_lines(summary), "", f"report: {written}"], facts
+    return [*summary_lines(found), "", f"report: {written}"], facts
+
+
+def _findings(systems: Sequence[PlanSystem], answered: Sequence[Answered], data: Dataset, costs: Costs) -> Findings:
+    """What the answers and the costs come to; the front is by prefill's median time or, without times, by FLOPs."""
+    flops = {c.name: c.flops for c in systems}
+    cost = {name: t.median("prefill") for name, t in costs.times.items()} or flops
+    right = {name: right_answers(answered, name, data) for name in flops}
+    summary = summarise(answered, data, {c.name: c.baselines for c in systems})
+    return Findings(summary, flops, costs, front(cost, right))
 
 
 def _longest(prompter: Prompter, whole: Dataset, data: Dataset, bundle: Bundle, asked: Scoring) -> int:

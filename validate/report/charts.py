@@ -78,8 +78,8 @@ def bars(name: str, title: str, how: str, data: Sequence[Datum], x_label: str, y
 
 
 def pareto(name: str, title: str, how: str, data: Sequence[Point], x_label: str, y_label: str) -> Figure:
-    """Returns a figure of the points, each with a line from low to high; those on the front are joined, numbered and
-    listed, the others are dimmed."""
+    """Returns a figure of the points, each with a line from low to high; those on the front, if there is one, are
+    joined, numbered and listed, the others are dimmed."""
     import altair as alt
 
     names, front = [d.series for d in data], sorted((d for d in data if d.on_front), key=lambda d: d.x)
@@ -88,16 +88,18 @@ def pareto(name: str, title: str, how: str, data: Sequence[Point], x_label: str,
     x, y = alt.X("x:Q", **_axis(x_label)), alt.Y("y:Q", **_axis(y_label))
     base = _chart(data).encode(
         x, color=alt.Color("series:N", **_key(names)),
-        opacity=alt.when("datum.on_front").then(alt.value(1)).otherwise(alt.value(0.4)),
+        opacity=alt.when("datum.on_front").then(alt.value(1)).otherwise(alt.value(0.4 if front else 1)),
         tooltip=_tooltip("label", alt.Tooltip("x:Q", title=x_label, format=".4~g"), y_label),
     )  # fmt: skip
-    joined = chosen.mark_line(strokeWidth=1.4, color="gray").encode(x, y)
     rule = base.mark_rule(strokeWidth=1.3).encode(alt.Y("low:Q", **_axis(y_label)), alt.Y2("high:Q"))
     point = base.mark_point(filled=True, size=90).encode(y, shape=alt.Shape("series:N", **_key(names, SHAPES)))
+    head = {"x": x_label, "y": y_label, "on_front": "on the front"}
+    if not front:
+        return _figure(name, title, how=how, chart=rule + point, data=data, head=head)
+    joined = chosen.mark_line(strokeWidth=1.4, color="gray").encode(x, y)
     listed = alt.Opacity("entry:O", **_key(entries, (1,), orient="bottom", symbolSize=0, offset=8))
     text = chosen.mark_text(fontWeight="bold", align="right", dx=-6, dy=-9)
     number = text.encode(x, y, text="number:N", opacity=listed)
-    head = {"x": x_label, "y": y_label, "on_front": "on the front"}
     return _figure(name, title, how=how, chart=joined + rule + point + number, data=data, head=head)
 
 

@@ -24,8 +24,11 @@ def speed_lines(speed: Speed) -> list[str]:
 
 
 def ratio(found: tuple[float, float, float]) -> str:
-    """Returns a speed-up and its spread: 2.01x (1.98 to 2.05)."""
-    return f"{found[0]:.2f}x ({found[1]:.2f} to {found[2]:.2f})"
+    """Returns a speed-up and its spread, 2.01x (1.98 to 2.05), or that it is none: the spread holds 1."""
+    median, low, high = found
+    if low <= 1 <= high:
+        return f"no difference measurable here ({low:.2f} to {high:.2f})"
+    return f"{median:.2f}x ({low:.2f} to {high:.2f})"
 
 
 def speed_json(speed: Speed) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`himap-tune`: sweeps HiMAP's K1, R1, K2 and R2 over a data set and writes the plan to export."""
+"""`himap-tune`: sweeps the layers and fractions of a policy's cuts over a data set and writes the plan to export."""
 
 import argparse
 import json
@@ -34,11 +34,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("model", metavar="MODEL", help="alias, Hugging Face id or checkpoint folder, as for himap-export")
     p.add_argument("--dataset", type=Path, required=True, metavar="F.jsonl", help="lines of image, question, answer")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"{PLANS}, the report, and the answers' log")
+    p.add_argument("--policy", default="himap", metavar="NAME", help="what ranks the tokens (default: himap)")
     layers, fractions = _list(whole(1, 9999)), _list(number(0, 1))
     p.add_argument("--k1", type=layers, metavar="K,..", help="layers of the first cut (default: by the depth)")
-    p.add_argument("--k2", type=layers, metavar="K,..", help="layers of the second cut (default: by the depth)")
-    p.add_argument("--r1", type=fractions, metavar="R,..", default=(0.25, 0.5, 0.75), help="default: 0.25,0.5,0.75")
-    p.add_argument("--r2", type=fractions, metavar="R,..", default=(0.5, 0.75, 0.9), help="default: 0.5,0.75,0.9")
+    p.add_argument("--k2", type=layers, metavar="K,..", help="of the second, if the policy has one (default: as k1)")
+    p.add_argument(
+        "--r1", type=fractions, metavar="R,..", help="default: 0.25,0.5,0.75; of a policy that cuts once, 0.9 too"
+    )
+    p.add_argument("--r2", type=fractions, metavar="R,..", help="default: 0.5,0.75,0.9")
     p.add_argument(
         "--min-accuracy", type=number(0.001, 1), default=0.99, metavar="F",
         help="what the chosen plan must keep of the unpruned accuracy (default: 0.99)",
@@ -63,13 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--no-time", action="store_true", help="measure accuracy only")
     p.add_argument(
         "--baseline", "--control", choices=("random", "none"), default="random",
-        help="whom the front's rankings have to beat at their own cuts (default: random)",
+        help="whom the front's rankings have to beat at their own cuts (default: random; none if --policy is random)",
     )  # fmt: skip
+    p.add_argument("--seeds", type=whole(1, 1000), default=5, metavar="N", help="how often it draws (default: 5)")
     p.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32",
         help="of PyTorch and of the engines that are timed (default: fp32)",
     )  # fmt: skip
-    p.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of the random baseline (default: 0)")
+    p.add_argument(
+        "--seed", type=whole(0, 2**32 - 1), default=0, help="of what is random: the first draw's (default: 0)"
+    )
     p.add_argument("--skip-bad", action="store_true", help="leave out lines that cannot be read, and say so")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     return p
@@ -92,11 +98,12 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.validate.checkpoint import checkpoint_folder
     from himap_export.validate.report.machine import provenance
     from himap_export.validate.report.page import check_libraries, finite, write_report
-    from himap_export.validate.tuning.grid import defaults, grid
+    from himap_export.validate.tuning.grid import cuts_of, grid
     from himap_export.validate.tuning.page import toml, tuned_json, tuned_lines, tuned_page
     from himap_export.validate.tuning.tune import TuneOptions, tune
 
     claim(args.out, LOG, PLANS)
+    cuts_of(args.policy)
     data = read_dataset(args.dataset, args.skip_bad)
     for line in data.skipped:
         say(f"left out: {line}")
@@ -108,14 +115,15 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
         load_backend(backend).check(args.dtype, "auto")  # now, not after hours of sweeping
     folder = checkpoint_folder(args.model)
     layers = describe(resolve(str(folder)))[0].layers
-    k1, k2 = defaults(layers)
-    candidates = grid(args.k1 or k1, args.r1, k2s=args.k2 or k2, r2s=args.r2, layers=layers)
+    values = {key: found for key in ("k1", "r1", "k2", "r2") if (found := getattr(args, key)) is not None}
+    candidates = grid(values, layers, args.policy)
     check_count((len(candidates) + 1) * len(data.examples))
     say(f"{len(candidates)} plans, {len(data.examples)} questions, up to {args.workers} at a time")
     args.out.mkdir(parents=True, exist_ok=True)
     options = TuneOptions(
         candidates=candidates, workers=args.workers, dtype=args.dtype, seed=args.seed, keep=args.min_accuracy,
-        backend=backend, iterations=args.iterations, threads=args.threads, baseline=args.baseline != "none",
+        backend=backend, iterations=args.iterations, threads=args.threads,
+        draws=0 if args.baseline == "none" or args.policy == "random" else args.seeds,
     )  # fmt: skip
     tuned = tune(folder, args.dataset, data=data, log_file=args.out / LOG, options=options)
     about = {"model": args.model, "dataset": str(args.dataset), "dtype": args.dtype, "seed": args.seed}

@@ -1,17 +1,18 @@
 """Which plans are worth having, and which one to take."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from himap_export.validate.accuracy.evaluate import percent
+from himap_export.validate.accuracy.front import Front, front
 from himap_export.validate.accuracy.statistics import Interval, accuracy_interval, least_questions, paired_difference
+from himap_export.validate.accuracy.systems import UNPRUNED
 from himap_export.validate.tuning.grid import Candidate
 
-Worth = tuple[float, float]  # what a plan costs, and how right it is
-Right = npt.NDArray[np.bool_]  # [n] of one plan
+Right = npt.NDArray[np.bool_]  # [draws, n] of one plan
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,14 @@ class Choice:
 
 
 def rank(
-    candidates: Sequence[Candidate], flops: Mapping[str, float], right: Mapping[str, Right], unpruned: Right
-) -> tuple[RankedPlan, ...]:
-    """Returns all plans, cheapest first. One is on the front if no other is at least as right for at most its FLOPs."""
-    worth = {c.name: (flops[c.name], float(right[c.name].mean())) for c in candidates}
-    found = []
-    for c in sorted(candidates, key=lambda c: (worth[c.name][0], -worth[c.name][1])):
+    candidates: Sequence[Candidate], flops: Mapping[str, float], right: Mapping[str, Right]
+) -> tuple[tuple[RankedPlan, ...], Front]:
+    """Returns all plans, cheapest first, and the front by FLOPs, of which the unpruned model may be part."""
+    best, unpruned, found = front({**flops, UNPRUNED: 1.0}, right), right[UNPRUNED], []
+    for c in sorted(candidates, key=lambda c: (flops[c.name], -float(right[c.name].mean()))):
         accuracy, loss = accuracy_interval(right[c.name]), paired_difference(unpruned, right[c.name])
-        best = on_front(worth[c.name], worth.values())
-        found.append(RankedPlan(c, flops[c.name], accuracy=accuracy, loss=loss, on_front=best))
-    return tuple(found)
-
-
-def on_front(own: Worth, everyone: Iterable[Worth]) -> bool:
-    """Returns whether no other is at least as right as `own` for at most its cost."""
-    return not any(cost <= own[0] and right >= own[1] and (cost, right) != own for cost, right in everyone)
+        found.append(RankedPlan(c, flops[c.name], accuracy=accuracy, loss=loss, on_front=c.name in best.names))
+    return tuple(found), best
 
 
 def choose(ranked: Sequence[RankedPlan], unpruned: float, keep: float) -> Choice:

@@ -1,37 +1,41 @@
 """A tuning as people read it: accuracy against FLOPs and against time, the front, and the plan to take."""
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from himap_export.validate.accuracy.evaluate import points as in_points
+from himap_export.validate.accuracy.front import HOW as HOW_FRONT
+from himap_export.validate.accuracy.front import Front, front
 from himap_export.validate.accuracy.systems import UNPRUNED
 from himap_export.validate.report.charts import Point, pareto
 from himap_export.validate.report.columns import aligned
-from himap_export.validate.report.page import Block, Command, Facts, Page, Section, Table
-from himap_export.validate.tuning.front import RankedPlan, on_front
+from himap_export.validate.report.page import Block, Command, Facts, Figure, Page, Section, Table
+from himap_export.validate.speed.results import ratio
 from himap_export.validate.tuning.tune import Tuned
 
 HOW = (
     "Every plan runs on the PyTorch reference, one prefill each; what plans agree on is computed once. The first "
-    "generated token decides: for answers of one token that is the accuracy. A plan is on the front if no other is at "
-    "least as right for at most its FLOPs."
+    f"generated token decides: for answers of one token that is the accuracy. {HOW_FRONT}"
 )
 
 
 def toml(t: Tuned) -> str:
     """Returns [tuned], if a plan was chosen, and every plan of the front by its name."""
     tables = [t.choice.candidate.toml("tuned")] if t.choice.candidate else []
-    return "\n".join([*tables, *(j.candidate.toml(j.candidate.name) for j in t.front)])
+    return "\n".join([*tables, *(j.candidate.toml(j.candidate.name) for j in t.shown)])
 
 
 def tuned_json(t: Tuned) -> dict[str, Any]:
-    """Returns every plan, and of those on the front their advantage over chance and their times."""
+    """Returns every plan, the front, and of the plans on it, and the chosen one, advantage over chance and times."""
     return {
+        "policy": t.policy,
         "questions": t.questions,
         "unpruned": asdict(t.unpruned),
         "plans": [asdict(j) | {"name": j.candidate.name} for j in t.ranked],
+        "front": asdict(t.front),
+        "draws": t.draws,
         "over_random": {name: asdict(i) for name, i in t.over_random.items()},
         "times": {name: asdict(time) for name, time in t.timing.plans.items()} if t.timing else {},
         "timed_on": {"backend": t.timing.backend, "threads": t.timing.threads} if t.timing else None,
@@ -40,34 +44,37 @@ def tuned_json(t: Tuned) -> dict[str, Any]:
 
 
 def tuned_lines(t: Tuned) -> list[str]:
-    """Returns the front as a table, then the choice."""
-    return [*aligned([_HEAD, *_rows(t)]), "", t.choice.reason]
+    """Returns the front as a table, or that there is none, then the choice."""
+    return [*aligned([_HEAD, *_rows(t)]), *([t.front.note] if t.front.note else []), "", t.choice.reason]
 
 
 _HEAD = (
-    "on the front", "image tokens", "FLOPs", "right", "unpruned - plan", "plan - random", "prefill time", "by FLOPs",
+    "", "front", "image tokens", "FLOPs", "right", "unpruned - plan", "plan - random", "prefill time", "by FLOPs",
 )  # fmt: skip
 
 
 def _rows(t: Tuned) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [
-        (UNPRUNED, f"{t.image_tokens}", "100%", f"{t.unpruned.mean:.1%}", "", "", _time(t, UNPRUNED), "1.00x")
-    ]
-    for j in t.front:
-        tokens = " → ".join(map(str, j.candidate.plan.kept(t.image_tokens)))
-        over = in_points(t.over_random[j.candidate.name]) if t.over_random else "-"
+    right, whole = f"{t.unpruned.mean:.1%}", (UNPRUNED, _on_front(t, UNPRUNED), f"{t.image_tokens}", "100%")
+    rows: list[tuple[str, ...]] = [(*whole, right, "", "", _time(t, UNPRUNED), "1.00x")]
+    for j in t.shown:
+        name, tokens = j.candidate.name, " → ".join(map(str, j.candidate.plan.kept(t.image_tokens)))
+        over = in_points(t.over_random[name]) if t.over_random else "-"
         rows.append((
-            j.candidate.name, tokens, f"{j.flops:.0%}", f"{j.accuracy.mean:.1%}", in_points(j.loss), over,
-            _time(t, j.candidate.name), f"{1 / j.flops:.2f}x",
+            name, _on_front(t, name), tokens, f"{j.flops:.0%}", f"{j.accuracy.mean:.1%}", in_points(j.loss), over,
+            _time(t, name), f"{1 / j.flops:.2f}x",
         ))  # fmt: skip
     return rows
+
+
+def _on_front(t: Tuned, name: str) -> str:
+    return "yes" if name in t.front.names else "no" if t.front.names else "-"
 
 
 def _time(t: Tuned, name: str) -> str:
     if t.timing is None:
         return "-"
     time = t.timing.plans[name]
-    return f"{1e3 * time.seconds:.1f} ms, {time.speed_up[0]:.2f}x"
+    return f"{1e3 * time.seconds:.1f} ms" + (f", {ratio(time.speed_up)}" if name != UNPRUNED else "")
 
 
 def tuned_page(t: Tuned, model: str, made: tuple[Block, ...], plans: str) -> Page:
@@ -82,17 +89,24 @@ def tuned_page(t: Tuned, model: str, made: tuple[Block, ...], plans: str) -> Pag
     if candidate is not None:
         advice.append(Command(shlex.join(["himap-export", model, "--plan", plans, "--out", "bundle/"])))
     caption = (
-        "Differences in percentage points with 95 % intervals of paired differences; chance is one draw at the same "
-        "cuts. Times are medians; beside them the speed-up over unpruned, and the one that FLOPs allow."
+        f"Differences in percentage points with 95 % intervals of paired differences; chance: {t.draws} draws at the "
+        "same cuts, averaged by question. Times are medians; beside them the speed-up over unpruned with the least and "
+        "the most of all repetitions, and the one that FLOPs allow."
     )
     sections = (
         Section("The plan to take", tuple(advice)),
         Section("Accuracy against cost", _plots(t)),
-        Section("The front", (Table("front", _HEAD, tuple(_rows(t)), caption),)),
+        Section(
+            "The front",
+            (
+                *filter(None, [t.front.note]),
+                Table("front", _HEAD, tuple(_rows(t)), caption),
+            ),
+        ),
         Section("How this was made", (HOW, *made)),
     )
     subtitle = f"{len(t.ranked)} plans, {t.questions} questions of up to {t.text} text tokens"
-    return Page(f"Tuning the cuts of {model}", subtitle, sections)
+    return Page(f"Tuning {t.policy}'s cuts of {model}", subtitle, sections)
 
 
 def _chosen(t: Tuned) -> list[tuple[str, str, str]]:
@@ -102,34 +116,27 @@ def _chosen(t: Tuned) -> list[tuple[str, str, str]]:
 
 
 def _plots(t: Tuned) -> tuple[Block, ...]:
-    y, u = "right answers (%)", t.unpruned
-    whole = Point(UNPRUNED, 100, y=100 * u.mean, low=100 * u.low, high=100 * u.high, label=UNPRUNED)
-    by_flops = [whole, *(_point(j, j.flops) for j in t.ranked)]
-    how = "up and to the left is better. The line joins the front: no other plan is at least as right for at most its"
-    figures = [
-        pareto(
-            "flops", "Accuracy against FLOPs, with 95 % intervals", how=f"{how} FLOPs.", data=_fronted(by_flops),
-            x_label="share of the decoder's prefill FLOPs (%)", y_label=y,
-        )
-    ]  # fmt: skip
+    flops = {UNPRUNED: 1.0} | {j.candidate.name: j.flops for j in t.ranked}
+    x_label = "share of the decoder's prefill FLOPs (%)"
+    figures = [_plot(t, "flops", "Accuracy against FLOPs, with 95 % intervals", flops, best=t.front, x_label=x_label)]
     if t.timing:
-        by_time = [whole, *(_point(j, 1 / t.timing.plans[j.candidate.name].speed_up[0]) for j in t.front)]
-        on = f"{t.timing.backend}, threads: {t.timing.threads}"
-        figures.append(
-            pareto(
-                "time", "Accuracy against measured prefill time, plans of the front above", how=f"{how} time.",
-                data=_fronted(by_time), x_label=f"share of the unpruned prefill time (%); {on}", y_label=y,
-            )
-        )  # fmt: skip
+        times = {name: 1 / timed.speed_up[0] for name, timed in t.timing.plans.items()}
+        x_label = f"share of the unpruned prefill time (%); {t.timing.backend}, threads: {t.timing.threads}"
+        title, best = "Accuracy against measured prefill time, plans of the front above", front(times, t.right)
+        figures.append(_plot(t, "time", title, times, best=best, x_label=x_label))
     return tuple(figures)
 
 
-def _point(j: RankedPlan, share: float) -> Point:
-    a = j.accuracy
-    return Point("himap", 100 * share, y=100 * a.mean, low=100 * a.low, high=100 * a.high, label=j.candidate.name)
-
-
-def _fronted(points: Sequence[Point]) -> list[Point]:
-    """On the front of all points, that of the unpruned model included."""
-    worth = [(p.x, p.y) for p in points]
-    return [replace(p, on_front=on_front(own, worth)) for p, own in zip(points, worth, strict=True)]
+def _plot(t: Tuned, name: str, title: str, share: Mapping[str, float], *, best: Front, x_label: str) -> Figure:
+    """The plans that have a `share` of the unpruned model's cost, and the front."""
+    accuracy = {UNPRUNED: t.unpruned} | {j.candidate.name: j.accuracy for j in t.ranked}
+    points = [
+        Point(
+            UNPRUNED if plan == UNPRUNED else t.policy, 100 * x, y=100 * a.mean, low=100 * a.low, high=100 * a.high,
+            label=plan, on_front=plan in best.names,
+        )
+        for plan, x in share.items()
+        for a in (accuracy[plan],)
+    ]  # fmt: skip
+    how = f"up and to the left is better. {best.note or 'The line joins the front. ' + HOW_FRONT}"
+    return pareto(name, title, how=how, data=points, x_label=x_label, y_label="right answers (%)")

@@ -1,12 +1,11 @@
 """Every plan's answer to an example, in one walk down a tree: what plans agree on is computed once.
 
-The unpruned pass gives the state at every K1; each (K1, R1) runs on from there and gives the state at every K2; each
-(K2, R2) runs on to the end. One prefill a plan: the first generated token is the answer.
+The unpruned pass gives the state at every first cut; each of those runs on from there and gives the state at every
+second one; and so on to the end. One prefill a plan: the first generated token is the answer.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 from himap_export.engines.arrays import Inputs
@@ -14,60 +13,50 @@ from himap_export.engines.isolation import MEMORY, pooled
 from himap_export.engines.questions import Example
 from himap_export.graphs.spec import Dtype
 from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
-from himap_export.validate.accuracy.systems import UNPRUNED, request_seed
+from himap_export.validate.accuracy.systems import request_seed
 from himap_export.validate.checkpoint import load_reference
-from himap_export.validate.reference.criteria import ReferenceCut, State
+from himap_export.validate.reference.criteria import Cuts, State
 from himap_export.validate.reference.reference import Reference
-from himap_export.validate.tuning.grid import Candidate
+from himap_export.validate.registration import require_references
 
-SweptExample = tuple[Example, Mapping[str, int], int]  # an example, the first token by plan, and the right one
-CRITERIA = {"himap": ("instruction", "image"), "random": ("random", "random")}
+Plans = Mapping[str, Cuts]
+Draw = tuple[str, int]  # a plan's name, and the repetition of what is random in it
+SweptExample = tuple[Example, Mapping[Draw, int], int]  # an example, the first token by draw, and the right one
 
 
-def first_tokens(
-    reference: Reference, inputs: Inputs, candidates: Sequence[Candidate], policy: str = "himap", seed: int = 0
-) -> dict[str, int]:
-    """Returns the first token of the unpruned model ("none") and of every plan, by name; `candidates` sorted as `grid`
-    does."""
-    found, first = {}, CRITERIA[policy][0]
+def first_tokens(reference: Reference, inputs: Inputs, plans: Plans, seeds: Sequence[int] = (0,)) -> dict[Draw, int]:
+    """Returns the first token of every plan, by its name and the place of one of `seeds`, by which random cuts draw."""
     state = reference.start(inputs.input_ids[0], inputs.pixel_values)
-    at: dict[int, State] = {}
-    for k1 in sorted({c.k1 for c in candidates}):
-        state = at[k1] = reference.advance(state, k1, attention=True)
-    found[UNPRUNED] = _last(reference, state)
-    for (k1, r1), group in groupby(candidates, key=lambda c: (c.k1, c.r1)):
-        kept, _ = reference.cut(at[k1], ReferenceCut(k1, first, r1), seed)
-        found |= _second(reference, kept, candidates=list(group), criterion=CRITERIA[policy][1], seed=seed)
+    drawn = (_walk(reference, state, plans, seed=seed) for seed in seeds)
+    return {(name, n): token for n, tokens in enumerate(drawn) for name, token in tokens.items()}
+
+
+def _walk(reference: Reference, state: State, plans: Plans, depth: int = 0, *, seed: int) -> dict[str, int]:
+    """The first token of `plans` that agree in their first `depth` cuts, behind which `state` is: on to every next cut,
+    and from each to the end."""
+    found = dict[str, int]()
+    further = {name: cuts for name, cuts in plans.items() if len(cuts) > depth}
+    for layer in sorted({cuts[depth].layer for cuts in further.values()}):
+        state = reference.advance(state, layer, attention=True)
+        for cut in dict.fromkeys(cuts[depth] for cuts in further.values() if cuts[depth].layer == layer):
+            kept, _ = reference.cut(state, cut, seed)
+            alike = {name: cuts for name, cuts in further.items() if cuts[depth] == cut}
+            found |= _walk(reference, kept, alike, depth + 1, seed=seed)
+    if ended := plans.keys() - further.keys():
+        token = int(reference.logits(reference.advance(state, reference.layers)).argmax())
+        found |= dict.fromkeys(ended, token)
     return found
-
-
-def _second(
-    reference: Reference, state: State, candidates: Iterable[Candidate], criterion: str, seed: int
-) -> dict[str, int]:
-    """From behind the first cut: on to every K2, and from each to the end."""
-    found = {}
-    for k2, group in groupby(candidates, key=lambda c: c.k2):
-        state = reference.advance(state, k2, attention=True)
-        for candidate in group:
-            kept, _ = reference.cut(state, ReferenceCut(k2, criterion, candidate.r2), seed)
-            found[candidate.name] = _last(reference, kept)
-    return found
-
-
-def _last(reference: Reference, state: State) -> int:
-    return int(reference.logits(reference.advance(state, reference.layers)).argmax())
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs: the checkpoint, how to compute, and the plans."""
+    """What a worker needs: the checkpoint, how to compute, and the plans, each as often as there are `seeds`."""
 
     checkpoint: Path
     dtype: Dtype
     threads: int
-    candidates: tuple[Candidate, ...]
-    policy: str
-    seed: int
+    plans: Plans
+    seeds: tuple[int, ...]
 
 
 def sweep(job: Job, examples: Sequence[tuple[int, Example]], workers: int) -> Iterator[SweptExample]:
@@ -79,13 +68,14 @@ def sweep(job: Job, examples: Sequence[tuple[int, Example]], workers: int) -> It
 
 
 def _answering(job: Job) -> Callable[[tuple[int, Example]], SweptExample]:
+    require_references("the sweep", (cut.criterion for cuts in job.plans.values() for cut in cuts))
     reference = load_reference(job.checkpoint, job.dtype, job.threads)
     prompter = prompter_of_checkpoint(job.checkpoint)
 
     def answer(task: tuple[int, Example]) -> SweptExample:
         number, example = task
-        inputs, seed = prompter.arrays(example), request_seed(job.seed, number)
-        tokens = first_tokens(reference, inputs, candidates=job.candidates, policy=job.policy, seed=seed)
+        seeds = [request_seed(seed, number) for seed in job.seeds]
+        tokens = first_tokens(reference, prompter.arrays(example), job.plans, seeds)
         return example, tokens, prompter.label(example)
 
     return answer

@@ -1,7 +1,7 @@
 """A tuning: the sweep over a data set, the front, its baseline and its times, and the plan to take."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,19 @@ from himap_export.engines.questions import Dataset, Example, expected
 from himap_export.exporter.planning import describe
 from himap_export.exporter.registry import resolve
 from himap_export.graphs.flops import true_ratio
+from himap_export.graphs.plan import PruningPlan
 from himap_export.graphs.spec import Dtype
 from himap_export.validate.accuracy.answers import Answered, AnswerLog, read_log
+from himap_export.validate.accuracy.front import Front
 from himap_export.validate.accuracy.prompter import Prompter, prompter_of_checkpoint
 from himap_export.validate.accuracy.statistics import Interval, accuracy_interval, paired_difference
 from himap_export.validate.accuracy.systems import UNPRUNED
+from himap_export.validate.parity.runs import reference_cuts
 from himap_export.validate.progress import counted
+from himap_export.validate.registration import require_references
 from himap_export.validate.tuning.front import Choice, RankedPlan, Right, choose, rank
 from himap_export.validate.tuning.grid import Candidate
-from himap_export.validate.tuning.sweep import Job, sweep
+from himap_export.validate.tuning.sweep import Draw, Job, sweep
 from himap_export.validate.tuning.timing import Timing, measure
 
 BASELINE = "random-"  # before a plan's name in the log: its cuts, ranked by chance
@@ -29,10 +33,12 @@ BASELINE = "random-"  # before a plan's name in the log: its cuts, ranked by cha
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """How to sweep. `keep`: the fraction of the unpruned accuracy that a plan must keep.
+    """How to sweep `candidates`, all of one policy. `keep`: the fraction of the unpruned accuracy that a plan must
+    keep.
 
     `backend`, `threads` (None: as many as gain anything): of the engines that are timed, `iterations` times; without
-    a backend none are. `baseline`: whether chance answers too, at the cuts of the front.
+    a backend none are. `draws`: how often chance answers, too, at the cuts of the front, drawn by `seed` and the
+    numbers after it.
     """
 
     candidates: tuple[Candidate, ...]
@@ -43,21 +49,25 @@ class TuneOptions:
     backend: str
     iterations: int
     threads: int | None
-    baseline: bool
+    draws: int
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """`front`: with the chosen plan, should one that dominates it have the wider interval. `over_random`: by name of a
-    plan of the front, how much righter it is than chance at its cuts; `timing`: of these plans and of the unpruned
-    model. Empty and None if they were not asked for."""
+    """All plans `ranked`, and the `front` by FLOPs. `shown`: the plans of the front, and the chosen one. Of these
+    `over_random`: by name, how much righter each is than `draws` of chance at its cuts; and `timing`, of the unpruned
+    model, too. Empty and None if they were not asked for, or no plan is shown. `right`: of all, and the unpruned."""
 
+    policy: str
     questions: int
     image_tokens: int
     text: int
     unpruned: Interval
     ranked: tuple[RankedPlan, ...]
-    front: tuple[RankedPlan, ...]
+    front: Front
+    shown: tuple[RankedPlan, ...]
+    right: Mapping[str, Right]
+    draws: int
     over_random: Mapping[str, Interval]
     timing: Timing | None
     choice: Choice
@@ -70,80 +80,95 @@ def tune(checkpoint: Path, dataset_file: Path, data: Dataset, log_file: Path, op
     spec, (vision,) = describe(resolve(str(checkpoint)))
     tokens = vision.tokens
     text = max(prompter.text_tokens(e) for e in data.examples)
-    flops = {c.name: true_ratio(spec, c.plan, c.plan.kept(tokens), text) for c in options.candidates}
+    plans = {c.name: c.plan for c in options.candidates}
+    require_references("the sweep", (cut.criterion for plan in plans.values() for cut in plan.cuts))
+    flops = {name: true_ratio(spec, plan, plan.kept(tokens), text) for name, plan in plans.items()}
     with AnswerLog(log_file, _header(checkpoint, dataset_file, options)) as log:
-        candidates, seed = options.candidates, options.seed
-        job = Job(checkpoint, options.dtype, threads=1, candidates=candidates, policy="himap", seed=seed)
-        answer = partial(_answer, data=data, log=log, prompter=prompter, workers=options.workers)
-        answer(job)
+        answer = partial(_answer, checkpoint, options, tokens, data=data, log=log, prompter=prompter)
+        answer({UNPRUNED: PruningPlan(), **plans})
         right = _right(log.file, data)
         unpruned = accuracy_interval(right[UNPRUNED])
-        ranked = rank(options.candidates, flops, right, right[UNPRUNED])
+        ranked, front = rank(options.candidates, flops, right)
         choice = choose(ranked, unpruned.mean, options.keep)
-        front = tuple(j for j in ranked if j.on_front or j.candidate == choice.candidate)
-        plans = tuple(sorted(j.candidate for j in front))
+        shown = tuple(j for j in ranked if j.on_front or j.candidate == choice.candidate)
+        named = {c.name: c.plan for c in sorted(j.candidate for j in shown)}
         over: dict[str, Interval] = {}
-        if options.baseline:
-            answer(replace(job, candidates=plans, policy="random"))
-            right = _right(log.file, data)
-            over = {c.name: paired_difference(right[c.name], right[BASELINE + c.name]) for c in plans}
+        if options.draws:
+            answer({BASELINE + name: plan.ranked_by("random") for name, plan in named.items()}, options.draws)
+            drawn = _right(log.file, data, options.draws)
+            over = {name: paired_difference(right[name], drawn[BASELINE + name]) for name in named}
     timing = None
-    if options.backend:
-        named = {c.name: c.plan for c in plans}
+    if options.backend and named:
         timing = measure(
             checkpoint, named, image_tokens=tokens, text=text, dtype=options.dtype, backend=options.backend,
             threads=options.threads, iterations=options.iterations,
         )  # fmt: skip
     return Tuned(
-        questions=len(data.examples), image_tokens=tokens, text=text, unpruned=unpruned, ranked=ranked, front=front,
-        over_random=over, timing=timing, choice=choice,
+        policy=options.candidates[0].policy, questions=len(data.examples), image_tokens=tokens, text=text,
+        unpruned=unpruned, ranked=ranked, front=front, shown=shown, right=right, draws=options.draws, over_random=over,
+        timing=timing, choice=choice,
     )  # fmt: skip
 
 
 def _header(checkpoint: Path, dataset_file: Path, options: TuneOptions) -> dict[str, Any]:
     """What a log has to agree on to go on. The folder too: fine-tuned models share their config.json."""
-    grid = {field: sorted({getattr(c, field) for c in options.candidates}) for field in ("k1", "r1", "k2", "r2")}
+    cuts = [dict(enumerate(c.cuts, 1)) for c in options.candidates]
+    grid = {f"{letter}{n}": sorted({c[n][i] for c in cuts}) for n in cuts[0] for i, letter in enumerate("kr")}
     return {
         "model": str(checkpoint.resolve()), "config": digest(checkpoint / "config.json").sha256,
-        "dataset": digest(dataset_file).sha256, "dtype": options.dtype, "seed": options.seed, "grid": grid,
+        "dataset": digest(dataset_file).sha256, "dtype": options.dtype, "seed": options.seed,
+        "policy": options.candidates[0].policy, "grid": grid,
     }  # fmt: skip
 
 
-def _answer(job: Job, data: Dataset, log: AnswerLog, prompter: Prompter, workers: int) -> None:
-    """All plans of the job answer the examples that one of them has not answered yet."""
-    prefix = BASELINE if job.policy == "random" else ""
-    names = [prefix + c.name for c in job.candidates] + ([] if prefix else [UNPRUNED])
-    todo = [(n, e) for n, e in enumerate(data.examples) if any((name, 0, e.line) not in log.done for name in names)]
+def _answer(
+    checkpoint: Path,
+    options: TuneOptions,
+    image_tokens: int,
+    plans: Mapping[str, PruningPlan],
+    draws: int = 1,
+    *,
+    data: Dataset,
+    log: AnswerLog,
+    prompter: Prompter,
+) -> None:
+    """All `plans`, by name, answer `draws` times the examples that one of them has not answered yet."""
+    keys = [(name, n) for name in plans for n in range(draws)]
+    todo = [(n, e) for n, e in enumerate(data.examples) if any((*key, e.line) not in log.done for key in keys)]
     if not todo:
         return
-    with counted(f"{job.policy}: questions") as count:
+    cuts = {name: reference_cuts(plan, plan.kept(image_tokens)) for name, plan in plans.items()}
+    seeds = tuple(options.seed + n for n in range(draws))
+    job = Job(checkpoint, options.dtype, threads=1, plans=cuts, seeds=seeds)
+    what = options.candidates[0].policy if UNPRUNED in plans else "random"
+    with counted(f"{what}: questions") as count:
         count(done := len(data.examples) - len(todo), len(data.examples))
-        for example, tokens, label in sweep(job, todo, workers):
-            wanted = {prefix + name: token for name, token in tokens.items() if not prefix or name != UNPRUNED}
-            log.append(_answers(example, wanted, label=label, prompter=prompter, log=log))
+        for example, tokens, label in sweep(job, todo, options.workers):
+            log.append(_answers(example, tokens, label=label, prompter=prompter, log=log))
             count(done := done + 1, len(data.examples))
 
 
 def _answers(
-    e: Example, tokens: Mapping[str, int], label: int, prompter: Prompter, log: AnswerLog
+    e: Example, tokens: Mapping[Draw, int], label: int, prompter: Prompter, log: AnswerLog
 ) -> Sequence[Answered]:
     return [
         Answered(
-            name, 0, line=e.line, id=e.id, type=e.type, said=prompter.processor.text([token], ()),
+            name, n, line=e.line, id=e.id, type=e.type, said=prompter.processor.text([token], ()),
             expected=expected(e), right=token == label,
         )
-        for name, token in tokens.items()
-        if (name, 0, e.line) not in log.done
+        for (name, n), token in tokens.items()
+        if (name, n, e.line) not in log.done
     ]  # fmt: skip
 
 
-def _right(file: Path, data: Dataset) -> dict[str, Right]:
-    """By name, [n] over the examples; only of plans that have answered all of them."""
-    lines, found = [e.line for e in data.examples], dict[str, dict[int, bool]]()
+def _right(file: Path, data: Dataset, draws: int = 1) -> dict[str, Right]:
+    """By name, [draws, n] over the examples; only of plans that have answered all of them so often."""
+    lines, found = [e.line for e in data.examples], dict[str, dict[tuple[int, int], bool]]()
     for a in read_log(file):
-        found.setdefault(a.policy, {})[a.line] = a.right
+        found.setdefault(a.policy, {})[a.seed, a.line] = a.right
+    wanted = [(n, line) for n in range(draws) for line in lines]
     return {
-        name: np.array([by_line[line] for line in lines])
-        for name, by_line in found.items()
-        if all(n in by_line for n in lines)
+        name: np.array([own[key] for key in wanted]).reshape(draws, len(lines))
+        for name, own in found.items()
+        if all(key in own for key in wanted)
     }
