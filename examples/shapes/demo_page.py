@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 PHASES = {"first_token": "first token", "vision": "vision", "prefill": "prefill", "decode": "decode, a token"}
 SPEED = (
     "The first token waits for vision and prefill. Pruning makes prefill shorter, by no more than FLOPs allow, and "
-    "leaves vision as it is. Pruned and unpruned engines take turns in one run; where the repetitions of a ratio lie on both "
-    "sides of 1, no difference is measurable."
+    "leaves vision as it is. Pruned and unpruned engines take turns in one run; where the repetitions of a ratio lie "
+    "on both sides of 1, no difference is measurable."
 )
 RTX = (
     "TensorRT-RTX engines are built ahead of time for NVIDIA's RTX GPUs, without one: this bundle can be copied to "
@@ -42,7 +42,7 @@ def _facts(found: "Found") -> Facts:
     median, low, high = speed["over"]["unpruned"]["prefill"]
     return Facts((
         ("answer, pruned", found.answers["pruned"], others),
-        ("image tokens kept", f"{tokens[-1]}", f"of {tokens[0]}, after layer {found.cuts[-1] - 1}"),
+        ("image tokens kept", f"{tokens[-1]}", f"of {tokens[0]}, from layer {found.cuts[-1]} on"),
         ("parity gates ok", found.gates, "against PyTorch in fp32"),
         ("prefill over unpruned", "≈ 1x" if low <= 1 <= high else f"{median:.2f}x",
          f"{low:.2f} to {high:.2f}; FLOPs allow {speed['ceiling']:.2f}x"),
