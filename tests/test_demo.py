@@ -111,7 +111,14 @@ def test_the_page_shows_all_and_needs_nothing_else() -> None:
     found, kept = recorded(), picture().png
     seen = Seen(render(demo_page(found, kept)))
     shown = " ".join(seen.texts)
-    for words in (found.question, "64 → 32 → 8", "12 of 12", found.rtx.told(), "of 64, from layer 8 on"):
+    for words in (
+        found.question,
+        "64 → 32 → 8",
+        "12 of 12",
+        found.rtx.told(),
+        "of 64, from layer 8 on",
+        "right: C; unpruned: C",
+    ):
         assert words in shown, words
     for command in found.next_commands:
         assert command in " ".join(shown.split())

@@ -16,8 +16,8 @@ SPEED = (
     "on both sides of 1, no difference is measurable."
 )
 RTX = (
-    "TensorRT-RTX engines are built ahead of time for NVIDIA's RTX GPUs, without one: this bundle can be copied to "
-    "such a machine and asked there."
+    "TensorRT-RTX engines are built ahead of time for NVIDIA's RTX GPUs, without one: the bundle `shapes-rtx`, beside "
+    "this page, can be copied to such a machine and asked there."
 )
 
 
@@ -38,10 +38,11 @@ def demo_page(found: "Found", kept: bytes) -> Page:
 
 def _facts(found: "Found") -> Facts:
     others = ", ".join(f"{who}: {answer}" for who, answer in found.answers.items() if who != "pruned")
+    right = f"right: {found.expected}; {others}"
     speed, tokens = found.validation["speed"], found.validation["image_tokens"]
     median, low, high = speed["over"]["unpruned"]["prefill"]
     return Facts((
-        ("answer, pruned", found.answers["pruned"], others),
+        ("answer, pruned", found.answers["pruned"], right),
         ("image tokens kept", f"{tokens[-1]}", f"of {tokens[0]}, from layer {found.cuts[-1]} on"),
         ("parity gates ok", found.gates, "against PyTorch in fp32"),
         ("prefill over unpruned", "≈ 1x" if low <= 1 <= high else f"{median:.2f}x",
