@@ -3,9 +3,6 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BUNDLE ?= demo/shapes
-IMAGE ?= examples/shapes/images/$(shell sed -n '1s/.*"image": "\([^"]*\)".*/\1/p' examples/shapes/images/questions.jsonl)
-QUESTION ?= $(shell sed -n '1s/.*"question": "\([^"]*\)".*/\1/p' examples/shapes/images/questions.jsonl)
 
 .PHONY: install demo docs test test-slow fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers peers-env shapes study clean
 
@@ -19,15 +16,9 @@ $(READY): pyproject.toml constraints.txt
 		$(BIN)/pip install --quiet --no-deps --target $(VENV)/tensorrt-bindings tensorrt-cu13-bindings==11.4.0.106
 	touch $@
 
+# Two minutes on 2 cores; its last lines and demo/index.html say what came out.
 demo: install
-	$(BIN)/himap-export shapes --backend onnxruntime --backend tensorrt-rtx --text-budget 48 --out $(BUNDLE) --overwrite
-	$(BIN)/himap-run $(BUNDLE) --image $(IMAGE) --prompt "$(QUESTION)" --show-kept demo/kept.png
-	$(BIN)/himap-validate $(BUNDLE) --image $(IMAGE) --prompt "$(QUESTION)" --report demo/report
-	@echo
-	@echo "bundle:            $(BUNDLE)"
-	@echo "image asked about: $(IMAGE)"
-	@echo "patches kept:      demo/kept.png"
-	@echo "report:            demo/report/report.html"
+	$(BIN)/python examples/shapes/demo.py --out demo
 
 # Beside the tests, which leave a part of the cores idle, lint takes no time; what it says comes last.
 test: install

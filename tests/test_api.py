@@ -154,10 +154,14 @@ def test_validation(bundle: hx.Bundle, tmp_path: Path) -> None:
     report = hx.validate(bundle, image=IMAGE, prompt=QUESTION, speed=False, threads=1, tell=told.extend)
     assert report.passed and report.failed == () and report.lines() == told
     assert json.loads(json.dumps(report.to_json()))["parity"]["tokens"]["first"] is None
+    assert report.to_json()["answer"] == report.answer == {"engine": "C", "reference": "C"}
+    assert "      answer      'C', the reference's 'C'" in told
+    assert report.to_json()["image_tokens"] == list(report.run.budget.visual)
     page = report.write(tmp_path / "report", ("python", "a script.py"))
     shown = re.sub(r"<[^>]*>", "", page.read_text())
     assert "python &#39;a script.py&#39;" in shown and bundle.manifest.digest in shown
-    assert not hx.validate(bundle, prompts=1, speed=False, threads=1, atol=0.0).passed
+    drawn = hx.validate(bundle, prompts=1, speed=False, threads=1, atol=0.0)
+    assert not drawn.passed and drawn.answer is None and drawn.to_json()["answer"] is None
     by_name = hx.validate(bundle, image=str(IMAGE), prompt=QUESTION, max_new_tokens=1, speed=False, threads=1)
     assert "pixels" in {t.name for t in by_name.parity.tensors}  # they are judged however the file is named
 

@@ -15,6 +15,7 @@ from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle, RunSpec
 from himap_export.engines.files import check_output, check_report
 from himap_export.engines.pipeline import Pipeline
+from himap_export.engines.processor import Processor
 from himap_export.engines.session import Request, Session, open_pipeline
 from himap_export.exporter.registry import resolve
 from himap_export.graphs.errors import Exit, HimapError
@@ -36,11 +37,12 @@ from himap_export.validate.parity.quantised import (
     quantised_lines,
 )
 from himap_export.validate.parity.results import gates_json, parity_json, parity_lines
+from himap_export.validate.parity.runs import UNDRAWN
 from himap_export.validate.parity.weights import weight_errors, with_weights
 from himap_export.validate.reference.activations import round_activations, rounds
 from himap_export.validate.reference.reference import Reference
 from himap_export.validate.report.page import check_libraries, finite, write_report
-from himap_export.validate.speed.measure import Speed, ceiling, measure
+from himap_export.validate.speed.measure import Speed, ceiling, measure, uncut_variant
 from himap_export.validate.speed.results import speed_json, speed_lines
 
 Lines = Callable[[Sequence[str]], None]
@@ -50,7 +52,8 @@ ANSWER = 32  # tokens that are compared unless asked otherwise
 
 @dataclass(frozen=True)
 class Report:
-    """What a validation found; `speed` is None where it was not measured, `quantised` where no weights are."""
+    """What a validation found; `speed` is None where it was not measured, `quantised` where no weights are,
+    `processor` where nothing was asked in words."""
 
     run: RunSpec
     backend: str
@@ -58,6 +61,17 @@ class Report:
     parity: Parity
     quantised: Quantised | None = None
     speed: Speed | None = None
+    processor: Processor | None = None
+
+    @property
+    def answer(self) -> dict[str, str] | None:
+        """The answer to the question in words, by who gives it: "engine" and "reference". Behind a tie, where the
+        reference's tokens were kept, the engines' is the one that they give with these."""
+        if self.processor is None:
+            return None
+        stop, found = {*self.run.manifest.model.eos_tokens, UNDRAWN}, self.parity.outputs
+        tokens = {"engine": found["tokens"], "reference": found["reference_tokens"]}
+        return {who: self.processor.text(rows[0].tolist(), stop) for who, rows in tokens.items()}
 
     @property
     def passed(self) -> bool:
@@ -69,17 +83,24 @@ class Report:
         """The names of the gates that did not pass."""
         return tuple(gate.name for gate in self.parity.gates if not gate.passed)
 
+    def parity_lines(self) -> list[str]:
+        """Returns what parity found, and the answer in words, for people."""
+        said = self.answer
+        answer = [f"      {'answer':10}  {said['engine']!r}, the reference's {said['reference']!r}"] if said else []
+        return parity_lines(self.parity, self.run.bundle, self.backend) + answer
+
     def lines(self) -> list[str]:
         """Returns what was found, for people."""
         cost = quantised_lines(self.quantised) if self.quantised else []
         speed = speed_lines(self.speed) if self.speed else []
-        return parity_lines(self.parity, self.run.bundle, self.backend) + cost + speed
+        return self.parity_lines() + cost + speed
 
     def to_json(self) -> dict[str, Any]:
         """Returns what was found, for programs; NaN and infinity are None."""
         found: dict[str, Any] = {
             "bundle": str(self.run.bundle.folder), "backend": self.backend, "device": self.device,
             "dtype": self.run.manifest.dtype, "plan": self.run.plan_name, "text_budget": self.run.budget.text,
+            "image_tokens": list(self.run.budget.visual), "answer": self.answer,
             "passed": self.passed, "parity": parity_json(self.parity), "gates": gates_json(self.parity),
         }  # fmt: skip
         if self.quantised is not None:
@@ -149,21 +170,26 @@ def validate(
     file = None if image is None or isinstance(image, Image.Image) else Path(image)
     pixels = compare_pixels(given.pixel_values, file, run.image, source) if file else None
     opening = Opening(threads or len(os.sched_getaffinity(0)), device)
-    options = ParityOptions(min(max_new_tokens or ANSWER, run.budget.new), atol, rtol, outputs is not None)
-    asked = _Asked(run, source, given, options, pixels=pixels, opening=opening, tell=tell, progress=progress)
+    processor = request.processor if request else None
+    kept = outputs is not None or processor is not None
+    options = ParityOptions(min(max_new_tokens or ANSWER, run.budget.new), atol, rtol, outputs=kept)
+    asked = _Asked(
+        run, source, given, options, pixels=pixels, processor=processor, opening=opening, tell=tell, progress=progress
+    )
     return asked.report(backend, outputs, captures or {}, (iterations, warm_up) if speed else None)
 
 
 @dataclass(frozen=True)
 class _Asked:
     """What a variant is compared on: prompts `given`, with the checkpoint that its bundle was made from, `source`;
-    `pixels`, if an image was given. `opening`: how engines are deployed."""
+    `pixels` and `processor`, if an image was given. `opening`: how engines are deployed."""
 
     run: RunSpec
     source: Source
     given: Inputs
     options: ParityOptions
     pixels: PixelParity | None
+    processor: Processor | None
     opening: Opening
     tell: Lines
     progress: Progress
@@ -180,8 +206,8 @@ class _Asked:
             _save_captures(pipeline, self.given, captures)
         with judge_of(self.run.bundle, self.source) as judge:
             parity = self._parity(judge, pipeline)
-            found = Report(self.run, pipeline.backend, pipeline.engines.device, parity)
-            self.tell(parity_lines(parity, self.run.bundle, found.backend))
+            found = Report(self.run, pipeline.backend, pipeline.engines.device, parity, processor=self.processor)
+            self.tell(found.parity_lines())
             if outputs is not None:
                 save_outputs(outputs, parity.outputs)
             if self._kinds():
@@ -220,10 +246,9 @@ class _Asked:
     def _timed(self, report: Report, judge: Source, iterations: int, warm_up: int) -> Report:
         """Returns `report` with the speed of its bundle beside others'."""
         self.tell(["", f"speed: FLOPs allow {ceiling(self.run):.2f}x over the unpruned decoder prefill"])
+        exporting = "" if uncut_variant(self.run) else "exporting the unpruned baseline; then "
         repetitions = f"{warm_up} + {iterations} repetitions"
-        self.progress(
-            f"exporting the unpruned baseline; then {repetitions}, a process for each system, on {report.device}"
-        )
+        self.progress(f"{exporting}{repetitions}, a process for each system, on {report.device}")
         speed = measure(
             self.run, self.source.folder, report.backend, report.device, judge=judge.folder,
             asked=self.opening.device, iterations=iterations, warm_up=warm_up, threads=self._threads(),

@@ -61,6 +61,32 @@ def test_the_best_that_is_installed_and_runs_here(
     assert found.backend == backend and found.why
 
 
+@pytest.mark.parametrize(
+    ("modules", "processor", "backend"),
+    [
+        (("onnxruntime-gpu", *EVERYTHING), "x86_64", "openvino"),
+        (("onnxruntime-gpu", *EVERYTHING), "aarch64", "onnxruntime"),
+        (("tensorrt", "tensorrt_rtx", "onnxruntime"), "x86_64", "onnxruntime"),
+    ],
+)
+def test_the_best_on_a_cpu_whatever_gpu_is_here(
+    machine: Machine, modules: tuple[str, ...], processor: str, backend: str
+) -> None:
+    machine.has(gpu=89, modules=modules, processor=processor)
+    assert choice.best_backend(cpu=True).backend == backend
+    machine.has(gpu=89, modules=("tensorrt", "tensorrt_rtx"))
+    with pytest.raises(HimapError, match="no backend that runs on this machine"):
+        choice.best_backend(cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"), [({"avx2"}, "fp32"), ({"avx512_bf16"}, "bf16"), ({"amx_fp16", "amx_bf16"}, "bf16")]
+)
+def test_the_dtype_that_a_cpu_computes_fastest(flags: set[str], fast: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_cpu_flags", lambda: frozenset(flags))
+    assert (choice.fast_dtype("openvino"), choice.fast_dtype("onnxruntime")) == (fast, "fp32")
+
+
 def test_the_best_that_builds_a_dtype(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.has(modules=("onnxruntime", "openvino"))
     monkeypatch.setattr(choice, "_builds", lambda backend, dtype: (backend, dtype) == ("onnxruntime", "fp16"))

@@ -19,8 +19,8 @@ from himap_export.validate.reference import reference
 from himap_export.validate.reference.criteria import reference_himap
 from himap_export.validate.speed import benchmark as timing
 from himap_export.validate.speed import measure as speed
-from himap_export.validate.speed.benchmark import OPENED, PHASES, System, Times, _doing, benchmark
-from himap_export.validate.speed.measure import Speed, measure, torch_device
+from himap_export.validate.speed.benchmark import FIRST_TOKEN, OPENED, PHASES, System, Times, _doing, benchmark
+from himap_export.validate.speed.measure import Speed, measure, torch_device, uncut_variant
 from himap_export.validate.speed.results import speed_json, speed_lines
 
 CUTS = reference_himap(2, 4, 0.5, 0.5)
@@ -96,21 +96,27 @@ def test_pytorch_follows_the_engines_where_it_can(monkeypatch: pytest.MonkeyPatc
     assert [torch_device(d) for d in ("gpu", "npu")] == ["xpu", "cpu"]
 
 
-def all_timed(
-    work: Workshop, monkeypatch: pytest.MonkeyPatch, dtype: str, device: str, asked: str | None
-) -> tuple[list[System], Speed, Path]:
-    """Which systems are timed, what is found of them, and where the baseline was."""
+def not_timed(monkeypatch: pytest.MonkeyPatch) -> list[System]:
+    """Which systems would be timed, when they are."""
     timed: list[System] = []
 
     def no_benchmark(systems: Sequence[System], **repetitions: int) -> list[Times]:
         timed.extend(systems)
         return [Times(c.name, dict.fromkeys(PHASES, (1.0, 2.0)), 2**20, 0.25) for c in systems]
 
+    monkeypatch.setattr(speed, "benchmark", no_benchmark)
+    return timed
+
+
+def all_timed(
+    work: Workshop, monkeypatch: pytest.MonkeyPatch, dtype: str, device: str, asked: str | None
+) -> tuple[list[System], Speed, Path]:
+    """Which systems are timed, what is found of them, and where the baseline was."""
+    timed = not_timed(monkeypatch)
     place: list[Path] = []
     monkeypatch.setattr(
         speed, "export_baseline", lambda *a, **named: place.append(named["out"]) or bundle_of(work, dtype).bundle
     )
-    monkeypatch.setattr(speed, "benchmark", no_benchmark)
     found = measure(
         bundle_of(work, dtype), work.checkpoint("gqa2"), "onnxruntime", device, asked=asked,
         iterations=1, warm_up=0, threads=1,
@@ -188,6 +194,35 @@ def test_decode_takes_as_many_steps_however_short_an_answer_may_be(
     system = System("pruned", "bundle", found, work.checkpoint("gqa2"), "onnxruntime", "cpu")
     assert _doing(system, 1)("decode") > 0
     assert len(steps) == 16 and len(set(steps)) == 3
+
+
+def test_the_first_token_waits_for_vision_and_prefill() -> None:
+    pruned = Times("pruned", {"vision": (1.0, 1.0, 2.0), "prefill": (1.0, 2.0, 2.0), "decode": (1.0,) * 3}, 1, 1.0)
+    unpruned = Times("unpruned", {"vision": (1.0, 1.0, 1.0), "prefill": (3.0, 5.0, 3.0), "decode": (1.0,) * 3}, 1, 1.0)
+    speed = Speed(1.5, (pruned, unpruned))
+    assert pruned.of(FIRST_TOKEN) == (2.0, 3.0, 4.0) and speed.over("unpruned", FIRST_TOKEN) == (2.0, 1.0, 2.0)
+    assert speed.first_token_ceiling == pytest.approx((1 + 3) / (1 + 3 / 1.5))
+    found = speed_json(speed)
+    assert found["repetitions"] == 3 and found["first_token_ceiling"] == speed.first_token_ceiling
+    assert found["systems"]["pruned"]["first_token"] == 3.0
+    assert found["systems"]["pruned"]["range"]["first_token"] == (2.0, 4.0)
+    assert found["over"]["unpruned"]["first_token"] == (2.0, 1.0, 2.0)
+    assert "over unpruned: first token 2.00x (1.00 to 2.00), prefill 2.50x" in "\n".join(speed_lines(speed))
+
+
+def test_a_bundle_that_holds_a_plan_without_cuts_is_its_own_baseline(
+    work: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Bundle.open(work.bundle("gqa2", "--policy", "himap", "--policy", "none", cuts=CUTS), verify=False)
+    run = made.select("himap")
+    baseline = uncut_variant(run)
+    assert baseline is not None and baseline.plan_name == "none" and baseline.bundle is made
+    assert (baseline.image, baseline.budget.text) == (run.image, run.budget.text)
+    assert uncut_variant(bundle_of(work)) is None
+    timed = not_timed(monkeypatch)
+    monkeypatch.setattr(speed, "export_baseline", None)  # not called
+    measure(run, work.checkpoint("gqa2"), "onnxruntime", "cpu", iterations=1, warm_up=0, threads=1)
+    assert [c.run.plan_name for c in timed][:2] == ["custom", "none"]
 
 
 def test_names_of_any_length_stand_in_columns() -> None:

@@ -8,7 +8,7 @@ from himap_export.validate.parity.quantised import Quantised, quantised_rows
 from himap_export.validate.parity.results import tensor_rows
 from himap_export.validate.report.charts import Datum, bars
 from himap_export.validate.report.page import Block, Facts, Figure, Page, Section, Table
-from himap_export.validate.speed.benchmark import PHASES, Times
+from himap_export.validate.speed.benchmark import TIMED, Times
 from himap_export.validate.speed.measure import UNPRUNED, Speed
 from himap_export.validate.speed.results import ratio
 
@@ -89,12 +89,13 @@ def _quantised(found: Quantised) -> Table:
 
 def _speed(speed: Speed) -> tuple[Block, ...]:
     rows = [
-        (t.name, *(_time(t, phase) for phase in PHASES), f"{t.peak_bytes / 2**20:.0f} MiB", f"{t.open_seconds:.2f} s")
+        (t.name, *(_time(t, phase) for phase in TIMED), f"{t.peak_bytes / 2**20:.0f} MiB", f"{t.open_seconds:.2f} s")
         for t in speed.times
     ]
-    over = [(f"over {name}", *(ratio(speed.over(name, phase)) for phase in PHASES), "", "") for name in speed.others]
-    head = ("", *PHASES, "peak memory", "opens")
+    over = [(f"over {name}", *(ratio(speed.over(name, phase)) for phase in TIMED), "", "") for name in speed.others]
+    head = ("", *TIMED, "peak memory", "opens")
     caption = "Medians with the lowest and highest repetition; ratios are taken within a repetition."
+    caption += " The first token waits for vision and prefill."
     note = (speed.note,) if speed.note else ()
     return _bars(speed), Table("times", head, (*rows, *over), caption), *note
 
@@ -103,10 +104,10 @@ def _bars(speed: Speed) -> Figure:
     data = [
         Datum(
             t.name, "decode, a token" if phase == "decode" else phase, 1e3 * t.median(phase),
-            low=1e3 * min(t.seconds[phase]), high=1e3 * max(t.seconds[phase]),
+            low=1e3 * min(t.of(phase)), high=1e3 * max(t.of(phase)),
         )
         for t in speed.times
-        for phase in PHASES
+        for phase in TIMED
     ]  # fmt: skip
     title = "Time by phase, median with the lowest and highest repetition"
     how = "shorter bars are faster; a line runs from the lowest to the highest of all repetitions."
@@ -114,5 +115,5 @@ def _bars(speed: Speed) -> Figure:
 
 
 def _time(t: Times, phase: str) -> str:
-    seconds = t.seconds[phase]
+    seconds = t.of(phase)
     return f"{1e3 * t.median(phase):.1f} ms ({1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f})"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import add
 from pathlib import Path
 
 from himap_export.engines.bundle import RunSpec
@@ -17,6 +18,8 @@ from himap_export.engines.isolation import Child, child
 from himap_export.graphs.spec import Dtype
 
 PHASES = ("vision", "prefill", "decode")
+FIRST_TOKEN = "first token"  # what an answer waits for: vision and prefill
+TIMED = (FIRST_TOKEN, *PHASES)
 MEMORY, OPENED = "memory", "opened"  # what else a child is asked for: bytes, seconds
 DECODE_STEPS = 16
 LEAST_SECONDS = 0.1  # that a repetition takes
@@ -52,13 +55,17 @@ class Times:
     peak_bytes: int
     open_seconds: float
 
+    def of(self, phase: str) -> tuple[float, ...]:
+        """Returns the seconds of each repetition of a phase, or of FIRST_TOKEN."""
+        return self.seconds[phase] if phase != FIRST_TOKEN else tuple(map(add, self.of("vision"), self.of("prefill")))
+
     def median(self, phase: str) -> float:
-        return statistics.median(self.seconds[phase])
+        return statistics.median(self.of(phase))
 
 
 def ratios(a: Times, b: Times, phase: str) -> tuple[float, float, float]:
     """Returns how many times faster `a` is than `b`, within each repetition: median, lowest, highest."""
-    found = [slow / fast for fast, slow in zip(a.seconds[phase], b.seconds[phase], strict=True)]
+    found = [slow / fast for fast, slow in zip(a.of(phase), b.of(phase), strict=True)]
     return statistics.median(found), min(found), max(found)
 
 

@@ -31,6 +31,14 @@ class Speed:
         """Returns whom the bundle is compared with: itself unpruned, and PyTorch by dtype and device."""
         return tuple(t.name for t in self.times[1:])
 
+    @property
+    def first_token_ceiling(self) -> float:
+        """Returns the speed-up of the first token over unpruned that FLOPs allow: pruning leaves vision's time as it
+        is."""
+        unpruned = next(t for t in self.times if t.name == UNPRUNED)
+        vision, prefill = unpruned.median("vision"), unpruned.median("prefill")
+        return (vision + prefill) / (vision + prefill / self.ceiling)
+
     def over(self, name: str, phase: str) -> tuple[float, float, float]:
         """Returns the speed-up of the bundle over system `name`: median, lowest, highest of all repetitions."""
         return ratios(self.times[0], next(t for t in self.times if t.name == name), phase)
@@ -54,8 +62,8 @@ def measure(
     judge: Path | None = None,
     vision_tower: Path | None = None,
 ) -> Speed:
-    """Returns the times of the bundle, of its unpruned baseline, exported for it in the same dtype, quantised weights
-    included, and of PyTorch: in that dtype and, if it is another, in fp32.
+    """Returns the times of the bundle, of its unpruned baseline, which is its own variant without cuts or exported for
+    it in the same dtype, quantised weights included, and of PyTorch: in that dtype and, if it is another, in fp32.
 
     `device` is what the backend's engines say they run on, `asked` the one that they were opened for, None if any: both
     bundles are opened for it again. PyTorch runs `judge`, if it is not to run `checkpoint`. `vision_tower` as for
@@ -65,12 +73,14 @@ def measure(
     torchs = torch_device(device)
     compared, note = _dtypes_of_pytorch(run, torchs)
     with scratch_folder("unpruned") as folder:
-        plans = {"none": (PruningPlan(), run.budget.visual[:1])}
-        unpruned = export_baseline(
-            checkpoint, run.budget, dtype=dtype, backend=backend, plans=plans, out=folder / "bundle",
-            image=run.image, vision_tower=vision_tower, beside=run.bundle,
-        )  # fmt: skip
-        bundles = ((PRUNED, run), (UNPRUNED, unpruned.select()))
+        unpruned = uncut_variant(run)
+        if unpruned is None:
+            plans = {"none": (PruningPlan(), run.budget.visual[:1])}
+            unpruned = export_baseline(
+                checkpoint, run.budget, dtype=dtype, backend=backend, plans=plans, out=folder / "bundle",
+                image=run.image, vision_tower=vision_tower, beside=run.bundle,
+            ).select()  # fmt: skip
+        bundles = ((PRUNED, run), (UNPRUNED, unpruned))
         systems = [System(name, "bundle", each, checkpoint, backend=backend, device=asked) for name, each in bundles]
         systems += (
             System(
@@ -89,6 +99,13 @@ def measure(
         missing = "no support of it" if device in ("gpu", "npu") else "no CUDA"
         note = f"PyTorch has {missing} here: it ran on the CPU, the engines on {device}{'; ' * bool(note)}{note}"
     return Speed(ceiling(run), times, note)
+
+
+def uncut_variant(run: RunSpec) -> RunSpec | None:
+    """Returns the bundle's own variant without cuts, for the same images and text budget; None if it holds none."""
+    like = (run.variant.image, run.budget.text)
+    found = (v for v in run.manifest.variants if not v.plan.cuts and (v.image, v.budget.text) == like)
+    return next((RunSpec(run.bundle, v) for v in found), None)
 
 
 def _dtypes_of_pytorch(run: RunSpec, torchs: str) -> tuple[tuple[Dtype, ...], str]:

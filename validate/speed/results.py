@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from himap_export.validate.speed.benchmark import PHASES
+from himap_export.validate.speed.benchmark import FIRST_TOKEN, PHASES, TIMED
 from himap_export.validate.speed.measure import UNPRUNED, Speed
 
 
@@ -16,7 +16,7 @@ def speed_lines(speed: Speed) -> list[str]:
         cells = f"{ms['prefill']:>9.1f} ms{ms['decode']:>9.2f} ms/tok{ms['vision']:>9.1f} ms"
         lines.append(f"      {t.name:{width}}{cells}{t.peak_bytes / 2**20:>10.0f} MiB{t.open_seconds:>8.2f} s")
     for name in speed.others:
-        over = (f"{phase} {ratio(speed.over(name, phase))}" for phase in ("prefill", "decode"))
+        over = (f"{phase} {ratio(speed.over(name, phase))}" for phase in (FIRST_TOKEN, "prefill", "decode"))
         lines.append(f"      over {name}: {', '.join(over)}")
     share = speed.over(UNPRUNED, "prefill")[0] / speed.ceiling
     lines.append(f"      prefill reaches {share:.0%} of the {speed.ceiling:.2f}x that FLOPs allow")
@@ -32,19 +32,24 @@ def ratio(found: tuple[float, float, float]) -> str:
 
 
 def speed_json(speed: Speed) -> dict[str, Any]:
-    """Returns medians in seconds, peak memory in bytes, seconds to open, speed-ups as [median, lowest, highest] of all
-    repetitions; PyTorch's names say dtype and device."""
+    """Returns medians in seconds, their `range` as [lowest, highest] of all repetitions, peak memory in bytes, seconds
+    to open, speed-ups as [median, lowest, highest]; `first_token` is vision and prefill, `ceiling` the
+    prefill's; PyTorch's names say dtype and device."""
+    phases = {phase.replace(" ", "_"): phase for phase in TIMED}
     return {
+        "repetitions": len(speed.times[0].of("prefill")),
         "ceiling": speed.ceiling,
+        "first_token_ceiling": speed.first_token_ceiling,
         "of_ceiling": speed.over(UNPRUNED, "prefill")[0] / speed.ceiling,
         "systems": {
             t.name: {
-                **{phase: t.median(phase) for phase in PHASES},
+                **{key: t.median(phase) for key, phase in phases.items()},
+                "range": {key: (min(t.of(phase)), max(t.of(phase))) for key, phase in phases.items()},
                 "peak_bytes": t.peak_bytes,
                 "open_s": t.open_seconds,
             }
             for t in speed.times
         },
-        "over": {name: {phase: speed.over(name, phase) for phase in PHASES} for name in speed.others},
+        "over": {name: {key: speed.over(name, phase) for key, phase in phases.items()} for name in speed.others},
         "note": speed.note,
     }
