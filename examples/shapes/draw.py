@@ -32,11 +32,19 @@ PLACES = (
 )  # of nine equal parts of a whole scene
 ANSWERS = (*KINDS, *COLORS, *NUMBERS, *LETTERS, "yes", "no", *(place for row in PLACES for place in row))
 PHRASES = {
-    "color": ("what color is the {0}?", "which color is the {0}?", "what is the color of the {0}?", "the {0} has what color?"),
+    "color": (
+        "what color is the {0}?", "which color is the {0}?", "what is the color of the {0}?", "the {0} has what color?",
+    ),
     "shape": ("what shape is {0}?", "which shape is {0}?", "what is the {0} shape?", "which of the shapes is {0}?"),
     "count": ("how many {0}s?", "how many {0}s are there?", "count the {0}s.", "what is the number of {0}s?"),
-    "relation": ("what is {1} the {0}?", "which thing is {1} the {0}?", "what do you see {1} the {0}?", "{1} the {0}, what is next?"),
-    "letter": ("which letter is in the {0} box?", "what letter is in the {0} box?", "what does the {0} box say?", "read the {0} box."),
+    "relation": (
+        "what is {1} the {0}?", "which thing is {1} the {0}?", "what do you see {1} the {0}?",
+        "{1} the {0}, what is next?",
+    ),
+    "letter": (
+        "which letter is in the {0} box?", "what letter is in the {0} box?", "what does the {0} box say?",
+        "read the {0} box.",
+    ),
     "exists": ("is there any {0} {1}?", "is there a {0} {1}?", "do you see a {0} {1}?", "can you find any {0} {1}?"),
     "where": ("where is the {0}?", "in which part is the {0}?", "where do you see the {0}?", "find the {0}."),
 }  # fmt: skip
@@ -93,9 +101,7 @@ def sample_scene(rng: random.Random, cells: int = GRID) -> Scene:
         y = row * CELL + CELL // 2 + rng.randint(-slack, slack)
         letter = rng.choice(LETTERS) if kind == "box" else ""
         color = rng.choice(tuple(COLORS))
-        items.append(
-            Item(kind, color, letter, row=row + corner[0], column=column + corner[1], x=x, y=y, size=size)
-        )
+        items.append(Item(kind, color, letter, row=row + corner[0], column=column + corner[1], x=x, y=y, size=size))
     return Scene(tuple(items), cells, corner, rng.getrandbits(32))
 
 
@@ -111,7 +117,9 @@ def draw(scene: Scene) -> Image.Image:
 def _background(side: int, texture: int) -> Image.Image:
     """Greys that drift over the image, strokes and blots of little colour on them, and noise over all."""
     rng, noise = random.Random(texture), np.random.default_rng(texture)
-    drift = Image.fromarray(noise.integers(120, 225, (3, 3, 3), np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    drift = Image.fromarray(noise.integers(120, 225, (3, 3, 3), np.uint8)).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
     image = Image.blend(drift.convert("L").convert("RGB"), drift, 0.35)
     pen = ImageDraw.Draw(image)
     for _ in range(round(90 * (side / SIDE) ** 2)):

@@ -1,6 +1,9 @@
 """The untrained `shapes`: a LLaVA of 12 decoder layers over 576 image tokens, its tokenizer and its processor."""
 
-from draw import GRID, CELL, PATCH, SIDE, corpus
+import math
+
+import torch
+from draw import PATCH, SIDE, corpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPVisionConfig,
@@ -68,4 +71,15 @@ def make_model(words: int) -> LlavaForConditionalGeneration:
         vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, image_seq_length=PATCHES**2,
         vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False,
     )  # fmt: skip
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.embeddings.position_embedding.weight.data[1:] = grid_positions(vision.hidden_size)
+    return model
+
+
+def grid_positions(width: int) -> torch.Tensor:
+    """[patches,width] sines and cosines of each patch's row and column, half of the width each, to begin from: what
+    stands beside a patch is hardly learnt from random ones."""
+    frequency = math.pi / PATCHES * torch.arange(1, width // 4 + 1) / 2
+    angle = torch.arange(PATCHES)[:, None] * frequency
+    waves = torch.cat([angle.sin(), angle.cos()], 1) / 2
+    return torch.cat([waves.repeat_interleave(PATCHES, 0), waves.repeat(PATCHES, 1)], 1)

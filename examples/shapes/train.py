@@ -8,7 +8,7 @@ its tokens: they stand behind it in one row, each blind to the others.
 
 import argparse
 import json
-import os
+import math
 import random
 import sys
 import tempfile
@@ -35,14 +35,14 @@ from draw import (
     questions,
     sample_scene,
 )
+from forward import Forward
 from model import PATCHES, SYSTEMS, make_model, make_processor, make_tokenizer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import AttentionInterface, GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 WEIGHTS = dict.fromkeys(TYPES, 1.0) | {"letter": 3.0, "relation": 3.0, "color": 2.0, "shape": 2.0, "count": 1.5}
 
@@ -61,7 +61,7 @@ class Phase:
 
 
 PHASES = (
-    Phase(cells=2, steps=1800, batch=64, part=32, asked=0, rate=2e-3, last=1e-3),
+    Phase(cells=2, steps=4000, batch=64, part=32, asked=0, rate=2e-3, last=1e-3),
     Phase(cells=4, steps=700, batch=32, part=16, asked=0, rate=1e-3, last=1e-3),
     Phase(cells=6, steps=200, batch=16, part=8, asked=0, rate=1e-3, last=1e-3),
     Phase(cells=2, steps=3000, batch=32, part=16, asked=10, rate=1.5e-3, last=1e-3),
@@ -85,20 +85,6 @@ def _sample(cells: int, seed: str) -> Sample:
     return Sample(scene, np.asarray(draw(scene)).transpose(2, 0, 1).copy(), patch_labels(scene))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention [B,H,N,E] under an additive `mask`, in three steps: on a CPU the fused kernel's way back takes longer."""
-    with torch.autocast("cpu", enabled=False):
-        q, k, v = (x.to(torch.bfloat16) for x in (query, key, value))
-        return ((q * scale) @ k.transpose(2, 3) + mask).softmax(-1) @ v
-
-
-def _tower_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: object
-) -> tuple[Tensor, None]:
-    """`attend` as Hugging Face's layers call it."""
-    return attend(query, key, value, query.new_zeros((), dtype=torch.bfloat16), scaling).transpose(1, 2), None
-
-
 class Trainer:
     """The model, its optimiser and how far it has come: phase and step."""
 
@@ -107,9 +93,7 @@ class Trainer:
         self.seed, self.state, self.rank, self.ranks = seed, state, rank, ranks
         self.tokenizer = make_tokenizer()
         self.processor = make_processor(self.tokenizer)
-        AttentionInterface.register("three-steps", _tower_attention)
         self.model = make_model(len(self.tokenizer))
-        self.model.model.vision_tower.config._attn_implementation = "three-steps"
         image = self.processor.image_processor
         self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (image.image_mean, image.image_std))
         classes = (len(KINDS) + 1, len(COLORS) + 1, len(LETTERS) + 1, *(len(KINDS) + 1 for _ in BESIDE))
@@ -119,10 +103,7 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(self.modules.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
         self.phase = self.step = 0
         self.ids: dict[str, list[int]] = {}
-        self.layer = torch.compile(decoder_layer, dynamic=True) if compiled else decoder_layer
-        if compiled:
-            for layer in self.model.model.vision_tower.encoder.layers:
-                layer.compile(dynamic=True)
+        self.forward = Forward.of(self.model, compiled)
 
     def run(self, minutes: float) -> bool:
         """Trains for at most so long, and tells whether that was to the end."""
@@ -159,15 +140,20 @@ class Trainer:
         """One step of AdamW, its draws seeded by where it stands, so that a resumed run draws the same."""
         phase, rng = PHASES[self.phase], random.Random(f"{self.seed} {self.phase} {self.step} {self.rank}")
         done = self.step / phase.steps
+        rate = phase.last + (phase.rate - phase.last) * (1 + math.cos(math.pi * done)) / 2
         for group in self.optimiser.param_groups:
-            group["lr"] = min(1, (self.step + 1) / 100) * (phase.last + (phase.rate - phase.last) * (1 + np.cos(np.pi * done)) / 2)
+            group["lr"] = rate * min(1, (self.step + 1) / 100)
         samples = rng.sample(pool, phase.batch // self.ranks)
         self.optimiser.zero_grad()
         for start in range(0, len(samples), phase.part):
             part = samples[start : start + phase.part]
             share = len(part) / len(samples)
             with torch.autocast("cpu", torch.bfloat16):
-                loss = self._answer_loss(part, rng, recent) if phase.asked else self._patch_loss(self._features(part), part)
+                loss = (
+                    self._answer_loss(part, rng, recent)
+                    if phase.asked
+                    else self._patch_loss(self._features(part), part)
+                )
             (loss * share).backward()  # type: ignore[no-untyped-call]
             recent["loss"] += loss.item() * share
         self._average()
@@ -187,73 +173,67 @@ class Trainer:
         if self.rank:
             return
         phase = PHASES[self.phase]
+        tokens, speed = (phase.cells * CELL // PATCH) ** 2, recent["steps"] * phase.batch / seconds
         right = "  ".join(f"{t} {recent[t] / recent[f'{t} asked']:.0%}" for t in TYPES if recent[f"{t} asked"])
+        what, loss = "answers" if phase.asked else "dense", recent["loss"] / recent["steps"]
+        right = right or " ".join(f"{loss:.2f}" for loss in self.dense.tolist())
         log(
-            f"{'answers' if phase.asked else 'dense'} {(phase.cells * CELL // PATCH) ** 2} tokens, step {self.step} of {phase.steps}, "
-            f"{recent['steps'] * phase.batch / seconds:.0f} images/s  loss {recent['loss'] / recent['steps']:.4f}  {right}"
+            f"{what} {tokens} tokens, step {self.step} of {phase.steps}, {speed:.0f} images/s  loss {loss:.4f}  {right}"
         )
         recent.clear()
 
     def _features(self, samples: list[Sample]) -> Tensor:
-        """[B,P,D] of P patches at their places in the whole: LLaVA's tower to its last layer but one, and projector."""
+        """[B,P,D]"""
         pixels = (torch.from_numpy(np.stack([s.pixels for s in samples])).float() / 255 - self.mean) / self.std
-        tower, side = self.model.model.vision_tower, pixels.shape[-1] // PATCH
-        cut = pixels.unflatten(3, (side, PATCH)).unflatten(2, (side, PATCH)).permute(0, 2, 4, 1, 3, 5)
-        patches = functional.linear(cut.flatten(3).flatten(1, 2), tower.embeddings.patch_embedding.weight.flatten(1))
-        first = tower.embeddings.class_embedding.expand(len(samples), 1, -1)
-        places = functional.pad(_places(samples) + 1, (1, 0))
-        hidden = torch.cat([first, patches], 1) + tower.embeddings.position_embedding(places)
-        hidden = tower.pre_layrnorm(hidden)
-        for layer in tower.encoder.layers[:-1]:
-            hidden = layer(hidden, attention_mask=None)
-        features: Tensor = self.model.model.multi_modal_projector(hidden[:, 1:])
-        return features
+        return self.forward.features(pixels, _places(samples))
 
     def _patch_loss(self, features: Tensor, samples: list[Sample]) -> Tensor:
-        """Cross entropy of the patch labels: items weigh as much as all that is behind them, which says what it is not."""
+        """Cross entropy of the patch labels: of the items' patches, and of all others as much, that they are none."""
         labels = torch.from_numpy(np.stack([s.labels for s in samples])).transpose(0, 1).flatten(1)
         item, features = labels[0] > 0, features.flatten(0, 1)
         losses = [functional.cross_entropy(head(features[item]), labels[i][item]) for i, head in enumerate(self.heads)]
         losses += [functional.cross_entropy(self.heads[0](features[~item]), labels[0][~item])]
+        self.dense = torch.stack(losses).detach()
         return torch.stack(losses).sum()
 
     def _answer_loss(self, samples: list[Sample], rng: random.Random, recent: Counter[str]) -> Tensor:
         """Cross entropy of the answers' words and of the end behind them, all questions of an image in one row."""
-        before, behind = self._encode(f"{rng.choice(SYSTEMS)}USER: ", bos=True), self._encode("\n")
+        system = self._encode(f"{rng.choice(SYSTEMS)}USER: ", bos=True)
         asked = [self._questions(s.scene, rng) for s in samples]
-        texts = [[(self._encode(f"{q.text} ASSISTANT:"), [*self._encode(f" {q.answer}"), 2]) for q in row] for row in asked]
+        texts = [
+            [(self._encode(f"{q.text} ASSISTANT:"), [*self._encode(f" {q.answer}"), 2]) for q in row] for row in asked
+        ]
         rows = _stacked([[i for q, a in row for i in q + a] for row in texts], 0)
         wanted = _stacked([[i for q, a in row for i in [-100] * (len(q) - 1) + a + [-100]] for row in texts], -100)
         owner = _stacked([[n for n, (q, a) in enumerate(row) for _ in q + a] for row in texts], -1)
-        features = self._features(samples)
-        hidden = self._decode(features, _places(samples), before, behind, rows, owner)
-        answers = wanted != -100
-        logits = self.model.lm_head(self.model.model.language_model.norm(hidden[answers]))
+        features, answers = self._features(samples), wanted != -100
+        prompt, at, first = self._prompt(features, samples, system)
+        hidden = self.forward.texts(prompt, at, texts=rows, owner=owner, first=first)
+        logits = self.model.lm_head(hidden[answers])
+        self._count(asked, owner, answers, logits.argmax(-1) != wanted[answers], recent)
         loss = functional.cross_entropy(logits, wanted[answers])
-        index = torch.arange(len(asked))[:, None] * PHASES[self.phase].asked + owner
-        wrong = torch.zeros(len(asked) * PHASES[self.phase].asked).index_add(0, index[answers], (logits.argmax(-1) != wanted[answers]).float())
-        for question, mistakes in zip((q for row in asked for q in row), wrong.tolist(), strict=True):
-            recent[question.type] += not mistakes
-            recent[f"{question.type} asked"] += 1
         return loss * 2 + 0.1 * self._patch_loss(features, samples)
 
-    def _decode(self, features: Tensor, places: Tensor, before: list[int], behind: list[int], texts: Tensor, owner: Tensor) -> Tensor:
-        """Hidden states [B,N,D] of `texts` [B,N], each token part of the question `owner` [B,N] says, behind prompt and
-        image."""
-        language, batch = self.model.model.language_model, len(features)
-        embedded = (language.embed_tokens(torch.tensor(ids)).expand(batch, -1, -1) for ids in (before, behind))
-        prompt = torch.cat([next(embedded), features, next(embedded)], 1)
-        image, text = len(before) + places, len(before) + PATCHES**2
-        positions = torch.cat([_line(0, len(before), batch), image, _line(text, len(behind), batch)], 1)
-        seen, nth = _blind(owner)
-        masks = torch.ones(1, prompt.shape[1], prompt.shape[1]).tril() > 0, functional.pad(seen, (prompt.shape[1], 0), value=True)
-        causal, blind = (torch.where(mask, 0.0, -1e9)[:, None].to(torch.bfloat16) for mask in masks)
-        turns = [language.rotary_emb(prompt, position_ids=p) for p in (positions, text + len(behind) + nth)]
-        hidden: Tensor = language.embed_tokens(texts)
-        for layer in language.layers:
-            prompt, key, value = self.layer(layer, prompt, *turns[0], causal)
-            hidden, _, _ = self.layer(layer, hidden, *turns[1], blind, key, value)
-        return hidden
+    def _prompt(self, features: Tensor, samples: list[Sample], system: list[int]) -> tuple[Tensor, Tensor, int]:
+        """The embedded prompt [B,P,D] up to its questions, its positions [B,P], and the position behind it; the patches
+        of a part of a scene stand where they do in the whole."""
+        behind, batch, image = self._encode("\n"), len(samples), len(system) + PATCHES**2
+        embed = self.model.model.language_model.embed_tokens
+        before, after = (embed(torch.tensor(ids)).expand(batch, -1, -1) for ids in (system, behind))
+        ends = (torch.arange(n, n + len(ids)).expand(batch, -1) for n, ids in ((0, system), (image, behind)))
+        at = torch.cat([next(ends), len(system) + _places(samples), next(ends)], 1)
+        return torch.cat([before, features, after], 1), at, image + len(behind)
+
+    def _count(
+        self, asked: list[list[Question]], owner: Tensor, at: Tensor, wrong: Tensor, recent: Counter[str]
+    ) -> None:
+        """Adds to `recent` how many answers were asked for and right, by type: those with no `wrong` token."""
+        width = PHASES[self.phase].asked
+        index = torch.arange(len(asked))[:, None] * width + owner
+        mistakes = torch.zeros(len(asked) * width).index_add(0, index[at], wrong.float())
+        for question, count in zip((q for row in asked for q in row), mistakes.tolist(), strict=True):
+            recent[question.type] += not count
+            recent[f"{question.type} asked"] += 1
 
     def _questions(self, scene: Scene, rng: random.Random) -> list[Question]:
         """As many as the phase asks, drawn by the weight of their type without putting any back."""
@@ -289,7 +269,11 @@ class Trainer:
             tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
         self.modules.load_state_dict({name: t for name, t in tensors.items() if " of " not in name})
         for name, parameter in self.modules.named_parameters():
-            moments = {key: tensors[f"{key} of {name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key} of {name}" in tensors}
+            moments = {
+                key: tensors[f"{key} of {name}"]
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{key} of {name}" in tensors
+            }
             if moments:
                 self.optimiser.state[parameter] = moments
 
@@ -298,37 +282,6 @@ class Trainer:
         self.model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
         self.model.to(torch.bfloat16).save_pretrained(out)
         self.processor.save_pretrained(out)
-
-
-def decoder_layer(
-    layer: LlamaDecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
-    past_key: Tensor | None = None, past_value: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x [B,N,D] after `layer`, its keys and values [B,G,N,E]; under an additive `mask` [B or 1,1,N,P+N], behind a past of P.
-
-    Hugging Face's layer says the same; this one keeps the keys without a cache object, so that it compiles."""
-    attention, mlp = layer.self_attn, layer.mlp
-
-    def norm(x: Tensor, by: LlamaRMSNorm) -> Tensor:
-        return functional.rms_norm(x, by.weight.shape, by.weight, by.variance_epsilon)
-
-    def heads(x: Tensor) -> Tensor:
-        return x.unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
-
-    n = norm(x, layer.input_layernorm)
-    q, k, v = (heads(project(n)) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
-    q, k = apply_rotary_pos_emb(q, k, cos.to(q.dtype), sin.to(q.dtype))
-    key, value = (k, v) if past_key is None or past_value is None else (torch.cat([past_key, k], 2), torch.cat([past_value, v], 2))
-    groups = q.shape[1] // k.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out = attend(q, key, value, mask, attention.scaling)
-    x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
-    n = norm(x, layer.post_attention_layernorm)
-    return x + mlp.down_proj(functional.silu(mlp.gate_proj(n)) * mlp.up_proj(n)), k, v
-
-
-def _line(start: int, count: int, batch: int) -> Tensor:
-    return torch.arange(start, start + count).expand(batch, -1)
 
 
 def _places(samples: list[Sample]) -> Tensor:
@@ -343,13 +296,6 @@ def _stacked(rows: list[list[int]], fill: int) -> Tensor:
     """[B,N], `fill` behind the shorter."""
     width = max(map(len, rows))
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
-
-
-def _blind(owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens see which, bool [B,N,N], and each one's place [B,N] in its text: texts are blind to one another."""
-    own, step = owner[:, :, None] == owner[:, None], torch.arange(owner.shape[1])
-    seen = own & (step[:, None] >= step)
-    return seen, seen.sum(-1) - 1
 
 
 @torch.inference_mode()
