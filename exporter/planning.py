@@ -136,7 +136,7 @@ def plan_export(model: Model, asked: Request) -> Planned:
     decoder, visions = describe(model, *(ImageOptions(size, asked.tiles) for size in sizes))
     for vision in visions:
         for name, plan in plans.items():
-            require_scores(plan)
+            require_scores(plan, decoder)
             kept = plan.check(decoder.layers).kept(vision.tokens)
             for text in texts:
                 visual = align(kept, text, asked.align) if asked.align is not None else kept

@@ -1,6 +1,7 @@
 """Every criterion three times: as ONNX graph, in the reference, and in NumPy in fp64, from the same drawn layer."""
 
 from functools import cache
+from itertools import cycle
 
 import numpy as np
 import onnx_ir as ir
@@ -27,12 +28,26 @@ SHAPES = ((2, 16, 9, 4, 4, 4), (1, 36, 14, 20, 4, 2), (3, 64, 24, 1, 2, 1), (2, 
 TIE = 1e-5  # of the largest score: fp32 may decide otherwise between two that are closer
 
 
+def coefficients(criterion: str, heads: int) -> tuple[float, ...]:
+    """Some for a criterion that takes them: a slope, weights of heads."""
+    return {"instruction-debiased": (0.01,), "hawk": tuple(0.1 + n / 10 for n in range(heads))}.get(criterion, ())
+
+
 @cache
 def session(criterion: str, shape: tuple[int, ...]) -> onnxruntime.InferenceSession:
     """Score and gather, alone: what a layer computed in, scores and kept positions out."""
     b, v, t, keep, heads, groups = shape
     spec, f = DecoderSpec(4, 8, 8, heads, groups, 8, 16), Frame("selector", "fp32")
-    s = scoring_context(f, spec, (b, v + t), layer=LAYER, visual=v, keep=keep, seeded=criterion == "random")
+    s = scoring_context(
+        f,
+        spec,
+        (b, v + t),
+        layer=LAYER,
+        visual=v,
+        keep=keep,
+        seeded=criterion == "random",
+        coefficients=coefficients(criterion, heads),
+    )
     score = importance(criterion, s)
     x = f.op.Cast(f.op.Unsqueeze(s.position, [2]), to=ir.DataType.FLOAT)
     _, kept, kept_type = top_k_gather(f.op, x, score, s.position, s.token_type, keep + t)
@@ -88,10 +103,10 @@ def tied(scores: Floats, found: Ints, keep: int) -> bool:
 @pytest.mark.parametrize("criterion", SCORES)
 def test_graph_reference_and_numpy_keep_the_same_tokens(criterion: str) -> None:
     """200 prompts; scores and kept sets of all three."""
-    random, kept_sets, case, exact = np.random.default_rng(0), set(), 0, 0
+    random, kept_sets, case, exact, shapes = np.random.default_rng(0), set(), 0, 0, cycle(SHAPES)
     while case < CASES:
-        shape = SHAPES[case % len(SHAPES)]
-        b, v, t, keep, _, _ = shape
+        shape = next(shapes)
+        b, v, t, keep, heads, _ = shape
         token_type, position, lengths = prompts(random, b, v, t)
         floats, seeds = drawn_layer(random, shape), random.integers(0, 2**32, b)
         feeds = floats | {"token_type": token_type, "position": position, "seed": seeds[:, None]}
@@ -108,12 +123,17 @@ def test_graph_reference_and_numpy_keep_the_same_tokens(criterion: str) -> None:
             s = Layer(
                 **exactly, attention=attention, candidates=image, instruction=np.flatnonzero(types == INSTRUCTION),
                 last=length - 1, position=place, cut=LAYER, keep=keep, seed=seed,
+                normed=exactly["hidden"], coefficients=coefficients(criterion, heads),
             )  # fmt: skip
             wanted = RANKINGS[criterion](s)
             tensors = {name: torch.tensor(x) for name, x in own.items()}
             hidden, previous = tensors.pop("hidden")[None], tensors.pop("previous")[None]
-            view = LayerView(**tensors, attention=torch.tensor(attention, dtype=torch.float32), previous=previous)
-            state = State(LAYER, hidden, torch.tensor(place), torch.tensor(place[image]), seen=view)
+            seen = torch.tensor(attention, dtype=torch.float32)
+            view = LayerView(**tensors, attention=seen, previous=previous, normed=hidden)
+            state = State(
+                LAYER, hidden, torch.tensor(place), torch.tensor(place[image]), seen=view,
+                coefficients=coefficients(criterion, heads),
+            )  # fmt: skip
             said = criteria.CRITERIA[criterion](state, keep, seed).numpy()
             for found in (scores[row, image], said):
                 np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=TIE * max(1e-3, np.abs(wanted).max()))
