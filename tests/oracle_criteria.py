@@ -125,6 +125,11 @@ RANKINGS: Mapping[str, Callable[[Layer], Floats]] = {
 }
 
 
+def coefficients(criterion: str, heads: int) -> tuple[float, ...]:
+    """Some for a criterion that takes them: a slope, weights of heads."""
+    return {"instruction-debiased": (0.01,), "hawk": tuple(0.1 + n / 10 for n in range(heads))}.get(criterion, ())
+
+
 def kept(scores: Floats, keep: int) -> Ints:
     """Indices of the `keep` highest scores, ascending; of equals the first."""
     found: Ints = np.sort(np.argsort(-scores, kind="stable")[:keep])

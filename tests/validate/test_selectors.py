@@ -10,7 +10,7 @@ import pytest
 import torch
 from frames import scoring_context, take
 from numpy.typing import NDArray
-from oracle_criteria import RANKINGS, Layer
+from oracle_criteria import RANKINGS, Layer, coefficients
 from oracle_criteria import kept as highest
 
 from himap_export.graphs import plan
@@ -26,11 +26,6 @@ Floats, Ints = NDArray[np.floating], NDArray[np.int64]
 # (batch B, image tokens V, text slots T, V' kept, query heads, key heads)
 SHAPES = ((2, 16, 9, 4, 4, 4), (1, 36, 14, 20, 4, 2), (3, 64, 24, 1, 2, 1), (2, 7, 3, 0, 3, 1), (1, 12, 5, 11, 2, 2))
 TIE = 1e-5  # of the largest score: fp32 may decide otherwise between two that are closer
-
-
-def coefficients(criterion: str, heads: int) -> tuple[float, ...]:
-    """Some for a criterion that takes them: a slope, weights of heads."""
-    return {"instruction-debiased": (0.01,), "hawk": tuple(0.1 + n / 10 for n in range(heads))}.get(criterion, ())
 
 
 @cache
