@@ -60,7 +60,7 @@ def require_scores(plan: PruningPlan, spec: DecoderSpec) -> None:
     ours and takes another number of coefficients."""
     for cut in plan.cuts:
         score_of(cut.criterion)
-        counts = COEFFICIENTS.get(cut.criterion, lambda spec: (0,))(spec)
+        counts = COEFFICIENTS[cut.criterion](spec) if cut.criterion in COEFFICIENTS else (0,)
         if cut.criterion in SCORES and len(cut.coefficients) not in counts:
             summary = f"the cut at layer {cut.layer} has {len(cut.coefficients)} coefficients for {cut.criterion}"
             hint = "himap-analyze fits them and writes a plan" if counts[-1] else "leave them out"
