@@ -31,25 +31,22 @@ def dart_score(s: ScoringContext) -> ir.Value:
     marks = op.Equal(op.Unsqueeze(own, [2]), list(range(tokens)))  # [B,4,S]
     pivot = op.Greater(op.ReduceMax(op.Cast(marks, to=FLOAT), [1], keepdims=0), 0.0)
     score = op.Where(pivot, PIVOT, NEVER)
-    if not any(shares):
+    if not shares:
         return score
     text = _longest(s, length, op.Equal(s.token_type, INSTRUCTION), PIVOTS)
-    free = op.And(image, op.Not(pivot))
-    for n, far in enumerate(_distances(s, op.Concat(own, text, axis=1), len(shares))):
-        if not shares[n]:
-            break
+    for far, share in zip(_distances(s, op.Concat(own, text, axis=1), len(shares)), shares, strict=True):
+        free = op.And(image, op.Less(score, 0.0))
         distance = op.Where(free, far, NEVER)
-        taken, _ = op.TopK(distance, [shares[n]], axis=1, _outputs=2)
-        margin = op.Sub(distance, op.ReduceMin(taken, [1], keepdims=1))
-        score = op.Where(free, op.Max(score, margin), score)
-        free = op.And(free, op.Less(margin, 0.0))
+        taken, _ = op.TopK(distance, [share], axis=1, _outputs=2)
+        score = op.Max(score, op.Sub(distance, op.ReduceMin(taken, [1], keepdims=1)))
     return score
 
 
 def _shares(left: int) -> list[int]:
-    """Returns how many tokens each pivot takes of `left`: as many each, the first ones one more where it is uneven."""
+    """Returns how many tokens each pivot takes of `left`: as many each, the first ones one more where it is uneven;
+    those that take none are left out."""
     each, more = divmod(max(left, 0), 2 * PIVOTS)
-    return [each + (n < more) for n in range(2 * PIVOTS)]
+    return [each + (n < more) for n in range(2 * PIVOTS if each else more)]
 
 
 def _longest(s: ScoringContext, length: ir.Value, of: ir.Value, count: int) -> ir.Value:
@@ -61,8 +58,8 @@ def _longest(s: ScoringContext, length: ir.Value, of: ir.Value, count: int) -> i
 
 
 def _distances(s: ScoringContext, pivots: ir.Value, count: int) -> list[ir.Value]:
-    """Returns minus the cosines of all tokens' hidden states with those at `pivots` [B,count]: [B,S] each; for a
-    missing one minus the tokens' positions, in 2^20ths."""
+    """Returns minus the cosines of all tokens' hidden states with the first `count` of `pivots` [B,8]: [B,S] each;
+    for a missing one minus the tokens' positions, in 2^20ths."""
     op, tokens = s.op, dim(s.token_type, 1)
     x = op.Cast(s.normed, to=FLOAT)
     unit = op.Div(x, op.Max(op.Sqrt(op.ReduceSum(op.Mul(x, x), [2], keepdims=1)), 1e-8))
