@@ -196,8 +196,8 @@ def test_the_cost_of_every_ranking_is_known(criterion: str) -> None:
 
 def test_coefficients_are_numbers_and_as_many_as_a_criterion_takes() -> None:
     spec = DecoderSpec(4, 8, 5, 4, 2, 2, 10)
-    for criterion, given in (("instruction-debiased", (0.1,)), ("hawk", ()), ("hawk", (0.1,) * 4), ("image", ())):
-        require_scores(PruningPlan((Cut(1, criterion, 0.5, coefficients=given),)), spec)
+    for criterion, right in (("instruction-debiased", (0.1,)), ("hawk", ()), ("hawk", (0.1,) * 4), ("image", ())):
+        require_scores(PruningPlan((Cut(1, criterion, 0.5, coefficients=right),)), spec)
     for criterion, wrong in (("instruction-debiased", ()), ("hawk", (0.1,)), ("image", (0.1,))):
         with pytest.raises(HimapError, match=f"has {len(wrong)} coefficients for {criterion}") as found:
             require_scores(PruningPlan((Cut(1, criterion, 0.5, coefficients=wrong),)), spec)
