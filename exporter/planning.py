@@ -21,7 +21,7 @@ from himap_export.exporter.quantize.floats import FLOATS
 from himap_export.exporter.quantize.forms import plan_forms
 from himap_export.exporter.registry import Model
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.flops import StageCost, paper_ratio, stage_costs, true_ratio
+from himap_export.graphs.flops import StageCost, paper_ratio, scoring_flops, stage_costs, true_ratio
 from himap_export.graphs.importance import require_scores
 from himap_export.graphs.plan import PruningPlan, TokenBudget, Visual, align
 from himap_export.graphs.ports import Kind, LinearForm
@@ -114,6 +114,11 @@ class Planned:
         """Returns what each stage holds and what its prefill costs."""
         return stage_costs(self.decoder, v.plan, v.budget, self.dtype)
 
+    def scoring(self, v: PlannedVariant) -> tuple[float | None, ...]:
+        """Returns the share of the prefill's FLOPs that each cut's ranking takes; None of a criterion of one's own."""
+        prefill = sum(cost.flops for cost in self.costs(v))
+        return tuple(n if n is None else n / prefill for n in scoring_flops(self.decoder, v.plan, v.budget))
+
     def ratios(self, v: PlannedVariant, visual: Visual | None = None) -> tuple[float, float]:
         """Returns the share of FLOPs kept: as the paper counts (image tokens only), and with the text budget filled."""
         visual = visual or v.budget.visual
@@ -136,7 +141,7 @@ def plan_export(model: Model, asked: Request) -> Planned:
     decoder, visions = describe(model, *(ImageOptions(size, asked.tiles) for size in sizes))
     for vision in visions:
         for name, plan in plans.items():
-            require_scores(plan)
+            require_scores(plan, decoder)
             kept = plan.check(decoder.layers).kept(vision.tokens)
             for text in texts:
                 visual = align(kept, text, asked.align) if asked.align is not None else kept

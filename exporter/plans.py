@@ -18,7 +18,8 @@ Values = Mapping[str, Any]  # k1, k2, r1, r2, keep, as far as they were given
 Source = str | Path | PruningPlan | Mapping[str, PruningPlan]  # of TASKS; a TOML file; a plan; plans by name
 NAME = re.compile(r"[\w-]{1,64}")
 KEYS = ("k1", "k2", "r1", "r2", "keep")
-FASTV = PruningPlan((Cut(2, "last", 0.5),))  # its authors' own K and R
+# Their authors' own K and R. HAWK's cut lies in front of layer 0; no cut of ours can come before layer 1.
+ONE_CUT = {"fastv": Cut(2, "last", 0.5), "hawk": Cut(1, "hawk", 0.8), "dart": Cut(2, "dart", 0.778)}
 MOST_PLANS = 64  # in one file: each is a variant of the bundle, with graphs of its own
 _Layer = Annotated[int, Meta(ge=1, le=1024)]  # no decoder has more
 _Fraction = Annotated[float, Meta(ge=0, lt=1)]
@@ -93,7 +94,7 @@ def _default(policy: str, task: str) -> PruningPlan | None:
     """Returns a policy's plan before anything is changed; None if it has none: truncation's authors try every layer."""
     criteria = criteria_of(policy)
     if len(criteria) == 1:
-        return FASTV if policy == "fastv" else None
+        return PruningPlan((ONE_CUT[policy],)) if policy in ONE_CUT else None
     cuts = TASKS[task].cuts[: len(criteria)]
     return PruningPlan(tuple(replace(cut, criterion=c) for cut, c in zip(cuts, criteria, strict=True)))
 

@@ -9,10 +9,12 @@ import numpy as np
 import onnx_ir as ir
 
 from himap_export.graphs.build import dim
+from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.scoring import ScoringContext, positions_of
 from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+STEEPEST = 60.0  # e^60 is 1e26: fp32 still tells its scores apart
 
 
 def instruction_score(s: ScoringContext) -> ir.Value:
@@ -22,6 +24,21 @@ def instruction_score(s: ScoringContext) -> ir.Value:
     """
     rows = positions_of(s.op, s.op.Not(s.op.Equal(s.token_type, IMAGE)), dim(s.token_type, 1), s.text)
     return _attention(s, rows, _is(s, rows, INSTRUCTION))
+
+
+def debiased_instruction_score(s: ScoringContext) -> ir.Value:
+    """Scores as attention debiasing (arXiv 2508.17807) has HiMAP's first criterion: without the trend that attention
+    grows exp(b) times from one position to the next. The slope b is the cut's coefficient, fitted to a model once.
+
+    HimapError (usage) for a slope that fp32 cannot follow over so many tokens.
+    """
+    op, (slope,) = s.op, s.coefficients
+    if abs(slope) * (s.visual + s.text) > STEEPEST:
+        details = f"over {s.visual + s.text} tokens attention would grow {np.exp(STEEPEST):.0e} times and more"
+        raise HimapError(f"the slope {slope:g} is no trend of attention", details, "fit it again", Exit.USAGE)
+    first = op.ReduceMin(op.Where(op.Equal(s.token_type, IMAGE), s.position, 2**30), [1], keepdims=1)
+    places = op.Cast(op.Sub(s.position, first), to=FLOAT)
+    return op.Mul(instruction_score(s), op.Exp(op.Mul(places, -slope)))
 
 
 def image_score(s: ScoringContext) -> ir.Value:

@@ -1,5 +1,6 @@
 """Arithmetic of a plan before anything is built: FLOPs by the paper and in truth, KV bytes."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from himap_export.graphs.errors import Exit, HimapError
@@ -33,6 +34,39 @@ def layer_flops(tokens: int, spec: DecoderSpec) -> int:
     projections = 2 * s * d * e * (2 * spec.heads + 2 * spec.kv_heads)
     attention = 2 * 2 * s * s * spec.heads * e
     return projections + attention + 2 * 3 * s * d * spec.ffn
+
+
+# A criterion's own multiply-adds count 2, over S `tokens` of which V are of the image: products with the keys of the
+# rows that it looks at (T, V or 1), or what it does to each token. One's own criteria are not counted.
+_SCORING: Mapping[str, Callable[[DecoderSpec, int, int], int]] = {
+    "instruction": lambda spec, s, v: _rows_flops(spec, s, s - v),
+    "instruction-debiased": lambda spec, s, v: _rows_flops(spec, s, s - v),
+    "image": lambda spec, s, v: _rows_flops(spec, s, v),
+    "last": lambda spec, s, v: _rows_flops(spec, s, 1),
+    "boundary": lambda spec, s, v: _rows_flops(spec, s, 1),
+    "random": lambda spec, s, v: 0,
+    "uniform": lambda spec, s, v: 0,
+    "key-norm": lambda spec, s, v: 2 * s * spec.kv_heads * spec.head_dim,
+    "v2drop": lambda spec, s, v: 3 * s * spec.hidden,
+    "hawk": lambda spec, s, v: 2 * _rows_flops(spec, s, 1),  # the mean query, then one row
+    "dart": lambda spec, s, v: 2 * s * (spec.kv_heads * spec.head_dim + (8 + 1) * spec.hidden),
+}
+
+
+def _rows_flops(spec: DecoderSpec, tokens: int, rows: int) -> int:
+    return 2 * rows * tokens * spec.heads * spec.head_dim
+
+
+def scoring_flops(spec: DecoderSpec, plan: PruningPlan, budget: TokenBudget) -> tuple[int | None, ...]:
+    """Returns what each cut's ranking costs of a prefill, over the whole batch; 0 where nothing leaves, None for a
+    criterion of one's own."""
+    rows = zip(plan.cuts, budget.total, budget.visual, budget.visual[1:], strict=False)
+    return tuple(
+        0 if after == before
+        else budget.batch * _SCORING[cut.criterion](spec, tokens, before) if cut.criterion in _SCORING
+        else None
+        for cut, tokens, before, after in rows
+    )  # fmt: skip
 
 
 def stage_costs(spec: DecoderSpec, plan: PruningPlan, budget: TokenBudget, dtype: Dtype) -> tuple[StageCost, ...]:

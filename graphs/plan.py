@@ -20,19 +20,22 @@ Tokens = Annotated[int, Meta(ge=0, le=2**20)]
 MOST_CUTS = 64  # a cut opens a stage, and a stage has a layer
 # The name of what ranks image tokens at a cut; `graphs/importance.py` says how, one function each, and takes new ones.
 Criterion = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,63}\Z")]
+# What was fitted to a model for a criterion: a trend's slope, weights of heads. Bounds keep out NaN and infinity.
+Coefficients = Annotated[tuple[Annotated[float, Meta(ge=-1e6, le=1e6)], ...], Meta(max_length=2**12)]
 
 
 class Cut(Struct, frozen=True, forbid_unknown_fields=True):
     """Layers `layer` and later (from 0) see only the image tokens that this cut keeps.
 
     `criterion` ranks them by the layer before. Either `remove`, the fraction of the image tokens still alive that leave
-    (removed count: floor(R * n)), or `keep`, the number that stay.
+    (removed count: floor(R * n)), or `keep`, the number that stay. `coefficients`: what the criterion weighs with.
     """
 
     layer: Annotated[int, Meta(ge=0, le=1024)]
     criterion: Criterion
     remove: Annotated[float, Meta(ge=0, lt=1)] | None = None
     keep: Tokens | None = None
+    coefficients: Coefficients = ()
 
     def kept(self, alive: int) -> int:
         """Returns V' of V `alive` image tokens; HimapError (usage) if more are to be kept than there are."""
@@ -68,7 +71,8 @@ class PruningPlan(Struct, frozen=True, forbid_unknown_fields=True):
 
     def ranked_by(self, criterion: Criterion) -> Self:
         """Returns the same cuts at equal FLOPs, all by another criterion: the baselines."""
-        return replace(self, cuts=tuple(replace(cut, criterion=criterion) for cut in self.cuts))
+        cuts = (replace(cut, criterion=criterion, coefficients=()) for cut in self.cuts)
+        return replace(self, cuts=tuple(cuts))
 
     def check(self, layers: int) -> Self:
         """Returns the plan itself, if a decoder of `layers` layers can follow it; else HimapError (usage)."""
@@ -98,6 +102,8 @@ def _check_cut(name: str, cut: Cut, layers: int) -> None:
         raise _bad(summary, "it is the fraction of image tokens to remove")
     if cut.keep is not None and cut.keep < 0:
         raise _bad(f"`keep` {cut.keep} is below 0", "it is the number of image tokens that stay")
+    if not all(math.isfinite(number) for number in cut.coefficients):
+        raise _bad(f"`coefficients` of the cut {name} are not finite", "fit them again")
     if cut.layer < 1:
         raise _bad(f"`{name}` {cut.layer} is below 1", "the layer before a cut ranks the tokens")
     if cut.layer >= layers:
@@ -110,13 +116,17 @@ def _bad(summary: str, hint: str) -> HimapError:
 
 
 # himap: arXiv 2503.13108. fastv: arXiv 2403.06764. truncation: arXiv 2406.06579, eqs. 7-11. intra-visual: HiMAP's
-# ablation, its second criterion also at the shallow cut. random and uniform: the baselines, at any plan's cuts. At
-# HiMAP's cuts, to compare: key-norm (arXiv 2601.17818, cuts at 2 and 22), v2drop (arXiv 2509.01552, at 3, 16 and 22).
+# ablation, its second criterion also at the shallow cut. himap-debiased: arXiv 2508.17807. hawk: arXiv 2604.07812.
+# dart: arXiv 2502.11494. random and uniform: the baselines, at any plan's cuts. At HiMAP's cuts, to compare:
+# key-norm (arXiv 2601.17818; theirs are at 2 and 22), v2drop (arXiv 2509.01552; at 3, 16 and 22).
 POLICIES: Mapping[str, tuple[Criterion, ...]] = {
     "himap": ("instruction", "image"),
     "fastv": ("last",),
     "truncation": ("boundary",),
     "intra-visual": ("image", "image"),
+    "himap-debiased": ("instruction-debiased", "image"),
+    "hawk": ("hawk",),
+    "dart": ("dart",),
     "random": ("random", "random"),
     "uniform": ("uniform", "uniform"),
     "key-norm": ("key-norm", "key-norm"),

@@ -97,10 +97,12 @@ class StagedModel:
         """Outputs the score by which cut i ranks; a random one reads the requests' seeds."""
         cut, (before, after) = self.plan.cuts[i - 1], self.budget.visual[i - 1 : i + 1]
         seed = f.integers(Place("seed"), self.budget.batch, 1) if cut.criterion == "random" else None
+        decoder = Decoder(f, self.spec, names=self.names, batch=self.budget.batch, tokens=self.budget.total[i - 1])
         context = ScoringContext(
             f.op, self.spec, query=a.query, key=a.key, value=a.value, raw_query=a.raw_query, raw_key=a.raw_key,
             hidden=hidden, layer_input=layer_input, token_type=token_type, position=position, seed=seed,
-            layer=cut.layer, visual=before, keep=after, text=self.budget.text,
+            layer=cut.layer, visual=before, keep=after, text=self.budget.text, coefficients=cut.coefficients,
+            final_norm=lambda x: decoder.norm(x, "norm"),
         )  # fmt: skip
         shape = self.budget.batch, self.budget.total[i - 1]
         f.output(Place("score", cut=i), importance(cut.criterion, context), shape, "fp32")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 from numpy.typing import NDArray
 from oracle import IMAGE_TOKEN, Decoded, Floats, Ints, decode
+from oracle_criteria import coefficients
 
 from himap_export.engines.layout import ImageTokens, PromptLayout, lay_out
 from himap_export.graphs.build import StageGraph
@@ -117,7 +118,7 @@ def random_weights(model: StagedModel, random: np.random.Generator) -> dict[str,
 
 
 @st.composite
-def plans(draw: st.DrawFn, layers: int, visual: int) -> PruningPlan:
+def plans(draw: st.DrawFn, layers: int, visual: int, heads: int) -> PruningPlan:
     """No cut, HiMAP's two, or any others in any order."""
     places = sorted(draw(st.sets(st.integers(1, layers - 1), max_size=min(3, layers - 1))))
     himap = draw(st.booleans())
@@ -129,7 +130,7 @@ def plans(draw: st.DrawFn, layers: int, visual: int) -> PruningPlan:
         else:
             cut = Cut(place, criterion, keep=draw(st.integers(1, alive)))
         alive = cut.kept(alive)
-        cuts.append(cut)
+        cuts.append(structs.replace(cut, coefficients=coefficients(criterion, heads)))
     return PruningPlan(tuple(cuts)).check(layers)
 
 
@@ -147,7 +148,7 @@ def examples(draw: st.DrawFn, unpruned: bool = False) -> Example:
     )  # fmt: skip
     rows, columns = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     visual, text, batch = rows * columns, draw(st.integers(1, 8)), draw(st.integers(1, 3))
-    plan = draw(plans(layers, visual))
+    plan = draw(plans(layers, visual, spec.heads))
     if unpruned:
         plan = PruningPlan(tuple(structs.replace(cut, remove=0.0, keep=None) for cut in plan.cuts))
     model = StagedModel(spec, plan, TokenBudget(plan.kept(visual), text, NEW, batch), "fp32", WeightRef)

@@ -36,11 +36,12 @@ def scoring_context(
     visual: int,
     keep: int,
     seeded: bool = False,
+    coefficients: Sequence[float] = (),
 ) -> ScoringContext:
     """What criteria look at of `shape` [B,S] tokens, each field an input of the graph under its own name.
 
     Fields that are not in `reads` are there in name only: a graph that used one would not load. `layer_input` is
-    [B*S,D], as graphs have it.
+    [B*S,D], as graphs have it. The final norm changes nothing.
     """
     batch, tokens = shape
     heads = {"query": spec.heads, "key": spec.kv_heads}
@@ -52,4 +53,5 @@ def scoring_context(
         f.op, spec, **values, token_type=give_integers(f, "token_type", *shape),
         position=give_integers(f, "position", *shape), seed=give_integers(f, "seed", batch, 1) if seeded else None,
         layer=layer, visual=visual, keep=keep, text=tokens - visual,
+        final_norm=lambda x: x, coefficients=coefficients,
     )  # fmt: skip

@@ -55,8 +55,10 @@ def decode(
             cut, candidates = cuts.pop(0), np.flatnonzero(is_image & alive)
             keep = len(candidates) - int((cut.remove or 0) * len(candidates)) if cut.keep is None else cut.keep
             s = Layer(
-                **seen, hidden=x, previous=previous, candidates=candidates, instruction=instruction,
+                **seen, hidden=x, previous=previous, normed=norm(spec, x, w["norm.weight"]), candidates=candidates,
+                instruction=instruction,
                 last=int(np.flatnonzero(alive[:length])[-1]), position=position, cut=cut.layer, keep=keep, seed=seed,
+                coefficients=cut.coefficients,
             )  # fmt: skip
             score = RANKINGS[cut.criterion](s)
             order = np.argsort(-score, kind="stable")

@@ -19,9 +19,10 @@ class Layer:
     """What a layer computed for one prompt, and who may be ranked by it.
 
     `attention` [S,S], mean over heads; query and raw_query [H,S,E], key, raw_key and value [G,S,E], the raw ones before
-    rotation; hidden and previous [S,D]: what it passes on and what it was given. Indices into S: `candidates` [V] are
+    rotation; hidden, previous and normed [S,D]: what it passes on, what it was given, and the
+    first behind the model's final norm. Indices into S: `candidates` [V] are
     the image tokens alive, `instruction` the text behind the image, `last` the last token of the prompt. `position`
-    [S]: their original ones. The cut is at layer `cut`, and keeps `keep`.
+    [S]: their original ones. The cut is at layer `cut`, keeps `keep`, and has `coefficients`.
     """
 
     attention: Floats
@@ -32,6 +33,7 @@ class Layer:
     raw_key: Floats
     hidden: Floats
     previous: Floats
+    normed: Floats
     candidates: Ints
     instruction: Ints
     last: int
@@ -39,6 +41,7 @@ class Layer:
     cut: int
     keep: int
     seed: int
+    coefficients: tuple[float, ...] = ()
 
 
 def received(s: Layer, rows: Ints) -> Floats:
@@ -69,6 +72,44 @@ def moved(s: Layer) -> Floats:
     return found
 
 
+def untrended(s: Layer) -> Floats:
+    growth = np.exp(s.coefficients[0] * (s.position[s.candidates] - s.position[s.candidates[0]]))
+    scores: Floats = received(s, s.instruction) / growth
+    return scores
+
+
+def by_heads(s: Layer) -> Floats:
+    heads, scores = len(s.raw_query), np.zeros(len(s.candidates))
+    for head, weight in enumerate(s.coefficients or np.full(heads, 1 / heads)):
+        keys = s.raw_key[head * len(s.raw_key) // heads][s.candidates]
+        met = s.raw_query[head][s.instruction] @ keys.T / np.sqrt(keys.shape[1])
+        mean = met.sum(0) / max(len(met), 1)
+        scores += weight * mean / max(np.linalg.norm(mean), 1e-12)
+    return scores
+
+
+def greedily(s: Layer) -> Floats:
+    """Four pivots of the image and four of the text, by the L1 length of their keys; each takes the share of free
+    tokens that point farthest away from it. By how much they do, beside the last one taken."""
+    length = np.abs(s.key).sum((0, 2))
+    unit = s.normed / np.linalg.norm(s.normed, axis=1, keepdims=True)
+    own, text = (
+        np.sort(of[np.argsort(-length[of], kind="stable")[:n]])
+        for of, n in ((s.candidates, min(4, max(s.keep, 1))), (s.instruction, 4))
+    )
+    score = np.where(np.isin(s.candidates, own), 2.0, -4.0)
+    free, left = ~np.isin(s.candidates, own), max(s.keep - 4, 0)
+    for n in range(8 if left else 0):
+        pivots = np.append(own, text)
+        far = -s.position[s.candidates] / 2**20 if n >= len(pivots) else -unit[s.candidates] @ unit[pivots[n]]
+        share = left // 8 + (n < left % 8)
+        if share:
+            bar = np.sort(far[free])[-share]
+            score[free] = np.maximum(score, far - bar)[free]
+            free &= far < bar
+    return score
+
+
 RANKINGS: Mapping[str, Callable[[Layer], Floats]] = {
     "instruction": lambda s: received(s, s.instruction),
     "image": lambda s: received(s, s.candidates),
@@ -78,7 +119,15 @@ RANKINGS: Mapping[str, Callable[[Layer], Floats]] = {
     "uniform": even,
     "key-norm": short_keys,
     "v2drop": moved,
+    "instruction-debiased": untrended,
+    "hawk": by_heads,
+    "dart": greedily,
 }
+
+
+def coefficients(criterion: str, heads: int) -> tuple[float, ...]:
+    """Some for a criterion that takes them: a slope, weights of heads."""
+    return {"instruction-debiased": (0.01,), "hawk": tuple(0.1 + n / 10 for n in range(heads))}.get(criterion, ())
 
 
 def kept(scores: Floats, keep: int) -> Ints:

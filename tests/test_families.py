@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from commands import Workshop, call, greedy, padded
 from families import FAMILIES, family_inputs, hugging_face_answer
+from oracle_criteria import coefficients
 
 from himap_export.engines.bundle import Bundle
 from himap_export.graphs.importance import SCORES
@@ -32,7 +33,7 @@ TEXT, NEW = 24, 12
 def plan_table(name: str, cuts: Sequence[ReferenceCut]) -> str:
     """A plan as TOML."""
     rows = (
-        f'{{layer = {c.layer}, criterion = "{c.criterion}", '
+        f'{{layer = {c.layer}, criterion = "{c.criterion}", coefficients = {list(c.coefficients)}, '
         + (f"remove = {c.remove}}}" if c.keep is None else f"keep = {c.keep}}}")
         for c in cuts
     )
@@ -85,7 +86,10 @@ def test_every_criterion_passes_validation(work: Workshop, tmp_path: Path, name:
     most = min(5, tokens - 1)
     for start in range(0, len(criteria), most):
         chosen = enumerate(criteria[start : start + most], 1)
-        cuts = [ReferenceCut(layer, c, keep=tokens * (most + 1 - layer) // (most + 1)) for layer, c in chosen]
+        cuts = [
+            ReferenceCut(layer, c, keep=tokens * (most + 1 - layer) // (most + 1), coefficients=coefficients(c, 0))
+            for layer, c in chosen
+        ]
         plans.append(plan_table(f"plan{start}", cuts))
     (tmp_path / "plans.toml").write_text("".join(plans))
     bundle = work.family_bundle(name, "--plan", tmp_path / "plans.toml", key=f"{plans}")

@@ -57,7 +57,7 @@ def plan_file(folder: Path, plans: Mapping[str, Cuts]) -> Path:
     tables = []
     for name, cuts in plans.items():
         rows = (
-            f'{{layer = {c.layer}, criterion = "{c.criterion}", '
+            f'{{layer = {c.layer}, criterion = "{c.criterion}", coefficients = {list(c.coefficients)}, '
             + (f"remove = {c.remove}}}" if c.keep is None else f"keep = {c.keep}}}")
             for c in cuts
         )
@@ -148,6 +148,11 @@ PLANS: Mapping[str, Cuts] = {
     "random": (ReferenceCut(1, "random", 0.5), ReferenceCut(3, "random", 0.75)),
     "uniform": (ReferenceCut(1, "uniform", 0.5), ReferenceCut(3, "uniform", 0.75)),
     "states": (ReferenceCut(2, "key-norm", 0.5), ReferenceCut(4, "v2drop", 0.5)),
+    "fitted": (
+        ReferenceCut(1, "hawk", 0.25),
+        ReferenceCut(2, "instruction-debiased", 0.1, coefficients=(0.01,)),
+        ReferenceCut(3, "dart", keep=9),
+    ),
     "nothing-cut": (),
     "three": (ReferenceCut(1, "last", 0.25), ReferenceCut(2, "random", keep=8), ReferenceCut(4, "image", 0.5)),
     "nothing-kept": (ReferenceCut(2, "last", keep=0),),

@@ -23,6 +23,8 @@ PLANS: dict[str, tuple[tuple[object, ...], Cuts]] = {
     "uniform": (("--k1", 1, "--k2", 3), (ReferenceCut(1, "uniform", 0.5), ReferenceCut(3, "uniform", 0.75))),
     "key-norm": (("--k1", 2, "--k2", 4), (ReferenceCut(2, "key-norm", 0.5), ReferenceCut(4, "key-norm", 0.75))),
     "v2drop": (("--k1", 2, "--k2", 3), (ReferenceCut(2, "v2drop", 0.5), ReferenceCut(3, "v2drop", 0.75))),
+    "hawk": (("--k1", 1, "--keep", 6), (ReferenceCut(1, "hawk", keep=6),)),
+    "dart": (("--k1", 2, "--keep", 11), (ReferenceCut(2, "dart", keep=11),)),
     "none": ((), ()),
 }
 THREE = """

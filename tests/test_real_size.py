@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import real_size
 from commands import ORT, Workshop, call
+from oracle_criteria import coefficients
 
 from himap_export.engines.bundle import Bundle
 from himap_export.exporter.checkpoint import open_checkpoint, read_config
@@ -55,3 +56,18 @@ def test_bars_are_judged(capsys: pytest.CaptureFixture[str]) -> None:
     found = real_size.report(phases, 55.0, 9.0, 1 << 20)
     said = capsys.readouterr().out
     assert found["unhashed_s"] == 5.0 and "NOT MET  3.00 peak resident" in said and "met      5.00 seconds" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("criterion", ["instruction-debiased", "hawk", "dart", "key-norm", "v2drop"])
+def test_selectors_build_at_the_size_of_7b(tmp_path: Path, criterion: str) -> None:
+    """TensorRT-RTX, fp16, weights left out: beside a score, too, both layers' attention is one kernel each."""
+    cut = f'{{layer = 2, criterion = "{criterion}", remove = 0.5, coefficients = {list(coefficients(criterion, 32))}}}'
+    (tmp_path / "plan.toml").write_text(f"[{criterion}]\ncuts = [{cut}]\n")
+    flags = ("--engines-only", "--backend", "tensorrt-rtx", "--plan", tmp_path / "plan.toml", "--out", tmp_path / "out")
+    assert call(export_main, "llava-7b", *flags) == 0
+    engines = Bundle.open(tmp_path / "out").manifest.engines["tensorrt-rtx"]
+    assert set(engines) == {"vision", "prefix", "k1", "decode"}
+    attention = [kernel for kernel in engines["prefix"].kernels or () if "mha" in kernel]
+    assert [kernel.split("x")[0] for kernel in attention] == ["2"], engines["prefix"].kernels
+    assert all((tmp_path / "out" / record.file).stat().st_size < 20e6 for record in engines.values())

@@ -41,7 +41,7 @@ def test_random_scores_are_the_oracles_to_the_last_bit(tmp_path: Path) -> None:
         "seed": seeds[:, None],
     }
     found = compiled(f.finish(), tmp_path)(feeds)["score"]
-    nothing = dict.fromkeys((*SEEN[:-1], "attention", "previous"), np.zeros((1, 1)))
+    nothing = dict.fromkeys((*SEEN[:-1], "attention", "previous", "normed"), np.zeros((1, 1)))
     for row, own in zip(found, seeds.tolist(), strict=True):
         s = Layer(
             **nothing, candidates=positions, instruction=positions[:0], last=0, position=positions, cut=2, keep=8,

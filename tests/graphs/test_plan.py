@@ -9,8 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.flops import BYTES, layer_flops, paper_flops, paper_ratio, stage_costs, true_ratio
-from himap_export.graphs.importance import SCORES
+from himap_export.graphs.flops import (
+    BYTES,
+    layer_flops,
+    paper_flops,
+    paper_ratio,
+    scoring_flops,
+    stage_costs,
+    true_ratio,
+)
+from himap_export.graphs.importance import SCORES, require_scores
 from himap_export.graphs.plan import POLICIES, TASKS, Cut, PruningPlan, TokenBudget, himap
 from himap_export.graphs.spec import DecoderSpec, Dtype, stage_layers
 
@@ -164,6 +172,40 @@ def test_baselines_are_cut_where_the_plan_is() -> None:
     plan = TASKS["qa"].ranked_by("random")
     assert plan == PruningPlan((Cut(2, "random", 0.5), Cut(8, "random", 0.75))) and plan.policy == "random"
     assert TASKS["qa"].ranked_by("last").policy == "custom"
+
+
+def test_rankings_cost_what_they_multiply() -> None:
+    """7 tokens, 3 of the image; 4 query heads and 2 kv heads of 2, hidden 8. Where nothing leaves nothing is ranked."""
+    spec, criteria = DecoderSpec(9, 8, 5, 4, 2, 2, 10), ("instruction", "image", "last", "v2drop", "random", "mine")
+    plan = PruningPlan(tuple(Cut(n, criterion, keep=2) for n, criterion in enumerate(criteria, 1)))
+    text, image, last, moved = 2 * 4 * 7 * 8, 2 * 3 * 7 * 8, 2 * 7 * 8, 3 * 7 * 8
+    for n, cost in enumerate((text, image, last, moved, 0, None)):
+        only = PruningPlan(plan.cuts[n : n + 1])
+        assert scoring_flops(spec, only, TokenBudget((3, 2), 4, 1)) == (cost,)
+        assert scoring_flops(spec, only, TokenBudget((3, 2), 4, 1, 3)) == (cost and 3 * cost,)
+        assert scoring_flops(spec, only, TokenBudget((3, 3), 4, 1)) == (0,)
+
+
+@pytest.mark.parametrize("criterion", SCORES)
+def test_the_cost_of_every_ranking_is_known(criterion: str) -> None:
+    (cost,) = scoring_flops(
+        DecoderSpec(2, 8, 5, 4, 2, 2, 10), PruningPlan((Cut(1, criterion, keep=2),)), TokenBudget((3, 2), 4, 1)
+    )
+    assert cost == 0 if criterion in ("random", "uniform") else cost
+
+
+def test_coefficients_are_numbers_and_as_many_as_a_criterion_takes() -> None:
+    spec = DecoderSpec(4, 8, 5, 4, 2, 2, 10)
+    for criterion, right in (("instruction-debiased", (0.1,)), ("hawk", ()), ("hawk", (0.1,) * 4), ("image", ())):
+        require_scores(PruningPlan((Cut(1, criterion, 0.5, coefficients=right),)), spec)
+    for criterion, wrong in (("instruction-debiased", ()), ("hawk", (0.1,)), ("image", (0.1,))):
+        with pytest.raises(HimapError, match=f"has {len(wrong)} coefficients for {criterion}") as found:
+            require_scores(PruningPlan((Cut(1, criterion, 0.5, coefficients=wrong),)), spec)
+        assert found.value.code == Exit.USAGE
+    with pytest.raises(HimapError, match="`coefficients` of the cut k1 are not finite"):
+        PruningPlan((Cut(1, "hawk", 0.5, coefficients=(float("nan"),)),)).check(4)
+    fitted = PruningPlan((Cut(1, "instruction-debiased", 0.5, coefficients=(0.1,)),))
+    assert fitted.ranked_by("random").cuts == (Cut(1, "random", 0.5),)  # a baseline weighs with nothing
 
 
 def test_kept_by_number() -> None:

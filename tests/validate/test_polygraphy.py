@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from commands import Workshop, blocked_python, golden_inputs, spawn
 from msgspec import structs
+from oracle_criteria import coefficients
 from tiny import make_inputs
 
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.pipeline import Pipeline
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.importance import SCORES
 from himap_export.validate.parity.polygraphy_json import Captured, capture, check_folders, save_inputs, save_outputs
 
 PAGE = Path(__file__).parents[2] / "docs" / "polygraphy.md"
@@ -63,6 +65,22 @@ def golden(work: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Saved:
 def test_all_commands_of_the_page_are_known_here() -> None:
     words = ("himap-validate", "inspect", "--onnxrt", "convert", "--trt")
     assert sorted(map(of_the_page, words)) == sorted(COMMANDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("criterion", SCORES)
+def test_polygraphy_finds_every_ranking_to_do_what_the_chain_did(
+    work: Workshop, tmp_path: Path, criterion: str
+) -> None:
+    """The graph that ends with the score, alone."""
+    numbers = list(coefficients(criterion, 4))
+    cut = f'{{layer = 2, criterion = "{criterion}", keep = 9, coefficients = {numbers}}}'
+    (tmp_path / "plan.toml").write_text(f"[{criterion}]\ncuts = [{cut}]\n")
+    bundle, inputs = work.bundle("golden", "--plan", tmp_path / "plan.toml"), golden_inputs()
+    captured = capture(work.pipeline(bundle), Inputs(inputs.input_ids, inputs.pixel_values))
+    done = save(bundle, captured, tmp_path).run(of_the_page("--onnxrt"), "prefix")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASSED | Output: 'score_k1'" in done.stdout
 
 
 def test_polygraphy_finds_every_graph_to_do_what_the_chain_did(golden: Saved) -> None:

@@ -1,6 +1,7 @@
 """Every criterion three times: as ONNX graph, in the reference, and in NumPy in fp64, from the same drawn layer."""
 
 from functools import cache
+from itertools import cycle
 
 import numpy as np
 import onnx_ir as ir
@@ -9,7 +10,7 @@ import pytest
 import torch
 from frames import scoring_context, take
 from numpy.typing import NDArray
-from oracle_criteria import RANKINGS, Layer
+from oracle_criteria import RANKINGS, Layer, coefficients
 from oracle_criteria import kept as highest
 
 from himap_export.graphs import plan
@@ -32,7 +33,16 @@ def session(criterion: str, shape: tuple[int, ...]) -> onnxruntime.InferenceSess
     """Score and gather, alone: what a layer computed in, scores and kept positions out."""
     b, v, t, keep, heads, groups = shape
     spec, f = DecoderSpec(4, 8, 8, heads, groups, 8, 16), Frame("selector", "fp32")
-    s = scoring_context(f, spec, (b, v + t), layer=LAYER, visual=v, keep=keep, seeded=criterion == "random")
+    s = scoring_context(
+        f,
+        spec,
+        (b, v + t),
+        layer=LAYER,
+        visual=v,
+        keep=keep,
+        seeded=criterion == "random",
+        coefficients=coefficients(criterion, heads),
+    )
     score = importance(criterion, s)
     x = f.op.Cast(f.op.Unsqueeze(s.position, [2]), to=ir.DataType.FLOAT)
     _, kept, kept_type = top_k_gather(f.op, x, score, s.position, s.token_type, keep + t)
@@ -88,10 +98,10 @@ def tied(scores: Floats, found: Ints, keep: int) -> bool:
 @pytest.mark.parametrize("criterion", SCORES)
 def test_graph_reference_and_numpy_keep_the_same_tokens(criterion: str) -> None:
     """200 prompts; scores and kept sets of all three."""
-    random, kept_sets, case, exact = np.random.default_rng(0), set(), 0, 0
+    random, kept_sets, case, exact, shapes = np.random.default_rng(0), set(), 0, 0, cycle(SHAPES)
     while case < CASES:
-        shape = SHAPES[case % len(SHAPES)]
-        b, v, t, keep, _, _ = shape
+        shape = next(shapes)
+        b, v, t, keep, heads, _ = shape
         token_type, position, lengths = prompts(random, b, v, t)
         floats, seeds = drawn_layer(random, shape), random.integers(0, 2**32, b)
         feeds = floats | {"token_type": token_type, "position": position, "seed": seeds[:, None]}
@@ -108,12 +118,17 @@ def test_graph_reference_and_numpy_keep_the_same_tokens(criterion: str) -> None:
             s = Layer(
                 **exactly, attention=attention, candidates=image, instruction=np.flatnonzero(types == INSTRUCTION),
                 last=length - 1, position=place, cut=LAYER, keep=keep, seed=seed,
+                normed=exactly["hidden"], coefficients=coefficients(criterion, heads),
             )  # fmt: skip
             wanted = RANKINGS[criterion](s)
             tensors = {name: torch.tensor(x) for name, x in own.items()}
             hidden, previous = tensors.pop("hidden")[None], tensors.pop("previous")[None]
-            view = LayerView(**tensors, attention=torch.tensor(attention, dtype=torch.float32), previous=previous)
-            state = State(LAYER, hidden, torch.tensor(place), torch.tensor(place[image]), seen=view)
+            seen = torch.tensor(attention, dtype=torch.float32)
+            view = LayerView(**tensors, attention=seen, previous=previous, normed=hidden)
+            state = State(
+                LAYER, hidden, torch.tensor(place), torch.tensor(place[image]), seen=view,
+                coefficients=coefficients(criterion, heads),
+            )  # fmt: skip
             said = criteria.CRITERIA[criterion](state, keep, seed).numpy()
             for found in (scores[row, image], said):
                 np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=TIE * max(1e-3, np.abs(wanted).max()))

@@ -22,6 +22,7 @@ class ReferenceCut:
     criterion: str
     remove: float = 0.0
     keep: int | None = None
+    coefficients: tuple[float, ...] = ()
 
 
 Cuts = Sequence[ReferenceCut]
@@ -43,6 +44,7 @@ class LayerView:
     raw_query: Tensor  # [H,S,E], behind its norm, where the model has one
     raw_key: Tensor  # [G,S,E]
     previous: Tensor  # [1,S,D] hidden states that the layer was given
+    normed: Tensor  # [1,S,D] those that it passed on, behind the model's final norm
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class State:
     cache: DynamicCache | None = None  # a state without one can be advanced any number of times
     rope_positions: Tensor | None = None  # [3,S0] of all tokens, under M-RoPE; None: their original positions
     deepstack: tuple[Tensor, ...] = ()  # [V0,D] each, added to the image tokens behind layers 0, 1, ..
+    coefficients: tuple[float, ...] = ()  # of the cut that ranks
 
     @property
     def attention(self) -> Tensor:
@@ -88,6 +91,10 @@ class State:
     @property
     def previous(self) -> Tensor:
         return self._view.previous
+
+    @property
+    def normed(self) -> Tensor:
+        return self._view.normed
 
     @property
     def _view(self) -> LayerView:
@@ -155,6 +162,52 @@ def _v2drop(s: State, keep: int, seed: int) -> Tensor:
     return moved[s.is_image]
 
 
+def _debiased(s: State, keep: int, seed: int) -> Tensor:
+    """Attention from the instruction over a trend that grows exp(slope) times a position (arXiv 2508.17807)."""
+    (slope,), place = s.coefficients, s.alive[s.is_image]
+    return s.received(s.is_instruction) / torch.exp(slope * (place - place[:1]))
+
+
+def _hawk(s: State, keep: int, seed: int) -> Tensor:
+    """Per head the mean of q k^T / sqrt(E) over the instruction's queries, as a unit vector over image tokens; their
+    weighted sum (arXiv 2604.07812)."""
+    query, key = s.raw_query.float()[:, s.is_instruction], s.raw_key.float()[:, s.is_image]
+    met = query @ key.repeat_interleave(len(query) // len(key), dim=0).transpose(1, 2) / query.shape[-1] ** 0.5
+    mean = met.mean(1) if met.shape[1] else met.new_zeros(len(query), key.shape[1])
+    weights = torch.tensor(s.coefficients or [1 / len(query)] * len(query), device=mean.device)
+    return weights @ torch.nn.functional.normalize(mean, dim=-1)
+
+
+def _dart(s: State, keep: int, seed: int) -> Tensor:
+    """Which tokens greedy pivots take (arXiv 2502.11494), told by margins: how much farther from the pivot that came
+    nearest to taking it a token lies than the last one that pivot took. Pivots themselves score 2."""
+    length, states = s.key.float().abs().sum((0, 2)), s.normed[0].float()
+
+    def longest(of: Tensor, count: int) -> list[int]:
+        order = length[of].sort(descending=True, stable=True).indices[:count]
+        places: list[int] = torch.nonzero(of).flatten()[order].sort().values.tolist()
+        return places
+
+    own = longest(s.is_image, min(4, max(keep, 1)))
+    scores = {place: 2.0 if place in own else -4.0 for place in torch.nonzero(s.is_image).flatten().tolist()}
+    free = [place for place in scores if place not in own]
+    pivots: list[int | None] = [*own, *longest(s.is_instruction, 4), *[None] * 8]
+    shares = [(keep - 4) // 8 + (n < (keep - 4) % 8) if keep > 4 else 0 for n in range(8)]
+    for pivot, share in zip(pivots[:8], shares, strict=True):
+        if not share:
+            break
+        if pivot is None:
+            far = {place: -int(s.alive[place]) / 2**20 for place in free}
+        else:
+            cosines = torch.nn.functional.cosine_similarity(states[pivot], states[free], dim=-1).tolist()
+            far = {place: -cosine for place, cosine in zip(free, cosines, strict=True)}
+        taken = sorted(free, key=lambda place: -far[place])[:share]
+        for place in free:
+            scores[place] = max(scores[place], far[place] - far[taken[-1]])
+        free = [place for place in free if place not in taken]
+    return torch.tensor(list(scores.values()), device=s.hidden.device)
+
+
 # Scores [V] of the image tokens alive, in the order of their positions, from a state, how many will stay, and the
 # request's seed; the highest stay. One's own are added by `validate/registration.py`. himap: instruction,
 # then image. fastv (arXiv 2403.06764): last. truncation (arXiv 2406.06579, eqs. 7-11; position Nsys + Nimg): boundary.
@@ -168,4 +221,7 @@ CRITERIA: dict[str, Score] = {
     "uniform": _uniform,
     "key-norm": _key_norm,
     "v2drop": _v2drop,
+    "instruction-debiased": _debiased,
+    "hawk": _hawk,
+    "dart": _dart,
 }

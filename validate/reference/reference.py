@@ -131,7 +131,7 @@ class Reference:
         is_image = state.is_image
         count = int(is_image.sum())
         keep = count - math.floor(cut.remove * count) if cut.keep is None else cut.keep
-        scores = CRITERIA[cut.criterion](state, keep, seed)
+        scores = CRITERIA[cut.criterion](replace(state, coefficients=cut.coefficients), keep, seed)
         if scores.shape != (count,):
             raise ValueError(f"{cut.criterion} gives scores {list(scores.shape)} to {count} image tokens")
         kept = torch.cat((state.alive[~is_image], state.alive[is_image][_winners(scores, keep)])).sort().values
@@ -298,7 +298,8 @@ class Reference:
                     past_key_values=cache, use_cache=cache is not None, himap_sink=sink,
                 )  # fmt: skip
             hidden = hidden if state is None else state.deepened(index, hidden)
-            seen = None if sink is None else LayerView(**sink, previous=previous)
+            if sink is not None:
+                seen = LayerView(**sink, previous=previous, normed=self.decoder.norm(hidden))
         return hidden, seen
 
     def _logits(self, hidden: Tensor) -> Tensor:
