@@ -6,6 +6,7 @@ Every tensor of every graph is static, so all are allocated once, when a bundle 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -22,6 +23,7 @@ from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import Place, Port, Role
 from himap_export.graphs.spec import PADDING, PRIME
 
+Seen = Mapping[Place, npt.NDArray[Any]]  # what vision writes: features, [B,V,D] each
 FP16_MAX, FP32_MAX = float(np.finfo(np.float16).max), float(np.finfo(np.float32).max)
 
 
@@ -140,11 +142,26 @@ class Pipeline:
         pixel_values: npt.NDArray[Any],
         attention_mask: Integers | None = None,
         seeds: Integers | None = None,
+        seen: Seen | None = None,
     ) -> tuple[Prefilled, PromptLayout]:
-        """Loads prompts, as `load`, then runs vision and all stages of prefill."""
+        """Loads prompts, as `load`, then runs vision and all stages of prefill; not vision if it is known what was
+        `seen` in these pixels by the same tower."""
         layout = self.load(input_ids, pixel_values, attention_mask, seeds)
-        self._prefill()
+        if seen is None:
+            self._prefill()
+        else:
+            for place, features in seen.items():
+                self.tensors[place].write(features)
+            self._behind_vision()
         return self.prefilled(len(input_ids)), layout
+
+    @cached_property
+    def _behind_vision(self) -> Callable[[], None]:
+        return self.chained(*self.stages)
+
+    def seen(self) -> Seen:
+        """Returns what vision made of the pixels that were loaded last: a pipeline over the same tower can take it."""
+        return {port.place: self.tensors[port.place].read() for port in self.spec.graph("vision").outputs.values()}
 
     def prefilled(self, samples: int) -> Prefilled:
         """Returns what the tensors now hold, of the first `samples` prompts."""

@@ -281,6 +281,18 @@ def test_more_text_than_the_budget(work: Workshop, pipeline: Pipeline) -> None:
     assert found.value.code == Exit.USAGE
 
 
+def test_what_one_pipeline_saw_another_need_not_look_at(work: Workshop, bundle: Path, pipeline: Pipeline) -> None:
+    """And it does not: of other pixels, given what was seen in the first ones, it says what it says of those."""
+    first, other = two_prompts(work, 0), two_prompts(work, 1)
+    expected = prefill(pipeline, first)
+    second = work.pipeline(bundle)
+    found, _ = second.prefill(first.input_ids, other.pixel_values, first.attention_mask, seen=pipeline.seen())
+    np.testing.assert_array_equal(found.logits, expected.logits)
+    for cut, kept in expected.kept.items():
+        np.testing.assert_array_equal(found.kept[cut], kept)
+    assert not np.array_equal(prefill(second, replace(first, pixel_values=other.pixel_values)).logits, found.logits)
+
+
 # --- caches ---
 
 

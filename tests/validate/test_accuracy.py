@@ -17,6 +17,7 @@ from himap_export.validate.accuracy.evaluate import Findings, percent, points, r
 from himap_export.validate.accuracy.front import Front
 from himap_export.validate.accuracy.prompter import Prompter, prompter_of_checkpoint
 from himap_export.validate.accuracy.statistics import Interval, accuracy_interval
+from himap_export.validate.accuracy.systems import SeenBefore
 from himap_export.validate.speed.benchmark import Times
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ class Knows:
     fails_at: int | None = None
     asked: list[int] = field(default_factory=list)
 
-    def answer(self, inputs: Sequence[Inputs], numbers: Sequence[int]) -> list[list[int]]:
+    def answer(self, inputs: Sequence[Inputs], numbers: Sequence[int], seen: SeenBefore) -> list[list[int]]:
         assert len(inputs) == len(numbers) <= self.batch and all(i.input_ids.shape[0] == 1 for i in inputs)
         if self.fails_at is not None and len(self.asked) >= self.fails_at:
             raise KeyboardInterrupt
@@ -155,7 +156,7 @@ def test_missing_answers_are_no_wrong_answers(prompter: Prompter, data: Dataset,
 
 def test_everyone_sees_its_example_and_speaks_until_the_end(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:
     class Talks(Knows):
-        def answer(self, inputs: Sequence[Inputs], numbers: Sequence[int]) -> list[list[int]]:
+        def answer(self, inputs: Sequence[Inputs], numbers: Sequence[int], seen: SeenBefore) -> list[list[int]]:
             for given, number in zip(inputs, numbers, strict=True):
                 own = prompter.arrays(data.examples[number])
                 np.testing.assert_array_equal(given.input_ids, own.input_ids)

@@ -21,7 +21,7 @@ from himap_export.validate.accuracy.statistics import (
     over_seeds,
     paired_difference,
 )
-from himap_export.validate.accuracy.systems import PlanSystem
+from himap_export.validate.accuracy.systems import PlanSystem, SeenBefore
 from himap_export.validate.progress import Count
 from himap_export.validate.report.columns import aligned
 
@@ -77,16 +77,17 @@ def run(
     size, total = max(c.batch for c in systems), len(systems) * len(dataset.examples)
     numbered = list(enumerate(dataset.examples))
     progress(done := sum((c.name, c.seed, e.line) in log.done for c in systems for e in dataset.examples), total)
-    # Examples outside, systems inside: every image is read and preprocessed once, and none is kept.
+    # Examples outside, systems inside: every image is read, preprocessed and seen once, and none is kept.
     for at in range(0, len(numbered), size):
         chunk, prepared = numbered[at : at + size], dict[int, Inputs]()
+        seen: SeenBefore = {}
         for system in systems:
             asked = [(n, e) for n, e in chunk if (system.name, system.seed, e.line) not in log.done]
             prepared |= {n: prompter.arrays(e) for n, e in asked if n not in prepared}
             for start in range(0, len(asked), system.batch):
                 batch = asked[start : start + system.batch]
                 numbers = [n for n, _ in batch]
-                tokens = system.answer([prepared[n] for n in numbers], numbers)
+                tokens = system.answer([prepared[n] for n in numbers], numbers, seen)
                 said = [prompter.processor.text(row, stop_tokens) for row in tokens]
                 log.append([_answered(system, e, text) for (_, e), text in zip(batch, said, strict=True)])
                 progress(done := done + len(batch), total)

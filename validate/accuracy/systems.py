@@ -5,7 +5,7 @@ or not cut at all (none); of a quantised bundle, with its weights, and beside th
 (original). They are exported into a temporary folder for as long as the comparison lasts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.backends import Opening
-from himap_export.engines.pipeline import Pipeline
+from himap_export.engines.pipeline import Pipeline, Seen
 from himap_export.engines.scratch import scratch_folder
 from himap_export.graphs.flops import true_ratio
 from himap_export.graphs.plan import Criterion, PruningPlan
@@ -22,6 +22,7 @@ from himap_export.validate.baseline import Kept, export_baseline
 
 CHANCE: tuple[Criterion, ...] = ("random", "uniform")
 UNPRUNED, ORIGINAL = "none", "original"
+SeenBefore = MutableMapping[tuple[object, ...], Seen]  # by tower and the numbers of examples
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,11 @@ class PlanSystem:
         run = self.pipeline.spec
         return true_ratio(run.manifest.decoder, run.plan, run.budget.visual, run.budget.text)
 
-    def answer(self, inputs: Sequence[Inputs], numbers: Sequence[int]) -> list[list[int]]:
+    def answer(self, inputs: Sequence[Inputs], numbers: Sequence[int], seen: SeenBefore) -> list[list[int]]:
         """Returns greedy tokens of up to `batch` prompts, each of one sample; random cuts draw by seed and example
-        number."""
+        number. An image that a system of the same tower has `seen` is not looked at again; what is new is added."""
+        run = self.pipeline.spec
+        key = self.pipeline.backend, run.manifest.dtype, run.image, self.batch, *numbers
         width = max(i.input_ids.shape[1] for i in inputs)
         ids, mask = np.zeros((len(inputs), width), np.int64), np.zeros((len(inputs), width), np.int64)
         for row, i in enumerate(inputs):
@@ -54,7 +57,9 @@ class PlanSystem:
             ids[row, :length], mask[row, :length] = i.input_ids[0], 1
         pixels = np.concatenate([i.pixel_values for i in inputs])
         seeds = np.array([request_seed(self.seed, n) for n in numbers], np.int64)
-        prefilled, layout = self.pipeline.prefill(ids, pixels, mask, seeds)
+        prefilled, layout = self.pipeline.prefill(ids, pixels, mask, seeds, seen.get(key))
+        if key not in seen:
+            seen[key] = self.pipeline.seen()
         tokens = np.stack(list(self.pipeline.generate(prefilled, layout, self.new_tokens)), axis=1)
         return [row.tolist() for row in tokens]
 
