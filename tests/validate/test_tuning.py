@@ -345,6 +345,7 @@ def test_what_is_refused(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ((*data, "--out", tmp_path / "a", "--r1", "1"), "is outside [0, 1)"),
         ((*data, "--out", tmp_path / "a", "--policy", "fastv", "--k2", "4"), "--k2 is not for the policy fastv"),
         ((*data, "--out", tmp_path / "a", "--policy", "none"), "the policy none makes 0 cuts"),
+        ((*data, "--out", tmp_path / "a", "--policy", "himap-debiased"), "has 0 coefficients for instruction-debiased"),
         ((*data, "--out", tuned, *SMALL, "--policy", "intra-visual"), "policy is 'intra-visual', was 'himap'"),
         (("--dataset", tmp_path / "none.jsonl", "--out", tmp_path / "a"), "cannot read data set"),
         ((*data, "--out", tmp_path / ("x" * 300)), "File name too long"),

@@ -94,6 +94,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
     from himap_export.engines.questions import Dataset, read_dataset
     from himap_export.exporter.planning import describe
     from himap_export.exporter.registry import resolve
+    from himap_export.graphs.importance import require_scores
     from himap_export.validate.accuracy.answers import check_count, claim
     from himap_export.validate.checkpoint import checkpoint_folder
     from himap_export.validate.report.machine import provenance
@@ -114,9 +115,10 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> None:
         backend = args.backend or best_backend(args.dtype).backend
         load_backend(backend).check(args.dtype, "auto")  # now, not after hours of sweeping
     folder = checkpoint_folder(args.model)
-    layers = describe(resolve(str(folder)))[0].layers
+    decoder = describe(resolve(str(folder)))[0]
     values = {key: found for key in ("k1", "r1", "k2", "r2") if (found := getattr(args, key)) is not None}
-    candidates = grid(values, layers, args.policy)
+    candidates = grid(values, decoder.layers, args.policy)
+    require_scores(candidates[0].plan, decoder)
     check_count((len(candidates) + 1) * len(data.examples))
     say(f"{len(candidates)} plans, {len(data.examples)} questions, up to {args.workers} at a time")
     args.out.mkdir(parents=True, exist_ok=True)
