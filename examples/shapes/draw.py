@@ -89,7 +89,7 @@ def sample_scene(rng: random.Random, cells: int = GRID) -> Scene:
     """A few shapes, few kinds at a time so that counting matters, and up to two boxes: 4 to 9 in a whole scene."""
     corner = rng.randint(0, GRID - cells), rng.randint(0, GRID - cells)
     count = rng.randint(*{2: (2, 4), 4: (3, 7), 6: (4, 9)}[cells])
-    places = rng.sample([(r, c) for r in range(cells) for c in range(cells)], count)
+    places = _sample_places(rng, cells, count)
     boxes = rng.choice((0, 1, 1, 2))
     kinds = rng.sample(SHAPES, rng.choice((2, 3, 4)))
     items = []
@@ -103,6 +103,17 @@ def sample_scene(rng: random.Random, cells: int = GRID) -> Scene:
         color = rng.choice(tuple(COLORS))
         items.append(Item(kind, color, letter, row=row + corner[0], column=column + corner[1], x=x, y=y, size=size))
     return Scene(tuple(items), cells, corner, rng.getrandbits(32))
+
+
+def _sample_places(rng: random.Random, cells: int, count: int) -> list[tuple[int, int]]:
+    """So many cells, in half of the draws next to one that is taken: then there is something to relate."""
+    free, taken = [(r, c) for r in range(cells) for c in range(cells)], list[tuple[int, int]]()
+    while len(taken) < count:
+        beside = [(r, c) for r, c in free if any(abs(r - y) + abs(c - x) == 1 for y, x in taken)]
+        place = rng.choice(beside if beside and rng.random() < 0.5 else free)
+        free.remove(place)
+        taken.append(place)
+    return rng.sample(taken, count)
 
 
 def draw(scene: Scene) -> Image.Image:
@@ -153,13 +164,9 @@ def _draw_item(pen: ImageDraw.ImageDraw, item: Item) -> None:
 
 
 def neighbour(items: tuple[Item, ...], item: Item, down: int, right: int) -> Item | None:
-    """The item that stands next in that direction in the row or column of `item`."""
-    ahead = {
-        (other.row - item.row) * down + (other.column - item.column) * right: other
-        for other in items
-        if (other.row == item.row if right else other.column == item.column)
-    }
-    return ahead[min(steps)] if (steps := [step for step in ahead if step > 0]) else None
+    """The item in the next cell that way."""
+    cell = item.row + down, item.column + right
+    return next((other for other in items if (other.row, other.column) == cell), None)
 
 
 def patch_labels(scene: Scene) -> npt.NDArray[np.int64]:
@@ -212,7 +219,7 @@ def _place(item: Item) -> str:
 
 
 def _relations(items: tuple[Item, ...], kinds: Counter[str]) -> list[tuple[str, str, tuple[str, ...]]]:
-    """What stands next to an item that is the only one of its kind, in its row or column."""
+    """What stands in the cell beside an item that is the only one of its kind."""
     return [
         ("relation", other.kind, (item.kind, words))
         for item in items

@@ -65,8 +65,8 @@ PHASES = (
     Phase(cells=4, steps=700, batch=32, part=16, asked=0, rate=1e-3, last=1e-3),
     Phase(cells=6, steps=200, batch=16, part=8, asked=0, rate=1e-3, last=1e-3),
     Phase(cells=2, steps=3000, batch=32, part=16, asked=10, rate=1.5e-3, last=1e-3),
-    Phase(cells=4, steps=500, batch=24, part=6, asked=14, rate=1e-3, last=7e-4),
-    Phase(cells=6, steps=500, batch=16, part=4, asked=16, rate=7e-4, last=0.0),
+    Phase(cells=4, steps=600, batch=24, part=6, asked=14, rate=1e-3, last=7e-4),
+    Phase(cells=6, steps=700, batch=16, part=4, asked=16, rate=7e-4, last=0.0),
 )
 POOL = {2: 40_000, 4: 12_000, 6: 8_000}  # scenes drawn ahead for a phase, by cells
 
