@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo docs test test-slow fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers peers-env shapes study clean
+.PHONY: install demo docs test test-slow fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers peers-env shapes study study-quantised clean
 
 install: $(READY)
 
@@ -107,10 +107,13 @@ $(PEERS)/.ready: benchmarks/peers-requirements.txt
 # Half an hour on 2 cores: policies, budgets and controls on 6,000 held-out questions; an interrupted one goes on.
 study: install
 	$(BIN)/python examples/shapes/study.py --out study --docs docs/study
+	$(BIN)/python examples/shapes/study.py --positions renumbered --out study --docs docs/study
+
+study-quantised: install
 	$(BIN)/python examples/shapes/quantised.py --out study --docs docs/study
 
 shapes: install
-	$(BIN)/python examples/shapes/train.py
+	$(BIN)/python examples/shapes/train.py --compile --out build/shapes-trained
 
 clean:
 	rm -rf $(VENV) .types demo build *.egg-info

@@ -1,8 +1,8 @@
-"""Does quantising change which tokens matter? Every policy, in every form of the weights, on `shapes`.
+"""Does quantising change which tokens matter? Some selectors, in every form of the weights, on `shapes`.
 
     python examples/shapes/quantised.py --out study --docs docs/study
 
-exports one bundle for each form of the weights, with all policies at the default budget of FLOPs, asks all of them the
+exports one bundle for each form of the weights, with these selectors at one budget of FLOPs, asks all of them the
 same held-out questions, as deployed on onnxruntime, and writes docs/study/quantised.md: right answers, paired
 differences to the same policy with weights in fp32, and how many of the kept image tokens another one replaced. What a
 form has answered is kept in OUT/quantised-FORM.npz: an interrupted study goes on behind it.
@@ -17,11 +17,11 @@ import numpy as np
 from dataset import write
 from draw import TYPES
 from numpy.typing import NDArray
-from study import BATCH, BUDGETS, IMAGE_TOKENS, TEXT, Study, command
+from study import BATCH, BUDGETS, TEXT, Study, command
 
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle
-from himap_export.engines.pipeline import Pipeline
+from himap_export.engines.pipeline import Pipeline, Seen
 from himap_export.engines.questions import Example, read_dataset
 from himap_export.validate.accuracy.choices import is_right
 from himap_export.validate.accuracy.evaluate import percent, points
@@ -29,7 +29,6 @@ from himap_export.validate.accuracy.prompter import prompter_of_bundle
 from himap_export.validate.accuracy.statistics import accuracy_interval, paired_difference
 
 CALIBRATION_SEED = 5  # of questions that are neither trained on nor asked
-# 128 does not divide the 320 inputs of down_proj.
 FORMS: Mapping[str, tuple[object, ...]] = {
     "fp32": (),
     "int8": ("--quantize", "int8"),
@@ -38,13 +37,14 @@ FORMS: Mapping[str, tuple[object, ...]] = {
     "int4/64": ("--quantize", "int4", "--block", 64),
     "int4/64 AWQ": ("--quantize", "int4", "--block", 64, "--calibrate"),
 }
+BUDGET, ASKED = "b", ("himap", "himap-debiased", "fastv", "key-norm")
 Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Told:
     """What one form of the weights answered: by plan, which questions [n] were right, and by plan and cut
-    ("himap k1") which image tokens [n,64] were kept."""
+    ("himap k1") which image tokens [n,576] were kept."""
 
     right: Mapping[str, Bools]
     kept: Mapping[str, Bools]
@@ -64,21 +64,19 @@ def load(file: Path) -> Told:
 
 
 def export(study: Study, form: str) -> Bundle:
-    """The bundle of one form: all policies at budget a, and random, uniform and no cuts beside them."""
+    """The bundle of one form: the selectors at their budget, and random, uniform and no cuts beside them."""
     out = study.out / f"bundle-{form.replace('/', '-').replace(' ', '-')}"
     if not out.exists():
-        study.write_plans("a")
-        k1, k2, r1, r2 = BUDGETS["a"]
+        k1, k2, r1, r2 = BUDGETS[BUDGET]
         plans = study.out / "quantised.toml"
         chance = "".join(
             f'\n[{policy}]\npolicy = "{policy}"\nk1 = {k1}\nk2 = {k2}\nr1 = {r1}\nr2 = {r2}\n'
             for policy in ("random", "uniform")
         )
-        none = '[none]\npolicy = "none"\n\n'
-        plans.write_text(none + (study.out / "a.toml").read_text() + chance)
+        plans.write_text('[none]\npolicy = "none"\n\n' + study.plans(BUDGET, ASKED) + chance)
         flags = [*FORMS[form]]
         if "--calibrate" in flags:
-            flags.append(write(study.out / "calibration", per_type=6, seed=CALIBRATION_SEED))
+            flags.append(write(study.out / "calibration", 35, CALIBRATION_SEED))
         budgets = ("--text-budget", TEXT, "--max-new-tokens", 4, "--batch", BATCH)
         command("himap-export", "shapes", "--backend", "onnxruntime", "--plan", plans, *budgets, *flags, "--out", out)
     return Bundle.open(out)
@@ -94,7 +92,7 @@ def ask(bundle: Bundle, examples: Sequence[Example]) -> Told:
         pipelines[variant.plan_name] = Pipeline(run, "onnxruntime", Opening(threads=1), engines)
     right = {plan: np.zeros(len(examples), bool) for plan in pipelines}
     kept = {
-        f"{plan} {stage}": np.zeros((len(examples), IMAGE_TOKENS), bool)
+        f"{plan} {stage}": np.zeros((len(examples), p.spec.budget.visual[0]), bool)
         for plan, p in pipelines.items()
         for stage in p.stages[1:]
     }
@@ -106,8 +104,10 @@ def ask(bundle: Bundle, examples: Sequence[Example]) -> Told:
         for row, a in enumerate(arrays):
             ids[row, : a.input_ids.shape[1]], mask[row, : a.input_ids.shape[1]] = a.input_ids[0], 1
         pixels, seeds = np.concatenate([a.pixel_values for a in arrays]), np.arange(at, at + len(asked))
+        seen: Seen | None = None
         for plan, p in pipelines.items():
-            prefilled, layout = p.prefill(ids, pixels, mask, seeds)
+            prefilled, layout = p.prefill(ids, pixels, mask, seeds, seen)
+            seen = seen or p.seen()
             for cut, positions in prefilled.kept.items():
                 found = kept[f"{plan} {cut.removeprefix('kept_')}"]
                 for row, own in enumerate(positions):
@@ -152,14 +152,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("study"), help="bundles and answers (default: study)")
     parser.add_argument("--docs", type=Path, help="also write the tables there")
-    parser.add_argument("--per-type", type=int, default=500, help="questions of each type (default: 500)")
+    parser.add_argument("--questions", type=int, default=420, help="each type in turn (default: 420)")
     parser.add_argument("--form", action="append", choices=FORMS, help="of the weights; repeatable (default: all)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    study = Study(args.out, write(args.out / f"quantised-{args.per_type}", args.per_type), seeds=1)
+    study = Study(args.out, write(args.out / f"quantised-{args.questions}", args.questions), seeds=1)
     examples, told = read_dataset(study.dataset).examples, dict[str, Told]()
     for form in dict.fromkeys(("fp32", *(args.form or FORMS))):
-        file = args.out / f"quantised-{args.per_type}" / f"{form.replace('/', '-').replace(' ', '-')}.npz"
+        file = args.out / f"quantised-{args.questions}" / f"{form.replace('/', '-').replace(' ', '-')}.npz"
         if not file.exists():
             ask(export(study, form), examples).save(file)
         told[form] = load(file)

@@ -17,6 +17,7 @@ import argparse
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,20 +81,18 @@ class Study:
             return (self.fitted.slopes[layer - 1],)
         return self.fitted.heads if criterion == "hawk" and layer == 1 else ()
 
-    def write_plans(self, part: str) -> Path:
-        """All selectors at the budgets of `part`, as `himap-export --plan` reads them."""
+    def plans(self, budgets: str, policies: Iterable[str] = SELECTORS) -> str:
+        """The policies at each of the budgets, as `himap-export --plan` reads them."""
         text = []
-        for budget in part:
+        for budget in budgets:
             k1, k2, r1, r2 = BUDGETS[budget]
-            for policy, criteria in SELECTORS.items():
+            for policy in policies:
                 cuts = [
                     f'{{layer = {k}, criterion = "{c}", remove = {r}, coefficients = {list(self.coefficients(c, k))}}}'
-                    for c, k, r in zip(criteria, (k1, k2), (r1, r2), strict=True)
+                    for c, k, r in zip(SELECTORS[policy], (k1, k2), (r1, r2), strict=True)
                 ]
                 text.append(f"[{policy}-{budget}]\ncuts = [{', '.join(cuts)}]\n")
-        file = self.out / f"{part}.toml"
-        file.write_text("\n".join(text))
-        return file
+        return "\n".join(text)
 
     def judge(self, part: str) -> Path:
         """Exports and scores the budgets of `part`; the folder of its report."""
@@ -151,7 +150,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     study = Study(args.out, write(args.out, args.questions), args.seeds)
     for part in PARTS:
-        study.write_plans(part)
+        (args.out / f"{part}.toml").write_text(study.plans(part))
     with ThreadPoolExecutor(len(PARTS)) as pool:  # a core each
         reports = list(pool.map(study.judge, PARTS))
     study.score(PARTS[1])  # all is answered: times alone
