@@ -31,11 +31,11 @@ from himap_export.engines.questions import read_dataset
 from himap_export.exporter.aliases import ALIASES
 from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
 from himap_export.validate.analysis.fit import Fitted, fit
-from himap_export.validate.analysis.sample import Samples
+from himap_export.validate.analysis.flow import Samples
 from himap_export.validate.progress import counted
 from himap_export.validate.reference.reference import Reference
 
-MODEL, TEXT, BATCH = "shapes", 24, 16
+MODEL, TEXT, BATCH = "shapes", 16, 16
 FIT_SEED, CHOICE_SEED = 7, 9  # of the questions that coefficients are fitted on, and that plans are chosen on
 # K1, K2, R1, R2, from mild to hard. K1 = 1 ranks by the very first layer.
 BUDGETS = {
@@ -70,7 +70,7 @@ class Study:
     @cached_property
     def fitted(self) -> Fitted:
         """What debiasing and HAWK weigh with."""
-        examples = read_dataset(write(self.out / "fit", 140, FIT_SEED)).examples
+        examples = read_dataset(write(self.out / "fit", 70, FIT_SEED)).examples
         folder = Path(ALIASES[MODEL].source)
         with counted("fit") as progress:
             return fit(Reference(folder), Samples(prompter_of_checkpoint(folder), examples), progress)
@@ -154,7 +154,7 @@ def main() -> None:
     with ThreadPoolExecutor(len(PARTS)) as pool:  # a core each
         reports = list(pool.map(study.judge, PARTS))
     study.score(PARTS[1])  # all is answered: times alone
-    judged = read(reports, study.dataset, tuple(SELECTORS), BUDGETS)
+    judged = read(reports, study.dataset, tuple(SELECTORS), budgets=BUDGETS, text=TEXT)
     found = tables(judged)
     print("\n".join(found))
     if args.docs is not None:

@@ -46,7 +46,7 @@ class Judged:
 
 
 def read(
-    reports: Sequence[Path], dataset: Path, policies: Sequence[str], budgets: Mapping[str, Cuts], text: int = 24
+    reports: Sequence[Path], dataset: Path, policies: Sequence[str], budgets: Mapping[str, Cuts], text: int
 ) -> list[Judged]:
     """Every budget from the reports that hold it; the baselines are named after the first policy."""
     data, (spec, (vision, *_)) = read_dataset(dataset), describe(resolve("shapes"))
