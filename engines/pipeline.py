@@ -21,7 +21,7 @@ from himap_export.engines.sampling import Sampler, Sampling
 from himap_export.engines.weight_file import NUMPY
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import Place, Port, Role
-from himap_export.graphs.spec import PADDING, PRIME
+from himap_export.graphs.spec import PADDING, SEEDS
 
 Seen = Mapping[Place, npt.NDArray[Any]]  # what vision writes: features, [B,V,D] each
 FP16_MAX, FP32_MAX = float(np.finfo(np.float16).max), float(np.finfo(np.float32).max)
@@ -106,7 +106,7 @@ class Pipeline:
     ) -> PromptLayout:
         """Checks up to B prompts [b,S] with pixels [b*tiles,3,H,W] and writes them where the stages read them.
 
-        `seeds` [b], 0 if not given, are what random cuts draw by; other plans read none.
+        `seeds` [b], 0 if not given, are what random cuts draw by, modulo SEEDS; other plans read none.
         """
         m = self.manifest
         image, budget = self.spec.image, self.spec.budget
@@ -131,7 +131,7 @@ class Pipeline:
             "position_ids": layout.position_ids,
             "token_type": layout.token_type,
             "rope_position_ids": layout.rope_position_ids,
-            "seed": np.concatenate([given, *[given[-1:]] * missing])[:, None] % PRIME,
+            "seed": np.concatenate([given, *[given[-1:]] * missing])[:, None] % SEEDS,
         })  # fmt: skip
         self._rope_shift = layout.rope_shift
         return layout

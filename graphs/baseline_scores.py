@@ -1,34 +1,37 @@
 """The baselines' scores, random and uniform, which look at nothing that the model computed."""
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
+from onnxscript import OpBuilder
 
 from himap_export.graphs.scoring import ScoringContext
-from himap_export.graphs.spec import IMAGE, PRIME
+from himap_export.graphs.spec import IMAGE, PRIMES
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+ROUNDS = 3  # two pass every test that three pass, one fails
 
 
 def random_score(s: ScoringContext) -> ir.Value:
-    """Draws a number in [0, 2^24), exact in fp32, from the request's seed, the cut's layer and the position.
+    """Draws a number in [0, 2^22), exact in fp32, from the request's seed, the cut's layer and the position.
 
-    Three rounds of x -> x^5 + c modulo PRIME: integers only, so that every runtime draws the same numbers. Each product
-    and each sum is of residues and reduced at once: OpenVINO's CPU code has no integers of more than 32 bits.
+    The seed is mixed by the layer, and the position by what became of the seed: integers only and none beyond 2^22, so
+    that every runtime draws the same numbers, even one that divides integers as fp32 (OpenVINO's CPU). Each step of a
+    round can be undone, for residues have one cube root: no two positions score the same.
     """
-    op = s.op
+    assert s.seed is not None  # stages give it to this criterion
+    x, y = _mixed(s.op, s.position, _mixed(s.op, s.seed, (s.layer, s.layer)))
+    return s.op.Cast(s.op.Add(s.op.Mul(x, 2048), y), to=FLOAT)
 
-    def times(a: ir.Value, b: ir.Value | int) -> ir.Value:
-        return op.Mod(op.Mul(a, b), PRIME)
 
-    def plus(a: ir.Value, b: ir.Value | int) -> ir.Value:
-        return op.Mod(op.Add(a, b), PRIME)
-
-    def fifth(x: ir.Value) -> ir.Value:
-        return times(times(square := times(x, x), square), x)
-
-    x = plus(times(op.Mod(s.seed, PRIME), 48271), plus(times(s.position, 16807), s.layer * 69621 + 1))
-    x = plus(fifth(plus(fifth(x), 1013904223)), 374761393)
-    x = op.Add(op.Mod(fifth(x), 2**24), 668265263 % 2**24)
-    return op.Cast(op.Mod(x, 2**24), to=FLOAT)
+def _mixed(op: OpBuilder, z: ir.Value, keys: Sequence[ir.Value | int]) -> Sequence[ir.Value]:
+    """Returns x = z + keys[0] and y = z + keys[1], residues of PRIMES, after rounds of x^3 + y + keys[0] for x, then
+    y^3 + x + keys[1] for y."""
+    own, other = (op.Mod(op.Add(z, key), prime) for key, prime in zip(keys, PRIMES, strict=True))
+    for key, prime in [*zip(keys, PRIMES, strict=True)] * ROUNDS:
+        cube = op.Mul(op.Mod(op.Mul(own, own), prime), own)
+        own, other = other, op.Mod(op.Add(op.Add(cube, other), key), prime)
+    return own, other
 
 
 def uniform_score(s: ScoringContext) -> ir.Value:

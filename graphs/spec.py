@@ -12,8 +12,9 @@ Dtype = Literal["fp16", "bf16", "fp32"]
 # `token_type` of a prompt's tokens: padding, text before the (last) image token, image, text after it.
 PADDING, SYSTEM, IMAGE, INSTRUCTION = 0, 1, 2, 3
 
-# What random scores are drawn modulo: x^5 permutes its residues, as 5 does not divide PRIME - 1.
-PRIME = 2**31 - 1
+# What random scores are drawn modulo: 3 divides neither p - 1, so x^3 permutes the residues of both, and p^2 < 2^22.
+PRIMES = (2039, 2027)
+SEEDS = 2039 * 2027  # how many draw differently: a larger one draws as what it is modulo SEEDS
 
 # As files may say it: several times what the largest published decoders have, and what a machine can still add up.
 Layers = Annotated[int, Meta(ge=1, le=1024)]

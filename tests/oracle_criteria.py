@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
-PRIME = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,16 @@ def received(s: Layer, rows: Ints) -> Floats:
 
 
 def drawn(s: Layer) -> Floats:
-    x = [s.seed % PRIME * 48271 + int(p) * 16807 + s.cut * 69621 + 1 for p in s.position[s.candidates]]
-    for constant in (1013904223, 374761393, 668265263):
-        x = [int(v) ** 5 % PRIME + constant for v in x]
-    return np.array(x, np.float64) % 2**24
+    def rounds(z: Ints, keys: tuple[Ints, Ints]) -> tuple[Ints, Ints]:
+        x, y = (np.mod(z + key, prime) for key, prime in zip(keys, (2039, 2027), strict=True))
+        for _ in range(3):
+            x = np.mod(x**3 + y + keys[0], 2039)
+            y = np.mod(y**3 + x + keys[1], 2027)
+        return x, y
+
+    cut = np.array(s.cut)
+    x, y = rounds(s.position[s.candidates], rounds(np.array(s.seed), (cut, cut)))
+    return 2048.0 * x + y
 
 
 def even(s: Layer) -> Floats:

@@ -5,7 +5,7 @@
 2. `Attention` it reads as one operator that its CPU code takes apart again, transposing the whole key cache for each
    token. Ours is taken apart here: for one token keys times query, [C,E] x [E,n], so that the cache is read as it lies.
 3. `Gemm` it reads as alpha * x W + beta * C. Folding an alpha of 1 into each weight copies it: seconds at 200 M.
-4. `Mod`, by which random scores are drawn: its CPU code computes int64 in 32 bits, and divides them as fp32.
+4. `Mod` of integers its CPU code computes in fp32, wrongly beyond 2^24: refused where the divisor leaves no doubt.
 5. `DequantizeLinear`, before a `Gemm`: in bf16 it would multiply the weights out; see `quantised`.
 6. `Conv`, which cuts patches: in bf16 its CPU code is plainly wrong for the 6 channels of Qwen's towers (2026.4).
 
@@ -15,7 +15,6 @@ be copied at every token, 30 MB and 10 of 42 ms in docs/log.md.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,8 @@ import numpy as np
 from himap_export.engines.extras import required
 from himap_export.engines.openvino.quantised import Dequantized, dequantized, product
 from himap_export.graphs.errors import HimapError
-from himap_export.graphs.spec import PRIME
 
 Rule = Callable[[Any], Any]  # from the frontend's node to OpenVINO's
-_BITS = 31  # PRIME is 2^31 - 1: modulo it 2^31 is 1, and a product's upper half wraps around to its lower one
-_LIMB = 11  # bits: three limbs hold a residue, and three products of two limbs stay below 2^31
 
 
 @dataclass(frozen=True)
@@ -176,46 +172,9 @@ def _patches(node: Any) -> Any:
 
 
 def _mod(node: Any) -> Any:
-    """Returns x modulo y of integers from 0 on: y is a power of two or PRIME, and then x below 2^31, or the product or
-    the sum of two residues."""
-    op, x, divisor = _ops(), node.get_input(0), node.get_input(1).get_node()
-    y = int(divisor.get_data().item()) if divisor.get_type_name() == "Constant" else 0
-    if y & (y - 1) == 0 and y > 0:
-        return op.bitwise_and(x, _int(y - 1))
-    if y != PRIME:
-        raise HimapError("Mod divides by something else than 2^n or 2^31 - 1, which no graph of ours does")
-    made = x.get_node()
-    if exact := {"Multiply": _times, "Add": _plus}.get(made.get_type_name()):
-        return exact(*(port.get_source_output() for port in made.inputs()))
-    over = op.subtract(x, _int(PRIME))  # compared as they are, PRIME and PRIME - 1 would be equal: fp32 again
-    return op.select(op.equal(over, _int(0)), over, x)
-
-
-def _int(value: int) -> Any:
-    return _ops().constant(np.int64(value))
-
-
-def _plus(a: Any, b: Any) -> Any:
-    """Returns a + b modulo PRIME of residues, without a number beyond 31 bits: below zero it is PRIME too small."""
-    op = _ops()
-    under = op.subtract(a, op.subtract(_int(PRIME), b))
-    return op.select(op.less(under, _int(0)), op.add(under, _int(PRIME)), under)
-
-
-def _times(a: Any, b: Any) -> Any:
-    """Returns a * b modulo PRIME of residues, as a sum of their limbs' products, each turned round to its place."""
-    op, (first, second) = _ops(), (_limbs(x) for x in (a, b))
-    places = [(i, j) for i in range(len(first)) for j in range(len(second))]
-    return reduce(_plus, [_turned(op.multiply(first[i], second[j]), (i + j) * _LIMB % _BITS) for i, j in places])
-
-
-def _limbs(x: Any) -> list[Any]:
-    op, lowest = _ops(), _int(2**_LIMB - 1)
-    return [op.bitwise_and(op.bitwise_right_shift(x, _int(n * _LIMB)), lowest) for n in range(3)]
-
-
-def _turned(x: Any, bits: int) -> Any:
-    """Returns x * 2^bits modulo PRIME of a residue: its 31 bits, turned round."""
-    op, above = _ops(), _BITS - bits
-    lower = op.bitwise_left_shift(op.bitwise_and(x, _int(2**above - 1)), _int(bits))
-    return op.add(lower, op.bitwise_right_shift(x, _int(above)))
+    """Returns x modulo a constant up to 2^22; HimapError for any other, as random scores had in older bundles."""
+    divisor = node.get_input(1).get_node()
+    known = divisor.get_type_name() == "Constant" and not node.get_attribute("fmod", 0)
+    if not known or not 0 < np.min(divisor.get_data()) <= np.max(divisor.get_data()) <= 2**22:
+        raise HimapError("Mod divides by something else than a constant up to 2^22", "its graph is of an older bundle")
+    return _ops().floor_mod(node.get_input(0), divisor)

@@ -100,7 +100,7 @@ def test_openvino_still_reads_no_functions_of_a_models_own(bundle: Path) -> None
 
 
 def test_openvino_still_has_no_integers_of_64_bits() -> None:
-    """Should it: the limbs of `_mod` can go, and `random_score` may multiply as it likes."""
+    """Should it: `random_score` may multiply as it likes."""
     ov, op = required("openvino"), required("openvino.opset15")
     x = op.parameter([1], np.int64)
     made = ov.Core().compile_model(ov.Model([op.multiply(x, x)], [x]), "CPU")

@@ -15,7 +15,7 @@ from himap_export.engines.openvino.run import Compiler, computed
 from himap_export.engines.weight_file import as_numbers, as_stored
 from himap_export.graphs.build import Frame, StageGraph
 from himap_export.graphs.importance import importance
-from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, SYSTEM, DecoderSpec, Dtype
+from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, PRIMES, SEEDS, SYSTEM, DecoderSpec, Dtype
 
 SPEC = DecoderSpec(layers=3, hidden=8, ffn=8, heads=6, kv_heads=2, head_dim=16, vocab=8)
 
@@ -28,10 +28,12 @@ def compiled(graph: StageGraph, folder: Path) -> Any:
 
 
 def test_random_scores_are_the_oracles_to_the_last_bit(tmp_path: Path) -> None:
-    """Seeds as a pipeline gives them, modulo 2^31 - 1; the least and the largest, whose fp32 forms are equal."""
-    positions, edge = np.arange(700), 2**31 - 2
-    seeds = np.array([0, 1, 2, 48271, 2**16, 2**22 - 1, 2**24 + 1, 2**30, edge - 2, edge - 1, edge], np.int64)
-    seeds = np.concatenate([seeds, np.random.default_rng(0).integers(0, edge, 21)])
+    """Seeds as a pipeline gives them, modulo SEEDS, and positions up to 2^20: multiples of both primes, and next to
+    them."""
+    edges = np.add.outer([0, 2039, 2027, 2**11, 2039 * 500, 2027 * 517, 2**20 - 1], [-1, 0, 1]).flatten()
+    positions = np.unique([*range(600), *edges.clip(0, 2**20)])
+    seeds = np.array([0, 1, 2, 2026, 2027, 2038, 2039, 2**16, 2**22 % SEEDS, 2039 * 2026, SEEDS - 2, SEEDS - 1])
+    seeds = np.concatenate([seeds, np.random.default_rng(0).integers(0, SEEDS, 20)])
     f, shape = Frame("random", "fp32"), (len(seeds), len(positions))
     context = scoring_context(f, SPEC, shape, (), layer=2, visual=len(positions), keep=8, seeded=True)
     take(f, "score", importance("random", context), shape, ir.DataType.FLOAT)
@@ -44,10 +46,21 @@ def test_random_scores_are_the_oracles_to_the_last_bit(tmp_path: Path) -> None:
     nothing = dict.fromkeys((*SEEN[:-1], "attention", "previous", "normed"), np.zeros((1, 1)))
     for row, own in zip(found, seeds.tolist(), strict=True):
         s = Layer(
-            **nothing, candidates=positions, instruction=positions[:0], last=0, position=positions, cut=2, keep=8,
-            seed=own,
+            **nothing, candidates=np.arange(len(positions)), instruction=positions[:0], last=0, position=positions,
+            cut=2, keep=8, seed=own,
         )  # fmt: skip
         np.testing.assert_array_equal(row, RANKINGS["random"](s))
+
+
+def test_remainders_are_exact_as_far_as_random_scores_divide() -> None:
+    """OpenVINO's CPU divides integers as fp32: right for every number below 2^22, whatever the layers compute in."""
+    ov, op, numbers = required("openvino"), required("openvino.opset15"), np.arange(2**22)
+    x = op.parameter([len(numbers)], np.int64)
+    model = ov.Model([op.floor_mod(x, op.constant(np.int64(prime))) for prime in PRIMES], [x])
+    for hint in ({}, {"INFERENCE_PRECISION_HINT": "bf16"}):
+        found = ov.Core().compile_model(model, "CPU", hint)([numbers])
+        for i, prime in enumerate(PRIMES):
+            np.testing.assert_array_equal(found[i], numbers % prime)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

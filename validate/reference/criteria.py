@@ -133,14 +133,19 @@ def _boundary(s: State) -> Tensor:
 
 
 def _random(s: State, keep: int, seed: int) -> Tensor:
-    """Three rounds of x -> x^5 + c modulo the prime 2^31 - 1 over seed, layer and position; the last 24 bits."""
-    prime, found = 2**31 - 1, []
-    for position in s.alive[s.is_image].tolist():
-        x = seed % prime * 48271 + position * 16807 + s.layer * 69621 + 1
-        for constant in (1013904223, 374761393, 668265263):
-            x = pow(x, 5, prime) + constant
-        found.append(float(x % 2**24))
-    return torch.tensor(found, device=s.hidden.device)
+    """Three rounds of x <- x^3 + y + a modulo 2039, y <- y^3 + x + b modulo 2027: of the seed, where a and b are the
+    layer, then of each position, where they are what the seed became; then 2048 x + y."""
+
+    def mixed(z: int, a: int, b: int) -> tuple[int, int]:
+        x, y = (z + a) % 2039, (z + b) % 2027
+        for _ in range(3):
+            x = (x**3 + y + a) % 2039
+            y = (y**3 + x + b) % 2027
+        return x, y
+
+    keys = mixed(seed, s.layer, s.layer)
+    drawn = [mixed(position, *keys) for position in s.alive[s.is_image].tolist()]
+    return torch.tensor([float(2048 * x + y) for x, y in drawn], device=s.hidden.device)
 
 
 def _uniform(s: State, keep: int, seed: int) -> Tensor:
