@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from frames import SEEN, scoring_context, take
+from frames import SEEN, give_integers, scoring_context, take
 from oracle_criteria import RANKINGS, Layer
 
 from himap_export.engines.extras import required
@@ -14,6 +14,7 @@ from himap_export.engines.openvino import run
 from himap_export.engines.openvino.run import Compiler, computed
 from himap_export.engines.weight_file import as_numbers, as_stored
 from himap_export.graphs.build import Frame, StageGraph
+from himap_export.graphs.errors import HimapError
 from himap_export.graphs.importance import importance
 from himap_export.graphs.spec import IMAGE, INSTRUCTION, PADDING, PRIMES, SEEDS, SYSTEM, DecoderSpec, Dtype
 
@@ -61,6 +62,16 @@ def test_remainders_are_exact_as_far_as_random_scores_divide() -> None:
         found = ov.Core().compile_model(model, "CPU", hint)([numbers])
         for i, prime in enumerate(PRIMES):
             np.testing.assert_array_equal(found[i], numbers % prime)
+
+
+@pytest.mark.parametrize("divisor", [2**31 - 1, 2**22 + 1, 0, -5, None])
+def test_remainders_that_may_be_wrong_are_refused(divisor: int | None, tmp_path: Path) -> None:
+    """A graph of an older bundle would score all tokens the same, without a word."""
+    f = Frame("remainder", "fp32")
+    x = give_integers(f, "x", 4)
+    take(f, "y", f.op.Mod(x, give_integers(f, "by", 4) if divisor is None else divisor), (4,), ir.DataType.INT64)
+    with pytest.raises(HimapError, match=r"Mod divides by something else than a constant up to 2\^22"):
+        compiled(f.finish(), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
