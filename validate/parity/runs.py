@@ -83,7 +83,7 @@ def reference_cuts(plan: PruningPlan, visual: Visual) -> tuple[ReferenceCut, ...
     aligned = plan.kept(visual[0]) != visual
     counts = visual[1:] if aligned else [cut.keep for cut in plan.cuts]
     return tuple(
-        ReferenceCut(cut.layer, cut.criterion, cut.remove or 0.0, keep, cut.coefficients)
+        ReferenceCut(cut.layer, cut.criterion, cut.remove or 0.0, keep=keep, coefficients=cut.coefficients)
         for cut, keep in zip(plan.cuts, counts, strict=True)
     )
 
