@@ -14,7 +14,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-WEIGHTS = dict.fromkeys(TYPES, 1.0) | {"letter": 3.0, "relation": 3.0, "color": 2.0, "shape": 2.0, "count": 1.5}
+# How often a type is asked, against the others. To look for a kind is soon learnt; to look for a colour among several
+# things, only when that is asked often.
+EVEN = dict.fromkeys(TYPES, 1.0) | {"letter": 3.0, "relation": 3.0, "color": 2.0, "shape": 2.0, "count": 1.5}
+HARD = {"color": 0.3, "count": 0.5, "where": 0.6, "exists": 2.0, "relation": 4.0, "shape": 5.0, "letter": 6.0}
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,17 @@ class Phase:
     asked: int
     rate: float  # of learning, at the start
     last: float  # and at the end
+    weights: Mapping[str, float] = field(default_factory=dict)  # of the types asked
 
 
 PHASES = (
     Phase(cells=2, steps=4000, batch=64, part=32, asked=0, rate=2e-3, last=1e-3),
     Phase(cells=4, steps=700, batch=32, part=16, asked=0, rate=1e-3, last=1e-3),
     Phase(cells=6, steps=200, batch=16, part=8, asked=0, rate=1e-3, last=1e-3),
-    Phase(cells=2, steps=3000, batch=32, part=16, asked=10, rate=1.5e-3, last=1e-3),
-    Phase(cells=4, steps=600, batch=24, part=6, asked=14, rate=1e-3, last=7e-4),
-    Phase(cells=6, steps=700, batch=16, part=4, asked=16, rate=7e-4, last=0.0),
+    Phase(cells=2, steps=1600, batch=32, part=16, asked=10, rate=1.5e-3, last=1.2e-3, weights=EVEN),
+    Phase(cells=2, steps=1500, batch=32, part=16, asked=10, rate=1.5e-3, last=1e-3, weights=HARD),
+    Phase(cells=4, steps=600, batch=24, part=6, asked=14, rate=1e-3, last=7e-4, weights=HARD),
+    Phase(cells=6, steps=700, batch=16, part=4, asked=16, rate=7e-4, last=0.0, weights=HARD),
 )
 POOL = {2: 40_000, 4: 12_000, 6: 8_000}  # scenes drawn ahead for a phase, by cells
 
@@ -237,8 +243,8 @@ class Trainer:
 
     def _questions(self, scene: Scene, rng: random.Random) -> list[Question]:
         """As many as the phase asks, drawn by the weight of their type without putting any back."""
-        asked = PHASES[self.phase].asked
-        found = sorted(questions(scene, rng), key=lambda q: rng.random() ** (1 / WEIGHTS[q.type]), reverse=True)
+        asked, weights = PHASES[self.phase].asked, PHASES[self.phase].weights
+        found = sorted(questions(scene, rng), key=lambda q: rng.random() ** (1 / weights[q.type]), reverse=True)
         return (found * asked)[:asked]
 
     def _encode(self, text: str, bos: bool = False) -> list[int]:
