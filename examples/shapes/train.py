@@ -49,6 +49,7 @@ from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaP
 # things, only when that is asked often.
 EVEN = dict.fromkeys(TYPES, 1.0) | {"letter": 3.0, "relation": 3.0, "color": 2.0, "shape": 2.0, "count": 1.5}
 HARD = {"color": 0.3, "count": 0.5, "where": 0.6, "exists": 2.0, "relation": 4.0, "shape": 5.0, "letter": 6.0}
+HARDER = HARD | {"where": 0.4, "exists": 1.0, "relation": 8.0, "shape": 10.0, "letter": 4.0}
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ PHASES = (
     Phase(cells=6, steps=200, batch=16, part=8, asked=0, rate=1e-3, last=1e-3),
     Phase(cells=2, steps=1600, batch=32, part=16, asked=10, rate=1.5e-3, last=1.2e-3, weights=EVEN),
     Phase(cells=2, steps=1500, batch=32, part=16, asked=10, rate=1.5e-3, last=1e-3, weights=HARD),
-    Phase(cells=4, steps=600, batch=24, part=6, asked=14, rate=1e-3, last=7e-4, weights=HARD),
-    Phase(cells=6, steps=700, batch=16, part=4, asked=16, rate=7e-4, last=0.0, weights=HARD),
+    Phase(cells=2, steps=2000, batch=32, part=16, asked=10, rate=1.2e-3, last=8e-4, weights=HARDER),
+    Phase(cells=4, steps=600, batch=24, part=6, asked=14, rate=8e-4, last=6e-4, weights=HARDER),
+    Phase(cells=6, steps=700, batch=16, part=4, asked=16, rate=6e-4, last=0.0, weights=HARD),
 )
 POOL = {2: 40_000, 4: 12_000, 6: 8_000}  # scenes drawn ahead for a phase, by cells
 
