@@ -74,7 +74,9 @@ def _line(reader: int) -> bytes | None:
     """One line; empty at the end, None if nothing comes for too long."""
     found = bytearray()
     while not found.endswith(b"\n"):
-        if not select.select([reader], [], [], SILENT)[0]:
+        waiting = select.poll()  # select takes no descriptor from 1024 on, of which a long run of tests has some
+        waiting.register(reader, select.POLLIN)
+        if not waiting.poll(1000 * SILENT):
             return None
         part = os.read(reader, 1)
         if not part:

@@ -76,12 +76,14 @@ class Fault:
 
 
 def faults(text: bytes, most_alike: int = 2) -> list[Fault]:
-    """All faults of a document. Of list entries and of keys whose values look alike only the first `most_alike`."""
+    """All faults of a document, but what is there already. Of list entries and of keys whose values look alike only the
+    first `most_alike`."""
     whole = json.loads(text)
     found = [Fault((), value, type(whole).__name__) for value in VALUES]
     for path, value in _places(whole, most_alike):
         kind = type(value).__name__
-        own = [Fault(path, name, kind) for name in (*VALUES, "deleted")]
+        there = json.dumps(value)
+        own = [Fault(path, name, kind) for name in (*VALUES, "deleted") if VALUES.get(name) != there]
         if isinstance(path[-1], str):
             own.append(Fault(path, "twice", kind))
         if isinstance(value, dict):

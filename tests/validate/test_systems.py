@@ -64,7 +64,7 @@ def test_everyone_answers_as_the_reference_does(work: Workshop, systems: list[Pl
             work.reference("gqa2"), inputs.input_ids, inputs.pixel_values, inputs.attention_mask,
             max_new_tokens=5, cuts=cuts, seeds=seeds,
         )  # fmt: skip
-        assert system.answer(batch, numbers) == said.tolist(), system.name
+        assert system.answer(batch, numbers, {}) == said.tolist(), system.name
 
 
 def test_baselines_lie_where_leftovers_are_cleared_away(systems: list[PlanSystem]) -> None:
