@@ -72,7 +72,7 @@ PHASES = (
     Phase(cells=6, steps=200, batch=16, part=8, asked=0, rate=1e-3, last=1e-3),
     Phase(cells=2, steps=1600, batch=32, part=16, asked=10, rate=1.5e-3, last=1.2e-3, weights=EVEN),
     Phase(cells=2, steps=1500, batch=32, part=16, asked=10, rate=1.5e-3, last=1e-3, weights=HARD),
-    Phase(cells=2, steps=2000, batch=32, part=16, asked=10, rate=1.2e-3, last=8e-4, weights=HARDER),
+    Phase(cells=2, steps=1200, batch=32, part=16, asked=10, rate=1.2e-3, last=8e-4, weights=HARDER),
     Phase(cells=4, steps=600, batch=24, part=6, asked=14, rate=8e-4, last=6e-4, weights=HARDER),
     Phase(cells=6, steps=700, batch=16, part=4, asked=16, rate=6e-4, last=0.0, weights=HARD),
 )
