@@ -27,12 +27,12 @@ from himap_export.exporter.aliases import ALIASES
 from himap_export.graphs.errors import Exit
 from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
 from himap_export.validate.report.page import check_libraries, write_report
+from himap_export.validate.speed.results import ratio
 
 MODEL = "shapes"
 PLANS = Path(__file__).with_name("demo.toml")  # its first plan is shown, its "unpruned" one beside it
 QUESTIONS = Path(__file__).parent / "images" / "questions.jsonl"
 NEW_TOKENS = 8
-UNMEASURABLE = "no difference measurable here"
 say = partial(print, file=sys.stderr, flush=True)
 
 
@@ -91,9 +91,7 @@ class Found:
 
     def speed_up(self, phase: str) -> str:
         """Returns how many times faster pruned engines are than unpruned ones: median, lowest, highest repetition."""
-        median, low, high = self.validation["speed"]["over"]["unpruned"][phase]
-        interval = f"{low:.2f} to {high:.2f}"
-        return f"{UNMEASURABLE} ({interval})" if low <= 1 <= high else f"{median:.2f}x ({interval})"
+        return ratio(self.validation["speed"]["over"]["unpruned"][phase])
 
     def timed(self, phase: str, ceiling: str) -> str:
         """Returns times of `phase` side by side, with the speed-up that FLOPs allow."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from dataset import write
-from draw import TYPES
+from tables import KINDS, table
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -83,14 +83,15 @@ def control(out: Path, docs: Path | None) -> None:
     right = {name: np.array([*halves[0][name], *halves[1][name]]) for name in halves[0]}
     lines = [f"# Who stays keeps its position, or is numbered anew, on {QUESTIONS} questions", ""]
     lines += ["Right answers of the PyTorch reference in percent, and what renumbering changes, in points.", ""]
-    lines += ["| questions | " + " | ".join(f"{p} {n}" for p in PLANS for n in (*NUMBERED, "difference")) + " |"]
-    lines += ["|---" * (1 + 3 * len(PLANS)) + "|"]
-    for kind in ("all", *TYPES):
+    head = ("questions", *(f"{p} {n}" for p in PLANS for n in (*NUMBERED, "difference")))
+    rows = list[tuple[str, ...]]()
+    for kind in KINDS:
         here, cells = (kinds == kind) | (kind == "all"), list[str]()
         for plan in PLANS:
             own = [right[f"{plan} {numbered}"][here] for numbered in NUMBERED]
             cells += [*(percent(accuracy_interval(r)) for r in own), points(paired_difference(own[1], own[0]))]
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
+        rows.append((kind, *cells))
+    lines += table(head, rows)
     print("\n".join(lines))
     if docs is not None:
         docs.mkdir(parents=True, exist_ok=True)

@@ -70,16 +70,16 @@ def tables(budgets: Sequence[Judged]) -> list[str]:
     for b in budgets:
         k1, k2, r1, r2 = b.cuts
         found += ["", f"**Budget {b.name}**: {b.flops:.0%} of the FLOPs; K1 {k1}, K2 {k2}, R1 {r1}, R2 {r2}", ""]
-        found += _table(("policy", *KINDS), [(p, *(_cell(b, p, kind) for kind in KINDS)) for p in b.right])
+        found += table(("policy", *KINDS), [(p, *(_cell(b, p, kind) for kind in KINDS)) for p in b.right])
     pruned = [p for p in budgets[0].right if p != UNPRUNED]
     heads = [f"{b.name}, {b.flops:.0%}" for b in budgets]
     for other in CHANCE:
         found += ["", f"Points over {other} at the same cuts, all questions, with Tango's 95 % intervals of pairs:", ""]
         rows = [(p, *(points(b.over(p, other)) for b in budgets)) for p in pruned if p != other]
-        found += _table(("policy", *heads), rows)
+        found += table(("policy", *heads), rows)
     found += ["", "Points of debiased HiMAP over HiMAP:", ""]
     rows = [(kind, *(points(b.over("himap-debiased", "himap", kind)) for b in budgets)) for kind in KINDS]
-    return found + _table(("questions", *heads), rows)
+    return found + table(("questions", *heads), rows)
 
 
 def _cell(budget: Judged, policy: str, kind: str) -> str:
@@ -88,7 +88,8 @@ def _cell(budget: Judged, policy: str, kind: str) -> str:
     return f"**{percent(own)}**" if policy != UNPRUNED and own.mean == best else percent(own)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown."""
     return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
