@@ -34,6 +34,8 @@ from himap_export.validate.reference.criteria import Cuts
 from himap_export.validate.reference.reference import Reference
 
 HIMAP_TINY = Path(__file__).parent / "fixtures" / "himap-tiny"
+SHAPES_64 = Path(__file__).parent / "fixtures" / "shapes-64" / "model"  # answers what follows rightly
+QUESTIONS_64 = SHAPES_64.parent / "images" / "questions.jsonl"
 MAIN = {  # where each command's `main` is
     "himap-export": "himap_export.exporter.cli",
     "himap-run": "himap_export.engines.cli",

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import HIMAP_TINY, ORT, Workshop, call, golden_inputs, save_inputs
+from commands import HIMAP_TINY, ORT, SHAPES_64, Workshop, call, golden_inputs, save_inputs
 from forked import environment, forked
 from PIL import Image
 from tiny import Inputs
@@ -332,7 +332,7 @@ def test_places_for_outputs(bundle: Path, tmp_path: Path, capsys: pytest.Capture
 
 def test_images(work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = tmp_path / "shapes"
-    assert call(export_main, "shapes", *ORT, "--out", bundle) == 0
+    assert call(export_main, SHAPES_64, *ORT, "--out", bundle) == 0
     picture, text, cut = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"
     Image.effect_noise((200, 200), 50).convert("RGB").save(picture)
     text.write_text("not an image")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ORT, call
+from commands import ORT, SHAPES_64, call
 from PIL import Image
 
 from himap_export.engines.bundle import Bundle
@@ -13,7 +13,6 @@ from himap_export.engines.manifest import Manifest
 from himap_export.exporter.cli import main as export_main
 from himap_export.exporter.quantize.calibration import LEAST
 
-SHAPES = Path("exporter/shapes").absolute()
 RTX = ("--backend", "tensorrt-rtx")
 SMALL = ("--k1", 1, "--k2", 3, "--text-budget", 24, "--max-new-tokens", 4)
 
@@ -29,7 +28,7 @@ def questions(folder: Path) -> Path:
 
 
 def exported(out: Path, *flags: object) -> Manifest:
-    assert call(export_main, SHAPES, *RTX, *SMALL, *flags, "--out", out) == 0
+    assert call(export_main, SHAPES_64, *RTX, *SMALL, *flags, "--out", out) == 0
     return Bundle.open(out).manifest
 
 
@@ -87,6 +86,6 @@ def test_what_engines_cannot_hold_is_refused_before_work(
     flags: tuple[object, ...], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calibrated = ("--calibrate", questions(tmp_path)) if "it has int8, int4" in words else ()
-    assert call(export_main, SHAPES, *SMALL, *flags, *calibrated, "--out", tmp_path / "out") == 2
+    assert call(export_main, SHAPES_64, *SMALL, *flags, *calibrated, "--out", tmp_path / "out") == 2
     told = capsys.readouterr().err.strip().splitlines()
     assert words in told[-1] and not (tmp_path / "out").exists()

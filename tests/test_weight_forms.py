@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import HIMAP_TINY, ORT, Workshop, call, golden_inputs, save_inputs
+from commands import HIMAP_TINY, ORT, SHAPES_64, Workshop, call, golden_inputs, save_inputs
 from safetensors.torch import load_file, save_file
 from tiny import make_inputs
 
@@ -52,7 +52,7 @@ def test_an_embedded_graph_needs_no_file_of_another(work: Workshop, tmp_path: Pa
 def test_engines_hold_embedded_weights_and_nothing_else_is_left(work: Workshop, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     flags = ("--backend", "tensorrt-rtx", "--weight-form", "embedded", "--k1", 1, "--k2", 3, "--text-budget", 24)
-    assert call(export_main, Path("exporter/shapes").absolute(), *flags, "--out", out) == 0
+    assert call(export_main, SHAPES_64, *flags, "--out", out) == 0
     bundle = Bundle.open(out)
     assert {p.name for p in out.iterdir()} == {"manifest.json", "tensorrt-rtx", "tokenizer.json"}
     assert bundle.manifest.weights == () and all(g.file == "" for g in bundle.manifest.graphs.values())
@@ -138,7 +138,7 @@ def test_hard_links_are_made_on_request(work: Workshop, tmp_path: Path, capsys: 
 
 def test_flags_that_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     for flags in (("--engines-only", "--hard-link"), ("--engines-only", "--weight-form", "embedded")):
-        assert call(export_main, "shapes", *flags, "--dry-run") == 2
+        assert call(export_main, SHAPES_64, *flags, "--dry-run") == 2
         assert "not allowed with" in capsys.readouterr().err
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import QUESTIONS_64
 from PIL import Image
 
 from himap_export.engines.questions import Example, expected, prompt_of, read_dataset
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.validate.accuracy.choices import is_right
 
-SHAPES = Path(__file__).parents[2] / "examples" / "shapes" / "images" / "questions.jsonl"
 GOOD = {"image": "a.png", "question": "what?", "answer": "red"}
 CHOICE = {"image": "a.png", "question": "which?", "options": ["cat", "dog", "emu"], "answer": "B"}
 Write = Callable[..., Path]
@@ -41,10 +41,12 @@ def choice(options: Sequence[str], answer: str) -> Example:
 
 
 def test_the_shipped_questions() -> None:
-    found = read_dataset(SHAPES)
+    found = read_dataset(QUESTIONS_64)
     assert found.skipped == () and [e.line for e in found.examples] == [1, 2, 3, 4, 5]
     first = found.examples[0]
-    assert first == Example(1, "1", SHAPES.parent / "letter.png", "what letter is in the yellow box?", "C", "letter")
+    assert first == Example(
+        1, "1", QUESTIONS_64.parent / "letter.png", "what letter is in the yellow box?", "C", "letter"
+    )
 
 
 def test_names_types_and_paths(write: Write, tmp_path: Path) -> None:

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import pytest
-from commands import OPENVINO, ORT, Workshop, call
+from commands import OPENVINO, ORT, SHAPES_64, Workshop, call
 
 from himap_export.engines.bundle import Bundle
 from himap_export.exporter.cli import main as export_main
 from himap_export.validate.reference.criteria import reference_himap
 
 CUTS = reference_himap(1, 3, 0.5, 0.75)
-SHAPES = Path("exporter/shapes").absolute()
 RTX = ("--backend", "tensorrt-rtx")
 Capture = pytest.CaptureFixture[str]
 
@@ -42,7 +41,7 @@ Capture = pytest.CaptureFixture[str]
 def test_what_cannot_be_is_refused_in_one_line(
     flags: tuple[object, ...], words: str, tmp_path: Path, capsys: Capture
 ) -> None:
-    assert call(export_main, SHAPES, *flags, "--out", tmp_path / "bundle") == 2
+    assert call(export_main, SHAPES_64, *flags, "--out", tmp_path / "bundle") == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and words in said[0], said
     assert not any(tmp_path.iterdir())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import QUESTIONS_64, SHAPES_64
 
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.questions import Dataset, Example, read_dataset
@@ -19,9 +20,6 @@ from himap_export.validate.accuracy.prompter import Prompter, prompter_of_checkp
 from himap_export.validate.accuracy.statistics import Interval, accuracy_interval
 from himap_export.validate.accuracy.systems import SeenBefore
 from himap_export.validate.speed.benchmark import Times
-
-ROOT = Path(__file__).parents[2]
-SHAPES = ROOT / "exporter" / "shapes"
 
 
 @dataclass
@@ -47,16 +45,16 @@ class Knows:
 
 @pytest.fixture(scope="module")
 def prompter() -> Prompter:
-    return prompter_of_checkpoint(SHAPES)
+    return prompter_of_checkpoint(SHAPES_64)
 
 
 @pytest.fixture(scope="module")
 def data() -> Dataset:
-    return read_dataset(ROOT / "examples" / "shapes" / "images" / "questions.jsonl")
+    return read_dataset(QUESTIONS_64)
 
 
 def stop_of(prompter: Prompter) -> int:
-    found = json.loads((SHAPES / "generation_config.json").read_text())["eos_token_id"]
+    found = json.loads((SHAPES_64 / "generation_config.json").read_text())["eos_token_id"]
     return int(found if isinstance(found, int) else found[0])
 
 

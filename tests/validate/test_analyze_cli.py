@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import call
+from commands import QUESTIONS_64, SHAPES_64, call
 from PIL import Image
 
 from himap_export.engines.image import clip_preprocessing
@@ -15,20 +15,18 @@ from himap_export.validate.analysis.cli import main
 from himap_export.validate.analysis.overlay import overlay, strip
 from himap_export.validate.analysis.page import report_files
 
-ROOT = Path(__file__).parents[2]
-QUESTIONS = ROOT / "examples" / "shapes" / "images" / "questions.jsonl"
-
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("analysis") / "flow"
-    assert call(main, "shapes", "--dataset", QUESTIONS, "--out", out, "--cams", 1, "--smooth", 2, "--threads", 1) == 0
+    flags = ("--dataset", QUESTIONS_64, "--out", out, "--cams", 1, "--smooth", 2, "--threads", 1)
+    assert call(main, SHAPES_64, *flags) == 0
     return out
 
 
 def test_the_report_holds_every_analysis(report: Path) -> None:
     found = json.loads((report / "report.json").read_text())
-    layers, questions = 10, len(QUESTIONS.read_text().splitlines())
+    layers, questions = 10, len(QUESTIONS_64.read_text().splitlines())
     assert found["questions"] == questions and len(found["saliency"]) == len(found["attention_shares"]) == layers
     for layer in found["attention_shares"]:
         assert layer["system"] + layer["image"] + layer["user"] == pytest.approx(1, abs=1e-4)
@@ -46,28 +44,28 @@ def test_the_report_holds_every_analysis(report: Path) -> None:
 
 def test_one_object_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--limit", 2, "--cams", 0, "--width", 3, "--json", "--threads", 1)
-    assert call(main, "shapes", "--dataset", QUESTIONS, "--out", tmp_path / "flow", *flags) == 0
+    assert call(main, SHAPES_64, "--dataset", QUESTIONS_64, "--out", tmp_path / "flow", *flags) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["questions"] == 2 and max(d["first"] for d in found["disruption"]) == 7
 
 
 def test_what_is_refused(report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = Path(shutil.copytree(QUESTIONS.parent, tmp_path / "images")) / "bad.jsonl"
-    bad.write_text(QUESTIONS.read_text() + '{"image": "nowhere.png", "question": "?", "answer": "red"}\n')
+    bad = Path(shutil.copytree(QUESTIONS_64.parent, tmp_path / "images")) / "bad.jsonl"
+    bad.write_text(QUESTIONS_64.read_text() + '{"image": "nowhere.png", "question": "?", "answer": "red"}\n')
     for arguments, words in (
-        (("shapes", "--dataset", QUESTIONS, "--out", report), "is not an empty folder"),
-        (("shapes", "--dataset", tmp_path / "none.jsonl", "--out", tmp_path / "a"), "cannot read data set"),
-        (("shapes", "--dataset", bad, "--out", tmp_path / "a"), "line 6"),
-        (("no-such-model", "--dataset", QUESTIONS, "--out", tmp_path / "a"), "unknown model"),
-        (("shapes", "--dataset", QUESTIONS, "--out", tmp_path / "a", "--width", 11), "windows must lie within"),
+        ((SHAPES_64, "--dataset", QUESTIONS_64, "--out", report), "is not an empty folder"),
+        ((SHAPES_64, "--dataset", tmp_path / "none.jsonl", "--out", tmp_path / "a"), "cannot read data set"),
+        ((SHAPES_64, "--dataset", bad, "--out", tmp_path / "a"), "line 6"),
+        (("no-such-model", "--dataset", QUESTIONS_64, "--out", tmp_path / "a"), "unknown model"),
+        ((SHAPES_64, "--dataset", QUESTIONS_64, "--out", tmp_path / "a", "--width", 11), "windows must lie within"),
         (
-            ("shapes", "--dataset", QUESTIONS, "--out", tmp_path / "a", "--limit", 0),
+            (SHAPES_64, "--dataset", QUESTIONS_64, "--out", tmp_path / "a", "--limit", 0),
             "--limit: '0' is not a",
         ),
-        (("shapes", "--dataset", QUESTIONS, "--out", tmp_path / "a", "--cams", 10**9), "--cams: "),
-        (("shapes", "--dataset", QUESTIONS, "--out", tmp_path / "a", "--threads", 10**5), "--threads: "),
-        (("shapes", "--dataset", QUESTIONS, "--out", bad, "--overwrite"), "it is no folder"),
-        (("shapes", "--dataset", QUESTIONS, "--out", tmp_path / "images" / "bad.jsonl" / "a"), "cannot write"),
+        ((SHAPES_64, "--dataset", QUESTIONS_64, "--out", tmp_path / "a", "--cams", 10**9), "--cams: "),
+        ((SHAPES_64, "--dataset", QUESTIONS_64, "--out", tmp_path / "a", "--threads", 10**5), "--threads: "),
+        ((SHAPES_64, "--dataset", QUESTIONS_64, "--out", bad, "--overwrite"), "it is no folder"),
+        ((SHAPES_64, "--dataset", QUESTIONS_64, "--out", tmp_path / "images" / "bad.jsonl" / "a"), "cannot write"),
     ):
         assert call(main, *arguments) == 2, arguments
         assert words in capsys.readouterr().err

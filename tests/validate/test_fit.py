@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import Workshop, call
+from commands import QUESTIONS_64, SHAPES_64, Workshop, call
 from tiny import TINY, make_inputs
 from transformers import LlavaForConditionalGeneration
 
@@ -20,7 +20,6 @@ from himap_export.validate.analysis.sample import Sample
 from himap_export.validate.progress import silent
 from himap_export.validate.reference.reference import Reference
 
-QUESTIONS = Path(__file__).parents[2] / "examples" / "shapes" / "images" / "questions.jsonl"
 NAME = "gqa2"
 
 
@@ -82,8 +81,8 @@ def test_weights_are_shares_of_what_is_lost() -> None:
 
 
 def test_the_command_writes_plans_that_can_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ("--dataset", QUESTIONS, "--out", tmp_path / "fit", "--fit", "--limit", 1, "--threads", 1)
-    assert call(main, "shapes", *flags, "--k1", 3, "--k2", 5, "--json") == 0
+    flags = ("--dataset", QUESTIONS_64, "--out", tmp_path / "fit", "--fit", "--limit", 1, "--threads", 1)
+    assert call(main, SHAPES_64, *flags, "--k1", 3, "--k2", 5, "--json") == 0
     said = json.loads(capsys.readouterr().out)
     plans = named_plans([tmp_path / "fit" / "plans.toml"])
     assert [plan.policy for plan in plans.values()] == ["himap-debiased", "hawk"]
@@ -94,7 +93,7 @@ def test_the_command_writes_plans_that_can_be_exported(tmp_path: Path, capsys: p
     for plan in plans.values():
         require_scores(plan, DecoderSpec(10, 8, 8, heads, heads, 8, 8))
     for wrong, words in ((("--k1", 3, "--k2", 3), "no cuts at 3 and 3"), (("--k1", 99), "no cuts at 99")):
-        assert call(main, "shapes", *flags, "--overwrite", *wrong) == 2
+        assert call(main, SHAPES_64, *flags, "--overwrite", *wrong) == 2
         assert words in capsys.readouterr().err
-    assert call(main, "shapes", *flags[:4], "--k1", 2) == 2
+    assert call(main, SHAPES_64, *flags[:4], "--k1", 2) == 2
     assert "go with --fit" in capsys.readouterr().err

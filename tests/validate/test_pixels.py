@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import ORT, Workshop, call
+from commands import ORT, SHAPES_64, Workshop, call
 from families import FAMILIES
 from msgspec.structs import asdict
 from PIL import Image
@@ -21,8 +21,7 @@ from himap_export.validate.cli import main
 from himap_export.validate.parity.compare import Answers, Parity
 from himap_export.validate.parity.pixels import PixelParity, compare_pixels, with_pixels
 
-SHAPES = Path(__file__).parents[2] / "exporter" / "shapes"
-SOURCE = Source(SHAPES, None, False)
+SOURCE = Source(SHAPES_64, None, False)
 RIGHT = ImagePreprocessing(112, (112, 112))
 PICTURE = ImageSpec((112, 112), 1, 64, (8, 8), RIGHT)
 EMPTY = Parity(1, (), (), Answers(1, 1, None, 0.0), (), {})
@@ -124,9 +123,9 @@ def test_every_family_is_compared_where_it_sees_the_same_picture(
 
 
 def test_why_nothing_is_compared(photograph: Path, tmp_path: Path) -> None:
-    found = compared(photograph, RIGHT, Source(SHAPES, None, True))
+    found = compared(photograph, RIGHT, Source(SHAPES_64, None, True))
     assert found.note.startswith("pixels not compared: the release prepares pictures by its own code")
-    bare = Path(shutil.copytree(SHAPES, tmp_path / "bare"))
+    bare = Path(shutil.copytree(SHAPES_64, tmp_path / "bare"))
     settings = json.loads((bare / "processor_config.json").read_text())
     (bare / "processor_config.json").unlink()
     assert compared(photograph, RIGHT, Source(bare, None, False)).note == (
@@ -142,7 +141,7 @@ def test_why_nothing_is_compared(photograph: Path, tmp_path: Path) -> None:
 
 
 def test_no_code_of_the_checkpoint_runs(photograph: Path, tmp_path: Path) -> None:
-    folder, ran = Path(shutil.copytree(SHAPES, tmp_path / "evil")), tmp_path / "ran"
+    folder, ran = Path(shutil.copytree(SHAPES_64, tmp_path / "evil")), tmp_path / "ran"
     settings = json.loads((folder / "processor_config.json").read_text())["image_processor"]
     (folder / "processor_config.json").unlink()
     (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\n")
@@ -160,7 +159,7 @@ def test_the_command_tells_of_the_pixels(
     from himap_export.exporter.cli import main as export_main
 
     bundle = tmp_path / "bundle"
-    assert call(export_main, "shapes", *ORT, "--out", bundle) == 0
+    assert call(export_main, SHAPES_64, *ORT, "--out", bundle) == 0
     asked = (bundle, "--image", photograph, "--prompt", "what?", "--no-speed", "--max-new-tokens", 2, "--threads", 1)
     capsys.readouterr()
     assert call(main, *asked) == 0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import ORT, Workshop, call
+from commands import ORT, QUESTIONS_64, Workshop, call
 from legacy import make_qwen_vl
 from msgspec.structs import replace
 from ready_checkpoints import write_awq, write_gptq
@@ -24,7 +24,6 @@ from himap_export.validate.parity.quantised import EXACT, READY_MADE
 from himap_export.validate.tuning.cli import main as tune_main
 from himap_export.validate.validation import judged_bundle, validate
 
-ROOT = Path(__file__).parents[2]
 FLAGS = ("--k1", 1, "--k2", 3, "--text-budget", 24, *ORT)
 
 
@@ -109,7 +108,7 @@ def test_analysis_needs_the_weights_before_rounding(
     work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], object]
 ) -> None:
     write_awq(work.checkpoint("mqa4"), tmp_path / "made")
-    data = ROOT / "examples" / "shapes" / "images" / "questions.jsonl"
+    data = QUESTIONS_64
     assert call(main, tmp_path / "made", "--dataset", data, "--limit", 2, "--out", tmp_path / "out") == Exit.USAGE
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert "comes quantised: analysis and tuning need the unquantised checkpoint" in told

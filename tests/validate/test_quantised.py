@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from commands import ORT, Workshop, call
+from commands import ORT, QUESTIONS_64, SHAPES_64, Workshop, call
 from safetensors.numpy import load_file, save_file
 
 from himap_export.engines.backends import Opening
@@ -47,8 +47,6 @@ from himap_export.validate.reference.activations import int8_dynamic
 from himap_export.validate.reference.criteria import reference_himap
 from himap_export.validate.validation import validate
 
-ROOT = Path(__file__).parents[2]
-SHAPES, IMAGES = ROOT / "exporter" / "shapes", ROOT / "examples" / "shapes" / "images"
 CUTS = reference_himap(2, 4, 0.5, 0.5)
 OPTIONS = ParityOptions(new_tokens=8)
 INT4 = ("--quantize", "int4", "--block", "32")
@@ -304,12 +302,12 @@ def test_engines_and_models_are_in_memory_in_turn(work: Workshop, monkeypatch: p
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quantised") / "shapes"
     flags = ("--text-budget", 20, "--max-new-tokens", 4, "--batch", 2, *INT4, *ORT)
-    assert call(export_main, "shapes", *flags, "--out", out) == 0
+    assert call(export_main, SHAPES_64, *flags, "--out", out) == 0
     return out
 
 
 def test_accuracy_has_baselines_of_the_same_weights_and_the_original(shapes: Path, tmp_path: Path) -> None:
-    flags = ("--dataset", IMAGES / "questions.jsonl", "--limit", 4, "--seeds", 1, "--threads", 1, "--no-speed")
+    flags = ("--dataset", QUESTIONS_64, "--limit", 4, "--seeds", 1, "--threads", 1, "--no-speed")
     assert call(validate_main, shapes, *flags, "--report", tmp_path / "report") == 0
     found = json.loads((tmp_path / "report" / "report.json").read_text())["accuracy"]
     over = {name: set(cells["all"]["over"]) for name, cells in found.items()}
@@ -323,7 +321,7 @@ def test_a_baseline_holds_the_bundles_weights(shapes: Path, tmp_path: Path) -> N
     bundle, budget = Bundle.open(shapes), Bundle.open(shapes).select().budget
     plans = {"none": (PruningPlan(), budget.visual[:1])}
     made = export_baseline(
-        SHAPES, budget, dtype="fp32", backend="onnxruntime", plans=plans, out=tmp_path / "none", beside=bundle
+        SHAPES_64, budget, dtype="fp32", backend="onnxruntime", plans=plans, out=tmp_path / "none", beside=bundle
     )
     assert made.manifest.quantization == bundle.manifest.quantization
     ours, theirs = (read_all(each.folder / "weights") for each in (made, bundle))

@@ -1,4 +1,4 @@
-"""`himap-validate --dataset` through the real command, on the shipped model, and the reports of both of its modes."""
+"""`himap-validate --dataset` through the real command, on a model that answers, and reports of both of its modes."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from commands import ORT, Workshop, call, greedy
+from commands import ORT, QUESTIONS_64, SHAPES_64, Workshop, call, greedy
 from pages import Seen
 
 from himap_export.engines.questions import read_dataset
@@ -18,21 +18,18 @@ from himap_export.validate.checkpoint import load_reference
 from himap_export.validate.cli import main
 from himap_export.validate.reference.criteria import reference_himap
 
-ROOT = Path(__file__).parents[2]
-SHAPES, IMAGES = ROOT / "exporter" / "shapes", ROOT / "examples" / "shapes" / "images"
-
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("scoring") / "bundle"
     flags = ("--policy", "himap", "--policy", "fastv", "--text-budget", 20, "--max-new-tokens", 12, "--batch", 2, *ORT)
-    assert call(export_main, "shapes", *flags, "--out", out) == 0
+    assert call(export_main, SHAPES_64, *flags, "--out", out) == 0
     return out
 
 
 def score(bundle: Path, report: Path, *flags: object) -> int:
     timing = () if "--iterations" in flags else ("--no-speed",)
-    arguments = ("--dataset", IMAGES / "questions.jsonl", "--report", report, "--seeds", 2, "--threads", 1, *timing)
+    arguments = ("--dataset", QUESTIONS_64, "--report", report, "--seeds", 2, "--threads", 1, *timing)
     return call(main, bundle, *arguments, *flags)
 
 
@@ -44,8 +41,8 @@ def report(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_right_answers_are_those_of_the_reference(report: Path) -> None:
-    data, prompter = read_dataset(IMAGES / "questions.jsonl"), prompter_of_checkpoint(SHAPES)
-    reference = load_reference(SHAPES, "fp32", 1)
+    data, prompter = read_dataset(QUESTIONS_64), prompter_of_checkpoint(SHAPES_64)
+    reference = load_reference(SHAPES_64, "fp32", 1)
     told = [json.loads(line) for line in (report / "answers.jsonl").read_text().splitlines()[1:]]
     for policy, cuts in (("none", ()), ("qa", reference_himap(2, 8, 0.5, 0.75))):
         for example in data.examples:
@@ -108,7 +105,7 @@ def test_what_a_limit_asked_the_whole_goes_on_with(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The longest right answer, which decides how many tokens are generated, is behind the limit."""
-    folder, tokens = Path(shutil.copytree(IMAGES, tmp_path / "images")), list[int]()
+    folder, tokens = Path(shutil.copytree(QUESTIONS_64.parent, tmp_path / "images")), list[int]()
     last = {"image": "letter.png", "question": "what?", "answer": "red " * 9}
     (folder / "more.jsonl").write_text(f"{(folder / 'questions.jsonl').read_text().strip()}\n{json.dumps(last)}\n")
 
@@ -126,7 +123,7 @@ def test_what_a_limit_asked_the_whole_goes_on_with(
 def test_a_prompt_behind_the_limit_may_be_too_long(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = Path(shutil.copytree(IMAGES, tmp_path / "images"))
+    folder = Path(shutil.copytree(QUESTIONS_64.parent, tmp_path / "images"))
     last = {"image": "letter.png", "question": "red " * 30, "answer": "red"}
     (folder / "more.jsonl").write_text(f"{(folder / 'questions.jsonl').read_text().strip()}\n{json.dumps(last)}\n")
 
@@ -172,7 +169,7 @@ def test_what_can_be_known_before_is_checked_before_engines_are_opened(
 
 
 def test_what_is_refused(bundle: Path, report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = Path(shutil.copytree(IMAGES, tmp_path / "images"))
+    folder = Path(shutil.copytree(QUESTIONS_64.parent, tmp_path / "images"))
     good = (folder / "questions.jsonl").read_text()
     (folder / "bad.jsonl").write_text(good + '{"image": "nowhere.png", "question": "?", "answer": "red"}\n{"image\n')
     (folder / "long.jsonl").write_text(
@@ -192,12 +189,12 @@ def test_what_is_refused(bundle: Path, report: Path, tmp_path: Path, capsys: pyt
     ):
         assert call(main, bundle, *flags) == 2, flags
         assert words in capsys.readouterr().err
-    assert call(main, bundle, "--dataset", IMAGES / "questions.jsonl", "--report", report, "--max-new-tokens", 2) == 2
+    assert call(main, bundle, "--dataset", QUESTIONS_64, "--report", report, "--max-new-tokens", 2) == 2
     assert "logs another measurement" in capsys.readouterr().err
 
 
 def test_bad_lines_are_left_out_when_asked(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = Path(shutil.copytree(IMAGES, tmp_path / "images"))
+    folder = Path(shutil.copytree(QUESTIONS_64.parent, tmp_path / "images"))
     file = folder / "bad.jsonl"
     file.write_text('{"image": "nowhere.png"}\n' + (folder / "questions.jsonl").read_text())
     flags = ("--dataset", file, "--report", tmp_path / "r", "--plan", "qa", "--seeds", 1, "--skip-bad", "--json")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import ORT, Workshop, call
+from commands import ORT, QUESTIONS_64, SHAPES_64, Workshop, call
 from tiny import make_inputs
 
 from himap_export.engines.arrays import Inputs
@@ -19,7 +19,6 @@ from himap_export.exporter.plans import named_plans
 from himap_export.graphs.errors import HimapError
 from himap_export.graphs.plan import POLICIES, himap
 from himap_export.validate.accuracy.statistics import Interval
-from himap_export.validate.checkpoint import checkpoint_folder
 from himap_export.validate.parity.runs import reference_cuts
 from himap_export.validate.reference.criteria import Cuts, State
 from himap_export.validate.reference.reference import Reference
@@ -30,7 +29,6 @@ from himap_export.validate.tuning.front import RankedPlan, choose, rank
 from himap_export.validate.tuning.grid import Candidate, Values, defaults, grid
 from himap_export.validate.tuning.sweep import Job, SweptExample, first_tokens
 
-IMAGES = Path(__file__).parents[2] / "examples" / "shapes" / "images"
 SMALL = ("--k1", "1,2", "--k2", "4", "--r1", "0.5", "--r2", "0.5,0.75", "--workers", 1)
 
 
@@ -182,12 +180,12 @@ def tune_made(monkeypatch: pytest.MonkeyPatch, folder: Path, right: Mapping[str,
 
     monkeypatch.setattr("himap_export.validate.tuning.tune.sweep", sweep)
     monkeypatch.setattr("himap_export.validate.tuning.page.pareto", drawn)
-    lines = (IMAGES / "questions.jsonl").read_text().splitlines()
-    shutil.copytree(IMAGES, folder / "data")
+    lines = QUESTIONS_64.read_text().splitlines()
+    shutil.copytree(QUESTIONS_64.parent, folder / "data")
     data = folder / "data" / "many.jsonl"
     data.write_text("".join(f"{lines[n % len(lines)]}\n" for n in range(len(right["none"]))))
     grid_flags = ("--k1", 1, "--k2", 4, "--r1", 0.5, "--r2", "0.5,0.9", "--no-time", "--json", *flags)
-    assert call(main, "shapes", "--dataset", data, "--out", folder / "out", *grid_flags) == 0
+    assert call(main, SHAPES_64, "--dataset", data, "--out", folder / "out", *grid_flags) == 0
     return points
 
 
@@ -240,9 +238,9 @@ def test_chance_is_not_its_own_baseline(
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("tune") / "out"
-    flags = ("--dataset", IMAGES / "questions.jsonl", "--out", out, *SMALL, "--iterations", 2, "--min-accuracy", 0.1)
+    flags = ("--dataset", QUESTIONS_64, "--out", out, *SMALL, "--iterations", 2, "--min-accuracy", 0.1)
     flags += ("--threads", 1, "--seeds", 2)
-    assert call(main, "shapes", *flags) == 0
+    assert call(main, SHAPES_64, *flags) == 0
     yield out
 
 
@@ -258,7 +256,8 @@ def test_plans_can_be_exported(tuned: Path) -> None:
     assert set(found["over_random"]) == {chosen} and found["questions"] == 5 and found["draws"] == 2
     assert found["front"]["names"] == [] and "on 5 questions" in found["front"]["note"]
     text = re.sub("<[^>]*>", "", (tuned / "report.html").read_text())
-    assert "himap-export shapes --plan" in text and (tuned / "flops.png").is_file() and (tuned / "time.png").is_file()
+    assert f"himap-export {SHAPES_64} --plan" in text
+    assert (tuned / "flops.png").is_file() and (tuned / "time.png").is_file()
 
 
 def test_a_sweep_goes_on_where_it_stopped(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,7 +266,7 @@ def test_a_sweep_goes_on_where_it_stopped(tuned: Path, tmp_path: Path, capsys: p
     (again / "sweep.jsonl").write_text("".join(lines[:8]) + lines[8][:9])
     flags = (
         "--dataset",
-        IMAGES / "questions.jsonl",
+        QUESTIONS_64,
         "--out",
         again,
         *SMALL,
@@ -278,7 +277,7 @@ def test_a_sweep_goes_on_where_it_stopped(tuned: Path, tmp_path: Path, capsys: p
         0.1,
         "--json",
     )
-    assert call(main, "shapes", *flags) == 0
+    assert call(main, SHAPES_64, *flags) == 0
     assert sorted((again / "sweep.jsonl").read_text().splitlines()) == sorted(line.strip() for line in lines)
     before, after = json.loads((tuned / "report.json").read_text()), json.loads(capsys.readouterr().out)
     assert after["plans"] == before["plans"] and after["times"] == {} and after["timed_on"] is None
@@ -305,12 +304,12 @@ def test_options_are_bounded_before_any_work(tmp_path: Path, capsys: pytest.Capt
         ("--iterations", 10**9, "is not a whole number from 1 to 1000"),
         ("--seed", -1, "'-1' is not a whole number"),
     ):
-        assert call(main, "shapes", "--dataset", "none", "--out", tmp_path / "a", f"{option}={value}") == 2
+        assert call(main, SHAPES_64, "--dataset", "none", "--out", tmp_path / "a", f"{option}={value}") == 2
         err = capsys.readouterr().err
         assert words in err and len(err.splitlines()) == 1 and f"argument {option}" in err, option
     fractions = ",".join(f"{n / 64}" for n in range(64))
-    flags = ("--dataset", IMAGES / "questions.jsonl", "--out", tmp_path / "a", "--r1", fractions, "--r2", fractions)
-    assert call(main, "shapes", *flags) == 2
+    flags = ("--dataset", QUESTIONS_64, "--out", tmp_path / "a", "--r1", fractions, "--r2", fractions)
+    assert call(main, SHAPES_64, *flags) == 2
     assert "plans are too many to try: at most 1000" in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
@@ -325,16 +324,16 @@ def test_where_the_results_go_is_checked_before_any_work(
         out = tmp_path / f"beside-{name}"
         (out / name).mkdir(parents=True)
         (out / "sweep.jsonl").touch()
-        assert call(main, "shapes", "--dataset", IMAGES / "questions.jsonl", "--out", out) == 2
+        assert call(main, SHAPES_64, "--dataset", QUESTIONS_64, "--out", out) == 2
         assert f"{name} is there and is not a plain file" in capsys.readouterr().err
-    assert call(main, "shapes", "--dataset", tmp_path / "none", "--out", tmp_path / "a") == 2
+    assert call(main, SHAPES_64, "--dataset", tmp_path / "none", "--out", tmp_path / "a") == 2
     assert "cannot read data set" in capsys.readouterr().err
 
 
 def test_what_is_refused(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    data = ("--dataset", IMAGES / "questions.jsonl")
+    data = ("--dataset", QUESTIONS_64)
     for flags, words in (
         ((*data, "--out", tmp_path / "full"), "is neither empty nor ours"),
         ((*data, "--out", tuned, *SMALL, "--seed", 1), "logs another measurement: seed is 1, was 0"),
@@ -350,10 +349,10 @@ def test_what_is_refused(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         (("--dataset", tmp_path / "none.jsonl", "--out", tmp_path / "a"), "cannot read data set"),
         ((*data, "--out", tmp_path / ("x" * 300)), "File name too long"),
     ):
-        assert call(main, "shapes", *flags) == 2, flags
+        assert call(main, SHAPES_64, *flags) == 2, flags
         err = capsys.readouterr().err
         assert words in err.splitlines()[-1] and "Traceback" not in err, flags
     assert not (tmp_path / "a").exists()
-    baseline = shutil.copytree(checkpoint_folder("shapes"), tmp_path / "baseline")
+    baseline = shutil.copytree(SHAPES_64, tmp_path / "baseline")
     assert call(main, baseline, *data, "--out", tuned, *SMALL) == 2
     assert "logs another measurement: model is" in capsys.readouterr().err

@@ -11,21 +11,19 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from commands import workers
+from commands import QUESTIONS_64, SHAPES_64, workers
 
 from himap_export.engines.questions import Example, read_dataset
 from himap_export.graphs.errors import HimapError
 from himap_export.validate.accuracy.answers import read_log
 from himap_export.validate.accuracy.prompter import prompter_of_checkpoint
 from himap_export.validate.accuracy.systems import request_seed
-from himap_export.validate.checkpoint import checkpoint_folder
 from himap_export.validate.parity.runs import reference_cuts
 from himap_export.validate.reference.criteria import Cuts, ReferenceCut
 from himap_export.validate.reference.reference import Reference
 from himap_export.validate.tuning.grid import grid
 from himap_export.validate.tuning.sweep import Job, sweep
 
-IMAGES = Path(__file__).parents[2] / "examples" / "shapes" / "images"
 TOKENS = 16  # any: cuts by fractions are alike
 
 
@@ -41,12 +39,12 @@ def job(checkpoint: Path, plans: Mapping[str, Cuts] | None = None) -> Job:
 
 @pytest.fixture(scope="module")
 def shapes() -> Path:
-    return checkpoint_folder("shapes")
+    return SHAPES_64
 
 
 @pytest.fixture(scope="module")
 def asked() -> list[tuple[int, Example]]:
-    return list(enumerate(read_dataset(IMAGES / "questions.jsonl").examples))
+    return list(enumerate(read_dataset(QUESTIONS_64).examples))
 
 
 @pytest.mark.parametrize("policy", ["random", pytest.param("himap", marks=pytest.mark.slow)])
@@ -101,12 +99,12 @@ def test_a_worker_that_dies_is_an_error(shapes: Path, asked: list[tuple[int, Exa
 )
 def test_an_interrupt_does_not_wait_for_a_long_walk(tmp_path: Path, to_group: bool) -> None:
     """Workers that are stopped stand for a large model's, at work for minutes."""
-    for image in IMAGES.glob("*.png"):
+    for image in QUESTIONS_64.parent.glob("*.png"):
         shutil.copy(image, tmp_path)
-    (tmp_path / "many.jsonl").write_text((IMAGES / "questions.jsonl").read_text() * 200)
+    (tmp_path / "many.jsonl").write_text(QUESTIONS_64.read_text() * 200)
     grid_flags = ("--k1", "1", "--k2", "4", "--r1", "0.5", "--r2", "0.75", "--workers", "2", "--no-time")
     command = Path(sys.executable).with_name("himap-tune")
-    words = (command, "shapes", "--dataset", tmp_path / "many.jsonl", "--out", tmp_path / "out", *grid_flags)
+    words = (command, SHAPES_64, "--dataset", tmp_path / "many.jsonl", "--out", tmp_path / "out", *grid_flags)
     log = tmp_path / "out" / "sweep.jsonl"
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True) as tune:
         while not (log.exists() and len(log.read_bytes().splitlines()) > 2) and tune.poll() is None:
