@@ -51,12 +51,12 @@ def read(
     """Every budget from the reports that hold it; the baselines are named after the first policy."""
     data, (spec, (vision, *_)) = read_dataset(dataset), describe(resolve("shapes"))
     kinds, found = np.array([e.type for e in data.examples]), list[Judged]()
-    logs = [read_log(report / "answers.jsonl") for report in reports]
+    answers = [right_answers(read_log(report / "answers.jsonl"), data) for report in reports]
     for name, cuts in budgets.items():
-        log = next(log for log in logs if any(a.policy == f"{policies[0]}-{name}" for a in log))
+        held = next(right for right in answers if f"{policies[0]}-{name}" in right)
         systems = {policy: f"{policy}-{name}" for policy in policies}
         systems |= {chance: f"{chance}-{policies[0]}-{name}" for chance in CHANCE} | {UNPRUNED: UNPRUNED}
-        right = {policy: right_answers(log, system, data) for policy, system in systems.items()}
+        right = {policy: held[system] for policy, system in systems.items()}
         plan = himap(*cuts)
         found.append(Judged(name, cuts, true_ratio(spec, plan, plan.kept(vision.tokens), text), right, kinds))
     return found

@@ -14,7 +14,15 @@ from himap_export.engines.questions import Dataset, Example, read_dataset
 from himap_export.validate.accuracy import prompter as prompter_module
 from himap_export.validate.accuracy.answers import Answered, AnswerLog, read_log
 from himap_export.validate.accuracy.costs import Costs
-from himap_export.validate.accuracy.evaluate import Findings, percent, points, run, summarise, summary_lines
+from himap_export.validate.accuracy.evaluate import (
+    Findings,
+    percent,
+    points,
+    right_answers,
+    run,
+    summarise,
+    summary_lines,
+)
 from himap_export.validate.accuracy.front import Front
 from himap_export.validate.accuracy.prompter import Prompter, prompter_of_checkpoint
 from himap_export.validate.accuracy.statistics import Interval, accuracy_interval
@@ -107,7 +115,9 @@ def test_progress_counts_up_to_all(prompter: Prompter, data: Dataset, tmp_path: 
 
 def test_the_summary_by_hand(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:
     answered, n = asked(prompter, data, tmp_path / "a.jsonl", made_systems(prompter, data)), len(data.examples)
-    summary = summarise(answered, data, {"none": (), "himap": ("none", "random"), "random": ("none",)})
+    summary = summarise(
+        right_answers(answered, data), data, {"none": (), "himap": ("none", "random"), "random": ("none",)}
+    )
     assert summary.types == ("all", *dict.fromkeys(e.type for e in data.examples))
     himap, random = summary.cells["himap"]["all"], summary.cells["random"]["all"]
     assert himap.accuracy.mean == pytest.approx(3 / n) and himap.seeds is None and himap.questions == n
@@ -131,7 +141,9 @@ def test_the_summary_by_hand(prompter: Prompter, data: Dataset, tmp_path: Path) 
 
 def test_time_and_memory_stand_beside_accuracy(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:
     answered = asked(prompter, data, tmp_path / "a.jsonl", made_systems(prompter, data))
-    summary = summarise(answered, data, {"none": (), "himap": ("none", "random"), "random": ("none",)})
+    summary = summarise(
+        right_answers(answered, data), data, {"none": (), "himap": ("none", "random"), "random": ("none",)}
+    )
     prefill = {"none": (0.2, 0.3, 0.2), "himap": (0.1, 0.1, 0.1), "random": (0.1, 0.29, 0.21)}
     times = {n: Times(n, {"prefill": p, "decode": (0.004,) * 3}, 7 * 2**20, 1.0) for n, p in prefill.items()}
     flops, costs = {"none": 1.0, "himap": 0.4, "random": 0.4}, Costs("on this machine", "none", times)
@@ -149,7 +161,7 @@ def test_time_and_memory_stand_beside_accuracy(prompter: Prompter, data: Dataset
 def test_missing_answers_are_no_wrong_answers(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:
     answered = asked(prompter, data, tmp_path / "a.jsonl", made_systems(prompter, data))
     with pytest.raises(KeyError):
-        summarise(answered[1:], data, {"none": ()})
+        summarise(right_answers(answered[1:], data), data, {"none": ()})
 
 
 def test_everyone_sees_its_example_and_speaks_until_the_end(prompter: Prompter, data: Dataset, tmp_path: Path) -> None:
@@ -195,7 +207,9 @@ def test_differences_within_a_type_are_of_its_questions() -> None:
         for n in (3, 5, 0, 1, 4, 2)  # a resumed log is in any order
     ]
     shares = {"none": (5 / 6, 1, 1 / 2), "himap": (1 / 2, 3 / 4, 0), "random": (4 / 18, 3 / 12, 1 / 6)}
-    summary = summarise(answered, data, {"none": (), "himap": ("none", "random", "himap"), "random": ("none",)})
+    summary = summarise(
+        right_answers(answered, data), data, {"none": (), "himap": ("none", "random", "himap"), "random": ("none",)}
+    )
     for name, cells in summary.cells.items():
         for kind, share, n in zip(("all", "a", "b"), shares[name], (6, 4, 2), strict=True):
             assert cells[kind].questions == n and cells[kind].accuracy.mean == pytest.approx(share)

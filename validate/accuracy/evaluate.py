@@ -26,6 +26,7 @@ from himap_export.validate.progress import Count
 from himap_export.validate.report.columns import aligned
 
 ALL = "all"
+Right = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,11 @@ def _answered(system: PlanSystem, e: Example, said: str) -> Answered:
     return Answered(name, seed, line=e.line, id=e.id, type=e.type, said=said, expected=expected(e), right=right)
 
 
-def summarise(answered: Sequence[Answered], dataset: Dataset, baselines: Mapping[str, Sequence[str]]) -> Summary:
-    """Sums up the answers by system and type; `baselines` lists all systems and whom each is compared with. KeyError if
-    one lacks answers."""
+def summarise(right: Mapping[str, Right], dataset: Dataset, baselines: Mapping[str, Sequence[str]]) -> Summary:
+    """Sums up which answers were `right` by system and type; `baselines` lists the systems and whom each is compared
+    with."""
     kinds = np.array([e.type for e in dataset.examples])
     types = (ALL, *dict.fromkeys(kind for kind in kinds.tolist() if kind not in ("", ALL)))
-    right = {name: right_answers(answered, name, dataset) for name in baselines}
     cells: dict[str, dict[str, Cell]] = {}
     for name, others in baselines.items():
         cells[name] = {}
@@ -117,12 +117,15 @@ def summarise(answered: Sequence[Answered], dataset: Dataset, baselines: Mapping
     return Summary(types, cells)
 
 
-def right_answers(answered: Sequence[Answered], name: str, dataset: Dataset) -> npt.NDArray[np.bool_]:
-    """Returns whether system `name` was right, [seeds, n] over the examples. KeyError if it lacks answers."""
-    lines = [e.line for e in dataset.examples]
-    found = {(a.seed, a.line): a.right for a in answered if a.policy == name}
-    seeds = sorted({seed for seed, _ in found}) or [0]
-    return np.array([[found[seed, line] for line in lines] for seed in seeds])
+def right_answers(answered: Sequence[Answered], dataset: Dataset) -> dict[str, Right]:
+    """Returns whether each system was right, [seeds,n] over the examples. KeyError if one has not answered them all."""
+    by_system: dict[str, dict[int, dict[int, bool]]] = {}
+    for a in answered:
+        by_system.setdefault(a.policy, {}).setdefault(a.seed, {})[a.line] = a.right
+    return {
+        name: np.array([[found[seed][e.line] for e in dataset.examples] for seed in sorted(found)])
+        for name, found in by_system.items()
+    }
 
 
 def system_rows(found: Findings) -> list[tuple[str, ...]]:

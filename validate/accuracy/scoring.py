@@ -100,8 +100,8 @@ def _findings(systems: Sequence[PlanSystem], answered: Sequence[Answered], data:
     """What the answers and the costs come to; the front is by prefill's median time or, without times, by FLOPs."""
     flops = {c.name: c.flops for c in systems}
     cost = {name: t.median("prefill") for name, t in costs.times.items()} or flops
-    right = {name: right_answers(answered, name, data) for name in flops}
-    summary = summarise(answered, data, {c.name: c.baselines for c in systems})
+    right = right_answers(answered, data)
+    summary = summarise(right, data, {c.name: c.baselines for c in systems})
     return Findings(summary, flops, costs, front(cost, right))
 
 
