@@ -50,6 +50,7 @@ from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaP
 EVEN = dict.fromkeys(TYPES, 1.0) | {"letter": 3.0, "relation": 3.0, "color": 2.0, "shape": 2.0, "count": 1.5}
 HARD = {"color": 0.3, "count": 0.5, "where": 0.6, "exists": 2.0, "relation": 4.0, "shape": 5.0, "letter": 6.0}
 HARDER = HARD | {"where": 0.4, "exists": 1.0, "relation": 8.0, "shape": 10.0, "letter": 4.0}
+HARDEST = dict.fromkeys(TYPES, 1.0) | {"relation": 6.0}  # all others are known by then
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ PHASES = (
     Phase(cells=2, steps=1500, batch=32, part=16, asked=10, rate=1.5e-3, last=1e-3, weights=HARD),
     Phase(cells=2, steps=1200, batch=32, part=16, asked=10, rate=1.2e-3, last=8e-4, weights=HARDER),
     Phase(cells=4, steps=600, batch=24, part=6, asked=14, rate=8e-4, last=6e-4, weights=HARDER),
-    Phase(cells=6, steps=700, batch=16, part=4, asked=16, rate=6e-4, last=0.0, weights=HARD),
+    Phase(cells=6, steps=700, batch=16, part=4, asked=16, rate=6e-4, last=0.0, weights=HARDEST),
 )
 POOL = {2: 40_000, 4: 12_000, 6: 8_000}  # scenes drawn ahead for a phase, by cells
 
@@ -117,7 +118,8 @@ class Trainer:
         """Trains for at most so long, and tells whether that was to the end."""
         end = time.monotonic() + minutes * 60
         while self.phase < len(PHASES):
-            phase, pool = PHASES[self.phase], self._pool()
+            phase = PHASES[self.phase]
+            pool = self._pool() if self.step < phase.steps else []
             recent, begin = Counter[str](), time.monotonic()
             while self.step < phase.steps:
                 self._train(pool, recent)
