@@ -115,7 +115,7 @@ def test_the_wheel_exports_and_answers_outside_the_checkout(installed: Installed
     exported = installed.call(tmp_path, "himap-export", *words)
     assert exported.returncode == 0, exported.stderr
     image = ROOT / "examples" / "shapes" / "images" / "letter.png"
-    question = ("--image", image, "--prompt", "what letter is in the yellow box?")
+    question = ("--image", image, "--prompt", "which letter is in the yellow box?")
     answered = installed.call(tmp_path, "himap-run", "engines-shapes", *question)
     assert answered.returncode == 0 and answered.stdout.splitlines()[0] == "C", answered.stderr
 
