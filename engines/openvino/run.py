@@ -198,6 +198,8 @@ class Compiler:
             "EXECUTION_MODE_HINT": "ACCURACY",  # else fp32 scores, too, would be computed in bf16
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self._threads,
+            # Fewer threads than cores would all be tied to the first ones, and so would a neighbour's.
+            "ENABLE_CPU_PINNING": self._threads >= len(os.sched_getaffinity(0)),
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32 if rounded else 0,
         }
         try:
