@@ -100,22 +100,39 @@ class Pipeline:
     def load(
         self,
         input_ids: Integers,
-        pixel_values: npt.NDArray[Any],
+        pixel_values: npt.NDArray[Any] | Seen,
         attention_mask: Integers | None = None,
         seeds: Integers | None = None,
     ) -> PromptLayout:
         """Checks up to B prompts [b,S] with pixels [b*tiles,3,H,W] and writes them where the stages read them.
 
-        `seeds` [b], 0 if not given, are what random cuts draw by, modulo SEEDS; other plans read none.
+        Instead of pixels, what a pipeline over the same tower has `seen` in them. `seeds` [b], 0 if not given, are what
+        random cuts draw by, modulo SEEDS; other plans read none.
         """
-        m = self.manifest
-        image, budget = self.spec.image, self.spec.budget
-        grid = image.grid if m.decoder.rope_axes else None
+        m, budget, samples = self.manifest, self.spec.budget, len(input_ids)
+        grid = self.spec.image.grid if m.decoder.rope_axes else None
         layout = lay_out(
             input_ids, attention_mask, image=m.model.image, vocab=m.decoder.vocab, budget=budget, grid=grid
         )
-        tiles, port = image.tiles, self.tensors[Place("pixel_values")].spec
-        if pixel_values.shape != (wanted := (tiles * len(input_ids), *port.shape[1:])):
+        if isinstance(pixel_values, Mapping):
+            for place, features in pixel_values.items():
+                self.tensors[place].write(features)
+        else:
+            self._write_pixels(pixel_values, samples)
+        given = np.zeros(samples, np.int64) if seeds is None else seeds
+        self._write({
+            "input_ids": layout.input_ids,
+            "position_ids": layout.position_ids,
+            "token_type": layout.token_type,
+            "rope_position_ids": layout.rope_position_ids,
+            "seed": np.concatenate([given, *[given[-1:]] * (budget.batch - samples)])[:, None] % SEEDS,
+        })  # fmt: skip
+        self._rope_shift = layout.rope_shift
+        return layout
+
+    def _write_pixels(self, pixel_values: npt.NDArray[Any], samples: int) -> None:
+        tiles, port = self.spec.image.tiles, self.tensors[Place("pixel_values")].spec
+        if pixel_values.shape != (wanted := (tiles * samples, *port.shape[1:])):
             each = "one image" if tiles == 1 else f"{tiles} tiles"
             expected = f"expected {list(wanted)}, {each} per prompt"
             raise HimapError(f"pixel_values are {list(pixel_values.shape)}", expected, code=Exit.USAGE)
@@ -123,36 +140,20 @@ class Pipeline:
         if not np.abs(pixel_values).max() <= most:  # false for NaN, too
             details = f"expected numbers up to {most:g}, the largest is {np.abs(pixel_values).max():g}"
             raise HimapError("pixel_values are out of range", details, code=Exit.USAGE)
-        missing = budget.batch - len(input_ids)
-        given = np.zeros(len(input_ids), np.int64) if seeds is None else seeds
-        self._write({
-            "pixel_values": np.concatenate([pixel_values, *[pixel_values[-tiles:]] * missing]),
-            "input_ids": layout.input_ids,
-            "position_ids": layout.position_ids,
-            "token_type": layout.token_type,
-            "rope_position_ids": layout.rope_position_ids,
-            "seed": np.concatenate([given, *[given[-1:]] * missing])[:, None] % SEEDS,
-        })  # fmt: skip
-        self._rope_shift = layout.rope_shift
-        return layout
+        missing = self.spec.budget.batch - samples
+        self._write({"pixel_values": np.concatenate([pixel_values, *[pixel_values[-tiles:]] * missing])})
 
     def prefill(
         self,
         input_ids: Integers,
-        pixel_values: npt.NDArray[Any],
+        pixel_values: npt.NDArray[Any] | Seen,
         attention_mask: Integers | None = None,
         seeds: Integers | None = None,
-        seen: Seen | None = None,
     ) -> tuple[Prefilled, PromptLayout]:
-        """Loads prompts, as `load`, then runs vision and all stages of prefill; not vision if it is known what was
-        `seen` in these pixels by the same tower."""
+        """Loads prompts, as `load`, then runs vision, unless it is known what it makes of the pixels, and all stages of
+        prefill."""
         layout = self.load(input_ids, pixel_values, attention_mask, seeds)
-        if seen is None:
-            self._prefill()
-        else:
-            for place, features in seen.items():
-                self.tensors[place].write(features)
-            self._behind_vision()
+        (self._behind_vision if isinstance(pixel_values, Mapping) else self._prefill)()
         return self.prefilled(len(input_ids)), layout
 
     @cached_property

@@ -106,7 +106,7 @@ def ask(bundle: Bundle, examples: Sequence[Example]) -> Told:
         pixels, seeds = np.concatenate([a.pixel_values for a in arrays]), np.arange(at, at + len(asked))
         seen: Seen | None = None
         for plan, p in pipelines.items():
-            prefilled, layout = p.prefill(ids, pixels, mask, seeds, seen)
+            prefilled, layout = p.prefill(ids, seen or pixels, mask, seeds)
             seen = seen or p.seen()
             for cut, positions in prefilled.kept.items():
                 found = kept[f"{plan} {cut.removeprefix('kept_')}"]

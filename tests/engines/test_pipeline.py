@@ -286,7 +286,7 @@ def test_what_one_pipeline_saw_another_need_not_look_at(work: Workshop, bundle: 
     first, other = two_prompts(work, 0), two_prompts(work, 1)
     expected = prefill(pipeline, first)
     second = work.pipeline(bundle)
-    found, _ = second.prefill(first.input_ids, other.pixel_values, first.attention_mask, seen=pipeline.seen())
+    found, _ = second.prefill(first.input_ids, pipeline.seen(), first.attention_mask)
     np.testing.assert_array_equal(found.logits, expected.logits)
     for cut, kept in expected.kept.items():
         np.testing.assert_array_equal(found.kept[cut], kept)

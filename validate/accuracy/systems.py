@@ -55,9 +55,9 @@ class PlanSystem:
         for row, i in enumerate(inputs):
             length = i.input_ids.shape[1]
             ids[row, :length], mask[row, :length] = i.input_ids[0], 1
-        pixels = np.concatenate([i.pixel_values for i in inputs])
+        image = seen.get(key) or np.concatenate([i.pixel_values for i in inputs])
         seeds = np.array([request_seed(self.seed, n) for n in numbers], np.int64)
-        prefilled, layout = self.pipeline.prefill(ids, pixels, mask, seeds, seen.get(key))
+        prefilled, layout = self.pipeline.prefill(ids, image, mask, seeds)
         if key not in seen:
             seen[key] = self.pipeline.seen()
         tokens = np.stack(list(self.pipeline.generate(prefilled, layout, self.new_tokens)), axis=1)
