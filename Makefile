@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo docs test test-slow fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers peers-env shapes study study-quantised clean
+.PHONY: install demo docs test test-slow fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers peers-env shapes study study-cuts study-quantised clean
 
 install: $(READY)
 
@@ -108,6 +108,9 @@ $(PEERS)/.ready: benchmarks/peers-requirements.txt
 study: install
 	$(BIN)/python examples/shapes/study.py --out study --docs docs/study
 	$(BIN)/python examples/shapes/study.py --positions renumbered --out study --docs docs/study
+
+study-cuts: install
+	$(BIN)/python examples/shapes/cuts.py --out study --docs docs/study
 
 study-quantised: install
 	$(BIN)/python examples/shapes/quantised.py --out study --docs docs/study

@@ -3,18 +3,16 @@
     python examples/shapes/study.py --out study --docs docs/study
 
 writes 6,000 held-out questions of seven types, fits what some selectors weigh with on others, exports two bundles that
-hold all plans of two budgets each, lets `himap-validate --dataset` answer, judge and time them (an interrupted study
-goes on where it stopped), and gathers the answers into tables and figures. At a budget all criteria cut at the same two
-layers to the same counts, so that FLOPs are equal and only the choice differs; random and uniform are judged there too.
-`himap-analyze` says where the answers come from, `himap-tune` what other cuts cost, on questions of a third split.
+hold all plans of two budgets each, lets `himap-validate --dataset` answer and judge them (an interrupted study goes on
+where it stopped), and gathers the answers into tables and figures. At a budget all criteria cut at the same two layers
+to the same counts, so that FLOPs are equal and only the choice differs; random and uniform are judged there too.
 
     python examples/shapes/study.py --positions renumbered --out study --docs docs/study
 
-asks what it costs to number anew who stays: see positions.py.
+asks what it costs to number anew who stays: see positions.py. Which plan is worth its time is for cuts.py.
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -36,7 +34,7 @@ from himap_export.validate.progress import counted
 from himap_export.validate.reference.reference import Reference
 
 MODEL, TEXT, BATCH = "shapes", 16, 16
-FIT_SEED, CHOICE_SEED = 7, 9  # of the questions that coefficients are fitted on, and that plans are chosen on
+FIT_SEED = 7  # of the questions that coefficients are fitted on
 # K1, K2, R1, R2, from mild to hard. K1 = 1 ranks by the very first layer.
 BUDGETS = {
     "a": (2, 8, 0.5, 0.75),
@@ -56,16 +54,17 @@ SELECTORS = {
     "key-norm": ("key-norm", "key-norm"),
     "v2drop": ("v2drop", "v2drop"),
 }
-TRIED = ("--k1", "1,2,3", "--k2", "5,6,8", "--r1", "0.25,0.5,0.75", "--r2", "0.5,0.75,0.9", "--min-accuracy", 0.95)
-TUNED = ("flops", "time")  # figures of the tuning that go into the docs
-FLOW = ("attention-shares", "label-consistency", "cam-1-decoder")  # figures of the analysis that go into the docs
 
 
 @dataclass(frozen=True)
 class Study:
+    """Who is asked what: the questions of `dataset`, random ones with so many `seeds`; bundles and reports lie in
+    `out`."""
+
     out: Path
     dataset: Path
     seeds: int
+    report: str = "report"
 
     @cached_property
     def fitted(self) -> Fitted:
@@ -94,36 +93,33 @@ class Study:
                 text.append(f"[{policy}-{budget}]\ncuts = [{', '.join(cuts)}]\n")
         return "\n".join(text)
 
-    def judge(self, part: str) -> Path:
-        """Exports and scores the budgets of `part`; the folder of its report."""
-        bundle, report = self.out / f"bundle-{part}", self.out / f"report-{part}"
+    def judged(self, *, times: bool = False) -> list[Path]:
+        """Exports what there is not yet, and has everyone answer what is not answered yet, both parts at once; the
+        folders of their reports."""
+        for part in PARTS:
+            if not (self.out / f"bundle-{part}").exists():  # what is fitted takes a minute
+                (self.out / f"{part}.toml").write_text(self.plans(part))
+        with ThreadPoolExecutor(len(PARTS)) as pool:  # a core each
+            reports = list(pool.map(self._judge, PARTS))
+        if times:
+            for part in PARTS:
+                self._score(part)
+        return reports
+
+    def _judge(self, part: str) -> Path:
+        bundle = self.out / f"bundle-{part}"
         if not bundle.exists():
             backend = best_backend(cpu=True).backend
             built = ("--backend", backend, "--dtype", fast_dtype(backend), "--plan", self.out / f"{part}.toml")
             sizes = ("--text-budget", TEXT, "--max-new-tokens", 4, "--batch", BATCH)
             command("himap-export", MODEL, *built, *sizes, "--out", bundle)
-        self.score(part, "--no-speed")  # two at once
-        return report
+        return self._score(part, "--no-speed")
 
-    def score(self, part: str, *flags: object) -> None:
-        """Answers whatever its log does not hold yet; of an answer two tokens are enough to judge it."""
-        asked = ("--dataset", self.dataset, "--report", self.out / f"report-{part}", "--seeds", self.seeds)
-        command("himap-validate", self.out / f"bundle-{part}", *asked, "--threads", 1, "--max-new-tokens", 2, *flags)
-
-    def analyze(self) -> Path:
-        """Where information flows in `shapes`, on the first of the questions; the folder of its report."""
-        report = self.out / "flow"
-        if not (report / "report.json").exists():
-            flags = ("--dataset", self.dataset, "--limit", 70, "--threads", 2, "--overwrite")
-            command("himap-analyze", MODEL, *flags, "--out", report)
-        return report
-
-    def tune(self) -> Path:
-        """What other cuts of HiMAP's would cost and gain; the folder of its report."""
-        report = self.out / "tuned"
-        if not (report / "report.json").exists():
-            split = write(self.out / "choice", 350, CHOICE_SEED)
-            command("himap-tune", MODEL, "--dataset", split, "--out", report, *TRIED, "--threads", 1)
+    def _score(self, part: str, *flags: object) -> Path:
+        """Answers whatever the log does not hold yet; of an answer two tokens are enough to judge it."""
+        report = self.out / f"{self.report}-{part}"
+        asked = ("--dataset", self.dataset, "--report", report, "--seeds", self.seeds, *flags)
+        command("himap-validate", self.out / f"bundle-{part}", *asked, "--threads", 1, "--max-new-tokens", 2)
         return report
 
 
@@ -149,22 +145,13 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     study = Study(args.out, write(args.out, args.questions), args.seeds)
-    for part in PARTS:
-        (args.out / f"{part}.toml").write_text(study.plans(part))
-    with ThreadPoolExecutor(len(PARTS)) as pool:  # a core each
-        reports = list(pool.map(study.judge, PARTS))
-    study.score(PARTS[1])  # all is answered: times alone
-    judged = read(reports, study.dataset, tuple(SELECTORS), budgets=BUDGETS, text=TEXT)
+    judged = read(study.judged(), study.dataset, tuple(SELECTORS), budgets=BUDGETS, text=TEXT)
     found = tables(judged)
     print("\n".join(found))
     if args.docs is not None:
         args.docs.mkdir(parents=True, exist_ok=True)
         (args.docs / "tables.md").write_text("\n".join([*found, ""]))
         draw_figures(judged, args.docs)
-        shutil.copyfile(reports[1] / "worth.png", args.docs / "worth.png")
-        for folder, names in ((study.analyze(), FLOW), (study.tune(), TUNED)):
-            for name in names:
-                shutil.copyfile(folder / f"{name}.png", args.docs / f"{name}.png")
 
 
 if __name__ == "__main__":
