@@ -3,9 +3,9 @@
     python examples/shapes/cuts.py --out study --docs docs/study
 
 asks questions of a split of their own. `himap-validate --dataset` answers and times every plan of the study's bundles;
-the best is the fastest that leaves 95 % of the unpruned accuracy, by the interval of its loss: it goes into
-OUT/best.toml, which became `make demo`'s plan. `himap-analyze` says where the answers come from, `himap-tune` what
-HiMAP's criteria do at other cuts.
+the best is the fastest that leaves 95 % of the unpruned accuracy, by the interval of its loss. `himap-tune` tries other
+cuts, by HiMAP's criteria and by those of the best; what it chooses of the latter is the plan of `make demo`.
+`himap-analyze` says where the answers come from.
 """
 
 import argparse
@@ -19,12 +19,17 @@ from dataset import write
 from study import BUDGETS, MODEL, PARTS, SELECTORS, TEXT, Study, command
 from tables import UNPRUNED, Judged, read, table
 
+from himap_export.engines.choice import best_backend, fast_dtype
+from himap_export.graphs.plan import POLICIES
 from himap_export.validate.accuracy.evaluate import percent, points
 from himap_export.validate.accuracy.statistics import Interval
 from himap_export.validate.speed.results import ratio
 
 SEED, QUESTIONS, KEPT = 9, 700, 0.95
-TRIED = ("--k1", "1,2,3", "--k2", "5,6,8", "--r1", "0.25,0.5,0.75", "--r2", "0.5,0.75,0.9", "--min-accuracy", KEPT)
+TRIED = {  # by the number of a policy's cuts
+    1: ("--k1", "1,2,3,5", "--r1", "0.5,0.75,0.8,0.85,0.9"),
+    2: ("--k1", "1,2,3", "--k2", "5,6,8", "--r1", "0.25,0.5,0.75", "--r2", "0.5,0.75,0.9"),
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,15 @@ def told(plans: Sequence[Timed], unpruned: Interval, best: Timed | None) -> list
     return [*lines, f"{best.name} is the fastest that {lost}." if best else f"None {lost}."]
 
 
+def tune(out: Path, policy: str, split: Path) -> None:
+    """Other cuts by a policy: the front, timed, and the cheapest that leaves KEPT of the unpruned accuracy."""
+    flags = ("--limit", 350, "--min-accuracy", KEPT, "--threads", 1, "--dtype", fast_dtype(best_backend(cpu=True).backend))
+    command(
+        "himap-tune", MODEL, "--policy", policy, *TRIED[len(POLICIES[policy])], *flags, "--dataset", split, "--out", out
+    )
+    print((out / "plans.toml").read_text(), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("study"), help="bundles, answers and reports (default: study)")
@@ -86,21 +100,19 @@ def main() -> None:
     best = choice(plans, unpruned.mean)
     lines = told(plans, unpruned, best)
     print("\n".join(lines), flush=True)
-    if best is not None:
-        (args.out / "best.toml").write_text(study.plans(best.budget, [best.policy]))
     command("himap-analyze", MODEL, "--dataset", split, "--limit", 70, "--overwrite", "--out", args.out / "flow")
-    command("himap-tune", MODEL, "--dataset", split, "--limit", 350, "--out", args.out / "tuned", *TRIED)
+    policies = dict.fromkeys(("himap", best.policy if best else "himap"))
+    for policy in policies:
+        tune(args.out / f"tuned-{policy}", policy, split)
     if args.docs is not None:
         args.docs.mkdir(parents=True, exist_ok=True)
         (args.docs / "cuts.md").write_text("\n".join([*lines, ""]))
         for part, report in zip(PARTS, reports, strict=True):
             shutil.copyfile(report / "worth.png", args.docs / f"worth-{part}.png")
-        for folder, names in (
-            ("flow", ("attention-shares", "label-consistency", "cam-1-decoder")),
-            ("tuned", ("flops", "time")),
-        ):
-            for name in names:
-                shutil.copyfile(args.out / folder / f"{name}.png", args.docs / f"{name}.png")
+        for name in ("attention-shares", "label-consistency", "cam-1-decoder"):
+            shutil.copyfile(args.out / "flow" / f"{name}.png", args.docs / f"{name}.png")
+        for policy in policies:
+            shutil.copyfile(args.out / f"tuned-{policy}" / "time.png", args.docs / f"time-{policy}.png")
 
 
 if __name__ == "__main__":
