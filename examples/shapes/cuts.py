@@ -80,10 +80,9 @@ def told(plans: Sequence[Timed], unpruned: Interval, best: Timed | None) -> list
 
 def tune(out: Path, policy: str, split: Path) -> None:
     """Other cuts by a policy: the front, timed, and the cheapest that leaves KEPT of the unpruned accuracy."""
-    flags = ("--limit", 350, "--min-accuracy", KEPT, "--threads", 1, "--dtype", fast_dtype(best_backend(cpu=True).backend))
-    command(
-        "himap-tune", MODEL, "--policy", policy, *TRIED[len(POLICIES[policy])], *flags, "--dataset", split, "--out", out
-    )
+    dtype = fast_dtype(best_backend(cpu=True).backend)
+    flags = ("--limit", 350, "--min-accuracy", KEPT, "--threads", 1, "--dtype", dtype, *TRIED[len(POLICIES[policy])])
+    command("himap-tune", MODEL, "--policy", policy, "--dataset", split, *flags, "--out", out)
     print((out / "plans.toml").read_text(), flush=True)
 
 
