@@ -99,10 +99,10 @@ def main() -> None:
     best = choice(plans, unpruned.mean)
     lines = told(plans, unpruned, best)
     print("\n".join(lines), flush=True)
-    command("himap-analyze", MODEL, "--dataset", split, "--limit", 70, "--overwrite", "--out", args.out / "flow")
     policies = dict.fromkeys(("himap", best.policy if best else "himap"))
     for policy in policies:
         tune(args.out / f"tuned-{policy}", policy, split)
+    command("himap-analyze", MODEL, "--dataset", split, "--limit", 70, "--overwrite", "--out", args.out / "flow")
     if args.docs is not None:
         args.docs.mkdir(parents=True, exist_ok=True)
         (args.docs / "cuts.md").write_text("\n".join([*lines, ""]))
