@@ -53,7 +53,7 @@ def test_the_ending_says_all_in_a_few_aligned_lines() -> None:
     said = told(found)
     assert said["question"] == "what letter is in the yellow box?  (examples/shapes/images/letter.png; right: 'C')"
     assert said["answer"] == "pruned 'C', unpruned 'C', reference 'C'"
-    assert said["image tokens"] == "64 -> 32 -> 8, cut before layer 2 and 8"
+    assert said["image tokens"] == "64 -> 32 -> 8, chosen by himap before layer 2 and 8"
     assert said["parity"] == "12 of 12 gates ok, against PyTorch in fp32"
     assert said["measured on"].startswith("openvino bf16 on cpu, 2 threads") and "10 interleaved" in said["measured on"]
     assert said["TensorRT-RTX"].startswith("7 engines built, 23.4 MiB, fp16, for SM 8.0 to 12.1; not run: ")

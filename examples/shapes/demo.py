@@ -58,14 +58,15 @@ class Rtx:
 
 @dataclass(frozen=True)
 class Found:
-    """What a demonstration found. `answers`: in words, by who gives them (pruned, unpruned, reference); `cuts`: layers
-    before which image tokens leave; `validation`: himap-validate's JSON; `page`: its file; `next_commands`: of the
-    shell."""
+    """What a demonstration found. `answers`: in words, by who gives them (pruned, unpruned, reference); `policy`: what
+    ranks the image tokens; `cuts`: layers before which the least of them leave; `validation`: himap-validate's JSON;
+    `page`: its file; `next_commands`: of the shell."""
 
     question: str
     image: str
     expected: str
     answers: dict[str, str]
+    policy: str
     cuts: tuple[int, ...]
     validation: dict[str, Any]
     threads: int
@@ -113,7 +114,7 @@ def ending(found: Found) -> list[str]:
     rows = [
         ("question", f"{found.question}  ({found.image}; right: {found.expected!r})"),
         ("answer", spoken),
-        ("image tokens", f"{found.tokens}, cut before layer {' and '.join(map(str, found.cuts))}"),
+        ("image tokens", f"{found.tokens}, chosen by {found.policy} before layer {' and '.join(map(str, found.cuts))}"),
         ("parity", f"{found.gates} gates ok, against PyTorch in fp32"),
         ("first token", found.timed("first_token", "first_token_ceiling")),
         ("prefill of it", found.timed("prefill", "ceiling")),
@@ -197,8 +198,8 @@ def demonstrate(out: Path) -> Found:
     return Found(
         question=asked.question, image=relative(asked.image), expected=asked.answer,
         answers={"pruned": pruned.text, "unpruned": unpruned, "reference": facts["answer"]["reference"]},
-        cuts=tuple(cut.layer for cut in report.run.plan.cuts), validation=facts, threads=threads,
-        rtx=build_rtx(out / f"{MODEL}-rtx", budget, asked), page=str(out / "index.html"),
+        policy=report.run.plan.policy, cuts=tuple(cut.layer for cut in report.run.plan.cuts), validation=facts,
+        threads=threads, rtx=build_rtx(out / f"{MODEL}-rtx", budget, asked), page=str(out / "index.html"),
         next_commands=next_commands(out / MODEL, other),
     )  # fmt: skip
 
