@@ -23,7 +23,7 @@ demo: install
 # Beside the tests, which leave a part of the cores idle, lint takes no time; what it says comes last.
 test: install
 	@mkdir -p build; $(MAKE) --no-print-directory lint > build/lint.log 2>&1 & checking=$$!; \
-	$(BIN)/pytest -n 2; tested=$$?; \
+	$(BIN)/pytest -n 2 --dist worksteal; tested=$$?; \
 	wait $$checking; linted=$$?; cat build/lint.log; test $$tested -eq 0 -a $$linted -eq 0
 
 test-slow: install

@@ -37,7 +37,10 @@ def validated(capsys: Capture, bundle: Path, *flags: object) -> dict[str, Any]:
     return found
 
 
-SLOW = {"int4": {"internvl"}, "int8": FAMILIES.keys() - {"qwen3-vl"}}  # they repeat what others show
+SLOW = {
+    "int4": {"internvl", "internvl-tiles", "qwen2.5-vl"},
+    "int8": FAMILIES.keys() - {"qwen3-vl"},
+}  # they repeat what others show
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,34 @@ def test_a_sweep_goes_on_where_it_stopped(tuned: Path, tmp_path: Path, capsys: p
     assert after["plans"] == before["plans"] and after["times"] == {} and after["timed_on"] is None
 
 
+def test_what_is_refused(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    data = ("--dataset", QUESTIONS_64)
+    for flags, words in (
+        ((*data, "--out", tmp_path / "full"), "is neither empty nor ours"),
+        ((*data, "--out", tuned, *SMALL, "--seed", 1), "logs another measurement: seed is 1, was 0"),
+        ((*data, "--out", tuned, *SMALL, "--r1", "0.25"), "grid is {'k1': [1, 2], 'r1': [0.25], "),
+        ((*data, "--out", tmp_path / "a", "--dtype", "bf16", *ORT), "do not compute in bf16"),
+        ((*data, "--out", tmp_path / "a", "--k1", "4", "--k2", "2"), "no plan is left to try"),
+        ((*data, "--out", tmp_path / "a", "--k2", "10"), "--k2 10 is past the last layer"),
+        ((*data, "--out", tmp_path / "a", "--r1", "1"), "is outside [0, 1)"),
+        ((*data, "--out", tmp_path / "a", "--policy", "fastv", "--k2", "4"), "--k2 is not for the policy fastv"),
+        ((*data, "--out", tmp_path / "a", "--policy", "none"), "the policy none makes 0 cuts"),
+        ((*data, "--out", tmp_path / "a", "--policy", "himap-debiased"), "has 0 coefficients for instruction-debiased"),
+        ((*data, "--out", tuned, *SMALL, "--policy", "intra-visual"), "policy is 'intra-visual', was 'himap'"),
+        (("--dataset", tmp_path / "none.jsonl", "--out", tmp_path / "a"), "cannot read data set"),
+        ((*data, "--out", tmp_path / ("x" * 300)), "File name too long"),
+    ):
+        assert call(main, SHAPES_64, *flags) == 2, flags
+        err = capsys.readouterr().err
+        assert words in err.splitlines()[-1] and "Traceback" not in err, flags
+    assert not (tmp_path / "a").exists()
+    baseline = shutil.copytree(SHAPES_64, tmp_path / "baseline")
+    assert call(main, baseline, *data, "--out", tuned, *SMALL) == 2
+    assert "logs another measurement: model is" in capsys.readouterr().err
+
+
 def test_options_are_bounded_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     many = ",".join(f"0.{n:04}" for n in range(4000))
     for option, value, words in (
@@ -328,31 +356,3 @@ def test_where_the_results_go_is_checked_before_any_work(
         assert f"{name} is there and is not a plain file" in capsys.readouterr().err
     assert call(main, SHAPES_64, "--dataset", tmp_path / "none", "--out", tmp_path / "a") == 2
     assert "cannot read data set" in capsys.readouterr().err
-
-
-def test_what_is_refused(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("mine")
-    data = ("--dataset", QUESTIONS_64)
-    for flags, words in (
-        ((*data, "--out", tmp_path / "full"), "is neither empty nor ours"),
-        ((*data, "--out", tuned, *SMALL, "--seed", 1), "logs another measurement: seed is 1, was 0"),
-        ((*data, "--out", tuned, *SMALL, "--r1", "0.25"), "grid is {'k1': [1, 2], 'r1': [0.25], "),
-        ((*data, "--out", tmp_path / "a", "--dtype", "bf16", *ORT), "do not compute in bf16"),
-        ((*data, "--out", tmp_path / "a", "--k1", "4", "--k2", "2"), "no plan is left to try"),
-        ((*data, "--out", tmp_path / "a", "--k2", "10"), "--k2 10 is past the last layer"),
-        ((*data, "--out", tmp_path / "a", "--r1", "1"), "is outside [0, 1)"),
-        ((*data, "--out", tmp_path / "a", "--policy", "fastv", "--k2", "4"), "--k2 is not for the policy fastv"),
-        ((*data, "--out", tmp_path / "a", "--policy", "none"), "the policy none makes 0 cuts"),
-        ((*data, "--out", tmp_path / "a", "--policy", "himap-debiased"), "has 0 coefficients for instruction-debiased"),
-        ((*data, "--out", tuned, *SMALL, "--policy", "intra-visual"), "policy is 'intra-visual', was 'himap'"),
-        (("--dataset", tmp_path / "none.jsonl", "--out", tmp_path / "a"), "cannot read data set"),
-        ((*data, "--out", tmp_path / ("x" * 300)), "File name too long"),
-    ):
-        assert call(main, SHAPES_64, *flags) == 2, flags
-        err = capsys.readouterr().err
-        assert words in err.splitlines()[-1] and "Traceback" not in err, flags
-    assert not (tmp_path / "a").exists()
-    baseline = shutil.copytree(SHAPES_64, tmp_path / "baseline")
-    assert call(main, baseline, *data, "--out", tuned, *SMALL) == 2
-    assert "logs another measurement: model is" in capsys.readouterr().err
