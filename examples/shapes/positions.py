@@ -32,6 +32,7 @@ SEED, QUESTIONS, TOKENS = 11, 700, 2  # of an answer, two tokens are enough to j
 PLANS: dict[str, Cuts] = {
     "himap": reference_himap(2, 5, 0.5, 0.75),
     "uniform": (ReferenceCut(2, "uniform", 0.5), ReferenceCut(5, "uniform", 0.75)),
+    "dart": (ReferenceCut(1, "dart", 0.5), ReferenceCut(3, "dart", 0.75)),
 }
 NUMBERED = ("original", "renumbered")
 

@@ -1,5 +1,6 @@
 """The OpenVINO backend itself: its rules, caches and workarounds, and what it says of what it cannot use."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -81,6 +82,18 @@ def test_decode_reads_the_memory_that_prefill_wrote(work: Workshop, bundle: Path
     changed = pipeline.step(np.array([9, 9]), layout.lengths)
     assert np.abs(changed[0] - once[0]).max() > 1e-3
     np.testing.assert_array_equal(changed[1], once[1])
+
+
+# --- threads ---
+
+
+def test_threads_are_tied_to_cores_only_where_they_take_all(bundle: Path) -> None:
+    """Two processes of one thread each would share the first core, and leave the second idle."""
+    cores = len(os.sched_getaffinity(0))
+    for threads in {1, cores}:
+        compiler = Compiler("cpu", "fp32", threads)
+        model = compiler.compile(compiler.read(bundle / "k1.openvino.onnx"))
+        assert model.get_property("ENABLE_CPU_PINNING") == (threads == cores)
 
 
 # --- canaries: when a workaround can go ---
