@@ -94,9 +94,8 @@ def test_a_worker_that_dies_is_an_error(shapes: Path, asked: list[tuple[int, Exa
     assert not workers()
 
 
-@pytest.mark.parametrize(
-    "to_group", [pytest.param(False, id="kill -INT", marks=pytest.mark.slow), pytest.param(True, id="Ctrl-C")]
-)
+@pytest.mark.slow  # what test_isolation shows of an export's workers
+@pytest.mark.parametrize("to_group", [False, True], ids=["kill -INT", "Ctrl-C"])
 def test_an_interrupt_does_not_wait_for_a_long_walk(tmp_path: Path, to_group: bool) -> None:
     """Workers that are stopped stand for a large model's, at work for minutes."""
     for image in QUESTIONS_64.parent.glob("*.png"):
