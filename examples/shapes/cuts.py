@@ -3,9 +3,9 @@
     python examples/shapes/cuts.py --out study --docs docs/study
 
 asks questions of a split of their own. `himap-validate --dataset` answers and times every plan of the study's bundles;
-the best is the fastest that leaves 95 % of the unpruned accuracy, by the interval of its loss: it is the plan of
-`make demo`. `himap-tune` tries other cuts, by HiMAP's criteria and by those of the best. `himap-analyze` says where the
-answers come from.
+the best is the fastest that leaves 95 % of the unpruned accuracy, by the interval of its loss. `himap-tune` tries other
+cuts, by HiMAP's criteria and by the best's: what it chooses of the latter is the plan of `make demo`. `himap-analyze`
+says where the answers come from.
 """
 
 import argparse
