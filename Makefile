@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 		$(BIN)/pip install --quiet --no-deps --target $(VENV)/tensorrt-bindings tensorrt-cu13-bindings==11.4.0.106
 	touch $@
 
-# Two minutes on 2 cores; its last lines and demo/index.html say what came out.
+# A minute on 2 cores behind the installation; its last lines and demo/index.html say what came out.
 demo: install
 	$(BIN)/python examples/shapes/demo.py --out demo
 
