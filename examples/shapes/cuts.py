@@ -11,9 +11,10 @@ says where the answers come from.
 import argparse
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dataset import write
 from study import BUDGETS, MODEL, PARTS, SELECTORS, TEXT, Study, command
@@ -50,13 +51,13 @@ class Timed:
 
 def timed(budgets: Sequence[Judged], reports: Sequence[Path]) -> list[Timed]:
     """Every selector at every budget, fastest first."""
-    costs: dict[str, Mapping[str, object]] = {}
+    costs: dict[str, Any] = {}
     for report in reports:
         costs |= json.loads((report / "report.json").read_text())["costs"]["systems"]
     found = list[Timed]()
     for b in budgets:
         for policy in SELECTORS:
-            faster = costs[f"{policy}-{b.name}"]["over_unpruned"]["prefill"]  # type: ignore[index]
+            faster = costs[f"{policy}-{b.name}"]["over_unpruned"]["prefill"]
             found.append(Timed(policy, b.name, b.accuracy(policy), b.over(UNPRUNED, policy), tuple(faster)))
     return sorted(found, key=lambda t: -t.faster[0])
 

@@ -27,6 +27,7 @@ from himap_export.validate.accuracy.choices import is_right
 from himap_export.validate.accuracy.evaluate import percent, points
 from himap_export.validate.accuracy.prompter import prompter_of_bundle
 from himap_export.validate.accuracy.statistics import accuracy_interval, paired_difference
+from himap_export.validate.accuracy.systems import padded
 
 CALIBRATION_SEED = 5  # of questions that are neither trained on nor asked
 FORMS: Mapping[str, tuple[object, ...]] = {
@@ -99,10 +100,7 @@ def ask(bundle: Bundle, examples: Sequence[Example]) -> Told:
     for at in range(0, len(examples), BATCH):
         asked = examples[at : at + BATCH]
         arrays = [prompter.arrays(e) for e in asked]
-        width = max(a.input_ids.shape[1] for a in arrays)
-        ids, mask = np.zeros((len(asked), width), np.int64), np.zeros((len(asked), width), np.int64)
-        for row, a in enumerate(arrays):
-            ids[row, : a.input_ids.shape[1]], mask[row, : a.input_ids.shape[1]] = a.input_ids[0], 1
+        ids, mask = padded(arrays)
         pixels, seeds = np.concatenate([a.pixel_values for a in arrays]), np.arange(at, at + len(asked))
         seen: Seen | None = None
         for plan, p in pipelines.items():

@@ -26,7 +26,7 @@ from himap_export.validate.progress import Count
 from himap_export.validate.report.columns import aligned
 
 ALL = "all"
-Right = npt.NDArray[np.bool_]
+Right = npt.NDArray[np.bool_]  # [seeds,n] of one system
 
 
 @dataclass(frozen=True)

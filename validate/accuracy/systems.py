@@ -14,6 +14,7 @@ import numpy as np
 
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.backends import Opening
+from himap_export.engines.layout import Integers
 from himap_export.engines.pipeline import Pipeline, Seen
 from himap_export.engines.scratch import scratch_folder
 from himap_export.graphs.flops import true_ratio
@@ -50,11 +51,7 @@ class PlanSystem:
         number. An image that a system of the same tower has `seen` is not looked at again; what is new is added."""
         run = self.pipeline.spec
         key = self.pipeline.backend, run.manifest.dtype, run.image, self.batch, *numbers
-        width = max(i.input_ids.shape[1] for i in inputs)
-        ids, mask = np.zeros((len(inputs), width), np.int64), np.zeros((len(inputs), width), np.int64)
-        for row, i in enumerate(inputs):
-            length = i.input_ids.shape[1]
-            ids[row, :length], mask[row, :length] = i.input_ids[0], 1
+        ids, mask = padded(inputs)
         image = seen.get(key) or np.concatenate([i.pixel_values for i in inputs])
         seeds = np.array([request_seed(self.seed, n) for n in numbers], np.int64)
         prefilled, layout = self.pipeline.prefill(ids, image, mask, seeds)
@@ -62,6 +59,16 @@ class PlanSystem:
             seen[key] = self.pipeline.seen()
         tokens = np.stack(list(self.pipeline.generate(prefilled, layout, self.new_tokens)), axis=1)
         return [row.tolist() for row in tokens]
+
+
+def padded(inputs: Sequence[Inputs]) -> tuple[Integers, Integers]:
+    """Returns the ids of prompts of one sample each as one batch, [b,S], and the mask of those that are theirs."""
+    width = max(i.input_ids.shape[1] for i in inputs)
+    ids, mask = np.zeros((len(inputs), width), np.int64), np.zeros((len(inputs), width), np.int64)
+    for row, i in enumerate(inputs):
+        length = i.input_ids.shape[1]
+        ids[row, :length], mask[row, :length] = i.input_ids[0], 1
+    return ids, mask
 
 
 def request_seed(seed: int, number: int) -> int:

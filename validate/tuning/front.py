@@ -3,16 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-from himap_export.validate.accuracy.evaluate import percent
+from himap_export.validate.accuracy.evaluate import Right, percent
 from himap_export.validate.accuracy.front import Front, front
 from himap_export.validate.accuracy.statistics import Interval, accuracy_interval, least_questions, paired_difference
 from himap_export.validate.accuracy.systems import UNPRUNED
 from himap_export.validate.tuning.grid import Candidate
-
-Right = npt.NDArray[np.bool_]  # [draws, n] of one plan
 
 
 @dataclass(frozen=True)

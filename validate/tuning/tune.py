@@ -1,12 +1,11 @@
 """A tuning: the sweep over a data set, the front, its baseline and its times, and the plan to take."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from himap_export.engines.bundle import digest
 from himap_export.engines.questions import Dataset, Example, expected
@@ -16,6 +15,7 @@ from himap_export.graphs.flops import true_ratio
 from himap_export.graphs.plan import PruningPlan
 from himap_export.graphs.spec import Dtype
 from himap_export.validate.accuracy.answers import Answered, AnswerLog, read_log
+from himap_export.validate.accuracy.evaluate import Right, right_answers
 from himap_export.validate.accuracy.front import Front
 from himap_export.validate.accuracy.prompter import Prompter, prompter_of_checkpoint
 from himap_export.validate.accuracy.statistics import Interval, accuracy_interval, paired_difference
@@ -23,7 +23,7 @@ from himap_export.validate.accuracy.systems import UNPRUNED
 from himap_export.validate.parity.runs import reference_cuts
 from himap_export.validate.progress import counted
 from himap_export.validate.registration import require_references
-from himap_export.validate.tuning.front import Choice, RankedPlan, Right, choose, rank
+from himap_export.validate.tuning.front import Choice, RankedPlan, choose, rank
 from himap_export.validate.tuning.grid import Candidate
 from himap_export.validate.tuning.sweep import Draw, Job, sweep
 from himap_export.validate.tuning.timing import Timing, measure
@@ -163,12 +163,7 @@ def _answers(
 
 def _right(file: Path, data: Dataset, draws: int = 1) -> dict[str, Right]:
     """By name, [draws, n] over the examples; only of plans that have answered all of them so often."""
-    lines, found = [e.line for e in data.examples], dict[str, dict[tuple[int, int], bool]]()
-    for a in read_log(file):
-        found.setdefault(a.policy, {})[a.seed, a.line] = a.right
-    wanted = [(n, line) for n in range(draws) for line in lines]
-    return {
-        name: np.array([own[key] for key in wanted]).reshape(draws, len(lines))
-        for name, own in found.items()
-        if all(key in own for key in wanted)
-    }
+    lines = {e.line for e in data.examples}
+    asked = {a.key: a for a in read_log(file) if a.seed < draws and a.line in lines}
+    answers = Counter(a.policy for a in asked.values())
+    return right_answers([a for a in asked.values() if answers[a.policy] == draws * len(lines)], data)
