@@ -242,9 +242,16 @@ def test_all_forms_of_weights_and_both_backends_answer_alike(work: Workshop, nam
 # --- half precision ---
 
 
-@pytest.mark.slow  # the README's commands validate bf16 in every run
-@pytest.mark.parametrize("name", ["llava", "qwen3-vl"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        ("bf16", "qwen3-vl"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("fp16", "llava"), ("bf16", "llava"), ("fp16", "qwen3-vl"))
+        ),
+    ],
+)
 def test_half_precision_passes_validation(work: Workshop, dtype: str, name: str, capsys: Capture) -> None:
     """By what Hugging Face's modules lose in the same dtype, the tower too; scores stay fp32."""
     if dtype not in openvino.computed():

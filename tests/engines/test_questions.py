@@ -40,7 +40,7 @@ def choice(options: Sequence[str], answer: str) -> Example:
     return Example(1, "1", Path("a.png"), "which?", answer, "", tuple(options))
 
 
-def test_the_shipped_questions() -> None:
+def test_a_data_set_of_five_types() -> None:
     found = read_dataset(QUESTIONS_64)
     assert found.skipped == () and [e.line for e in found.examples] == [1, 2, 3, 4, 5]
     first = found.examples[0]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 # Enough to see every door; together they take a quiet core about ten seconds.
 CASES = {
-    "bundle": 70,
-    "checkpoint": 80,
+    "bundle": 90,
+    "checkpoint": 120,
     "quantised": 60,
     "quantised bundle": 60,
     "questions": 60,

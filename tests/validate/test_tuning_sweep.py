@@ -38,21 +38,14 @@ def job(checkpoint: Path, plans: Mapping[str, Cuts] | None = None) -> Job:
 
 
 @pytest.fixture(scope="module")
-def shapes() -> Path:
-    return SHAPES_64
-
-
-@pytest.fixture(scope="module")
 def asked() -> list[tuple[int, Example]]:
     return list(enumerate(read_dataset(QUESTIONS_64).examples))
 
 
 @pytest.mark.parametrize("policy", ["random", pytest.param("himap", marks=pytest.mark.slow)])
-def test_two_processes_say_what_one_prefill_a_plan_says(
-    shapes: Path, asked: list[tuple[int, Example]], policy: str
-) -> None:
-    reference, prompter, plans = Reference(shapes), prompter_of_checkpoint(shapes), plans_of(policy)
-    swept = sweep(Job(shapes, "fp32", 1, plans, (3, 4)), asked, 2)
+def test_two_processes_say_what_one_prefill_a_plan_says(asked: list[tuple[int, Example]], policy: str) -> None:
+    reference, prompter, plans = Reference(SHAPES_64), prompter_of_checkpoint(SHAPES_64), plans_of(policy)
+    swept = sweep(Job(SHAPES_64, "fp32", 1, plans, (3, 4)), asked, 2)
     found = {e.line: (tokens, label) for e, tokens, label in swept}
     assert len(found) == len(asked) >= 5
     for number, example in asked:
@@ -67,25 +60,25 @@ def test_two_processes_say_what_one_prefill_a_plan_says(
 
 
 def test_an_error_in_a_worker_is_told_as_it_is(
-    shapes: Path, asked: list[tuple[int, Example]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    asked: list[tuple[int, Example]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    broken = Path(shutil.copytree(shapes, tmp_path / "broken", ignore=shutil.ignore_patterns("*.safetensors")))
+    broken = Path(shutil.copytree(SHAPES_64, tmp_path / "broken", ignore=shutil.ignore_patterns("*.safetensors")))
     with pytest.raises(HimapError, match=r"PyTorch cannot load .*broken"):
         list(sweep(job(broken), asked, 2))
     assert not workers() and "Traceback" not in capfd.readouterr().err
 
 
 def test_a_bug_in_a_worker_is_told_as_what_it_is(
-    shapes: Path, asked: list[tuple[int, Example]], capfd: pytest.CaptureFixture[str]
+    asked: list[tuple[int, Example]], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(HimapError, match=r"sweeping plans failed: IndexError: .*out of range") as told:
-        list(sweep(job(shapes, {"a": (ReferenceCut(99, "last"),)}), asked, 1))
+        list(sweep(job(SHAPES_64, {"a": (ReferenceCut(99, "last"),)}), asked, 1))
     assert "memory" not in str(told.value) and "Traceback" in capfd.readouterr().err
     assert not workers()
 
 
-def test_a_worker_that_dies_is_an_error(shapes: Path, asked: list[tuple[int, Example]]) -> None:
-    answers = sweep(job(shapes), asked, 1)
+def test_a_worker_that_dies_is_an_error(asked: list[tuple[int, Example]]) -> None:
+    answers = sweep(job(SHAPES_64), asked, 1)
     next(answers)
     (worker,) = workers()
     os.kill(worker, signal.SIGKILL)
