@@ -45,7 +45,7 @@ lint: install types
 .PHONY: types
 types:
 	mkdir -p .types/himap_export .types/rooms/himap_export
-	for tree in .types .types/rooms; do for room in graphs engines exporter validate; do \
+	for tree in .types .types/rooms; do for room in graphs engines serve exporter validate; do \
 		ln -sfn $(CURDIR)/$$room $$tree/himap_export/$$room; done; done
 	ln -sfn $(CURDIR)/himap_export/__init__.py .types/himap_export/__init__.py
 

@@ -15,7 +15,7 @@ from himap_export.engines.command import as_options
 from himap_export.validate.reference.criteria import reference_himap
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("graphs", "engines", "exporter", "validate")
+ROOMS = ("graphs", "engines", "serve", "exporter", "validate")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 OURS = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]

@@ -160,7 +160,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_every_file_named_is_there(page: Path) -> None:
     """But in the log, which tells of its day."""
     named = re.findall(
-        r"`((?:graphs|engines|exporter|validate|tests|benchmarks|examples|docs)/[\w./*-]+)`", page.read_text()
+        r"`((?:graphs|engines|serve|exporter|validate|tests|benchmarks|examples|docs)/[\w./*-]+)`", page.read_text()
     )
     gone = [name for name in named if "NAME" not in name and not list(ROOT.glob(name.rstrip("/")))]
     assert gone == [] or page.name == "log.md"

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from msgspec import inspect
 
-ROOMS = ("himap_export.graphs", "himap_export.engines", "himap_export.exporter", "himap_export.validate")
+ROOMS = tuple(f"himap_export.{room}" for room in ("graphs", "engines", "serve", "exporter", "validate"))
 # Modules that need what not every machine has.
 FOREIGN = (".nvinfer", ".plugin", ".backends", "optimum")
 
