@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from himap_export.engines.layout import Integers
@@ -26,7 +26,7 @@ class Question:
     request: Request
     max_new_tokens: int
     asked: float
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     deadline: float = math.inf
 
