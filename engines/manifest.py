@@ -7,6 +7,7 @@ the digest knows every byte. docs/bundle.md says what a schema's number promises
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,10 +31,11 @@ from himap_export.graphs.ports import (
     WeightSpec,
     chain_problems,
     graph_problems,
+    slots_problems,
 )
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
-SCHEMA = 6
+SCHEMA = 7
 FILE_NAME = "manifest.json"
 WeightForm = Literal["shared", "embedded", "absent"]
 _NUMBERS: Mapping[Kind, ElementType] = {
@@ -144,7 +146,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     "absent", the bundle was made without them and `himap-run --weights` brings them. `digest`: see `finalised`.
     """
 
-    schema: Literal[6] = 6
+    schema: Literal[7] = 7
     model: ModelRecord
     decoder: DecoderSpec
     variants: Annotated[tuple[Variant, ...], Meta(min_length=1, max_length=1000)]
@@ -171,8 +173,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return self.quantization.weights if self.quantization else {}
 
     def decode_graphs(self) -> frozenset[str]:
-        """Returns the graphs that play decode."""
-        return frozenset(variant.graphs["decode"] for variant in self.variants)
+        """Returns the graphs that play decode, over slots too."""
+        return frozenset(v.graphs[stage] for v in self.variants for stage in ("decode", "slots") if stage in v.graphs)
 
     def paths(self) -> Iterator[str]:
         """Yields every file that opening the bundle may read."""
@@ -268,12 +270,14 @@ def _quantised_problems(m: Manifest) -> Iterator[str]:
 
 def _variant_problems(m: Manifest, v: Variant) -> Iterator[str]:
     what = f"plan {v.plan_name} at text budget {v.budget.text}"
-    stages = ("vision", *v.plan.stages, "decode")
+    stages = ("vision", *v.plan.stages, "decode", *(["slots"] if v.budget.slots else []))
     if set(v.graphs) != set(stages) or not set(v.graphs.values()) <= set(m.graphs):
         yield f"{what} does not name a graph for each of {', '.join(stages)}"
     else:
-        chain = [m.graphs[v.graphs[stage]].ports for stage in stages]
-        yield from (f"{what}: {problem}" for problem in chain_problems(chain, len(v.plan.cuts)))
+        ports = {stage: m.graphs[v.graphs[stage]].ports for stage in stages}
+        slots = [slots_problems(ports["decode"], ports.pop("slots"), v.budget.slots)] if v.budget.slots else []
+        problems = chain(chain_problems([*ports.values()], len(v.plan.cuts)), *slots)
+        yield from (f"{what}: {problem}" for problem in problems)
     if (image := m.images.get(v.image)) is None:
         yield f"{what} is for images {v.image}, which are not there"
     elif not 1 <= prod(image.grid) * image.tiles <= image.tokens == v.budget.visual[0]:

@@ -84,6 +84,10 @@ def _budgeting(p: argparse.ArgumentParser) -> None:
     budget.add_argument(
         "--batch", type=whole(1, 4096), default=1, metavar="N", help="prompts answered together (default: 1)"
     )
+    budget.add_argument(
+        "--slots", type=whole(0, 4096), default=0, metavar="N",
+        help="questions that himap-serve answers at a time (default: 0, one after the other)",
+    )  # fmt: skip
 
 
 def _compiling(p: argparse.ArgumentParser) -> None:
@@ -163,8 +167,8 @@ def _export(args: argparse.Namespace, argv: list[str]) -> None:
     planned = plan(
         args.model, weights=not (args.dry_run or args.engines_only), task=args.task, plan=args.plan, policy=args.policy,
         k1=args.k1, k2=args.k2, r1=args.r1, r2=args.r2, keep=args.keep, text_budget=args.text_budget,
-        max_new_tokens=args.max_new_tokens, batch=args.batch, align=args.align, image_size=args.image_size,
-        tiles=args.tiles, backend=args.backend, dtype=args.dtype, gather=args.gather,
+        max_new_tokens=args.max_new_tokens, batch=args.batch, slots=args.slots, align=args.align,
+        image_size=args.image_size, tiles=args.tiles, backend=args.backend, dtype=args.dtype, gather=args.gather,
         weight_form="absent" if args.engines_only else args.weight_form, hard_link=args.hard_link,
         allow_overflow=args.allow_overflow, revision=args.revision, checkpoint=args.checkpoint,
         vision_tower=args.vision_tower, quantize=args.quantize, block=args.block, keep_dtype=args.keep_dtype,

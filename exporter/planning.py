@@ -53,6 +53,7 @@ class Request:
     text_budgets: tuple[int, ...] = (192,)
     max_new_tokens: int = 128
     batch: int = 1
+    slots: int = 0
     align: int | None = None
     dtype: Dtype | None = None
     backends: tuple[str, ...] = ()
@@ -145,7 +146,7 @@ def plan_export(model: Model, asked: Request) -> Planned:
             kept = plan.check(decoder.layers).kept(vision.tokens)
             for text in texts:
                 visual = align(kept, text, asked.align) if asked.align is not None else kept
-                budget = TokenBudget(visual, text, asked.max_new_tokens, asked.batch)
+                budget = TokenBudget(visual, text, asked.max_new_tokens, asked.batch, asked.slots)
                 _check_positions(model, budget)
                 typed(msgspec.to_builtins(budget), TokenBudget, "the budget")
                 variants.append(PlannedVariant(plan_name=name, plan=plan, budget=budget, asked=kept, vision=vision))
@@ -170,9 +171,9 @@ def _weight_form(asked: Request, forms: Mapping[str, LinearForm], ready: bool) -
     if asked.quantize in FLOATS and asked.calibrate is None:
         details = "activations are rounded, too, on scales that are fixed beforehand"
         raise HimapError(f"{asked.quantize} weights need `calibrate`", details, code=Exit.USAGE)
-    if asked.quantize == "int8-dynamic" and asked.batch > 1:
+    if asked.quantize == "int8-dynamic" and (asked.batch > 1 or asked.slots):
         details = "activations are rounded by one range over all prompts of a batch"
-        raise HimapError("int8-dynamic weights need a `batch` of 1", details, code=Exit.USAGE)
+        raise HimapError("int8-dynamic weights need a `batch` of 1 and no `slots`", details, code=Exit.USAGE)
     for backend in asked.backends:
         check_forms(backend, set(forms.values()))
     quantised = ready or bool(forms)

@@ -32,6 +32,7 @@ def _variant_json(p: Planned, v: PlannedVariant) -> dict[str, Any]:
             "text": v.budget.text,
             "max_new_tokens": v.budget.new,
             "batch": v.budget.batch,
+            "slots": v.budget.slots,
             "align": p.asked.align,
         },
         "flops": {
@@ -53,7 +54,9 @@ def _plan_json(v: PlannedVariant) -> dict[str, Any]:
 
 def plan_table(p: Planned) -> str:
     """Returns the plan as a table: one row per stage, or one per variant where there are several."""
-    head = f"{p.model.name} ({p.model.source})  {p.dtype}  batch {p.variants[0].budget.batch}"
+    budget = p.variants[0].budget
+    slots = f"  {budget.slots} slots" if budget.slots else ""
+    head = f"{p.model.name} ({p.model.source})  {p.dtype}  batch {budget.batch}{slots}"
     engines = f"engines for {', '.join(p.asked.backends)}" + (f" ({p.why})" if p.why else "")
     return "\n".join(
         [head, engines, *_quantised(p), *(_stages(p, p.variants[0]) if len(p.variants) == 1 else _variants(p))]

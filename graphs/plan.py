@@ -171,18 +171,22 @@ class TokenBudget(Struct, frozen=True, forbid_unknown_fields=True):
     """Static token counts of the stages.
 
     `visual` = [V0, V1, ..] image tokens, `text` = T slots for all other tokens (padding included), `new` = tokens that
-    may be generated. Stage i holds S_i = V_i + T tokens and a KV cache of C_i = S_i + new.
+    may be generated. Stage i holds S_i = V_i + T tokens and a KV cache of C_i = S_i + new. `batch`: prompts that are
+    answered together. `slots`: rows of a second decode graph, for prompts that come and go one by one; 0: there is none.
     """
 
     visual: Annotated[tuple[Tokens, ...], Meta(min_length=1, max_length=MOST_CUTS + 1)]
     text: Tokens
     new: Tokens
     batch: Annotated[int, Meta(le=4096)] = 1
+    slots: Annotated[int, Meta(ge=0, le=4096)] = 0
 
     def __post_init__(self) -> None:
         for name, value in (("`text_budget`", self.text), ("`max_new_tokens`", self.new), ("`batch`", self.batch)):
             if value < 1:
                 raise _bad(f"{name} {value} is below 1", "give a positive number of tokens or samples")
+        if self.slots and self.batch > 1:
+            raise _bad(f"`slots` need a `batch` of 1, not {self.batch}", "each prompt takes one slot, when one is free")
 
     @property
     def total(self) -> tuple[int, ...]:

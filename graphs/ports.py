@@ -14,6 +14,9 @@ graph writes there the next one reads in place. So how stages connect follows fr
     next_id, next_position, next_rope_position        the caller, of each token     decode
     last_hidden                                       the last stage                the caller
     logits                                            the last stage and decode     the caller
+
+Where a plan has slots, decode is there once more, over tensors of as many rows. Row i of its caches takes what prefill
+writes for the request in slot i; the rest of its tensors are its own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -167,3 +170,12 @@ def chain_problems(chain: Sequence[GraphPorts], cuts: int) -> Iterator[str]:
     wanted = [Place(role) for role in _ALWAYS]
     wanted += [Place(role, cut=cut) for cut in range(1, cuts + 1) for role in at_cuts]
     yield from (f"no graph has {place.name()}" for place in wanted if place not in known)
+
+
+def slots_problems(decode: GraphPorts, slots: GraphPorts, rows: int) -> Iterator[str]:
+    """Yields where the ports of `slots` are not those of `decode` for one prompt, over as many `rows`."""
+    for side, found in zip(decode, slots, strict=True):
+        wanted = {name: (p.place, p.dtype, (rows, *p.shape[1:]), p.updates) for name, p in side.items()}
+        actual = {name: (p.place, p.dtype, p.shape, p.updates) for name, p in found.items()}
+        yield from (f"slots has not decode's {name}" for name in wanted if actual.get(name) != wanted[name])
+        yield from (f"slots has {name}, which decode has not" for name in actual.keys() - wanted.keys())

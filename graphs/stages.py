@@ -5,12 +5,14 @@
 Each cut's top-k gather opens the stage behind it, so the score that decides it crosses a stage boundary where it can be
 seen, compared and forced. Prefill writes the caches of its own layers, [B,G,C_i,E], real keys first; decode appends one
 token to each and overwrites padding. Both update the caches in place: past and present are one tensor to the runtime,
-and TensorRT makes of it a KV-cache update. Only weights' names come from outside.
+and TensorRT makes of it a KV-cache update. For prompts that come and go there is decode once more, over many rows
+(slots), one of which a prefill fills. Only weights' names come from outside.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
+from msgspec.structs import replace as with_fields
 
 from himap_export.graphs.build import Frame, StageGraph
 from himap_export.graphs.decoder import Attended, Attention, Decoder, Names, Rotary, rotary
@@ -36,7 +38,10 @@ class StagedModel:
     names: Names
 
     def graphs(self) -> tuple[StageGraph, ...]:
-        return *(self.stage(i) for i in range(len(self.plan.stages))), self.decode()
+        """Returns the stages of prefill, decode and, if the budget has slots, decode over as many rows."""
+        slots, wide = self.budget.slots, with_fields(self.budget, batch=self.budget.slots or 1, slots=0)
+        many = [replace(self, budget=wide).decode("slots")] if slots else []
+        return *(self.stage(i) for i in range(len(self.plan.stages))), self.decode(), *many
 
     def removes(self, cut: int) -> bool:
         """Tells whether cut 1, 2, .. removes anything; one that does not has no score and no gather."""
@@ -113,10 +118,10 @@ class StagedModel:
         last = f.op.Sub(f.op.ReduceSum(real, [1], keepdims=1), 1)
         self._logits(f, f.op.GatherND(hidden, last, batch_dims=1))
 
-    def decode(self) -> StageGraph:
+    def decode(self, name: str = "decode") -> StageGraph:
         """Returns the graph that takes one token per sample through all layers, over the caches of all stages."""
         b, spec = self.budget.batch, self.spec
-        f = Frame("decode", self.dtype)
+        f = Frame(name, self.dtype)
         ids, position = f.integers(Place("next_id"), b, 1), f.integers(Place("next_position"), b, 1)
         rope = rotary(f, spec, f.integers(Place("next_rope_position"), b, 1, 3) if spec.rope_axes else position)
         x = f.op.Reshape(self._embed(f, ids), [b, spec.hidden])

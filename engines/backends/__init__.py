@@ -71,19 +71,32 @@ ANYWAY = Opening()
 class Tensor(Protocol):
     """A static tensor in the backend's memory, allocated once and bound to the graphs that read or write it.
 
-    `write` takes and `read` copies numbers: those of a bf16 tensor are read as fp32.
+    `write` takes and `read` copies numbers: those of a bf16 tensor are read as fp32. `row` is one of the first axis,
+    [1,..], as a tensor over the same memory; `take` copies a tensor of the same shape, within the backend's memory.
     """
 
     @property
     def spec(self) -> TensorSpec: ...
     def write(self, values: npt.NDArray[Any]) -> None: ...
     def read(self) -> npt.NDArray[Any]: ...
+    def row(self, index: int) -> "Tensor": ...
+    def take(self, source: "Tensor") -> None: ...
+
+
+def row_spec(spec: TensorSpec) -> TensorSpec:
+    """Returns what one row of a tensor's first axis is."""
+    return TensorSpec(spec.dtype, (1, *spec.shape[1:]))
 
 
 class Engines(Protocol):
-    """A bundle's graphs, ready to run over one copy of its weights."""
+    """A bundle's graphs, ready to run over one copy of its weights.
+
+    `binds_often`: whether binding a graph again, to other tensors, costs next to nothing; else each time takes the
+    memory that the graph works in.
+    """
 
     device: str
+    binds_often: bool
 
     def tensor(self, spec: TensorSpec) -> Tensor: ...
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.engines.backends import ANYWAY, Gather, Opening, Tensor
+from himap_export.engines.backends import ANYWAY, Gather, Opening, Tensor, row_spec
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.extras import how_to_install, required
 from himap_export.engines.manifest import EngineRecord
@@ -186,7 +186,7 @@ def _elsewhere(session: Any, provider: str) -> str:
 
 
 class OrtTensor:
-    """Memory of the host or the device that onnxruntime's sessions share; only `write` and `read` move it."""
+    """Memory of the host or the device that onnxruntime's sessions share; only `write`, `read` and `take` move it."""
 
     def __init__(self, spec: TensorSpec, value: Any) -> None:
         self.spec, self.value = spec, value
@@ -198,32 +198,68 @@ class OrtTensor:
     def read(self) -> npt.NDArray[Any]:
         return np.array(self.value.numpy())  # of the host's memory that is a view
 
+    def take(self, source: Tensor) -> None:
+        self.write(source.read())
+
+    def row(self, index: int) -> "OrtRow":
+        return OrtRow(self, index)
+
+    def bind(self, binding: Any, name: str, output: bool) -> None:
+        (binding.bind_ortvalue_output if output else binding.bind_ortvalue_input)(name, self.value)
+
+
+class OrtRow:
+    """One row of a tensor's first axis: to graphs an address in its memory."""
+
+    def __init__(self, whole: OrtTensor, index: int) -> None:
+        self.spec, self._whole, self._rows = row_spec(whole.spec), whole, slice(index, index + 1)
+        size = whole.value.tensor_size_in_bytes() // whole.spec.shape[0]
+        self._address = whole.value.data_ptr() + index * size
+
+    def write(self, values: npt.NDArray[Any]) -> None:
+        found = self._whole.read()
+        found[self._rows] = as_stored(values, self.spec.dtype)
+        self._whole.write(found)
+
+    def read(self) -> npt.NDArray[Any]:
+        return self._whole.read()[self._rows]
+
+    def take(self, source: Tensor) -> None:
+        self.write(source.read())
+
+    def row(self, index: int) -> "OrtRow":
+        assert index == 0
+        return self
+
+    def bind(self, binding: Any, name: str, output: bool) -> None:
+        bind, device = binding.bind_output if output else binding.bind_input, self._whole.value.device_name()
+        bind(name, device, 0, NUMPY[self.spec.dtype], list(self.spec.shape), buffer_ptr=self._address)
+
 
 class OnnxRuntime:
-    """The sessions of a bundle on one device, over one copy of its weights."""
+    """The sessions of a bundle on one device, one for each graph, over one copy of its weights."""
+
+    binds_often = True
 
     def __init__(self, bundle: Bundle, opening: Opening) -> None:
         self._bundle, self._opening, self.device = bundle, opening, _device(opening.device)
         inside = bundle.manifest.weight_form == "embedded"
         inputs = {} if inside else bundle.weights(constants=False)
         self._weights = _values(inputs, self.device)
+        self._sessions: dict[str, Any] = {}
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         zeros = np.zeros(spec.shape, NUMPY[spec.dtype])
         return OrtTensor(spec, _on_host(zeros) if self.device == "cpu" else _on_device(zeros))
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
-        file = self._bundle.manifest.engines["onnxruntime"][graph].file
-        session = _session(self._bundle, graph, file, self._weights, opening=self._opening, device=self.device)
+        session = self._session(graph)
         record, binding = self._bundle.manifest.graphs[graph], session.io_binding()
-        for names, bind in (
-            (record.inputs, binding.bind_ortvalue_input),
-            (record.outputs, binding.bind_ortvalue_output),
-        ):
+        for output, names in enumerate((record.inputs, record.outputs)):
             for name in names:
                 tensor = tensors[name]
-                assert isinstance(tensor, OrtTensor)  # tensors come from this object's own `tensor`
-                bind(name, tensor.value)
+                assert isinstance(tensor, OrtTensor | OrtRow)  # tensors come from this object's own `tensor`
+                tensor.bind(binding, name, output=bool(output))
         if self._bundle.manifest.weight_form == "absent":  # such a graph takes its weights as inputs
             for name in record.weights:
                 binding.bind_ortvalue_input(name, self._weights[name])
@@ -236,6 +272,14 @@ class OnnxRuntime:
                 raise HimapError(f"onnxruntime cannot run {graph}", str(problem), hint) from None
 
         return run
+
+    def _session(self, graph: str) -> Any:
+        if graph not in self._sessions:
+            file = self._bundle.manifest.engines["onnxruntime"][graph].file
+            self._sessions[graph] = _session(
+                self._bundle, graph, file, self._weights, opening=self._opening, device=self.device
+            )
+        return self._sessions[graph]
 
     def chain(self, runs: Sequence[Callable[[], None]]) -> Callable[[], None]:
         def run() -> None:

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from himap_export.engines.backends import Tensor, row_spec
 from himap_export.engines.weight_file import NUMPY, StoredTensor, as_numbers, as_stored, map_tensors
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import TensorSpec
@@ -110,11 +111,23 @@ def reported() -> Iterator[None]:
 class DeviceTensor:
     """A static tensor in GPU memory; only `read` waits, for everything enqueued before it."""
 
-    def __init__(self, gpu: Gpu, spec: TensorSpec) -> None:
+    def __init__(self, gpu: Gpu, spec: TensorSpec, buffer: Any = None) -> None:
+        """`buffer`: memory that is there already; its own if None."""
         self.spec, self._gpu = spec, gpu
         self._dtype: type[np.generic] = NUMPY[spec.dtype]
-        self._buffer = gpu.allocate(np.empty(spec.shape, self._dtype).nbytes, self)
+        self._buffer = gpu.allocate(np.empty(spec.shape, self._dtype).nbytes, self) if buffer is None else buffer
         self.address = int(self._buffer.handle)
+
+    def row(self, index: int) -> "DeviceTensor":
+        spec = row_spec(self.spec)
+        size = np.empty(spec.shape, self._dtype).nbytes
+        return DeviceTensor(self._gpu, spec, self._gpu.view(self.address + index * size, size, self._buffer))
+
+    def take(self, source: Tensor) -> None:
+        """Enqueues the copy, on the device."""
+        assert isinstance(source, DeviceTensor)
+        with reported():
+            self._buffer.copy_from(source._buffer, stream=self._gpu.stream)
 
     def write(self, values: npt.NDArray[Any]) -> None:
         stored = as_stored(values, self.spec.dtype)

@@ -56,6 +56,8 @@ def _elsewhere(bundle: Bundle) -> str:
 class NvInferEngines:
     """The engines of a bundle on one GPU, over one copy of the weights, all on one stream."""
 
+    binds_often = False  # a context works in memory of its own, and a CUDA graph knows its addresses
+
     def __init__(self, edition: Edition, bundle: Bundle, runtime: Any, gpu: Gpu, device: str) -> None:
         self.edition, self.device, self._bundle, self._runtime, self._gpu = edition, device, bundle, runtime, gpu
         inside = bundle.manifest.weight_form == "embedded"

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, get_args
 
+import numpy as np
 import numpy.typing as npt
 
-from himap_export.engines.backends import Opening, Tensor
+from himap_export.engines.backends import Opening, Tensor, row_spec
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.extras import required
 from himap_export.engines.manifest import GraphRecord
@@ -27,11 +28,26 @@ _NONE: Mapping[str, npt.NDArray[Any]] = MappingProxyType({})
 class OvTensor:
     """Memory of the host that several compiled models read and write where it lies."""
 
-    def __init__(self, spec: TensorSpec) -> None:
+    def __init__(self, spec: TensorSpec, value: Any) -> None:
+        self.spec, self.value = spec, value
+        self.view: npt.NDArray[Any] = value.data.view(NUMPY[spec.dtype])
+
+    @classmethod
+    def zeros(cls, spec: TensorSpec) -> Self:
+        """Returns a tensor in memory of its own."""
         ov = required("openvino")
-        self.spec, self.value = spec, ov.Tensor(getattr(ov.Type, _TYPES[spec.dtype]), list(spec.shape))
-        self.view: npt.NDArray[Any] = self.value.data.view(NUMPY[spec.dtype])
-        self.view[...] = 0
+        made = cls(spec, ov.Tensor(getattr(ov.Type, _TYPES[spec.dtype]), list(spec.shape)))
+        made.view[...] = 0
+        return made
+
+    def row(self, index: int) -> "OvTensor":
+        ov, spec = required("openvino"), row_spec(self.spec)
+        rows = self.value.data[index : index + 1]
+        return OvTensor(spec, ov.Tensor(rows, list(spec.shape), getattr(ov.Type, _TYPES[spec.dtype])))
+
+    def take(self, source: Tensor) -> None:
+        assert isinstance(source, OvTensor)
+        self.view[...] = source.view
 
     def write(self, values: npt.NDArray[Any]) -> None:
         self.view[...] = as_stored(values, self.spec.dtype)
@@ -43,8 +59,10 @@ class OvTensor:
 class OpenVino:
     """The compiled models of a bundle on one device. Each holds the weights that it reads, in its kernels' order.
 
-    They are compiled side by side: `bind` begins, `chain` and the first run wait.
+    Each is compiled once, side by side with others: `bind` begins, `chain` and the first run wait.
     """
+
+    binds_often = True
 
     def __init__(self, bundle: Bundle, opening: Opening) -> None:
         self._bundle, self.device = bundle, opening.device or "cpu"
@@ -52,15 +70,17 @@ class OpenVino:
         absent = bundle.manifest.weight_form == "absent"
         self._weights = map_tensors(bundle.weights().values()) if absent else {}
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compile")
+        self._compiled: dict[str, tuple[Future[Any], Mapping[str, Append]]] = {}
 
     def tensor(self, spec: TensorSpec) -> Tensor:
-        return OvTensor(spec)
+        return OvTensor.zeros(spec)
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
-        file = self._bundle.manifest.engines["openvino"][graph].file
-        read = self._compiler.read(self._bundle.path(file), self._weights)
-        compiling = self._pool.submit(self._compiler.compile, read)
-        return Run(graph, self._bundle.manifest.graphs[graph], compiling, tensors, read.appends)
+        if graph not in self._compiled:
+            file = self._bundle.manifest.engines["openvino"][graph].file
+            read = self._compiler.read(self._bundle.path(file), self._weights)
+            self._compiled[graph] = self._pool.submit(self._compiler.compile, read), read.appends
+        return Run(graph, self._bundle.manifest.graphs[graph], *self._compiled[graph], tensors)
 
     def chain(self, runs: Sequence[Callable[[], None]]) -> Callable[[], None]:
         for each in runs:
@@ -90,8 +110,8 @@ class Run:
         graph: str,
         record: GraphRecord,
         compiling: Future[Any],
-        tensors: Mapping[str, Tensor],
         appends: Mapping[str, Append],
+        tensors: Mapping[str, Tensor],
     ) -> None:
         self._graph, self._record, self._compiling = graph, record, compiling
         self._tensors, self._taken_out = tensors, appends
@@ -135,11 +155,10 @@ class Run:
 def _append(request: Any, append: Append, cache: OvTensor) -> Callable[[], None]:
     """Returns what writes one token's keys or values into the slots of its cache [B,G,C,E]."""
     new, at = request.get_tensor(append.new), request.get_tensor(append.at)
-    rows, slots, samples = new.data.view(cache.view.dtype)[:, :, 0], at.data.reshape(-1), range(len(cache.view))
+    rows, slots, samples = new.data.view(cache.view.dtype)[:, :, 0], at.data.reshape(-1), np.arange(len(cache.view))
 
     def run() -> None:
-        for sample in samples:
-            cache.view[sample, :, slots[sample]] = rows[sample]
+        cache.view[samples, :, slots] = rows
 
     return run
 
