@@ -208,6 +208,26 @@ def seen_share(image: Image.Image, how: ImagePreprocessing) -> float:
     return min(how.crop[0] / height, 1) * min(how.crop[1] / width, 1)
 
 
+def seen_box(image: Image.Image, how: ImagePreprocessing) -> tuple[float, float, float, float]:
+    """Returns left, top, right and bottom of what the model sees, as shares of the image's sides: outside 0 to 1 where
+    its view is padded."""
+    (height, width), square = how.output_size, max(image.size)
+    if how.letterbox:
+        shrink = min(Fraction(height, image.height), Fraction(width, image.width))
+        sides = [max(1, round(side * shrink)) for side in image.size]
+        starts = [-((room - side) // 2) / side for room, side in zip((width, height), sides, strict=True)]
+        ends = [start + room / side for start, room, side in zip(starts, (width, height), sides, strict=True)]
+        return starts[0], starts[1], ends[0], ends[1]
+    padded = [(square, square)] if how.pad_color is not None else [image.size]
+    rows, columns = _resized(padded[0][1], padded[0][0], how.resize)
+    crop = how.crop or (rows, columns)
+    box = list[float]()
+    for side, own, whole, seen in zip(padded[0], image.size, (columns, rows), (crop[1], crop[0]), strict=True):
+        first, offset = (whole - seen) // 2, (side - own) // 2
+        box += [(edge / whole * side - offset) / own for edge in (first, first + seen)]
+    return box[0], box[2], box[1], box[3]
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Returns the image as RGB, transparency over white (transformers' `convert_to_rgb`)."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:

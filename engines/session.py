@@ -7,10 +7,10 @@ with Bundle.open("engines/").session() as session:
 import threading
 import time
 import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from himap_export.engines.prompt import Detokenizer
 from himap_export.engines.sampling import Sampling
 from himap_export.graphs.errors import Exit, HimapError, HimapWarning
 
+T = TypeVar("T")
 STEADY = 8  # steps of decoding from which on a rate says something
 LEAST_SEEN = 0.5  # of an image; less is said: a photograph of 3:2 shows two thirds
 
@@ -303,13 +304,19 @@ class _Drawn:
 
 
 def open_pipeline(spec: RunSpec, backend: str | None = None, opening: Opening = ANYWAY) -> Pipeline:
-    """Returns the variant's pipeline on `backend`, or on the first of the bundle's backends that knows the device and
-    opens on this machine: of one that does not open a HimapWarning says why. HimapError (missing) if none does."""
+    """Returns the variant's pipeline, opened as `open_first` says."""
+    return open_first(spec, backend, opening, Pipeline)
+
+
+def open_first(spec: RunSpec, backend: str | None, opening: Opening, opened: Callable[[RunSpec, str, Opening], T]) -> T:
+    """Returns what `opened` makes of a variant on `backend`, or on the first of the bundle's backends that knows the
+    device and opens on this machine: of one that does not open a HimapWarning says why. HimapError (missing) if none
+    does."""
     engines, device = tuple(spec.manifest.engines), opening.device
     held = tuple(name for name in engines if device in (None, *DEVICES[name])) or engines
     for name in (backend,) if backend else held:
         try:
-            return Pipeline(spec, name, opening)
+            return opened(spec, name, opening)
         except HimapError as problem:
             if backend or problem.code != Exit.MISSING or name == held[-1]:
                 raise

@@ -172,7 +172,7 @@ class TokenBudget(Struct, frozen=True, forbid_unknown_fields=True):
 
     `visual` = [V0, V1, ..] image tokens, `text` = T slots for all other tokens (padding included), `new` = tokens that
     may be generated. Stage i holds S_i = V_i + T tokens and a KV cache of C_i = S_i + new. `batch`: prompts that are
-    answered together. `slots`: rows of a second decode graph, for prompts that come and go one by one; 0: there is none.
+    answered together. `slots`: rows of a second decode graph, for prompts that come and go one by one; 0: none.
     """
 
     visual: Annotated[tuple[Tokens, ...], Meta(min_length=1, max_length=MOST_CUTS + 1)]

@@ -16,7 +16,8 @@ from transformers import LlavaForConditionalGeneration
 
 from himap_export.engines.bundle import Bundle, digest
 from himap_export.engines.cli import main as run_main
-from himap_export.engines.pipeline import Pipeline, Prefilled
+from himap_export.engines.pipeline import Pipeline
+from himap_export.engines.prefill import Prefilled
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs import plan
 from himap_export.graphs.ports import Place

@@ -21,7 +21,8 @@ from study import BATCH, BUDGETS, TEXT, Study, command
 
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle
-from himap_export.engines.pipeline import Pipeline, Seen
+from himap_export.engines.pipeline import Pipeline
+from himap_export.engines.prefill import Seen
 from himap_export.engines.questions import Example, read_dataset
 from himap_export.validate.accuracy.choices import is_right
 from himap_export.validate.accuracy.evaluate import percent, points

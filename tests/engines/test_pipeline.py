@@ -18,7 +18,8 @@ from transformers import LlavaForConditionalGeneration
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.cli import main as run_main
-from himap_export.engines.pipeline import Pipeline, Prefilled
+from himap_export.engines.pipeline import Pipeline
+from himap_export.engines.prefill import Prefilled
 from himap_export.engines.sampling import Sampler, Sampling
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import Place

@@ -15,7 +15,8 @@ import numpy as np
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.backends import Opening
 from himap_export.engines.layout import Integers
-from himap_export.engines.pipeline import Pipeline, Seen
+from himap_export.engines.pipeline import Pipeline
+from himap_export.engines.prefill import Seen
 from himap_export.engines.scratch import scratch_folder
 from himap_export.graphs.flops import true_ratio
 from himap_export.graphs.plan import Criterion, PruningPlan
