@@ -113,7 +113,7 @@ def load_image(path: Path) -> Image.Image:
 
 
 def decode_image(
-    content: bytes, where: str, formats: Sequence[str] | None = None, max_pixels: int | None = None
+    content: bytes, where: str, formats: tuple[str, ...] | None = None, max_pixels: int | None = None
 ) -> Image.Image:
     """Returns the image that `content`, found at `where`, is a file of, as `load_image` does.
 
