@@ -25,15 +25,15 @@ class ExportOptions(TypedDict, total=False):
     The plan: `task` (the authors': qa, the default, or caption), changed by `k1`, `k2` (layers of the cuts), `r1`, `r2`
     (fractions of the image tokens that leave) or `keep` (tokens that stay at a single cut); `policy`, a name of
     POLICIES; or `plan`: a task, a TOML file, a PruningPlan or plans by name. Budgets: `text_budget` (192) tokens that
-    are not the image's, `max_new_tokens` (128), `batch` (1), `slots`, prompts that a service answers at a
-    time (0), `align`: keep more, up to a multiple of so many tokens a stage. Images: `image_size` (height, width) and
-    `tiles`, for models that have a choice. Engines: `backend` (the best that is installed and runs here), `dtype` (the
-    checkpoint's own, where the backend computes it), `gather`, the top-k gather's form. Weights: `weight_form` shared (the default), embedded, or absent: the bundle then holds
-    engines only; `hard_link` instead of copies; `allow_overflow` of a smaller dtype. Quantised weights: `quantize`
-    int8, int4, fp8, nvfp4 or int8-dynamic, in blocks of `block` inputs; `keep_dtype`, patterns of layers that stay;
-    `quantize_head`; `calibrate`, questions by whose activations weights are scaled (AWQ). The model: `revision` of a
-    Hugging Face id, `checkpoint` with an alias's weights, `vision_tower`, where a checkpoint names one outside its
-    folder.
+    are not the image's, `max_new_tokens` (128), `batch` (1), `slots`, prompts that a service answers at a time (0),
+    `align`: keep more, up to a multiple of so many tokens a stage. Images: `image_size` (height, width) and `tiles`,
+    for models that have a choice. Engines: `backend` (the best that is installed and runs here), `dtype` (the
+    checkpoint's own, where the backend computes it), `gather`, the top-k gather's form. Weights: `weight_form` shared
+    (the default), embedded, or absent: the bundle then holds engines only; `hard_link` instead of copies;
+    `allow_overflow` of a smaller dtype. Quantised weights: `quantize` int8, int4, fp8, nvfp4 or int8-dynamic, in blocks
+    of `block` inputs; `keep_dtype`, patterns of layers that stay; `quantize_head`; `calibrate`, questions by whose
+    activations weights are scaled (AWQ). The model: `revision` of a Hugging Face id, `checkpoint` with an alias's
+    weights, `vision_tower`, where a checkpoint names one outside its folder.
     """
 
     task: str

@@ -146,7 +146,7 @@ def plan_export(model: Model, asked: Request) -> Planned:
             kept = plan.check(decoder.layers).kept(vision.tokens)
             for text in texts:
                 visual = align(kept, text, asked.align) if asked.align is not None else kept
-                budget = TokenBudget(visual, text, asked.max_new_tokens, asked.batch, asked.slots)
+                budget = TokenBudget(visual, text, asked.max_new_tokens, batch=asked.batch, slots=asked.slots)
                 _check_positions(model, budget)
                 typed(msgspec.to_builtins(budget), TokenBudget, "the budget")
                 variants.append(PlannedVariant(plan_name=name, plan=plan, budget=budget, asked=kept, vision=vision))

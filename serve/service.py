@@ -224,7 +224,7 @@ def _try(scheduler: Scheduler, spec: RunSpec) -> None:
     """Lets a variant answer a question about a grey image; HimapError if it cannot."""
     image, events = Image.new("RGB", spec.image.size[::-1], "gray"), list[Event]()
     processor = load_processor(spec.bundle, spec.image)
-    request = Request(processor.inputs(image, "?"), spec, image, "?", processor)
+    request = Request(processor.inputs(image, "?"), spec, image=image, prompt="?", processor=processor)
     question = Question(
         "trial", spec.plan_name, request, max_new_tokens=min(2, spec.budget.new), asked=time.monotonic()
     )

@@ -53,7 +53,7 @@ def test_the_blocker_blocks() -> None:
     assert done.returncode == 1 and "ModuleNotFoundError: torch is blocked" in done.stderr
 
 
-@pytest.mark.parametrize("room", ["graphs", "engines", "exporter"])
+@pytest.mark.parametrize("room", ["graphs", "engines", "serve", "exporter"])
 def test_importing_a_room_loads_no_torch(room: str) -> None:
     """Installed or not: seconds of start-up that no `--help`, plan or answer needs."""
     makers = {"himap_export.exporter.vision", "himap_export.exporter.families.qwen_vl_tower"}  # of torch modules

@@ -190,7 +190,7 @@ def test_pixels_are_numbers_that_the_graph_can_hold(pipeline: Pipeline, work: Wo
 
 
 def test_a_bundle_larger_than_the_machine_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("himap_export.engines.pipeline.memory_bytes", lambda: 1 << 16)
+    monkeypatch.setattr("himap_export.engines.prefill.memory_bytes", lambda: 1 << 16)
     with pytest.raises(HimapError, match="is too large for this machine"):
         Pipeline(Bundle.open(bundle).select(), "onnxruntime", Opening(threads=1))
 
