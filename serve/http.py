@@ -1,4 +1,4 @@
-"""A server from its first socket to its last answer: it listens, opens the engines, and drains when it is asked to end."""
+"""A server from its socket to its last answer: it listens, opens the engines, and drains when it is asked to end."""
 
 import asyncio
 import contextlib
