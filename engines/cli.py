@@ -38,10 +38,6 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--image-size", type=image_size, metavar="WxH", help="one of the bundle's (default: the nearest to the image)"
     )
-    p.add_argument(
-        "--weights", type=Path, action="append", default=[], metavar="DIR",
-        help="checkpoint that completes an --engines-only bundle; repeatable: its vision tower may lie elsewhere",
-    )  # fmt: skip
     p.add_argument("--max-new-tokens", type=whole(1, 2**20), metavar="N", help="default: the bundle's budget")
     p.add_argument("--temperature", type=number(0, 1000), default=0.0, help="0 is greedy (default)")
     p.add_argument("--top-p", type=number(1e-9, 1), default=1.0, help="share of probability to draw from (default: 1)")
@@ -53,9 +49,26 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--save-outputs", type=Path, metavar="F.npz", help="image_features, kept_k1, .., logits, tokens")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
+    add_bundle_options(p)
+    return p
+
+
+def add_bundle_options(p: argparse.ArgumentParser) -> None:
+    """Adds the options by which `open_bundle` opens a bundle."""
+    p.add_argument(
+        "--weights", type=Path, action="append", default=[], metavar="DIR",
+        help="checkpoint that completes an --engines-only bundle; repeatable: its vision tower may lie elsewhere",
+    )  # fmt: skip
     p.add_argument("--expect-sha256", metavar="HEX", help="digest that the bundle's export printed: no other is opened")
     p.add_argument("--no-verify", action="store_true", help="do not compare the files' content with the manifest")
-    return p
+
+
+def check_bundle_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Leaves with a line of usage if these options exclude each other."""
+    if args.expect_sha256 is not None and re.fullmatch("[0-9a-fA-F]{64}", args.expect_sha256) is None:
+        parser.error("--expect-sha256 takes 64 hexadecimal digits")
+    if args.expect_sha256 is not None and args.no_verify:
+        parser.error("--expect-sha256 excludes --no-verify: the digest stands for files that are compared with it")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,10 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         if len(args.image) > 1:
             parser.error(f"{len(args.image)} images, but a bundle's plan has one: give --image once")
         args.image = args.image[0]
-    if args.expect_sha256 is not None and re.fullmatch("[0-9a-fA-F]{64}", args.expect_sha256) is None:
-        parser.error("--expect-sha256 takes 64 hexadecimal digits")
-    if args.expect_sha256 is not None and args.no_verify:
-        parser.error("--expect-sha256 excludes --no-verify: the digest stands for files that are compared with it")
+    check_bundle_options(parser, args)
     run_command("himap-run", lambda: _run(args))
 
 
@@ -85,7 +95,7 @@ def _run(args: argparse.Namespace) -> None:
             check_output(file, kind, args.image, args.load_inputs)
     if args.show_kept is not None and args.image is None:
         raise HimapError("--show-kept needs --image", "the kept patches are drawn over it", code=Exit.USAGE)
-    session = _opened(args).session(
+    session = open_bundle("himap-run", args).session(
         plan=args.plan, text_budget=args.text_budget, image_size=args.image_size, backend=args.backend,
         device=args.device, threads=args.threads,
     )  # fmt: skip
@@ -105,12 +115,13 @@ def _run(args: argparse.Namespace) -> None:
         print(_as_line(answer), file=sys.stderr)
 
 
-def _opened(args: argparse.Namespace) -> "Bundle":
+def open_bundle(command: str, args: argparse.Namespace) -> "Bundle":
+    """Returns the bundle of a command's options, with its weights; HimapError if it is not as they say."""
     from himap_export.engines.bundle import Bundle, skipped_checks
 
     bundle = Bundle.open(args.bundle, verify=not args.no_verify, expected_digest=args.expect_sha256)
     if args.no_verify:
-        print(f"himap-run: {skipped_checks(bundle.manifest)}", file=sys.stderr)
+        print(f"{command}: {skipped_checks(bundle.manifest)}", file=sys.stderr)
     if args.weights:
         bundle = bundle.with_weights(args.weights, not args.no_verify)
     bundle.weights()  # a bundle of engines only says that it needs --weights, before it looks for anything else

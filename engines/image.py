@@ -10,6 +10,7 @@ levels. Letterboxing has no equivalent there.
 
 import io
 import math
+import threading
 import warnings
 from collections.abc import Sequence
 from fractions import Fraction
@@ -31,6 +32,7 @@ MAX_BYTES = 2**30  # of a picture's file
 MAX_SIDE = 16384  # pixels; a larger model input is a damaged manifest
 # Of an intermediate picture: 400 MB of RGB; only pictures hundreds of times longer than wide reach it.
 MAX_PIXELS = 2**27
+_OPENING = threading.Lock()  # what warnings.catch_warnings changes and restores is the whole process's
 
 
 class ImagePreprocessing(Struct, frozen=True, forbid_unknown_fields=True):
@@ -107,19 +109,33 @@ def load_image(path: Path) -> Image.Image:
 
     Raises HimapError (Exit.USAGE) if the file is missing, unreadable, not a picture, damaged, or a decompression bomb.
     """
-    content = io.BytesIO(read_file(path, "image", MAX_BYTES))
+    return decode_image(read_file(path, "image", MAX_BYTES), str(path))
+
+
+def decode_image(
+    content: bytes, where: str, formats: tuple[str, ...] | None = None, max_pixels: int | None = None
+) -> Image.Image:
+    """Returns the image that `content`, found at `where`, is a file of, as `load_image` does.
+
+    Raises HimapError (Exit.USAGE) if it is of none of Pillow's `formats` (None: all), damaged, or has more than
+    `max_pixels` (None: twice Pillow's MAX_IMAGE_PIXELS), which its header tells before any pixel is decoded.
+    """
     try:
-        with warnings.catch_warnings():
+        with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit: a large photograph
-            with Image.open(content) as opened:
-                return upright(opened)
+            opened = Image.open(io.BytesIO(content), formats=formats)
+        with opened:
+            if max_pixels is not None and opened.width * opened.height > max_pixels:
+                raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels, at most {max_pixels}")
+            return upright(opened)
     except Image.DecompressionBombError as error:
-        raise HimapError("image has too many pixels", str(path), str(error), code=Exit.USAGE) from error
+        raise HimapError("image has too many pixels", where, str(error), code=Exit.USAGE) from error
     except UnidentifiedImageError as error:
-        raise HimapError("not an image that Pillow can read", str(path), code=Exit.USAGE) from error
+        readable = "Pillow can read" if formats is None else f"is {', '.join(formats)}"
+        raise HimapError(f"not an image that {readable}", where, code=Exit.USAGE) from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error... on bad bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise HimapError("image is damaged", str(path), reason, code=Exit.USAGE) from error
+        raise HimapError("image is damaged", where, reason, code=Exit.USAGE) from error
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -2,7 +2,8 @@
 
 Python runs signal handlers between its own instructions, so nothing that happens inside a library for a minute (an
 engine that opens, a tensor that is hashed) can be interrupted in the process itself. The parent passes signals on, and
-kills a child that has not ended GRACE seconds later, clearing away what it had announced.
+kills a child that has not ended GRACE seconds later (or later still, if it has said so), clearing away what it had
+announced.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import os
 import select
 import shutil
 import signal
+import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +26,9 @@ GRACE = 0.7  # seconds
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _BOARD = 64 * 1024
 _HALF = _BOARD // 2
-# Shared with the parent: what goes if this process is killed, then what an interrupted one leaves.
+_SECONDS = struct.Struct("d")
+# Shared with the parent: what goes if this process is killed, then what an interrupted one leaves; at the very end, how
+# long that may take beyond GRACE.
 _board: mmap.mmap | None = None
 _left = ""
 
@@ -73,8 +77,15 @@ def leaves(state: str) -> None:
     global _left
     _left = state
     if _board is not None:
-        content = state.encode("utf-8", "replace")[: _HALF - 1]
+        content = state.encode("utf-8", "replace")[: _HALF - _SECONDS.size - 1]
         _board[_HALF : _HALF + len(content) + 1] = content + b"\0"
+
+
+def ends_within(seconds: float) -> None:
+    """Says how much longer than GRACE the command may take to end what it has begun, when it is asked to; a second
+    signal gives it GRACE alone."""
+    if _board is not None:
+        _SECONDS.pack_into(_board, _BOARD - _SECONDS.size, seconds)
 
 
 def left() -> str:
@@ -84,10 +95,12 @@ def left() -> str:
 
 def _wait(child: int, name: str, interrupted: str) -> NoReturn:
     """Passes signals on until the child has ended, then ends in its way."""
-    asked: list[float] = []
+    asked: list[float] = []  # by when it is to have ended
+    assert _board is not None
 
     def pass_on(number: int, _: object) -> None:
-        asked.append(time.monotonic())
+        longer = 0.0 if asked else _SECONDS.unpack_from(_board, _BOARD - _SECONDS.size)[0]
+        asked.append(time.monotonic() + GRACE + longer)
         with suppress(ProcessLookupError):
             os.kill(child, number)
 
@@ -103,12 +116,12 @@ def _wait(child: int, name: str, interrupted: str) -> NoReturn:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             break
-        if asked and time.monotonic() > asked[0] + GRACE:
+        if asked and time.monotonic() > min(asked):
             killed = True
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             break
-        wait = max(0.0, asked[0] + GRACE - time.monotonic()) if asked else None
+        wait = max(0.0, min(asked) - time.monotonic()) if asked else None
         if select.select([ready], [], [], wait)[0]:
             os.read(ready, 4096)
     code = os.waitstatus_to_exitcode(status)

@@ -1,0 +1,211 @@
+"""What OpenAI's chat API takes, as far as one question about one picture goes; anything else is refused by its name."""
+
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from himap_export.engines.sampling import Sampling
+from himap_export.graphs.errors import suggestion
+from himap_export.serve.errors import ApiError
+
+MAX_PROMPT = 100_000  # characters: tokenizing more takes seconds, and no text budget holds it
+MAX_STOPS, MAX_STOP = 4, 256  # texts, and characters of one
+EXPECTED = "one message of the user, with exactly one image_url part and text parts"
+# What the API has and this server does not do, with the values that ask for nothing; null always does.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "audio": (),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "n": (1,),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "prompt_cache_key": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "safety_identifier": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "user": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+class ImageUrl(Struct, forbid_unknown_fields=True):
+    url: str
+    detail: Literal["auto"] = "auto"
+
+
+class TextPart(Struct, tag="text", forbid_unknown_fields=True):
+    text: str
+
+
+class ImagePart(Struct, tag="image_url", forbid_unknown_fields=True):
+    image_url: ImageUrl
+
+
+class Message(Struct, forbid_unknown_fields=True):
+    role: str
+    content: str | list[TextPart | ImagePart]
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True):
+    include_usage: bool = False
+
+
+class Extension(Struct, forbid_unknown_fields=True):
+    """Ours: `return_kept`: which patches each cut kept; `return_timing`: what the server measured."""
+
+    return_kept: bool = False
+    return_timing: bool = False
+
+
+class Chat(Struct, forbid_unknown_fields=True):
+    """The body of POST /v1/chat/completions, without what is neutral. `temperature` is 0, the reproducible one, where
+    it is not given; `seed` is 0 then, and any for answers that are drawn."""
+
+    model: str
+    messages: list[Message]
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    himap: Extension | None = None
+
+    @property
+    def parts(self) -> list[TextPart | ImagePart]:
+        """The one message's."""
+        content = self.messages[0].content
+        return [TextPart(content)] if isinstance(content, str) else content
+
+    @property
+    def prompt(self) -> str:
+        """Its texts, a line each."""
+        return "\n".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+    @property
+    def image(self) -> tuple[str, str]:
+        """The picture's URL, and the name of the field that holds it."""
+        found = ((n, part.image_url.url) for n, part in enumerate(self.parts) if isinstance(part, ImagePart))
+        n, url = next(found)
+        return url, f"messages[0].content[{n}].image_url.url"
+
+    @property
+    def sampling(self) -> Sampling:
+        temperature = self.temperature or 0.0
+        seed = self.seed if self.seed is not None else secrets.randbits(32) if temperature else 0
+        return Sampling(temperature, 1.0 if self.top_p is None else self.top_p, seed)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def extension(self) -> Extension:
+        return self.himap or Extension()
+
+    def new_tokens(self, budget: int) -> int:
+        """Returns how many tokens the answer may have; ApiError for more than the bundle's `budget`."""
+        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        asked: int | None = getattr(self, name)
+        if asked is not None and asked > budget:
+            raise ApiError(400, f"{name} is {asked}, this model answers in at most {budget} tokens", param=name)
+        return budget if asked is None else asked
+
+
+def read_chat(body: bytes) -> Chat:
+    """Returns a request that this server can answer as it is asked. ApiError (400) names the field that it cannot."""
+    try:
+        document = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as problem:
+        raise ApiError(400, f"the body is not JSON: {problem}", code="invalid_json") from None
+    if not isinstance(document, dict):
+        raise ApiError(400, "the body is not a JSON object", code="invalid_json")
+    for name, neutral in NEUTRAL.items():
+        _check_neutral(name, document.pop(name, None), neutral)
+    try:
+        chat = msgspec.convert(document, Chat)
+    except msgspec.ValidationError as problem:
+        raise _misfit(str(problem)) from None
+    _check_message(chat)
+    _check_fields(chat)
+    return chat
+
+
+def _check_neutral(name: str, value: object, neutral: tuple[Any, ...]) -> None:
+    """Refuses a field that asks for what is not done; 1 and true are not the same."""
+    if value is None or any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral):
+        return
+    taken = " or ".join(msgspec.json.encode(v).decode() for v in (*neutral, None))
+    raise ApiError(400, f"{name} is not supported: leave it out, or give {taken}", param=name, code="unsupported_value")
+
+
+def _misfit(problem: str) -> ApiError:
+    """Returns the error for a field of another type, out of its range, unknown or missing, as msgspec says it."""
+    what, _, path = problem.partition(" - at `")
+    param = path.rstrip("`").removeprefix("$").removeprefix(".")
+    if named := re.fullmatch("Object (?:contains unknown|missing required) field `(.*)`", what, re.DOTALL):
+        param, unknown = f"{param}.{named[1]}".lstrip("."), "unknown" in what
+        if not unknown:
+            return ApiError(400, f"{param} is missing", param=param, code="missing_required_parameter")
+        known = [*Chat.__struct_fields__, *NEUTRAL] if param == named[1] else []
+        return ApiError(400, f"unknown field {param}{suggestion(param, known)}", param=param, code="unknown_parameter")
+    if param.endswith("].type"):
+        what += ", expected text or image_url"
+    elif param.endswith(".detail"):
+        what += ', only "auto" is supported'
+    code = "invalid_type" if ", got `" in what else "invalid_value"
+    return ApiError(400, f"{param or 'the body'}: {what.replace('`', '')}", param=param or None, code=code)
+
+
+def _check_message(chat: Chat) -> None:
+    for n, message in enumerate(chat.messages):
+        if message.role != "user":
+            name = f"messages[{n}].role"
+            text = f"{name} {message.role[:40]!r} is not supported: expected {EXPECTED}"
+            raise ApiError(400, text, param=name, code="unsupported_value")
+    if len(chat.messages) != 1:
+        raise ApiError(400, f"{len(chat.messages)} messages: expected {EXPECTED}", param="messages")
+    images = sum(isinstance(part, ImagePart) for part in chat.parts)
+    if images != 1:
+        raise ApiError(400, f"{images} pictures: expected {EXPECTED}", param="messages[0].content")
+    if not chat.prompt.strip():
+        raise ApiError(400, f"there is no question: expected {EXPECTED}", param="messages[0].content")
+    if len(chat.prompt) > MAX_PROMPT:
+        text = f"the question has {len(chat.prompt)} characters, at most {MAX_PROMPT} are read"
+        raise ApiError(400, text, param="messages[0].content", code="string_above_max_length")
+
+
+def _check_fields(chat: Chat) -> None:
+    if len(chat.stops) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP for text in chat.stops):
+        text = f"stop takes a text of 1 to {MAX_STOP} characters, or up to {MAX_STOPS} of them"
+        raise ApiError(400, text, param="stop")
+    if chat.stream_options is not None and not chat.stream:
+        raise ApiError(400, "stream_options needs stream true", param="stream_options")
+    if chat.max_tokens is not None and chat.max_completion_tokens is not None:
+        text = "max_tokens and max_completion_tokens are the same: give one of them"
+        raise ApiError(400, text, param="max_completion_tokens")
