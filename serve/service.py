@@ -62,7 +62,8 @@ def nobody(question: Question, event: Event) -> None:
 class Service:
     """A bundle's plans as models, one thread that owns the engines, and what waits for it.
 
-    `models`: by id, the plan that it names; the bundle's `name` alone is its first plan. `watch` sees every event
+    `models`: by id, the plan that it means, by its own name or its policy's; the bundle's `name` alone is its first
+    plan. `watch` sees every event
     before `deliver` does; both are called on the engines' thread and must neither block nor raise.
     """
 
@@ -81,7 +82,11 @@ class Service:
         self.bundle, self.name, self.settings, self._watch = bundle, name, settings or Settings(), watch
         held = tuple(dict.fromkeys(v.plan_name for v in bundle.manifest.variants))
         chosen = tuple(dict.fromkeys(bundle.plan_name(plan) for plan in plans)) or held
-        self.models: Mapping[str, str] = {name: chosen[0]} | {f"{name}:{plan}": plan for plan in chosen}
+        policies = {RunSpec(bundle, v).plan.policy: v.plan_name for v in bundle.manifest.variants[::-1]}
+        called = {plan: plan for plan in chosen} | {
+            p: plan for p, plan in policies.items() if plan in chosen and p != "custom"
+        }
+        self.models: Mapping[str, str] = {name: chosen[0]} | {f"{name}:{each}": plan for each, plan in called.items()}
         self.max_new_tokens = min(v.budget.new for v in bundle.manifest.variants)
         self.variants = [RunSpec(bundle, v) for v in bundle.manifest.variants if v.plan_name in chosen]
         self._preparing = {plan: Session(bundle, plan=plan) for plan in chosen}

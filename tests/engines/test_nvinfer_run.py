@@ -90,6 +90,28 @@ def test_tensors_start_as_zeros_keep_what_is_written_and_free_their_memory(opene
         assert address not in cuda.memory
 
 
+def test_a_row_is_an_address_in_its_tensor_and_takes_another_on_the_device(opened: Opened) -> None:
+    """What a slot is on a GPU: prefill's caches, copied into a row of decode's, on the stream, past the host."""
+    bundle, cuda, _ = opened
+    engines = open_engines(RTX, bundle)
+    whole, scratch = (engines.tensor(TensorSpec("bf16", (rows, 2, 3))) for rows in (4, 1))
+    row = whole.row(2)
+    assert row.spec == scratch.spec and row.address == whole.address + 2 * 2 * 3 * 2
+    scratch.write(np.full((1, 2, 3), 1.5))
+    before = list(cuda.log)
+    row.take(scratch)
+    assert cuda.log[len(before) :] == ["copy in"] and cuda.queue  # enqueued, not waited for
+    np.testing.assert_array_equal(whole.read()[:, 0, 0], [0, 0, 1.5, 0])
+    held = engines._gpu.held
+    address = whole.address
+    del whole
+    assert address in cuda.memory and engines._gpu.held == held - 4 * 2 * 3 * 2  # a row keeps the memory, not the count
+    row.write(np.zeros((1, 2, 3)))
+    assert not row.read().any()
+    del row
+    assert address not in cuda.memory
+
+
 def test_an_engine_that_cannot_be_opened_is_told_in_one_line(opened: Opened) -> None:
     bundle, _, _ = opened
     bundle.path("decode.engine").write_text("of another version")

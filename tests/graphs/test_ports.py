@@ -5,8 +5,9 @@ from collections.abc import Callable
 import pytest
 from msgspec.structs import replace
 
+from himap_export.graphs.errors import HimapError
 from himap_export.graphs.plan import PruningPlan, TokenBudget, himap
-from himap_export.graphs.ports import GraphPorts, Place, Port, WeightRef, chain_problems, graph_problems
+from himap_export.graphs.ports import GraphPorts, Place, Port, WeightRef, chain_problems, graph_problems, slots_problems
 from himap_export.graphs.spec import DecoderSpec
 from himap_export.graphs.stages import StagedModel
 
@@ -107,3 +108,36 @@ def test_a_promise_that_is_not_kept_is_named(change: Callable[[Chain], None], wo
     assert problems(graphs) == []
     change(graphs)
     assert any(words in problem for problem in problems(graphs)), problems(graphs)
+
+
+def slots(rows: int) -> Chain:
+    budget = TokenBudget(PLAN.kept(V), 4, 2, slots=rows)
+    return {g.name: g.ports for g in StagedModel(SPEC, PLAN, budget, "fp32", WeightRef).graphs()}
+
+
+def test_slots_are_decode_over_more_rows() -> None:
+    graphs = slots(5)
+    assert list(slots_problems(graphs["decode"], graphs["slots"], 5)) == []
+    assert {port.shape[0] for ports in graphs["slots"] for port in ports.values()} == {5}
+    assert "slots" not in slots(0) and {p.shape[0] for p in graphs["prefix"].inputs.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (put("slots", "input_ids", shape=(4, 1)), "slots has not decode's input_ids"),
+        (put("slots", "present_key.1", True, updates="past_value.1"), "slots has not decode's present_key.1"),
+        (put("slots", "logits", True, dtype="fp16"), "slots has not decode's logits"),
+        (without("slots", "past_key.0"), "slots has not decode's past_key.0"),
+        (without("decode", "past_key.0"), "slots has past_key.0, which decode has not"),
+    ],
+)
+def test_slots_that_are_not_decodes_are_named(change: Callable[[Chain], None], words: str) -> None:
+    graphs = {name: GraphPorts(dict(ports.inputs), dict(ports.outputs)) for name, ports in slots(5).items()}
+    change(graphs)
+    assert list(slots_problems(graphs["decode"], graphs["slots"], 5)) == [words]
+
+
+def test_slots_take_one_prompt_each() -> None:
+    with pytest.raises(HimapError, match="`slots` need a `batch` of 1, not 2"):
+        TokenBudget((4,), 4, 2, batch=2, slots=3)
