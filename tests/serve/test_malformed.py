@@ -230,9 +230,9 @@ PICTURES = [
         "a bomb": data_uri(png_bomb()),
         "too large a file": data_uri(picture(1300, 1300, compress_level=0)),
         "too many pixels": data_uri(picture(8000, 8000)),
-        "long and thin": data_uri(picture(30_000, 1)),
     }.items()
 ]
+PICTURES += [Bad("long and thin", shown(data_uri(picture(30_000, 1))), 400, "invalid_value", "messages")]
 ALL = [*ROUTES, *HTTP, *BODIES, *FIELDS, *MESSAGES, *PICTURES]
 
 
