@@ -138,7 +138,8 @@ class Door:
         self.options.log.write(
             "request", request_id=request_id, id=question.id, client=client, status=status, model=question.model,
             plan=question.request.spec.plan_name, text_budget=question.request.spec.budget.text,
-            finish_reason=answer.ended.reason if answer.ended else None, prompt=question.request.prompt, **usage,
+            finish_reason=answer.ended.reason if answer.ended else None, prompt=question.request.prompt,
+            answer="".join(answer.texts), **usage,
             **{name.replace("_s", "_ms"): None if s is None else round(s * 1e3, 3) for name, s in seconds.items()},
         )  # fmt: skip
 

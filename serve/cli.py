@@ -83,6 +83,7 @@ def _run(args: argparse.Namespace) -> None:
 
     log = RequestLog(sys.stderr, log_prompts=args.log_prompts)
     logging.getLogger().addHandler(LoggedWarnings(log))
+    logging.captureWarnings(True)
     service, options = _service(args, bundle, log)
     place = listen(args.host, args.port)
     host, port = place.getsockname()[:2]

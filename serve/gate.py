@@ -53,8 +53,8 @@ class Gate:
             self._write(scope, 500, f"{type(problem).__name__}: {problem}", traceback=traceback.format_exc())
             if begun:
                 raise  # the connection is closed: the client sees that the answer is cut
-            error = ApiError(500, f"an error of the server's own, in its log under {request_id}")
-            await _answer(error, (scope, receive, send_with_id))
+            bug = ApiError(500, f"an error of the server's own, in its log under {request_id}")
+            await _answer(bug, (scope, receive, send_with_id))
 
     def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         fields = scope["headers"]

@@ -55,14 +55,7 @@ class Serving:
         asyncio.run(self._run(place))
 
     async def _run(self, place: socket.socket) -> None:
-        asked = _Signals()
-        server = _Server(
-            uvicorn.Config(
-                self.app, http=Protocol, ws="none", lifespan="off", log_config=None, access_log=False,
-                proxy_headers=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_S, backlog=MAX_CONNECTIONS,
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            )
-        )  # fmt: skip
+        asked, server = _Signals(), Server(self.app)
         serving = asyncio.create_task(server.serve([place]))
         opening = _in_thread(self.service.open)
         await _first(None, opening, asked.once)
@@ -108,11 +101,21 @@ class _Signals:
             self.twice.set_result(None)
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn's, which leaves signals to us."""
 
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app, http=Protocol, ws="none", lifespan="off", log_config=None, access_log=False,
+                proxy_headers=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_S, backlog=MAX_CONNECTIONS,
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            )
+        )  # fmt: skip
+
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
+        """Yields, and catches nothing."""
         yield
 
 

@@ -14,7 +14,7 @@ from himap_export.engines.bundle import Bundle
 from himap_export.engines.session import Request
 from himap_export.graphs.errors import HimapError
 from himap_export.serve.messages import Began, Deliver, Ended, Piece, Question
-from himap_export.serve.service import Draining, QueueFull
+from himap_export.serve.service import Draining, Load, QueueFull
 
 NOTHING = Inputs(np.zeros((1, 7), np.int64), np.zeros((1, 3, 2, 2), np.float32))
 
@@ -37,6 +37,10 @@ class FakeService:
     @property
     def models(self) -> Mapping[str, str]:
         return {self.name: self.bundle.manifest.variants[0].plan_name}
+
+    @property
+    def load(self) -> Load:
+        return Load(0, 0, 1)
 
     def open(self) -> None:
         """Has nothing to open."""
