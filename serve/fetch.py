@@ -103,7 +103,7 @@ def _target(url: str, hosts: tuple[str, ...]) -> _Target:
     if "@" in parts.netloc or not (f"{name}:{port}" in allowed or (own_port and name in allowed)):
         raise _refused()
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return _Target(parts.scheme, host, port, name if own_port else f"{name}:{port}", path)
+    return _Target(parts.scheme, host, port, authority=name if own_port else f"{name}:{port}", path=path)
 
 
 def _joined(url: str, location: str) -> str:
