@@ -38,7 +38,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Began:
-    """Prefill is done. `kept`: by cut (kept_k1, ..) the original positions [S_i] that stay, -1 for padding."""
+    """Prefill is done. `kept`: by cut (kept_k1, ..) the original positions [S_i] that stay, -1 for padding. `queue_s`:
+    how long it waited for a slot, `prefill_s`: until its first token from then on."""
 
     kept: Mapping[str, Integers]
     at: float

@@ -8,7 +8,7 @@ without holding up those behind it that another variant answers.
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from himap_export.engines.bundle import RunSpec
 from himap_export.engines.slots import Slots
@@ -26,11 +26,12 @@ def key_of(spec: RunSpec) -> Key:
 
 @dataclass(eq=False)
 class Ticket:
-    """A question that was taken in, and who hears of it. Any thread may set `cancelled`."""
+    """A question that was taken in, `since` when, and who hears of it. Any thread may set `cancelled`."""
 
     question: Question
     deliver: Deliver
     cancelled: bool = False
+    since: float = field(default_factory=time.monotonic)
 
 
 @dataclass(eq=False)
@@ -110,7 +111,7 @@ class Scheduler:
             return
         self._rows[key][row] = Answering(ticket, speaker, now)
         kept = {name: positions[0] for name, positions in prefilled.kept.items()}
-        self._tell(ticket, Began(kept, now, queue_s=start - question.asked, prefill_s=now - start))
+        self._tell(ticket, Began(kept, now, queue_s=start - ticket.since, prefill_s=now - start))
         self._spoken(key, row, text, now)
 
     def _step(self, key: Key, rows: dict[int, Answering]) -> None:
