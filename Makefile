@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo docs test test-slow fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers peers-env shapes study study-cuts study-quantised clean
+.PHONY: install demo serve docs test test-slow fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers peers-env shapes study study-cuts study-quantised clean
 
 install: $(READY)
 
@@ -19,6 +19,13 @@ $(READY): pyproject.toml constraints.txt
 # A minute on 2 cores behind the installation; its last lines and demo/index.html say what came out.
 demo: install
 	$(BIN)/python examples/shapes/demo.py --out demo
+
+# The shipped model with OpenAI's API, and a page to look at, at http://127.0.0.1:8000/ until Ctrl-C.
+PORT ?= 8000
+serve: install
+	$(BIN)/himap-export shapes --plan examples/shapes/demo.toml --text-budget 32 --max-new-tokens 16 --slots 8 \
+		--overwrite --out build/serve/shapes
+	$(BIN)/himap-serve build/serve/shapes --port $(PORT)
 
 # Beside the tests, which leave a part of the cores idle, lint takes no time; what it says comes last.
 test: install

@@ -39,6 +39,7 @@ QUESTIONS_64 = SHAPES_64.parent / "images" / "questions.jsonl"
 MAIN = {  # where each command's `main` is
     "himap-export": "himap_export.exporter.cli",
     "himap-run": "himap_export.engines.cli",
+    "himap-serve": "himap_export.serve.cli",
     "himap-validate": "himap_export.validate.cli",
     "himap-analyze": "himap_export.validate.analysis.cli",
     "himap-tune": "himap_export.validate.tuning.cli",

@@ -33,7 +33,7 @@ PAGES = sorted(
     )
 )
 RUN = ("README.md", "docs/index.md", "docs/api.md")
-LANGUAGES = ("sh", "python", "text", "toml", "json")
+LANGUAGES = ("sh", "python", "text", "toml", "json", "yaml")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
 SHIPPED = re.compile(r"shapes|engines-shapes/?")
