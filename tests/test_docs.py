@@ -36,6 +36,7 @@ RUN = ("README.md", "docs/index.md", "docs/api.md")
 LANGUAGES = ("sh", "python", "text", "toml", "json", "yaml")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
+SERVED = "http://127.0.0.1:8000/v1"
 SHIPPED = re.compile(r"shapes|engines-shapes/?")
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -101,9 +102,12 @@ def checked(words: list[str]) -> None:
 def run(block: Block, names: dict[str, object]) -> str:
     """Runs what can be run of a block of RUN's pages, in Python over the page's `names`; returns what it printed."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), contextlib.ExitStack() as until:
         if block.language == "python":
-            exec(compile(block.text, "a block of the documentation", "exec"), names)
+            text = block.text
+            if SERVED in text:
+                text = text.replace(SERVED, until.enter_context(served(Path("engines-shapes"))))
+            exec(compile(text, "a block of the documentation", "exec"), names)
         for command, *words in commands(block.text) if block.language == "sh" else ():
             if command not in MAIN:
                 checked([command, *words])
@@ -112,6 +116,20 @@ def run(block: Block, names: dict[str, object]) -> str:
             else:
                 parsed(command, words)
     return printed.getvalue()
+
+
+@contextlib.contextmanager
+def served(bundle: Path) -> Iterator[str]:
+    """The address of a server of `bundle`, as `make serve` would have it, where the page says SERVED."""
+    script = Path(sys.executable).with_name("himap-serve")
+    words = [script, bundle, "--model-name", "shapes", "--port", "0"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        assert " serves shapes" in line
+        yield line.split()[0]
+        server.terminate()
+    assert server.returncode == 0
 
 
 @pytest.mark.parametrize("name", RUN)
