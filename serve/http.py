@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import uvicorn
 from starlette.types import ASGIApp
 
-from himap_export.engines.supervisor import ends_within
+from himap_export.engines.supervisor import AT_ONCE, ends_within
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.serve.gate import MAX_HEADER_BYTES
 from himap_export.serve.logs import RequestLog
@@ -20,7 +20,6 @@ from himap_export.serve.protocol import MAX_CONNECTIONS, Protocol
 from himap_export.serve.service import Service
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ONE_SIGNAL_S = 0.5  # a terminal sends to this process and to its parent, which passes it on
 CUT_S = 0.3  # for clients to be told that their answers are cut; below the parent's GRACE
 KEEP_ALIVE_S = 30
 
@@ -97,7 +96,7 @@ class _Signals:
         if not self.once.done():
             self.once.set_result(None)
             self._first = self._loop.time()
-        elif not self.twice.done() and self._loop.time() > self._first + ONE_SIGNAL_S:
+        elif not self.twice.done() and self._loop.time() > self._first + AT_ONCE:
             self.twice.set_result(None)
 
 
