@@ -102,7 +102,7 @@ def test_the_command_serves_measures_and_ends_when_it_is_asked_to(shapes: Bundle
     with running(*command, "--plan", "qa", "--threads", 1, "--api-key-file", keys, "--max-queue", 8) as server:
         status, _, document = server.chat(question())
         assert status == 200 and document["choices"][0]["message"]["content"] == "C"
-        assert json.loads(server.ask("GET", "/v1/models")[2])["data"][-1]["id"] == "shapes:qa"
+        assert json.loads(server.ask("GET", "/v1/models")[2])["data"][1]["id"] == "shapes:qa"
         assert server.ask("GET", "/v1/models", headers={"authorization": "Bearer none"})[0] == 401
         metrics = server.ask("GET", "/metrics")[2].decode()
         assert 'himap_request_success_total{finished_reason="stop",model_name="shapes"} 1.0' in metrics
