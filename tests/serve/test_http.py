@@ -32,6 +32,9 @@ from himap_export.serve.http import Serving, listen
 from himap_export.serve.logs import RequestLog
 
 def talk(talk):
+    if int(sys.argv[2]) == 0:  # the engines have died
+        service.ready = False
+        return talk.end("error")
     talk.begin()
     for n in range(int(sys.argv[2])):
         if talk.left.wait(0.05):
@@ -39,8 +42,10 @@ def talk(talk):
         talk.say(f"{{n}} ")
     talk.end()
 
+service = FakeService(Bundle.open(sys.argv[1], verify=False), talk)
+
 def body():
-    service, log = FakeService(Bundle.open(sys.argv[1], verify=False), talk), RequestLog(sys.stderr)
+    log = RequestLog(sys.stderr)
     place = listen("127.0.0.1", 0)
     def ready(): print(f"http://127.0.0.1:{{place.getsockname()[1]}}/v1 serves", flush=True)
     Serving(service, make_app(service, Options(log=log)), log, drain_s=float(sys.argv[3]), ready=ready).run(place)
@@ -116,7 +121,7 @@ def test_the_command_serves_measures_and_ends_when_it_is_asked_to(shapes: Bundle
 
 
 def test_it_drains_what_is_on_its_way_and_refuses_what_is_new(slow: Callable[..., Any]) -> None:
-    with slow(30, 20) as server:
+    with slow(20, 20) as server:
         answer = streamed(server)
         server.process.send_signal(signal.SIGTERM)
         server.process.send_signal(signal.SIGINT)  # at once: a terminal asks both processes
@@ -126,7 +131,7 @@ def test_it_drains_what_is_on_its_way_and_refuses_what_is_new(slow: Callable[...
         status, headers, document = server.chat(question(model="fake"))
         assert status == 503 and headers["retry-after"] and document["error"]["code"] == "service_unavailable"
         rest = answer.read().decode()
-        assert "29 " in rest and rest.endswith("data: [DONE]\n\n")
+        assert "19 " in rest and rest.endswith("data: [DONE]\n\n")
         code, stderr = server.end()
     assert code == 0, stderr
 
@@ -145,6 +150,15 @@ def test_a_second_signal_and_a_drain_that_takes_too_long_cut_answers(slow: Calla
         code, stderr = server.end()
     assert code == 130, stderr
     assert "himap-slow: error: stopped before every answer had ended" in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.slow
+def test_a_server_whose_engines_have_died_ends(slow: Callable[..., Any]) -> None:
+    with slow(0, 5) as server:
+        status, _, document = server.chat(question(model="fake"))
+        assert status == 500 and document["error"]["code"] == "engine_error"
+        code, stderr = server.end()
+    assert code == 1 and "himap-slow: error: the engines answer no more" in stderr, stderr
 
 
 def test_what_cannot_be_served_is_one_line(shapes: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
