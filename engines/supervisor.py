@@ -7,6 +7,7 @@ announced.
 """
 
 import ctypes
+import math
 import mmap
 import os
 import select
@@ -23,6 +24,7 @@ from typing import NoReturn
 from himap_export.graphs.errors import Exit
 
 GRACE = 0.7  # seconds
+AT_ONCE = 0.5  # seconds in which signals are one: a terminal sends its own to both processes
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _BOARD = 64 * 1024
 _HALF = _BOARD // 2
@@ -95,12 +97,14 @@ def left() -> str:
 
 def _wait(child: int, name: str, interrupted: str) -> NoReturn:
     """Passes signals on until the child has ended, then ends in its way."""
-    asked: list[float] = []  # by when it is to have ended
-    assert _board is not None
+    asked: list[float] = []
+    until = math.inf
 
     def pass_on(number: int, _: object) -> None:
-        longer = 0.0 if asked else _SECONDS.unpack_from(_board, _BOARD - _SECONDS.size)[0]
-        asked.append(time.monotonic() + GRACE + longer)
+        nonlocal until
+        asked.append(time.monotonic())
+        if asked[-1] > asked[0] + AT_ONCE or len(asked) == 1:
+            until = min(until, asked[-1] + GRACE + (_longer() if len(asked) == 1 else 0))
         with suppress(ProcessLookupError):
             os.kill(child, number)
 
@@ -116,12 +120,12 @@ def _wait(child: int, name: str, interrupted: str) -> NoReturn:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             break
-        if asked and time.monotonic() > min(asked):
+        if time.monotonic() > until:
             killed = True
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             break
-        wait = max(0.0, min(asked) - time.monotonic()) if asked else None
+        wait = max(0.0, until - time.monotonic()) if asked else None
         if select.select([ready], [], [], wait)[0]:
             os.read(ready, 4096)
     code = os.waitstatus_to_exitcode(status)
@@ -133,6 +137,12 @@ def _wait(child: int, name: str, interrupted: str) -> NoReturn:
         reason = "the machine may have too little memory" if -code == signal.SIGKILL else "a library crashed"
         _end(f"{name}: error: killed by {signal.Signals(-code).name} ({reason})", Exit.FAILURE)
     os._exit(code)
+
+
+def _longer() -> float:
+    """What `ends_within` said last in the child, in seconds."""
+    assert _board is not None
+    return float(_SECONDS.unpack_from(_board, _BOARD - _SECONDS.size)[0])
 
 
 def _clear() -> None:

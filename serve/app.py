@@ -92,7 +92,8 @@ class Door:
         with self._intake.holding() as held:
             chat = read_chat(await held.body(request))
             question = await self._question(chat, asked)
-        answer, events = Answer(question, chat), Events()
+        answer, events = Answer(question, chat.style), Events()
+        del chat  # a picture's URI is megabytes long
         try:
             cancel = self.service.submit(question, events.deliver)
         except (QueueFull, Draining) as problem:
@@ -193,7 +194,7 @@ async def _page(request: Request) -> Response:
 
 async def _no_route(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, HTTPException)
-    method, path = request.method[:20], request.url.path[:200]
+    method, path = request.method[:20], request.scope["path"][:200]
     if problem.status_code == 405:
         raise ApiError(405, f"{path} does not take {method}", headers=dict(problem.headers or {}))
     raise ApiError(problem.status_code, f"there is no {path}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import uvicorn
 from starlette.types import ASGIApp
 
-from himap_export.engines.supervisor import ends_within
+from himap_export.engines.supervisor import AT_ONCE, ends_within
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.serve.gate import MAX_HEADER_BYTES
 from himap_export.serve.logs import RequestLog
@@ -20,9 +20,9 @@ from himap_export.serve.protocol import MAX_CONNECTIONS, Protocol
 from himap_export.serve.service import Service
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ONE_SIGNAL_S = 0.5  # a terminal sends to this process and to its parent, which passes it on
 CUT_S = 0.3  # for clients to be told that their answers are cut; below the parent's GRACE
 KEEP_ALIVE_S = 30
+LOOK_S = 1.0  # between two looks at the engines
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -49,8 +49,8 @@ class Serving:
     def run(self, place: socket.socket) -> None:
         """Serves at `place` until a signal says to end.
 
-        The first has it drain; a second, or `drain_s`, cuts what is left. HimapError (interrupted) then, and as
-        `Service.open`.
+        The first has it drain; a second, or `drain_s`, cuts what is left. HimapError (interrupted) then, (failure) if
+        the engines end by themselves, and as `Service.open`.
         """
         asyncio.run(self._run(place))
 
@@ -63,15 +63,23 @@ class Serving:
             await opening
             ends_within(self.drain_s + CUT_S)
             self.ready()
-            await _first(None, asked.once, serving)
-            self.log.write("draining")
-        whole = opening.done() and await self._drained(asked)
+            await _first(None, asked.once, serving, asyncio.create_task(self._failed()))
+        failed = not asked.once.done()
+        self.log.write("failed" if failed else "draining")
+        whole = opening.done() and not failed and await self._drained(asked)
         server.should_exit, server.force_exit = True, not whole
         await _first(self.drain_s if whole else CUT_S, serving, asked.twice)
         server.force_exit = True
         await _first(CUT_S, _in_thread(self.service.close))
+        if failed:
+            raise HimapError("the engines answer no more", hint="what happened is told above")
         if not whole:
             raise HimapError("stopped before every answer had ended", code=Exit.INTERRUPTED)
+
+    async def _failed(self) -> None:
+        """Returns when the engines have ended or hang: whoever runs this server may start it again."""
+        while self.service.ready:
+            await asyncio.sleep(LOOK_S)
 
     async def _drained(self, asked: "_Signals") -> bool:
         """Whether all that had been taken in has ended by itself."""
@@ -97,7 +105,7 @@ class _Signals:
         if not self.once.done():
             self.once.set_result(None)
             self._first = self._loop.time()
-        elif not self.twice.done() and self._loop.time() > self._first + ONE_SIGNAL_S:
+        elif not self.twice.done() and self._loop.time() > self._first + AT_ONCE:
             self.twice.set_result(None)
 
 

@@ -19,16 +19,28 @@ STATUS = {431: "the headers are too large", 501: "the transfer-encoding is not i
 class Protocol(H11Protocol):
     """One connection. What a client is waited for is one timer each way."""
 
+    _idle_since = 0.0  # by the loop's clock
     _sending: asyncio.TimerHandle | None = None
     _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Takes a connection; one too many is told so, and closed."""
+        """Takes a connection. For one too many the one that has asked for nothing the longest goes; if all have, the
+        new one is told so."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(0)  # so that `pause_writing` tells of every client that does not read
-        if len(self.connections) > MAX_CONNECTIONS:
-            self._refuse(unavailable(f"there are {MAX_CONNECTIONS} connections already", "too_many_connections"))
+        self._idle_since = self.loop.time()
         self._watch_sending()
+        if len(self.connections) > MAX_CONNECTIONS:
+            idle = [other for other in self.connections if isinstance(other, Protocol) and other.idle]
+            if len(idle) > 1:
+                min(idle, key=lambda other: other._idle_since).transport.abort()
+            else:
+                self._refuse(unavailable(f"there are {MAX_CONNECTIONS} connections already", "too_many_connections"))
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for the headers of a request."""
+        return self.conn.their_state is h11.IDLE and (self.cycle is None or self.cycle.response_complete)
 
     def data_received(self, data: bytes) -> None:
         """Reads, and watches how long it takes."""
@@ -42,6 +54,8 @@ class Protocol(H11Protocol):
             self.handle_events()
 
     def on_response_complete(self) -> None:
+        """Waits for the next request."""
+        self._idle_since = self.loop.time()
         super().on_response_complete()
         self._watch_sending()
 

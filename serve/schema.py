@@ -3,6 +3,7 @@
 import re
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -76,6 +77,16 @@ class Extension(Struct, forbid_unknown_fields=True):
     return_timing: bool = False
 
 
+@dataclass(frozen=True)
+class Style:
+    """What is told of an answer: it as it comes, its tokens, the patches that each cut kept, its times."""
+
+    stream: bool = False
+    usage: bool = False
+    kept: bool = False
+    timing: bool = False
+
+
 class Chat(Struct, forbid_unknown_fields=True):
     """The body of POST /v1/chat/completions, without what is neutral. `temperature` is 0, the reproducible one, where
     it is not given; `seed` is 0 then, and any for answers that are drawn."""
@@ -121,12 +132,10 @@ class Chat(Struct, forbid_unknown_fields=True):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
-    def wants_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
-    @property
-    def extension(self) -> Extension:
-        return self.himap or Extension()
+    def style(self) -> Style:
+        """How the answer is to be told."""
+        usage, more = self.stream_options is not None and self.stream_options.include_usage, self.himap or Extension()
+        return Style(bool(self.stream), usage, kept=more.return_kept, timing=more.return_timing)
 
     def new_tokens(self, budget: int) -> int:
         """Returns how many tokens the answer may have; ApiError for more than the bundle's `budget`."""

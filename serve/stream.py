@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 from himap_export.serve.errors import LEFT, ApiError, as_api_error, unavailable
 from himap_export.serve.kept import describe_kept, image_tokens_kept
 from himap_export.serve.messages import Began, Ended, Event, Piece, Question
-from himap_export.serve.schema import Chat
+from himap_export.serve.schema import Style
 
 DONE = b"data: [DONE]\n\n"
 SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
@@ -43,7 +43,7 @@ class Answer:
     """What has come of the answer to `question`, and how OpenAI's API says it."""
 
     question: Question
-    chat: Chat
+    style: Style
     created: int = field(default_factory=lambda: int(time.time()))
     began: Began | None = None
     first: float | None = None
@@ -68,6 +68,8 @@ class Answer:
             return None
         if self.ended.problem is not None:
             return as_api_error(self.ended.problem, "messages")
+        if self.ended.reason == "error":
+            return ApiError(500, "the engines failed", code="engine_error")
         if self.ended.reason == "timeout":
             return unavailable("the answer was not ready in the time that the server gives it", "timeout")
         return unavailable("the answer was cancelled: the server stops", "cancelled")
@@ -88,7 +90,7 @@ class Answer:
 
     def end(self) -> bytes:
         """Returns the last chunks: why it ended and, if it was asked for, the usage; timing is in the very last."""
-        if not self.chat.wants_usage:
+        if not self.style.usage:
             return self._chunk(self._choice("delta", {}), self._timing()) + DONE
         usage = self._head("chat.completion.chunk") | {"choices": [], "usage": self.usage()}
         last = self._chunk(self._choice("delta", {}), {})
@@ -118,17 +120,17 @@ class Answer:
         return {"index": 0, name: said, "logprobs": None, "finish_reason": reason}
 
     def _chunk(self, choice: dict[str, Any], himap: dict[str, Any]) -> bytes:
-        usage = {"usage": None} if self.chat.wants_usage else {}
+        usage = {"usage": None} if self.style.usage else {}
         return _event(self._head("chat.completion.chunk") | {"choices": [choice]} | usage | self._himap(himap))
 
     def _kept(self) -> dict[str, Any]:
-        if not self.chat.extension.return_kept or self.began is None:
+        if not self.style.kept or self.began is None:
             return {}
         found: dict[str, Any] = msgspec.to_builtins(describe_kept(self.question.request, self.began.kept))
         return found
 
     def _timing(self) -> dict[str, Any]:
-        return {"timing": self.seconds()} if self.chat.extension.return_timing else {}
+        return {"timing": self.seconds()} if self.style.timing else {}
 
     def _himap(self, said: dict[str, Any]) -> dict[str, Any]:
         return {"himap": said} if said else {}
@@ -154,7 +156,7 @@ class AnswerResponse:
         left.add_done_callback(lambda task: None if task.cancelled() else self._cancel())
         status = LEFT
         try:
-            told = await (self._stream if self._answer.chat.stream else self._whole)(scope, receive, send)
+            told = await (self._stream if self._answer.style.stream else self._whole)(scope, receive, send)
             status = LEFT if left.done() and self._answer.problem is not None else told
         finally:
             left.cancel()

@@ -31,7 +31,7 @@ class FakeService:
     refuses: HimapError | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     taken: list[Question] = field(default_factory=list)
-    closed: bool = False
+    _talks: list["Talk"] = field(default_factory=list)
     _threads: list[threading.Thread] = field(default_factory=list)
 
     @property
@@ -56,14 +56,12 @@ class FakeService:
             raise Draining("the server takes no questions now")
         self.taken.append(question)
         talk = Talk(question, deliver, threading.Event())
-        thread = threading.Thread(target=self._answer, args=(talk,))
+        thread = threading.Thread(target=self._answer, args=(talk,), daemon=True)
+        self._talks.append(talk)
         self._threads.append(thread)
         thread.start()
 
-        def cancel() -> None:
-            talk.left.set()
-
-        return cancel
+        return talk.left.set
 
     def _answer(self, talk: "Talk") -> None:
         self.script(talk)
@@ -77,7 +75,9 @@ class FakeService:
             thread.join()
 
     def close(self) -> None:
-        self.ready, self.closed = False, True
+        self.ready = False
+        for talk in self._talks:
+            talk.left.set()
 
 
 @dataclass

@@ -67,7 +67,7 @@ def test_the_openai_client_streams(client: openai.OpenAI, alone: dict[tuple[str,
 
 
 def test_models_are_listed_with_their_plans(client: openai.OpenAI, door: Served) -> None:
-    assert [model.id for model in client.models.list()] == ["shapes", "shapes:qa", "shapes:none"]
+    assert [model.id for model in client.models.list()] == ["shapes", "shapes:qa", "shapes:none", "shapes:himap"]
     pruned, unpruned = (client.models.retrieve(f"shapes:{plan}").model_extra for plan in ("qa", "none"))
     assert pruned == {
         "himap": {

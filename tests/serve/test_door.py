@@ -197,18 +197,24 @@ def test_bodies_together_are_bounded(fake: Callable[..., Any]) -> None:
         assert door.chat(b"{}")[0] == 400
 
 
-def test_connections_are_bounded_and_idle_ones_closed(
-    fake: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_connections_are_bounded(fake: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 2)
     monkeypatch.setattr(protocol, "SENDING_S", 0.4)
-    with fake() as door:
-        idle = [socket.create_connection(("127.0.0.1", door.port), timeout=20) for _ in range(2)]
-        refused = door.raw(b"")
+    with fake(wait) as door:
+        oldest = socket.create_connection(("127.0.0.1", door.port), timeout=20)
+        oldest.sendall(b"GET / HTTP/1.1\r\nx: ")  # as one does who wants to hold all of them
+        busy = connected(door, stream=True)
+        assert b"200" in busy.recv(20)
+        young = socket.create_connection(("127.0.0.1", door.port), timeout=20)
+        assert oldest.recv(1) == b""  # it goes for the young one
+        assert young.recv(1) == b""  # this had sent nothing in time: nothing is said
+        another = connected(door, stream=True)
+        assert b"200" in another.recv(20)
+        refused = door.raw(b"")  # those that are being answered stay
         assert refused.startswith(b"HTTP/1.1 503 ") and b'"code":"too_many_connections"' in refused
-        for connection in idle:
-            assert connection.recv(1) == b""  # it had sent nothing: nothing is said
-        assert door.chat(asked())[0] == 200
+        busy.close()
+        another.close()
+        assert door.service.cancelled.wait(10)
 
 
 def test_a_refused_body_is_read_to_its_end_and_the_connection_kept(fake: Callable[..., Any]) -> None:
