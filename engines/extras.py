@@ -20,6 +20,7 @@ EXTRAS = {
     "optimum": "optimum",
     "shtab": "completion",
 } | dict.fromkeys(("altair", "jinja2", "vl_convert"), "report")
+EXTRAS |= dict.fromkeys(("anyio", "h11", "prometheus_client", "starlette", "uvicorn"), "serve")
 EXTRAS |= dict.fromkeys(
     ("huggingface_hub", "onnx", "onnx_ir", "onnxscript", "safetensors", "tiktoken", "torch", "tqdm", "transformers"),
     "export",

@@ -95,16 +95,26 @@ def left() -> str:
     return _left if _board is None else _board[_HALF:].split(b"\0")[0].decode()
 
 
+class _Patience:
+    """Until when the child may go on, by `time.monotonic`: as it said itself, after a second signal GRACE."""
+
+    until, _first = math.inf, math.inf
+
+    def asked(self, now: float) -> None:
+        if self._first == math.inf:
+            assert _board is not None
+            self._first = now
+            self.until = now + GRACE + _SECONDS.unpack_from(_board, _BOARD - _SECONDS.size)[0]
+        elif now > self._first + AT_ONCE:
+            self.until = min(self.until, now + GRACE)
+
+
 def _wait(child: int, name: str, interrupted: str) -> NoReturn:
     """Passes signals on until the child has ended, then ends in its way."""
-    asked: list[float] = []
-    until = math.inf
+    patience = _Patience()
 
     def pass_on(number: int, _: object) -> None:
-        nonlocal until
-        asked.append(time.monotonic())
-        if asked[-1] > asked[0] + AT_ONCE or len(asked) == 1:
-            until = min(until, asked[-1] + GRACE + (_longer() if len(asked) == 1 else 0))
+        patience.asked(time.monotonic())
         with suppress(ProcessLookupError):
             os.kill(child, number)
 
@@ -120,12 +130,12 @@ def _wait(child: int, name: str, interrupted: str) -> NoReturn:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             break
-        if time.monotonic() > until:
+        if time.monotonic() > patience.until:
             killed = True
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             break
-        wait = max(0.0, until - time.monotonic()) if asked else None
+        wait = None if patience.until == math.inf else max(0.0, patience.until - time.monotonic())
         if select.select([ready], [], [], wait)[0]:
             os.read(ready, 4096)
     code = os.waitstatus_to_exitcode(status)
@@ -137,12 +147,6 @@ def _wait(child: int, name: str, interrupted: str) -> NoReturn:
         reason = "the machine may have too little memory" if -code == signal.SIGKILL else "a library crashed"
         _end(f"{name}: error: killed by {signal.Signals(-code).name} ({reason})", Exit.FAILURE)
     os._exit(code)
-
-
-def _longer() -> float:
-    """What `ends_within` said last in the child, in seconds."""
-    assert _board is not None
-    return float(_SECONDS.unpack_from(_board, _BOARD - _SECONDS.size)[0])
 
 
 def _clear() -> None:

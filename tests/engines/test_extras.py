@@ -32,6 +32,7 @@ def test_every_extra_is_one_of_the_package() -> None:
         ("himap-export", ("shapes", "--dry-run"), {"onnxruntime", "openvino"}, "onnxruntime"),
         ("himap-export", ("shapes", "--out", "OUT", "--backend", "tensorrt-rtx"), {"tensorrt_rtx"}, "tensorrt-rtx"),
         ("himap-run", ("BUNDLE", "--load-inputs", HIMAP_TINY / "inputs.npz"), {"onnxruntime"}, "onnxruntime"),
+        ("himap-serve", ("BUNDLE",), {"starlette"}, "serve"),
         ("himap-validate", ("BUNDLE", "--no-speed"), {"torch"}, "export"),
         ("himap-validate", ("BUNDLE", "--no-speed"), TRANSFORMERS, "export"),
         ("himap-validate", ("BUNDLE", "--no-speed"), {"onnxruntime"}, "onnxruntime"),
