@@ -12,13 +12,14 @@ from himap_export.exporter.cli import main as export_main
 from himap_export.serve.pictures import PictureLimits
 from himap_export.serve.service import Service
 
-FLAGS = (*ORT, "--slots", 4, "--policy", "himap", "--policy", "none", "--text-budget", 40, "--max-new-tokens", 16)
+POLICIES = ("--policy", "himap", "--policy", "none", "--policy", "random")
+FLAGS = (*ORT, "--slots", 3, *POLICIES, "--text-budget", 16, 24, "--max-new-tokens", 12)
 
 
 @pytest.fixture(scope="session")
 def shapes(work: Workshop) -> Bundle:
-    """The small model in two plans, pruned and not, with four slots."""
-    with work._once("served-shapes-64") as (folder, missing):
+    """The small model in three plans and two text budgets, with three slots."""
+    with work._once("serve-shapes-64") as (folder, missing):
         if missing:
             assert call(export_main, SHAPES_64, *FLAGS, "--out", folder) == 0
     return Bundle.open(folder)
@@ -27,7 +28,7 @@ def shapes(work: Workshop) -> Bundle:
 @pytest.fixture(scope="session")
 def door(shapes: Bundle) -> Iterator[Served]:
     """The small model behind a key, that waits half a second for a body."""
-    service = Service(shapes, "shapes", opening=Opening(threads=1))
+    service = Service(shapes, "shapes", plans=("qa", "none"), opening=Opening(threads=1))
     service.open()
     with served(service, keys=("another", KEY), pictures=PictureLimits(max_bytes=200_000), body_s=0.5) as server:
         yield server

@@ -75,7 +75,7 @@ def test_models_are_listed_with_their_plans(client: openai.OpenAI, door: Served)
             "cuts": [{"layer": 2, "criterion": "instruction"}, {"layer": 8, "criterion": "image"}],
             "image_tokens": {"prefix": 64, "k1": 32, "k2": 8},
             "picture": [112, 112],
-            "max_new_tokens": 16,
+            "max_new_tokens": 12,
         }
     }
     assert unpruned is not None and unpruned["himap"]["cuts"] == []

@@ -173,7 +173,7 @@ FIELDS = [
     Bad("a negative seed", changed(seed=-1), 400, "invalid_value", "seed"),
     Bad("a huge seed", changed(seed=2**32), 400, "invalid_value", "seed"),
     Bad("no tokens", changed(max_tokens=0), 400, "invalid_value", "max_tokens"),
-    Bad("more tokens than the budget", changed(max_tokens=17), 400, "invalid_value", "max_tokens", "at most 16 tokens"),
+    Bad("more tokens than the budget", changed(max_tokens=13), 400, "invalid_value", "max_tokens", "at most 12 tokens"),
     Bad("10^40 tokens", changed(max_completion_tokens=10**40), 400, "invalid_value", "max_completion_tokens"),
     Bad("both limits", changed(max_tokens=1, max_completion_tokens=2), 400, "invalid_value", "max_completion_tokens"),
     Bad("an empty stop", changed(stop=["a", ""]), 400, "invalid_value", "stop"),
@@ -201,7 +201,7 @@ MESSAGES = [
     Bad("no question", content(IMAGE), 400, "invalid_value", PART),
     Bad("audio", content(TEXT, {"type": "input_audio"}), 400, "invalid_value", f"{PART}[1].type", "expected text or"),
     Bad("null as a part", content(None), 400, "invalid_type", f"{PART}[0]"),
-    Bad("a question too long", chat(question("what " * 60)), 400, "invalid_value", "messages", "the budget is 40"),
+    Bad("a question too long", chat(question("what " * 60)), 400, "invalid_value", "messages", "the budget is 24"),
     Bad("300,000 words", chat(question("what " * 60_000)), 400, "string_above_max_length", PART),
     Bad(
         "detail", content(TEXT, {"type": "image_url", "image_url": {"url": data_uri(), "detail": "high"}}), 400,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import QUESTIONS_64, SHAPES_64, Workshop, call
+from commands import QUESTIONS_64
 from PIL import Image
 
 from himap_export.engines.backends import Opening
@@ -17,7 +17,6 @@ from himap_export.engines.image import load_image
 from himap_export.engines.sampling import Sampling
 from himap_export.engines.session import Session
 from himap_export.engines.slots import Slots
-from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.serve.kept import describe_kept, image_tokens_kept
 from himap_export.serve.messages import Began, Ended, Event, Piece, Question
@@ -53,25 +52,8 @@ class Heard(list[Event]):
 
 
 @pytest.fixture(scope="module")
-def bundle(work: Workshop) -> Bundle:
-    with work._once("serve-shapes-64") as (folder, missing):
-        if missing:
-            flags = (
-                "--policy",
-                "himap",
-                "--policy",
-                "none",
-                "--policy",
-                "random",
-                "--text-budget",
-                16,
-                24,
-                "--max-new-tokens",
-                12,
-            )
-            asked = (SHAPES_64, *flags, "--slots", 3, "--backend", "onnxruntime", "--out", folder)
-            assert call(export_main, *asked) == 0
-    return Bundle.open(folder)
+def bundle(shapes: Bundle) -> Bundle:
+    return shapes
 
 
 def opened(bundle: Bundle, **settings: Any) -> Service:
