@@ -62,7 +62,7 @@ def draw_kept(
 
 def model_view(image: Image.Image, how: ImagePreprocessing, side: int) -> Image.Image:
     """Returns what the model sees of `image`, RGB, of at least `side` * `side` pixels: a whole multiple of its own."""
-    sides = [tiles * length for tiles, length in zip(tile_grid(image, how), how.output_size, strict=True)]
+    sides = [tiles * length for tiles, length in zip(tile_grid(image.size, how), how.output_size, strict=True)]
     return crop_view(image, how, ceil(side / sqrt(prod(sides)))).convert("RGB")
 
 

@@ -163,7 +163,7 @@ def preprocess(image: Image.Image, how: ImagePreprocessing) -> NDArray[np.float3
     would blow up in resizing.
     """
     view = np.asarray(crop_view(image, how))  # uint8 [rows * height, columns * width, 3]
-    (rows, columns), (height, width) = tile_grid(image, how), how.output_size
+    (rows, columns), (height, width) = tile_grid(image.size, how), how.output_size
     cut = view.reshape(rows, height, columns, width, 3).swapaxes(1, 2).reshape(-1, height, width, 3)
     if how.tiles > len(cut):
         thumbnail = _to_rgb(image).resize((width, height), RESAMPLING[how.resample])
@@ -173,8 +173,9 @@ def preprocess(image: Image.Image, how: ImagePreprocessing) -> NDArray[np.float3
     return np.ascontiguousarray(normal.transpose(0, 3, 1, 2))
 
 
-def tile_grid(image: Image.Image, how: ImagePreprocessing) -> tuple[int, int]:
-    """Returns (rows, columns) of the tiles that an image is cut into, but its thumbnail; (1, 1) if it is seen whole.
+def tile_grid(size: tuple[int, int], how: ImagePreprocessing) -> tuple[int, int]:
+    """Returns (rows, columns) of the tiles that an image of `size` (width, height) is cut into, but its thumbnail;
+    (1, 1) if it is seen whole.
 
     The arrangement whose aspect ratio is nearest to the picture's, by difference; of two as near, the taller one unless
     the picture has more than half of the tiles' pixels (`get_optimal_tiled_canvas` of GotOcr2ImageProcessorPil, where
@@ -182,11 +183,11 @@ def tile_grid(image: Image.Image, how: ImagePreprocessing) -> tuple[int, int]:
     """
     count = how.tiles - 1 if how.tiles > 2 else how.tiles  # the thumbnail of a single tile would be that tile again
     height, width = how.output_size
-    large = image.width * image.height > 0.5 * height * width * count
+    large = size[0] * size[1] > 0.5 * height * width * count
     best, least = (1, 1), math.inf
     for columns in (n for n in range(1, count + 1) if count % n == 0):
         rows = count // columns
-        difference = abs(image.width / image.height - columns / rows)
+        difference = abs(size[0] / size[1] - columns / rows)
         if difference < least or (difference == least and large):
             best, least = (rows, columns), difference
     return best
@@ -204,7 +205,7 @@ def crop_view(image: Image.Image, how: ImagePreprocessing, scale: int = 1) -> Im
         return _letterbox(image, how, scale)
     if how.pad_color is not None:
         image = _pad_to_square(image, how.pad_color)
-    (rows, columns), (height, width) = tile_grid(image, how), _resized(image.height, image.width, how.resize)
+    (rows, columns), (height, width) = tile_grid(image.size, how), _resized(image.height, image.width, how.resize)
     height, width = height * rows, width * columns
     _check_pixels(image, height * scale, width * scale)
     if how.resize is not None or scale != 1:
@@ -224,21 +225,21 @@ def seen_share(image: Image.Image, how: ImagePreprocessing) -> float:
     return min(how.crop[0] / height, 1) * min(how.crop[1] / width, 1)
 
 
-def seen_box(image: Image.Image, how: ImagePreprocessing) -> tuple[float, float, float, float]:
-    """Returns left, top, right and bottom of what the model sees, as shares of the image's sides: outside 0 to 1 where
-    its view is padded."""
-    (height, width), square = how.output_size, max(image.size)
+def seen_box(size: tuple[int, int], how: ImagePreprocessing) -> tuple[float, float, float, float]:
+    """Returns left, top, right and bottom of what the model sees of an image of `size` (width, height), as shares of
+    its sides: outside 0 to 1 where the view is padded."""
+    (height, width), square = how.output_size, max(size)
     if how.letterbox:
-        shrink = min(Fraction(height, image.height), Fraction(width, image.width))
-        sides = [max(1, round(side * shrink)) for side in image.size]
+        shrink = min(Fraction(height, size[1]), Fraction(width, size[0]))
+        sides = [max(1, round(side * shrink)) for side in size]
         starts = [-((room - side) // 2) / side for room, side in zip((width, height), sides, strict=True)]
         ends = [start + room / side for start, room, side in zip(starts, (width, height), sides, strict=True)]
         return starts[0], starts[1], ends[0], ends[1]
-    padded = [(square, square)] if how.pad_color is not None else [image.size]
+    padded = [(square, square)] if how.pad_color is not None else [size]
     rows, columns = _resized(padded[0][1], padded[0][0], how.resize)
     crop = how.crop or (rows, columns)
     box = list[float]()
-    for side, own, whole, seen in zip(padded[0], image.size, (columns, rows), (crop[1], crop[0]), strict=True):
+    for side, own, whole, seen in zip(padded[0], size, (columns, rows), (crop[1], crop[0]), strict=True):
         first, offset = (whole - seen) // 2, (side - own) // 2
         box += [(edge / whole * side - offset) / own for edge in (first, first + seen)]
     return box[0], box[2], box[1], box[3]

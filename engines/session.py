@@ -46,13 +46,15 @@ class Generation(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Request:
-    """What a session is to answer: prompts as arrays, the variant that they fit, and what they were made from."""
+    """What a session is to answer: prompts as arrays, the variant that they fit, and what they were made from: an image
+    of `image_size` (width, height), upright, and a prompt."""
 
     inputs: Inputs
     spec: RunSpec
     image: Image.Image | None = None
     prompt: str = ""
     processor: Processor | None = None
+    image_size: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Answer:
         check_output(Path(file), ".png")
         image_tokens = np.flatnonzero(spec.manifest.model.image.find(asked.inputs.input_ids[0]))
         alive = [np.isin(image_tokens, self.outputs[f"kept_{cut}"][0]) for cut in spec.plan.stages[1:]]
-        tiles = tile_grid(asked.image, asked.processor.image)
+        tiles = tile_grid(asked.image.size, asked.processor.image)
         masks = [kept_patches(mask, spec.image.grid, tiles) for mask in alive]
         draw_kept(
             Path(file), asked.image, asked.processor.image, masks=masks,
@@ -188,7 +190,9 @@ class Session:
             told = f"the model sees {share:.0%} of this image: its preprocessing crops to the centre"
             warnings.warn(HimapWarning(told), stacklevel=2)
         inputs = processor.inputs(shown, prompt)
-        return Request(inputs, self._fitting(inputs), image=shown, prompt=prompt, processor=processor)
+        return Request(
+            inputs, self._fitting(inputs), image=shown, prompt=prompt, processor=processor, image_size=shown.size
+        )  # fmt: skip
 
     def _processor(self, image: str) -> Processor:
         """That of an image spec by its name; read once, for a large vocabulary takes a second."""

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -127,7 +127,7 @@ class Service:
         if needed > budget.text:
             hint = f"shorten it, or export with `text_budget` {needed}"
             raise HimapError(f"the prompt has {needed} text tokens", f"the budget is {budget.text}", hint, Exit.USAGE)
-        return request
+        return replace(request, image=None)  # a photograph's pixels would wait in the queue with it
 
     def submit(self, question: Question, deliver: Deliver) -> Callable[[], None]:
         """Takes a question in and returns what cancels it; `deliver` hears of it. QueueFull or Draining if it is not
@@ -229,7 +229,7 @@ def _try(scheduler: Scheduler, spec: RunSpec) -> None:
     """Lets a variant answer a question about a grey image; HimapError if it cannot."""
     image, events = Image.new("RGB", spec.image.size[::-1], "gray"), list[Event]()
     processor = load_processor(spec.bundle, spec.image)
-    request = Request(processor.inputs(image, "?"), spec, image=image, prompt="?", processor=processor)
+    request = Request(processor.inputs(image, "?"), spec, prompt="?", processor=processor)
     question = Question(
         "trial", spec.plan_name, request, max_new_tokens=min(2, spec.budget.new), asked=time.monotonic()
     )

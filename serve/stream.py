@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,8 @@ class Events:
 
     def deliver(self, event: Event) -> None:
         """Takes an event on any thread, and never waits."""
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever would hear
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         while True:

@@ -58,7 +58,7 @@ def test_drawing_has_a_panel_for_the_picture_and_for_each_cut(
 ) -> None:
     """Each of the shape of what the model sees; what is dropped is pale, what is kept is not."""
     image = Image.new("RGB", (640, 400), (0, 0, 200))
-    tiles = tile_grid(image, how)
+    tiles = tile_grid(image.size, how)
     tokens = how.tiles * grid[0] * grid[1]
     masks = [kept_patches(np.arange(tokens) < tokens // n, grid, tiles) for n in (1, 2)]
     draw_kept(tmp_path / "kept.png", image, how, masks=masks, cuts=(2, 8), question="What?", answer="A sea.")

@@ -26,6 +26,7 @@ from himap_export.engines.image import (
     load_image,
     nearest_size,
     preprocess,
+    seen_box,
     tile_grid,
 )
 from himap_export.graphs.errors import Exit, HimapError
@@ -115,6 +116,40 @@ SETTINGS: dict[str, tuple[Any, ImagePreprocessing]] = {
 
 @pytest.mark.parametrize("picture", PICTURES)
 @pytest.mark.parametrize("setting", list(SETTINGS))
+WHITE = (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("how", "size", "box"),
+    [
+        (ImagePreprocessing((50, 70), None), (30, 90), (0, 0, 1, 1)),  # stretched
+        (ImagePreprocessing(50, (50, 50)), (200, 100), (0.25, 0, 0.75, 1)),
+        (ImagePreprocessing(50, (50, 50)), (100, 200), (0, 0.25, 1, 0.75)),
+        (ImagePreprocessing(40, (50, 50)), (100, 100), (-0.125, -0.125, 1.125, 1.125)),  # a black border
+        (ImagePreprocessing(50, (50, 50), pad_color=WHITE), (100, 50), (0, -0.5, 1, 1.5)),
+        (ImagePreprocessing((60, 60), (30, 30), pad_color=WHITE), (100, 50), (0.25, 0, 0.75, 1)),
+        (ImagePreprocessing((100, 200), None, pad_color=WHITE, letterbox=True), (50, 50), (-0.5, 0, 1.5, 1)),
+        (ImagePreprocessing((100, 200), None, pad_color=WHITE, letterbox=True), (80, 20), (0, -0.5, 1, 1.5)),
+    ],
+)
+def test_the_box_that_the_model_sees_is_where_its_view_comes_from(
+    how: ImagePreprocessing, size: tuple[int, int], box: tuple[float, float, float, float]
+) -> None:
+    """By hand, and in the view itself: the picture brightens from left to right and from top to bottom."""
+    left, top, right, bottom = found = seen_box(size, how)
+    assert found == pytest.approx(box)
+    x, y = np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1])
+    ramps = np.stack([np.tile(x, (size[1], 1)), np.tile(y[:, None], (1, size[0])), np.zeros(size[::-1])], axis=2)
+    view = np.asarray(crop_view(Image.fromarray(ramps.astype(np.uint8)), how)).astype(float) / 255
+    rows, columns = view.shape[:2]
+    for row in range(2, rows, 7):
+        for column in range(2, columns, 7):
+            across = left + (column + 0.5) / columns * (right - left)
+            down = top + (row + 0.5) / rows * (bottom - top)
+            if 0.1 < across < 0.9 and 0.1 < down < 0.9:
+                assert view[row, column, :2] == pytest.approx([across, down], abs=0.04)
+
+
 def test_pixels_equal_hugging_face(setting: str, picture: str) -> None:
     processor, how = SETTINGS[setting]
     image = PICTURES[picture]
@@ -177,14 +212,14 @@ def test_two_tiles_have_no_thumbnail() -> None:
 )
 def test_arrangements(tiles: int, size: tuple[int, int], grid: tuple[int, int]) -> None:
     image = CHINA.resize(size)
-    assert tile_grid(image, tiled(tiles)) == grid
+    assert tile_grid(image.size, tiled(tiles)) == grid
     assert crop_view(image, tiled(tiles)).size == (28 * grid[1], 28 * grid[0])
 
 
 @pytest.mark.parametrize("picture", PICTURES)
 def test_tiles_of_a_view_are_the_pixels_of_the_model(picture: str) -> None:
     image, how = PICTURES[picture], tiled(7)
-    view, (_, columns) = np.asarray(crop_view(image, how)), tile_grid(image, how)
+    view, (_, columns) = np.asarray(crop_view(image, how)), tile_grid(image.size, how)
     pixels = preprocess(image, how).transpose(0, 2, 3, 1) * np.array(how.std) + np.array(how.mean)
     for n, tile in enumerate(pixels[:-1]):
         top, left = 28 * (n // columns), 28 * (n % columns)
