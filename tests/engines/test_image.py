@@ -114,8 +114,6 @@ SETTINGS: dict[str, tuple[Any, ImagePreprocessing]] = {
 }
 
 
-@pytest.mark.parametrize("picture", PICTURES)
-@pytest.mark.parametrize("setting", list(SETTINGS))
 WHITE = (255, 255, 255)
 
 
@@ -150,6 +148,8 @@ def test_the_box_that_the_model_sees_is_where_its_view_comes_from(
                 assert view[row, column, :2] == pytest.approx([across, down], abs=0.04)
 
 
+@pytest.mark.parametrize("picture", PICTURES)
+@pytest.mark.parametrize("setting", list(SETTINGS))
 def test_pixels_equal_hugging_face(setting: str, picture: str) -> None:
     processor, how = SETTINGS[setting]
     image = PICTURES[picture]
