@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo serve docs test test-slow fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers peers-env shapes study study-cuts study-quantised clean
+.PHONY: install demo serve docs test test-slow test-page fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers peers-env shapes study study-cuts study-quantised clean
 
 install: $(READY)
 
@@ -35,6 +35,10 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -n 2 -m slow
+
+# The server's page in this machine's Chromium; the default suite leaves it out where there is none.
+test-page: install
+	HIMAP_NEED_BROWSER=1 $(BIN)/pytest tests/serve/test_page.py
 
 # Twenty minutes of bad input at every command's doors; HIMAP_FUZZ_SEED repeats an order.
 fuzz: install
