@@ -271,12 +271,13 @@ def test_stop_ends_the_answer_and_asks_no_more(visit: Visit) -> None:
         page.wait_for_selector("#stop:focus")
         assert all(page.is_disabled(part) for part in ("#go", "#question", "#file"))
         assert page.locator(".answer").evaluate_all("all => all.map(a => a.ariaBusy)") == ["true", "false"]
-        visit.give("paste")  # is not taken meanwhile
+        visit.give("paste", name="late.png")  # is not taken meanwhile
         page.keyboard.press(key)
         visit.ended()
         assert page.evaluate("document.activeElement.id") == "go" and visit.texts("#problem") == [""]
     assert visit.asked == [("sent", "m:half"), ("ended", "m:half")] * 2 and len(held) == 2
     assert page.locator("[aria-busy=true]").count() == 0
+    assert page.get_attribute("#picture", "alt") == "letter.png"
 
 
 def test_pictures_are_dropped_pasted_or_chosen_and_nothing_else_is_taken(visit: Visit) -> None:
