@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=ALL_DEVICES, help=DEVICE_HELP)
     p.add_argument("--threads", type=whole(1, MOST_THREADS), help="CPU threads (default: all that gain anything)")
     p.add_argument("--max-batch", type=whole(1, 2**20), metavar="B", help="answers at a time (default: the bundle's)")
-    p.add_argument("--max-queue", type=whole(0, 2**20), default=64, metavar="N", help="that may wait (default: 64)")
+    p.add_argument("--max-queue", type=whole(1, 2**20), default=64, metavar="N", help="that may wait (default: 64)")
     p.add_argument(
         "--prefills", type=whole(1, 2**20), default=1, metavar="N",
         help="questions that may begin between two tokens of the others, the oldest first (default: 1)",
