@@ -132,10 +132,7 @@ class Outbox:
                         f"request {reply.request.request_id()!r} cancelled: {event.tokens} tokens"
                     )
                 if last is None:
-                    outputs: dict[str, Output] = {
-                        "TEXT": [""],
-                        "FINISH_REASON": [event.reason],
-                        "IMAGE_TOKENS_KEPT": reply.tokens_kept,
-                    }
+                    outputs: dict[str, Output] = {"TEXT": [""], "FINISH_REASON": [event.reason]}
+                    outputs["IMAGE_TOKENS_KEPT"] = reply.tokens_kept
                     last = response(outputs, (1,))
                 reply.sender.send(last, flags=backend().TRITONSERVER_RESPONSE_COMPLETE_FINAL)
