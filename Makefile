@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo serve docs test test-slow test-page fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers peers-env shapes study study-cuts study-quantised clean
+.PHONY: install demo serve docs test test-slow test-page test-triton triton-env fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers peers-env shapes study study-cuts study-quantised clean
 
 install: $(READY)
 
@@ -39,6 +39,31 @@ test-slow: install
 # The server's page in this machine's Chromium; the default suite leaves it out where there is none.
 test-page: install
 	HIMAP_NEED_BROWSER=1 $(BIN)/pytest tests/serve/test_page.py
+
+# The models that himap-serve --triton writes, on the real tritonserver: no PyTorch, nothing but what a deployment has.
+TRITON := .triton-venv
+test-triton: install triton-env
+	$(BIN)/himap-export shapes --backend onnxruntime --policy dart --k1 1 --policy none --slots 4 \
+		--text-budget 48 --max-new-tokens 256 --overwrite --out build/triton/bundle
+	HIMAP_TRITON=$(CURDIR)/$(TRITON) HIMAP_TRITON_BUNDLE=$(CURDIR)/build/triton/bundle \
+		$(TRITON)/bin/pytest --noconftest -m slow tests/serve/test_tritonserver.py
+
+# The server lies in a wheel, of which nothing else is used. Its Python stub knows NumPy 1 only: numpy1/ is the same
+# environment with that one instead.
+triton-env: $(TRITON)/.ready
+
+$(TRITON)/.ready: tests/serve/triton-requirements.txt pyproject.toml
+	test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/pip install --quiet --requirement $< --editable '.[onnxruntime]'
+	test -d $(TRITON)/server || $(TRITON)/bin/pip install --quiet --no-deps --target $(TRITON)/server nvidia-pytriton==0.7.0
+	version=$$($(TRITON)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	triton=$(TRITON)/server/pytriton/tritonserver; chmod +x $$triton/bin/tritonserver; \
+	install $$triton/python_backend_stubs/$$version/triton_python_backend_stub $$triton/backends/python/
+	test -x $(TRITON)/numpy1/bin/python || $(PYTHON) -m venv $(TRITON)/numpy1
+	$(TRITON)/numpy1/bin/pip install --quiet --no-deps numpy==1.26.4
+	echo "import site; site.addsitedir('$$($(TRITON)/bin/python -c 'import site; print(site.getsitepackages()[0])')')" \
+		> $$($(TRITON)/numpy1/bin/python -c 'import site; print(site.getsitepackages()[0])')/rest.pth
+	touch $@
 
 # Twenty minutes of bad input at every command's doors; HIMAP_FUZZ_SEED repeats an order.
 fuzz: install

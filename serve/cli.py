@@ -71,9 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 def _run(args: argparse.Namespace) -> None:
     bundle = open_bundle("himap-serve", args)
     if args.triton is not None:
-        from himap_export.serve.triton.repository import write_repository
-
-        write_repository(bundle, args.triton)
+        _write_for_triton(args, bundle)
         return
     import logging
 
@@ -120,13 +118,31 @@ def _service(args: argparse.Namespace, bundle: "Bundle", log: "RequestLog") -> t
         hosts=tuple(args.allow_image_host), **{name: value for name, value in asked.items() if value is not None}
     )
     keys = _keys(args.api_key_file) if args.api_key_file is not None else ()
-    name = args.model_name or re.sub("[^A-Za-z0-9._-]+", "-", bundle.folder.resolve().name).strip("-.") or "himap"
     service = Service(
-        bundle, name, plans=args.plan, backend=args.backend, opening=Opening(args.threads, args.device),
+        bundle, _name(args, bundle), plans=args.plan, backend=args.backend, opening=Opening(args.threads, args.device),
         settings=Settings(args.max_batch, args.max_queue, args.prefills), watch=watch,
     )  # fmt: skip
     metrics = Metrics(service)
     return service, Options(keys, limits, request_s=args.request_timeout, metrics=metrics, log=log)
+
+
+def _write_for_triton(args: argparse.Namespace, bundle: "Bundle") -> None:
+    """Writes a model repository of which the models answer as this service would."""
+    from himap_export.engines.backends import Opening
+    from himap_export.serve.service import Settings
+    from himap_export.serve.triton.repository import write_repository
+
+    write_repository(
+        bundle, args.triton, name=_name(args, bundle), plans=tuple(args.plan), backend=args.backend,
+        opening=Opening(args.threads, args.device),
+        settings=Settings(args.max_batch, args.max_queue, args.prefills), verify=not args.no_verify,
+    )  # fmt: skip
+    print(f"{args.triton} is a model repository; {args.triton / 'README.md'} says how to start Triton with it")
+
+
+def _name(args: argparse.Namespace, bundle: "Bundle") -> str:
+    folder = bundle.folder.resolve().name
+    return args.model_name or re.sub("[^A-Za-z0-9._-]+", "-", folder).strip("-.") or "himap"
 
 
 def _keys(file: Path) -> tuple[str, ...]:

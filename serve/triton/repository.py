@@ -1,0 +1,162 @@
+"""A Triton model repository for a bundle: NAME-stream, NAME-batch and a README.md, whole or not at all."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from himap_export.engines.backends import ANYWAY, Opening
+from himap_export.engines.bundle import Bundle
+from himap_export.engines.command import held_signals
+from himap_export.engines.files import check_outside, has_long_name
+from himap_export.engines.supervisor import announced
+from himap_export.graphs.errors import Exit, HimapError
+from himap_export.serve.service import Settings
+
+MODEL = 'from himap_export.serve.triton.{} import TritonPythonModel\n\n__all__ = ["TritonPythonModel"]\n'
+DELAY_US = 2000  # for which the batching model's first request waits for others
+
+
+def write_repository(
+    bundle: Bundle,
+    folder: Path,
+    *,
+    name: str,
+    plans: tuple[str, ...] = (),
+    backend: str | None = None,
+    opening: Opening = ANYWAY,
+    settings: Settings | None = None,
+    verify: bool = True,
+) -> None:
+    """Writes a model repository into `folder`, new or empty, whose models answer as a service with these settings.
+
+    It names the bundle's folder, and holds no copy of it. With `verify` the models compare the bundle's content with
+    its manifest when they open it. HimapError (usage) for a folder that holds something, a `name` that Triton
+    cannot take, or a plan that the bundle does not hold.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        details = f"{name[:80]!r} is not up to 100 letters, digits, dots, dashes and underscores"
+        raise HimapError("the models of Triton cannot have this name", details, "give a `model_name`", Exit.USAGE)
+    target, settings = _settled(folder), settings or Settings()
+    said = {
+        "bundle": os.path.realpath(bundle.folder),
+        "weights": [os.path.realpath(folder) for folder in bundle.weight_folders],
+        "name": name,
+        "plans": [bundle.plan_name(plan) for plan in plans],
+        "backend": backend,
+        "device": opening.device,
+        "threads": opening.threads,
+        "max_batch": settings.max_batch,
+        "max_queue": settings.max_queue,
+        "prefills": settings.prefills,
+        "verify": verify,
+    }
+    content = _models(bundle, name, settings, _parameters(said))
+    budgets = [v.budget for v in bundle.manifest.variants]
+    content["README.md"] = _filled(
+        "README.md", name=name, bundle=str(said["bundle"]), folder=str(target), rows=str(_rows(bundle, settings)),
+        plans=", ".join(dict.fromkeys(v.plan_name for v in bundle.manifest.variants)),
+        new=str(min(budget.new for budget in budgets)),
+    )  # fmt: skip
+    with _becoming(target) as work:
+        for path, text in content.items():
+            (work / path).parent.mkdir(parents=True, exist_ok=True)
+            (work / path).write_text(text, encoding="utf-8")
+
+
+def _models(bundle: Bundle, name: str, settings: Settings, parameters: str) -> dict[str, str]:
+    """Returns the files of both models, by path."""
+    waiting = f"default_queue_policy {{ max_queue_size: {settings.max_queue} }}"
+    stream = _filled(
+        "config.pbtxt", parameters=parameters, ragged="",
+        purpose="Answers stream; one instance answers as many questions at a time as the bundle has slots.",
+        batching="max_batch_size: 0\nmodel_transaction_policy { decoupled: true }",
+    )  # fmt: skip
+    batch = _filled(
+        "config.pbtxt", parameters=parameters, ragged=" allow_ragged_batch: true",
+        purpose="Whole answers, for clients that do not stream; Triton gathers what is answered together.",
+        batching=f"max_batch_size: {_rows(bundle, settings)}\n"
+        f"dynamic_batching {{ max_queue_delay_microseconds: {DELAY_US} {waiting} }}",
+    )  # fmt: skip
+    return {
+        f"{name}-stream/config.pbtxt": stream,
+        f"{name}-stream/1/model.py": MODEL.format("streaming"),
+        f"{name}-batch/config.pbtxt": batch,
+        f"{name}-batch/1/model.py": MODEL.format("batching"),
+    }
+
+
+def _rows(bundle: Bundle, settings: Settings) -> int:
+    """How many requests may be one batch: all get a slot at once."""
+    slots = (max(1, v.budget.slots) for v in bundle.manifest.variants)
+    return max(1, min(settings.max_queue, settings.max_batch or settings.max_queue, *slots))
+
+
+def _filled(template: str, **values: str) -> str:
+    text = (files(__package__) / "templates" / template).read_text(encoding="utf-8")
+    return Template(text).substitute(values)
+
+
+def _parameters(said: Mapping[str, object]) -> str:
+    """Returns what config.pbtxt says of the parameters, each as JSON in protobuf's text format; what is None or empty
+    is not said."""
+    lines = []
+    for key, value in said.items():
+        if value is None or value == []:
+            continue
+        text = json.dumps(value).replace("\\", "\\\\").replace('"', '\\"')  # JSON's own escapes are ASCII
+        lines.append(f'parameters {{ key: "{key}" value {{ string_value: "{text}" }} }}')
+    return "\n".join(lines)
+
+
+def _settled(folder: Path) -> Path:
+    """Returns the absolute path of a repository that may be written; HimapError (usage) if something is there."""
+    check_outside(folder)
+    try:
+        target = Path(os.path.realpath(folder.parent)) / folder.name
+        if folder.name in ("", "..") or has_long_name(target, next(p for p in target.parents if p.exists())):
+            kind = "it does not end in a name that a folder can have"
+        elif not os.path.lexists(target):
+            kind = ""
+        elif target.is_symlink() or not target.is_dir():
+            kind = "it is there and is no folder"
+        elif target == Path.cwd() or os.path.ismount(target):
+            kind = "it is the folder you are in, or a mount point"
+        else:
+            kind = "it is not empty" if any(target.iterdir()) else ""
+    except (OSError, ValueError) as problem:
+        kind = getattr(problem, "strerror", None) or str(problem)
+    if kind:
+        hint = "name a new folder; what is there is left alone"
+        raise HimapError(f"{str(folder)[:300]} cannot become a model repository", kind, hint, Exit.USAGE)
+    return target
+
+
+@contextmanager
+def _becoming(target: Path) -> Iterator[Path]:
+    """Yields a fresh folder that becomes `target` on success, and vanishes on any failure."""
+    wrapper: Path | None = None
+    parents = [p for p in target.parents if not p.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        wrapper = Path(tempfile.mkdtemp(prefix=".himap-", suffix=".partial", dir=target.parent))
+        with announced(wrapper, *parents):
+            (work := wrapper / "models").mkdir()
+            yield work
+            with held_signals():
+                work.rename(target)  # onto nothing, or onto an empty folder
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+        raise HimapError(f"cannot write {target}", reason, "check its permissions and the free space") from None
+    finally:
+        if wrapper is not None:
+            shutil.rmtree(wrapper, ignore_errors=True)
+        for parent in parents:  # those that are empty: nothing was put in place
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
