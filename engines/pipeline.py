@@ -10,7 +10,7 @@ import numpy.typing as npt
 from himap_export.engines.backends import ANYWAY, Engines, Opening
 from himap_export.engines.bundle import RunSpec
 from himap_export.engines.layout import Integers, PromptLayout
-from himap_export.engines.prefill import Prefill, Prefilled, Seen
+from himap_export.engines.prefill import Prefill, Prefilled, Seen, check_memory
 from himap_export.engines.sampling import Sampler, Sampling
 from himap_export.graphs.errors import Exit, HimapError
 
@@ -21,7 +21,7 @@ class Pipeline(Prefill):
     def __init__(self, spec: RunSpec, backend: str, opening: Opening = ANYWAY, engines: Engines | None = None) -> None:
         super().__init__(spec, backend, opening, engines)
         graphs = "vision", *self.stages, "decode"
-        self._check_memory(*graphs)
+        check_memory(self.engines.device, [(spec, graph) for graph in graphs])
         self._run |= {name: self._bind(name, self.tensors) for name in graphs}
         self._whole, self._decode = self.chained("vision", *self.stages), self.chained("decode")
 

@@ -4,7 +4,7 @@ Every tensor of every graph is static, so all are allocated once, when a variant
 (`graphs/ports.py`): what one stage writes the next one reads in place.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -35,6 +35,23 @@ class Prefilled:
     kept: Mapping[str, Integers]
 
 
+def check_memory(device: str, graphs: Iterable[tuple[RunSpec, str]]) -> None:
+    """Refuses the tensors of what plays these stages of variants, all allocated at once, if they are more than the
+    memory of a CPU: a machine that swaps is as good as dead."""
+    if device != "cpu":
+        return
+    ports = {(id(spec), p.place, p.shape): p for spec, stage in graphs for p in _ports(spec, stage).values()}
+    needed = sum(prod(port.shape) * np.dtype(NUMPY[port.dtype]).itemsize for port in ports.values())
+    if needed > memory_bytes():
+        details = f"{needed / 1e9:.0f} GB for caches and states, this machine has {memory_bytes() / 1e9:.0f}"
+        raise HimapError("the bundle is too large for this machine", details, "export smaller budgets or fewer slots")
+
+
+def _ports(spec: RunSpec, stage: str) -> Mapping[str, Port]:
+    record = spec.graph(stage)
+    return {**record.inputs, **record.outputs}
+
+
 class Prefill:
     """What prefills up to B prompts at a time with a variant of a bundle, opened on a backend.
 
@@ -52,25 +69,9 @@ class Prefill:
         self._rope_shift = np.zeros(spec.budget.batch, np.int64)  # of the prompts that were loaded last
         self._run: dict[str, Callable[[], None]] = {}
 
-    def _check_memory(self, *stages: str) -> None:
-        """Refuses the tensors of `stages`, all allocated at once, if they are more than memory: a machine that swaps is
-        as good as dead."""
-        if self.engines.device != "cpu":
-            return
-        ports = {(port.place, port.shape): port for stage in stages for port in self._ports(stage).values()}
-        needed = sum(prod(port.shape) * np.dtype(NUMPY[port.dtype]).itemsize for port in ports.values())
-        if needed > memory_bytes():
-            details = f"{needed / 1e9:.0f} GB for its caches and states, this machine has {memory_bytes() / 1e9:.0f}"
-            summary = f"{self.spec.bundle.folder} is too large for this machine"
-            raise HimapError(summary, details, "export smaller budgets")
-
-    def _ports(self, stage: str) -> Mapping[str, Port]:
-        record = self.spec.graph(stage)
-        return {**record.inputs, **record.outputs}
-
     def _bind(self, stage: str, tensors: Tensors) -> Callable[[], None]:
         """Returns what runs the graph of a stage over `tensors`; those that are not there yet are allocated."""
-        ports = self._ports(stage)
+        ports = _ports(self.spec, stage)
         for port in ports.values():
             if port.place not in tensors:
                 tensors[port.place] = self.engines.tensor(port)

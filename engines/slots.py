@@ -13,9 +13,14 @@ import numpy.typing as npt
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.backends import ANYWAY, Engines, Opening
 from himap_export.engines.bundle import RunSpec
-from himap_export.engines.prefill import Prefill, Prefilled, Tensors
+from himap_export.engines.prefill import Prefill, Prefilled, Tensors, check_memory
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import Place
+
+
+def graphs_of(spec: RunSpec) -> list[tuple[RunSpec, str]]:
+    """Returns the stages of a variant that its slots run."""
+    return [(spec, stage) for stage in spec.variant.graphs if stage != "decode" or not spec.budget.slots]
 
 
 class Slots(Prefill):
@@ -31,7 +36,7 @@ class Slots(Prefill):
             summary = f"{spec.bundle.folder} answers {spec.budget.batch} prompts together"
             raise HimapError(summary, "each comes alone here", "export it with `batch` 1 and `slots`", Exit.USAGE)
         decode, self.rows = ("slots", spec.budget.slots) if spec.budget.slots else ("decode", 1)
-        self._check_memory("vision", *self.stages, decode)
+        check_memory(self.engines.device, graphs_of(spec))
         self._many: Tensors = {}
         step = self._bind(decode, self._many)
         lanes = self._bound_lanes() if self.engines.binds_often else self._copied_lanes()

@@ -15,9 +15,10 @@ from PIL import Image
 
 from himap_export.engines.backends import ANYWAY, Opening
 from himap_export.engines.bundle import Bundle, RunSpec
+from himap_export.engines.prefill import check_memory
 from himap_export.engines.processor import load_processor
 from himap_export.engines.session import Request, Session, open_first
-from himap_export.engines.slots import Slots
+from himap_export.engines.slots import Slots, graphs_of
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.serve.messages import Deliver, Ended, Event, Question, Reason
 from himap_export.serve.scheduler import Scheduler, Ticket, key_of
@@ -208,6 +209,7 @@ class Service:
         """Opens every variant, over one copy of the weights, and lets each answer a question."""
         first = open_first(self.variants[0], self._backend, self._opening, Slots)
         slots = {key_of(first.spec): first}
+        check_memory(first.engines.device, [graph for spec in self.variants for graph in graphs_of(spec)])
         for spec in self.variants[1:]:
             slots[key_of(spec)] = Slots(spec, first.backend, self._opening, first.engines)
         trial = Scheduler(slots, nobody)

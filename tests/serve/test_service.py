@@ -12,11 +12,12 @@ from commands import QUESTIONS_64
 from PIL import Image
 
 from himap_export.engines.backends import Opening
-from himap_export.engines.bundle import Bundle
+from himap_export.engines.bundle import Bundle, RunSpec
 from himap_export.engines.image import load_image
+from himap_export.engines.prefill import check_memory
 from himap_export.engines.sampling import Sampling
 from himap_export.engines.session import Session
-from himap_export.engines.slots import Slots
+from himap_export.engines.slots import Slots, graphs_of
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.serve.kept import describe_kept, image_tokens_kept
 from himap_export.serve.messages import Began, Ended, Event, Piece, Question
@@ -288,6 +289,28 @@ def test_a_bundle_that_cannot_answer_does_not_open(bundle: Bundle, monkeypatch: 
     assert not service.ready
     with pytest.raises(HimapError, match="holds no plan llama"):
         Service(bundle, "shapes", plans=["llama"])
+
+
+def test_variants_that_do_not_fit_the_machine_together_are_refused(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each alone does: half as much memory would be too little for the largest, and there are more than two."""
+    service = Service(bundle, "shapes", opening=Opening(threads=1))
+    largest, memory = max(service.variants, key=lambda spec: sum(spec.budget.capacity)), 1 << 12
+    monkeypatch.setattr("himap_export.engines.prefill.memory_bytes", lambda: memory)
+    while refused(largest):
+        memory *= 2
+    assert len(service.variants) > 2
+    with pytest.raises(HimapError, match="the bundle is too large for this machine"):
+        service.open()
+
+
+def refused(spec: RunSpec) -> bool:
+    try:
+        check_memory("cpu", graphs_of(spec))
+    except HimapError:
+        return True
+    return False
 
 
 def test_one_thread_owns_the_engines(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
