@@ -6,8 +6,8 @@ without holding up those behind it that another variant answers.
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from himap_export.engines.bundle import RunSpec
@@ -55,7 +55,12 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        return sum(len(rows) for rows in self._rows.values())
+        return sum(map(len, self._rows.values()))
+
+    def unplaced(self, tickets: Iterable[Ticket]) -> int:
+        """Counts those of `tickets` for which no slot is free; any thread may ask."""
+        wanted = Counter(key_of(ticket.question.request.spec) for ticket in tickets)
+        return sum(max(0, count - len(self._free[key])) for key, count in wanted.items())
 
     def turn(self) -> None:
         """Does one turn."""

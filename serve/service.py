@@ -118,7 +118,7 @@ class Service:
         found = self._scheduler
         if found is None:
             return Load(0, 0, 0)
-        return Load(found.running, len(self._inbox) + len(found.waiting), found.slots)
+        return Load(found.running, found.unplaced([*self._inbox, *found.waiting.copy()]), found.slots)
 
     def prepare(self, model: str, image: Image.Image, prompt: str) -> Request:
         """Returns the request of one question to a model, in milliseconds; any thread may call it. KeyError for an

@@ -26,7 +26,6 @@ from himap_export.engines.image import (
     load_image,
     nearest_size,
     preprocess,
-    seen_box,
     tile_grid,
 )
 from himap_export.graphs.errors import Exit, HimapError
@@ -112,40 +111,6 @@ SETTINGS: dict[str, tuple[Any, ImagePreprocessing]] = {
         ImagePreprocessing(50, (50, 50), "nearest", mean=(0.0,) * 3, std=(1.0,) * 3),
     ),
 }
-
-
-WHITE = (255, 255, 255)
-
-
-@pytest.mark.parametrize(
-    ("how", "size", "box"),
-    [
-        (ImagePreprocessing((50, 70), None), (30, 90), (0, 0, 1, 1)),  # stretched
-        (ImagePreprocessing(50, (50, 50)), (200, 100), (0.25, 0, 0.75, 1)),
-        (ImagePreprocessing(50, (50, 50)), (100, 200), (0, 0.25, 1, 0.75)),
-        (ImagePreprocessing(40, (50, 50)), (100, 100), (-0.125, -0.125, 1.125, 1.125)),  # a black border
-        (ImagePreprocessing(50, (50, 50), pad_color=WHITE), (100, 50), (0, -0.5, 1, 1.5)),
-        (ImagePreprocessing((60, 60), (30, 30), pad_color=WHITE), (100, 50), (0.25, 0, 0.75, 1)),
-        (ImagePreprocessing((100, 200), None, pad_color=WHITE, letterbox=True), (50, 50), (-0.5, 0, 1.5, 1)),
-        (ImagePreprocessing((100, 200), None, pad_color=WHITE, letterbox=True), (80, 20), (0, -0.5, 1, 1.5)),
-    ],
-)
-def test_the_box_that_the_model_sees_is_where_its_view_comes_from(
-    how: ImagePreprocessing, size: tuple[int, int], box: tuple[float, float, float, float]
-) -> None:
-    """By hand, and in the view itself: the picture brightens from left to right and from top to bottom."""
-    left, top, right, bottom = found = seen_box(size, how)
-    assert found == pytest.approx(box)
-    x, y = np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1])
-    ramps = np.stack([np.tile(x, (size[1], 1)), np.tile(y[:, None], (1, size[0])), np.zeros(size[::-1])], axis=2)
-    view = np.asarray(crop_view(Image.fromarray(ramps.astype(np.uint8)), how)).astype(float) / 255
-    rows, columns = view.shape[:2]
-    for row in range(2, rows, 7):
-        for column in range(2, columns, 7):
-            across = left + (column + 0.5) / columns * (right - left)
-            down = top + (row + 0.5) / rows * (bottom - top)
-            if 0.1 < across < 0.9 and 0.1 < down < 0.9:
-                assert view[row, column, :2] == pytest.approx([across, down], abs=0.04)
 
 
 @pytest.mark.parametrize("picture", PICTURES)
