@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo serve docs test test-slow test-page test-triton triton-env fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers peers-env shapes study study-cuts study-quantised clean
+.PHONY: install demo serve docs test test-slow test-page test-triton triton-env test-ray fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers peers-env shapes study study-cuts study-quantised clean
 
 install: $(READY)
 
@@ -63,6 +63,16 @@ $(TRITON)/.ready: tests/serve/triton-requirements.txt pyproject.toml
 	$(TRITON)/numpy1/bin/pip install --quiet --no-deps numpy==1.26.4
 	echo "import site; site.addsitedir('$$($(TRITON)/bin/python -c 'import site; print(site.getsitepackages()[0])')')" \
 		> $$($(TRITON)/numpy1/bin/python -c 'import site; print(site.getsitepackages()[0])')/rest.pth
+	touch $@
+
+# Two Ray nodes on this machine, a few minutes; Ray is heavy, and lives in an environment of its own.
+RAY := .ray-venv
+test-ray: install $(RAY)/.ready
+	HIMAP_RAY_PYTHON=$(CURDIR)/$(RAY)/bin/python $(BIN)/pytest tests/serve/test_ray.py -m slow
+
+$(RAY)/.ready: pyproject.toml constraints.txt tests/serve/ray-constraints.txt
+	test -x $(RAY)/bin/python || $(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/pip install --quiet --constraint constraints.txt --constraint tests/serve/ray-constraints.txt --editable '.[onnxruntime,ray]'
 	touch $@
 
 # Twenty minutes of bad input at every command's doors; HIMAP_FUZZ_SEED repeats an order.

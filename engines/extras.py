@@ -18,6 +18,7 @@ EXTRAS = {
     "triton": "plugin",
     "polygraphy": "polygraphy",
     "optimum": "optimum",
+    "ray": "ray",
     "shtab": "completion",
 } | dict.fromkeys(("altair", "jinja2", "vl_convert"), "report")
 EXTRAS |= dict.fromkeys(("anyio", "h11", "prometheus_client", "starlette", "uvicorn"), "serve")

@@ -118,7 +118,7 @@ class Door:
                 raise as_api_error(problem, "messages") from None
         return Question(
             f"chatcmpl-{uuid4().hex}", chat.model, request, new_tokens, asked=asked, sampling=chat.sampling,
-            stop=chat.stops, deadline=asked + self.options.request_s,
+            stop=chat.stops, deadline=asked + self.options.request_s, streamed=bool(chat.stream),
         )  # fmt: skip
 
     def _known(self, name: str) -> None:

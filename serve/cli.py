@@ -4,8 +4,9 @@ import argparse
 import re
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from himap_export.engines.cli import add_bundle_options, check_bundle_options, open_bundle
 from himap_export.engines.command import ALL_DEVICES, DEVICE_HELP, MOST_THREADS, Parser, number, run_command, whole
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from himap_export.serve.service import Service
 
 DAY = 86400
+AService = TypeVar("AService", bound="Service")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,11 +80,12 @@ def _run(args: argparse.Namespace) -> None:
     from himap_export.serve.app import make_app
     from himap_export.serve.http import LoggedWarnings, Serving, listen
     from himap_export.serve.logs import RequestLog
+    from himap_export.serve.service import Service
 
     log = RequestLog(sys.stderr, log_prompts=args.log_prompts)
     logging.getLogger().addHandler(LoggedWarnings(log))
     logging.captureWarnings(True)
-    service, options = _service(args, bundle, log)
+    service, options = watched_service_of(args, bundle, log, Service)
     place = listen(args.host, args.port)
     host, port = place.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
@@ -101,14 +104,25 @@ def _run(args: argparse.Namespace) -> None:
         log.write("stop")
 
 
-def _service(args: argparse.Namespace, bundle: "Bundle", log: "RequestLog") -> tuple["Service", "Options"]:
-    """The service, which its metrics watch, and how its door is kept."""
+def service_of(args: argparse.Namespace, bundle: "Bundle", make: Callable[..., AService], **more: object) -> AService:
+    """Returns the service that options ask for; `make` is Service, or takes what that takes."""
     from himap_export.engines.backends import Opening
+    from himap_export.serve.service import Settings
+
+    return make(
+        bundle, _name(args, bundle), plans=args.plan, backend=args.backend, opening=Opening(args.threads, args.device),
+        settings=Settings(args.max_batch, args.max_queue, args.prefills), **more,
+    )  # fmt: skip
+
+
+def watched_service_of(
+    args: argparse.Namespace, bundle: "Bundle", log: "RequestLog", make: Callable[..., AService]
+) -> tuple[AService, "Options"]:
+    """Returns the service that options ask for, which its metrics watch, and how its door is kept."""
     from himap_export.serve.app import Options
     from himap_export.serve.messages import Event, Question
     from himap_export.serve.metrics import Metrics
     from himap_export.serve.pictures import PictureLimits
-    from himap_export.serve.service import Service, Settings
 
     def watch(question: Question, event: Event) -> None:
         metrics.watch(question, event)
@@ -118,10 +132,7 @@ def _service(args: argparse.Namespace, bundle: "Bundle", log: "RequestLog") -> t
         hosts=tuple(args.allow_image_host), **{name: value for name, value in asked.items() if value is not None}
     )
     keys = _keys(args.api_key_file) if args.api_key_file is not None else ()
-    service = Service(
-        bundle, _name(args, bundle), plans=args.plan, backend=args.backend, opening=Opening(args.threads, args.device),
-        settings=Settings(args.max_batch, args.max_queue, args.prefills), watch=watch,
-    )  # fmt: skip
+    service = service_of(args, bundle, make, watch=watch)
     metrics = Metrics(service)
     return service, Options(keys, limits, request_s=args.request_timeout, metrics=metrics, log=log)
 

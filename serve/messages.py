@@ -18,7 +18,7 @@ class Question:
     """One request, checked and prepared. Times are of `time.monotonic`, in seconds.
 
     `request` holds one prompt and the variant that it fits; `stop`: texts that end the answer, and are not part of it;
-    `deadline`: when it is given up, waiting or not.
+    `deadline`: when it is given up, waiting or not. `streamed`: it is read as it comes; else nobody sees a part of it.
     """
 
     id: str
@@ -29,6 +29,7 @@ class Question:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     deadline: float = math.inf
+    streamed: bool = True
 
     @property
     def prompt_tokens(self) -> int:
