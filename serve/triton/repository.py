@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -44,11 +45,12 @@ def write_repository(
         details = f"{name[:80]!r} is not up to 100 letters, digits, dots, dashes and underscores"
         raise HimapError("the models of Triton cannot have this name", details, "give a `model_name`", Exit.USAGE)
     target, settings = _settled(folder), settings or Settings()
+    chosen = [bundle.plan_name(plan) for plan in plans]
     said = {
         "bundle": os.path.realpath(bundle.folder),
         "weights": [os.path.realpath(folder) for folder in bundle.weight_folders],
         "name": name,
-        "plans": [bundle.plan_name(plan) for plan in plans],
+        "plans": chosen,
         "backend": backend,
         "device": opening.device,
         "threads": opening.threads,
@@ -58,11 +60,10 @@ def write_repository(
         "verify": verify,
     }
     content = _models(bundle, name, settings, _parameters(said))
-    budgets = [v.budget for v in bundle.manifest.variants]
     content["README.md"] = _filled(
-        "README.md", name=name, bundle=str(said["bundle"]), folder=str(target), rows=str(_rows(bundle, settings)),
-        plans=", ".join(dict.fromkeys(v.plan_name for v in bundle.manifest.variants)),
-        new=str(min(budget.new for budget in budgets)),
+        "README.md", name=name, bundle=str(said["bundle"]), mounts=_mounts(target, bundle),
+        rows=str(_rows(bundle, settings)), new=str(min(v.budget.new for v in bundle.manifest.variants)),
+        plans=", ".join(chosen or dict.fromkeys(v.plan_name for v in bundle.manifest.variants)),
     )  # fmt: skip
     with _becoming(target) as work:
         for path, text in content.items():
@@ -96,6 +97,12 @@ def _rows(bundle: Bundle, settings: Settings) -> int:
     """How many requests may be one batch: all get a slot at once."""
     slots = (max(1, v.budget.slots) for v in bundle.manifest.variants)
     return max(1, min(settings.max_queue, settings.max_batch or settings.max_queue, *slots))
+
+
+def _mounts(target: Path, bundle: Bundle) -> str:
+    """Returns docker's options by which a container sees all that the models open, the bundle where it is here."""
+    inside = [f"{place}:{place}:ro" for place in map(os.path.realpath, (bundle.folder, *bundle.weight_folders))]
+    return " ".join(f"-v {shlex.quote(mount)}" for mount in (f"{target}:/models:ro", *inside))
 
 
 def _filled(template: str, **values: str) -> str:

@@ -2,6 +2,7 @@
 
 import py_compile
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,10 @@ def utils() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def models(shapes: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("triton") / "new" / 'mo"d\\els ü'
-    write_repository(shapes, folder, name="shapes", opening=Opening(threads=1), settings=Settings(max_queue=8))
+    settings = Settings(max_queue=8)
+    write_repository(
+        shapes, folder, name="shapes", plans=("himap", "none"), opening=Opening(threads=1), settings=settings
+    )
     return folder
 
 
@@ -85,10 +89,17 @@ def test_the_repository_is_whole_and_says_what_was_asked(models: Path, shapes: B
     for kind in ("stream", "batch"):
         py_compile.compile(str(models / f"shapes-{kind}" / "1" / "model.py"), doraise=True)
     batch = (models / "shapes-batch" / "config.pbtxt").read_text()
-    assert "max_batch_size: 4" in batch and "max_queue_size: 8" in batch and "decoupled" not in batch
+    assert (
+        f"max_batch_size: {shapes.select().budget.slots}\n" in batch
+        and "max_queue_size: 8" in batch
+        and "decoupled" not in batch
+    )
     assert "decoupled: true" in (models / "shapes-stream" / "config.pbtxt").read_text()
     readme = (models / "README.md").read_text()
     assert str(shapes.folder) in readme and "shapes-stream/generate_stream" in readme and "qa, none" in readme
+    (mounts,) = re.findall(r"^ +(-v .*) \\$", readme, re.M)
+    place = shapes.folder.resolve()
+    assert shlex.split(mounts) == ["-v", f"{models}:/models:ro", "-v", f"{place}:{place}:ro"]
     (example,) = re.findall(r"```python\n(.*?)```", readme, re.S)
     compile(example, "README.md", "exec")
 
@@ -159,9 +170,9 @@ def test_answers_stream_side_by_side_as_alone(stream: streaming.TritonPythonMode
         (request(b"no image"), "not an image that is PNG, JPEG: IMAGE"),
         (request(b""), "not an image"),
         (request(LETTER.read_bytes()[:90]), "image is damaged: IMAGE"),
-        (request(prompt="what " * 99), "the budget is 40"),
+        (request(prompt="what " * 99), "text tokens: the budget is"),
         (request(PLAN=b"non"), "there is no plan non: there are qa, none; did you mean none?"),
-        (request(MAX_NEW_TOKENS=17), "MAX_NEW_TOKENS is 17: the bundle's budget allows 1 to 16"),
+        (request(MAX_NEW_TOKENS=99), "MAX_NEW_TOKENS is 99: the bundle's budget allows 1 to"),
         (request(MAX_NEW_TOKENS=0), "MAX_NEW_TOKENS is 0"),
         (request(TEMPERATURE=np.nan), "temperature nan"),
         (request(TOP_P=0.0), "top_p 0.0 is outside"),
