@@ -97,7 +97,7 @@ def open_points(bench: Bench, server: Server, closed: Closed) -> list[Point]:
 
 
 def admission(bench: Bench) -> dict[int, list[Point]]:
-    """Returns by number of prefills between two steps a closed loop and an open one of the pruned plan; the servers take
+    """Returns by number of prefills between two steps a closed loop and an open one of the pruned plan; servers take
     turns."""
     tokens, rate = bench.args.tokens[0], 0.0
     rounds: dict[int, tuple[list[Loaded], list[Loaded]]] = {prefills: ([], []) for prefills in PREFILLS}

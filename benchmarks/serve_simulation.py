@@ -1,7 +1,7 @@
 """A discrete simulation of three ways to serve, where costs are given: one after the other, static batches, slots.
 
-Arrivals are Poisson's, answers uniform in length, every cost is a constant. What is measured elsewhere on a CPU and what
-is assumed of a GPU differ in their costs alone.
+Arrivals are Poisson's, answers uniform in length, every cost is a constant. What is measured elsewhere on a CPU and
+what is assumed of a GPU differ in their costs alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,7 +71,7 @@ def static(arrivals: Floats, lengths: Integers, costs: Costs) -> Served:
 
 
 def slots(arrivals: Floats, lengths: Integers, costs: Costs, prefills: int = 1) -> Served:
-    """Serves each in a row of its own, with at most `prefills` between two steps; a row is free when its answer ends."""
+    """Serves each in a row of its own, with at most `prefills` between two steps; a row whose answer ends is free."""
     now, at, rows, first = 0.0, 0, list[list[int]](), list[float]()
     whole = [0.0] * len(arrivals)
     while at < len(arrivals) or rows:

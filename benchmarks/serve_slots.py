@@ -9,7 +9,6 @@ import time
 from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from serve_model import PRUNED, Bundles, pictures, question

@@ -1,8 +1,8 @@
 """A soak of `himap-serve`: thousands of requests, good ones and bad ones, and what must hold of every one of them.
 
-The shipped model answers drawn pictures with three plans and two text budgets, as it is and made to say more. Each whole answer must be the one of a
-single run, each request must end with an answer or an error object, the queue must keep its bound, slots must be free
-and memory flat at the end. Exit code 1 if any of that fails.
+The shipped model answers drawn pictures with three plans and two text budgets, as it is and made to say more. Each
+whole answer must be the one of a single run, each request must end with an answer or an error object, the queue must
+keep its bound, slots must be free and memory flat at the end. Exit code 1 if any of that fails.
 """
 
 import argparse
@@ -147,8 +147,8 @@ def checks(soak: Soak, samples: Samples, alive: bool, count: int) -> Iterator[Ch
     )
     yield Check("none lost without an error object", not kinds["lost"], f"{kinds['lost']} lost")
     bursts = sum(outcome.behaviour == "burst" for outcome in soak.outcomes)
-    yield Check("bursts are refused with 429, and nothing with anything else",
-                set(refused) <= {429} and bool(refused) == bool(bursts), f"{dict(refused)} of {bursts} in bursts")  # fmt: skip
+    proper = set(refused) <= {429} and bool(refused) == bool(bursts)
+    yield Check("only bursts are refused, with 429", proper, f"{dict(refused)} of {bursts}")
     most = max(samples.waiting)
     yield Check(f"at most {QUEUE} wait", most <= QUEUE, f"{most} of {len(samples.waiting)} samples")
     now = samples.running[-1], samples.waiting[-1]
@@ -238,9 +238,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the bundles and the servers' logs here")
     args = parser.parse_args()
     share = args.requests // len(args.models)
-    counts = {name: share for name in args.models[1:]} | {
-        args.models[0]: args.requests - share * (len(args.models) - 1)
-    }
+    counts = dict.fromkeys(args.models[1:], share) | {args.models[0]: args.requests - share * (len(args.models) - 1)}
     with work_folder(args.work and args.work.absolute()) as work:
         held = [soak_server(args, work, name, counts[name]) for name in args.models]
     sys.exit(0 if all(held) else 1)

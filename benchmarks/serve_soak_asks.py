@@ -1,4 +1,5 @@
-"""What the soak asks: drawn pictures in several formats, questions, and what single runs answer; bodies that are wrong."""
+"""What the soak asks: drawn pictures in several formats, questions, what single runs answer, and requests that are
+wrong."""
 
 import base64
 import io
