@@ -11,7 +11,8 @@ from typing import Any, Literal
 from serve_soak_asks import Malformed, Truth
 
 PATIENCE_S = 120  # in which every request must have ended
-READ_S, STALL_S, LEAVES_S = 1.0, 4.0, 1.0  # between a slow reader's chunks; until one that stopped leaves; any, at most
+READ_S = 1.0  # between a slow reader's chunks
+STALL_S, LEAVES_S = 4.0, 0.5  # until a reader that stopped leaves; one that leaves in the middle, at most
 Kind = Literal["right", "wrong", "error", "left", "lost"]
 
 
@@ -123,11 +124,14 @@ class Door:
         return bytes(raw)
 
     async def leave(self, request: bytes, draw: random.Random) -> bytes:
-        """Leaves at some moment, in the middle of the request or of the answer; returns what had come."""
+        """Leaves in the middle of the request, of the wait or of the answer; returns what had come."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         raw = bytearray()
         try:
-            writer.write(request if draw.random() < 0.8 else request[: draw.randrange(len(request))])
+            when = draw.choice(("request", "waiting", "answer", "answer"))
+            writer.write(request[: draw.randrange(len(request))] if when == "request" else request)
+            if when == "answer":
+                raw += await reader.read(4096)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(draw.random() ** 2 * LEAVES_S):
                     while chunk := await reader.read(4096):

@@ -1,4 +1,4 @@
-"""The serving benchmark and the soak without a model: loops over a stub of a server, what they come to, and verdicts."""
+"""The serving benchmark and the soak without a model: loops over a stub of a server, what they come to, verdicts."""
 
 import asyncio
 import json
