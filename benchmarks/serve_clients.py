@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 LONGEST_LINE = 2**20
-LEAST = 4  # answers that must end in a window, or it goes on
+ROUNDS = 3  # of everybody who has a slot, that must end in a window, or it goes on
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ async def ask(port: int, body: bytes, due: float | None = None) -> Answered:
 async def closed_loop(port: int, bodies: Sequence[bytes], clients: int, seconds: float, *, settled: int) -> Loaded:
     """Has each of `clients` ask again as soon as it has its answer.
 
-    The window begins when `settled` answers have ended, and lasts `seconds` or, if that is longer, until LEAST have
-    ended in it; the clients go on until all that was asked in it has ended.
+    The window begins with an end, when `settled` answers have ended, and lasts `seconds` or, if that is longer, until
+    ROUNDS times as many have ended in it: those who began together end together. The clients go on until all that was
+    asked in it has ended.
     """
     found, asked, next_body = list[Answered](), dict[int, float](), itertools.cycle(bodies)
 
@@ -83,18 +84,17 @@ async def closed_loop(port: int, bodies: Sequence[bytes], clients: int, seconds:
         tasks = [group.create_task(client(number)) for number in range(clients)]
         while len(found) < settled:
             await asyncio.sleep(0.005)
-        begin = time.perf_counter()
+        begin, before = max(answer.ended for answer in found), len(found)
         await asyncio.sleep(seconds)
-        while len(found) < settled + LEAST:
+        while len(found) < before + ROUNDS * settled:
             await asyncio.sleep(0.005)
         end = time.perf_counter()
         while any(begin <= since < end for since in asked.values()):
             await asyncio.sleep(0.005)
         for task in tasks:
             task.cancel()
-    ends = sorted(answer.ended for answer in found if begin <= answer.ended < end)
-    rate = (len(ends) - 1) / (ends[-1] - ends[0])
-    return Loaded(rate, tuple(answer for answer in found if begin <= answer.due < end))
+    ends = [answer.ended for answer in found if begin < answer.ended < end]
+    return Loaded(len(ends) / (max(ends) - begin), tuple(answer for answer in found if begin <= answer.due < end))
 
 
 async def open_loop(port: int, bodies: Sequence[bytes], rate: float, seconds: float, *, seed: int = 0) -> Loaded:
