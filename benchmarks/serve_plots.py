@@ -21,10 +21,11 @@ def plot_load(closed: Closed, title: str, file: Path) -> None:
     panels = []
     for tokens in dict.fromkeys(tokens for tokens, _, _ in closed):
         base = alt.Chart({"values": [row for row in rows if row["tokens"] == tokens]}).encode(
-            alt.X("clients:O", title="clients"), color=alt.Color("plan:N", title=None)
+            alt.X("clients:O", title="clients", axis=alt.Axis(labelAngle=0)),
+            color=alt.Color("plan:N", title=None, legend=alt.Legend(symbolOpacity=1)),
         )
         line = base.mark_line(point=True).encode(
-            alt.Y("middle:Q", title=None, scale=alt.Scale(zero=True)), strokeDash=alt.StrokeDash("plan:N", title=None)
+            alt.Y("middle:Q", title=None, scale=alt.Scale(zero=True)), strokeDash=alt.StrokeDash("plan:N", legend=None)
         )
         band = base.mark_area(opacity=0.16).encode(alt.Y("low:Q", title=None), alt.Y2("high:Q"))
         drawn = (band + line).properties(width=230, height=180)
@@ -53,12 +54,12 @@ def plot_admission(points: Mapping[int, Sequence[Point]], title: str, file: Path
         for prefills, found in points.items() for point in found for q in (50, 95)
     ]  # fmt: skip
     base = alt.Chart({"values": rows}).encode(
-        alt.X("between:Q", title="between tokens, s", scale=alt.Scale(zero=False, padding=18)),
-        alt.Y("first:Q", title="to the first token, s", scale=alt.Scale(zero=False, padding=18)),
-        color=alt.Color("quantile:N", title=None),
+        alt.X("between:Q", title="between tokens, s", scale=alt.Scale(zero=True)),
+        alt.Y("first:Q", title="to the first token, s", scale=alt.Scale(zero=True)),
+        color=alt.Color("quantile:N", title=None, legend=alt.Legend(symbolOpacity=1)),
     )
     line = base.mark_line(opacity=0.5).encode(order="prefills:Q")
-    point = base.mark_point(filled=True, size=60).encode(shape=alt.Shape("quantile:N", title=None))
+    point = base.mark_point(filled=True, size=60).encode(shape=alt.Shape("quantile:N", legend=None))
     text = base.mark_text(dy=-10).encode(text="prefills:N")
     drawn = (line + point + text).properties(width=330, height=260)
     faceted = drawn.facet(alt.Column("load:N", title="prefills between two decode steps"))
