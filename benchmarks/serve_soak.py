@@ -232,7 +232,7 @@ def main() -> None:
     )
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--distinct", type=int, default=500, help="different questions of each model")
-    parser.add_argument("--prefills", type=int, default=1, help="the server's")
+    parser.add_argument("--prefills", type=int, default=4, help="the server's: more run together")
     parser.add_argument("--backend", help="default: the best that is installed; of the soft one onnxruntime")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the bundles and the servers' logs here")

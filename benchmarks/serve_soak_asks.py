@@ -116,9 +116,9 @@ def asks(questions: Sequence[str], count: int, seed: int) -> list[Ask]:
     """Returns distinct questions; some are said several times over, and need the larger text budget."""
     draw, found = random.Random(seed), dict[Ask, None]()
     while len(found) < count:
-        picture, temperature = draw.randrange(len(questions)), draw.choice((0.0, 0.0, 0.7, 1.5))
+        picture, temperature = draw.randrange(len(questions)), draw.choice((0.0, 0.7, 1.5, 1.5))
         prompt = " ".join([questions[picture]] * draw.choice((1, 1, 3)))
-        new = draw.choice((1, 2, 3, 8, NEW_TOKENS))
+        new = draw.choice((1, 3, 8, NEW_TOKENS, NEW_TOKENS))
         found[Ask(draw.choice(PLANS), picture, prompt, new, temperature, seed=draw.randrange(SEEDS))] = None
     return list(found)
 
