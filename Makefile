@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo serve docs test test-slow test-page test-triton triton-env test-ray fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers peers-env shapes study study-cuts study-quantised clean
+.PHONY: install demo serve docs test test-slow test-page test-triton triton-env test-ray fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers bench-serve soak-serve peers-env shapes study study-cuts study-quantised clean
 
 install: $(READY)
 
@@ -128,6 +128,14 @@ bench-analysis: install
 # An hour on 2 quiet cores, most of it llama.cpp's and onnxruntime-genai's; docs/benchmarks.md.
 bench-peers: install peers-env
 	$(BIN)/python benchmarks/peers.py --work build/peers --plot build/peers/peers.png
+
+# Half an hour on 2 quiet cores: the real server under load, pruned beside unpruned; docs/benchmarks.md.
+bench-serve: install
+	$(BIN)/python benchmarks/serve.py --simulate --work build/serve --plot build/serve
+
+# 10,000 requests, good and bad, and what must hold of each of them.
+soak-serve: install
+	$(BIN)/python benchmarks/serve_soak.py
 
 # The peers live in an environment of their own; of llama.cpp only its benchmark and quantiser are built, for this CPU.
 PEERS := .peers-venv

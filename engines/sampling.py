@@ -55,5 +55,6 @@ class Sampler:
         p /= p.sum()
         order = np.argsort(-p, kind="stable")
         # A token stays if those before it have not yet reached top_p: the first one always does.
-        order = order[np.cumsum(p[order]) - p[order] < self.how.top_p]
-        return int(random.choice(order, p=p[order] / p[order].sum()))
+        # By their ids: two that are as likely as each other stay where they are, whatever the last bits of logits say.
+        kept = np.sort(order[np.cumsum(p[order]) - p[order] < self.how.top_p])
+        return int(random.choice(kept, p=p[kept] / p[kept].sum()))

@@ -107,6 +107,15 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
         assert set(draws(Sampling(1.0, top_p), 400, logits)[:, 0].tolist()) == allowed
 
 
+def test_the_last_bits_of_logits_move_no_draw() -> None:
+    """Tokens that are as likely as each other change places when they are ranked: a decode over one row or over eight
+    may then draw another."""
+    logits = np.random.default_rng(0).choice(np.linspace(0, 0.5, 20, dtype=np.float32), (1, 500))
+    noise = np.random.default_rng(1).uniform(-1e-6, 1e-6, logits.shape).astype(np.float32)
+    how = Sampling(temperature=1.5, seed=3)
+    np.testing.assert_array_equal(draws(how, 200, logits), draws(how, 200, logits + noise))
+
+
 def test_a_low_temperature_does_not_overflow() -> None:
     logits = np.array([[-3e4, 3e4, 0.0]], np.float32)
     assert draws(Sampling(temperature=1e-6), 5, logits).tolist() == [[1]] * 5
