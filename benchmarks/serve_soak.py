@@ -226,7 +226,9 @@ def soak_server(args: argparse.Namespace, work: Path, name: str, count: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=10_000, help="of all models together")
+    parser.add_argument(
+        "--requests", type=int, default=10_000, help="of all models together; of a few hundred the memory still grows"
+    )
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, default=list(MODELS), help="as shipped, and one that says more"
     )
