@@ -3,6 +3,7 @@ connection and neither send nor read."""
 
 import asyncio
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -12,8 +13,34 @@ from himap_export.serve.errors import ApiError, unavailable
 
 MAX_CONNECTIONS = 512
 SENDING_S = 15.0  # to send a request's headers, or the rest of a body that was refused
+LINGER_S = 2.0
 READING_S = 30.0  # in which a client must take something of what waits for it
 STATUS = {431: "the headers are too large", 501: "the transfer-encoding is not implemented"}
+
+
+class Lingering:
+    """A transport that first hears a client out, for LINGER_S, where it is closed in the middle of a request: with
+    bytes that nobody has read, TCP would take the answer back."""
+
+    def __init__(self, transport: asyncio.Transport, speaks: Callable[[], bool]) -> None:
+        self._transport, self._speaks, self._lingers = transport, speaks, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        """Tells whether nothing more is answered."""
+        return self._lingers or self._transport.is_closing()
+
+    def close(self) -> None:
+        """Closes, now or when the client has closed."""
+        if self._lingers or not self._speaks() or self._transport.is_closing():
+            self._transport.close()
+            return
+        self._lingers = True
+        self._transport.write_eof()
+        self._transport.resume_reading()
+        asyncio.get_running_loop().call_later(LINGER_S, self._transport.close)
 
 
 class Protocol(H11Protocol):
@@ -26,7 +53,8 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Takes a connection. For one too many the one that has asked for nothing the longest goes; if all have, the
         new one is told so."""
-        super().connection_made(transport)
+        speaks = Lingering(transport, lambda: self.conn.their_state in (h11.SEND_BODY, h11.ERROR))
+        super().connection_made(speaks)  # type: ignore[arg-type]
         transport.set_write_buffer_limits(0)  # so that `pause_writing` tells of every client that does not read
         self._idle_since = self.loop.time()
         self._watch_sending()
@@ -44,6 +72,8 @@ class Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Reads, and watches how long it takes."""
+        if self.transport.is_closing():
+            return  # to somebody who has been answered
         super().data_received(data)
         self._watch_sending()
 

@@ -48,29 +48,29 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-class ImageUrl(Struct, forbid_unknown_fields=True):
+class ImageUrl(Struct, frozen=True, forbid_unknown_fields=True):
     url: str
     detail: Literal["auto"] = "auto"
 
 
-class TextPart(Struct, tag="text", forbid_unknown_fields=True):
+class TextPart(Struct, tag="text", frozen=True, forbid_unknown_fields=True):
     text: str
 
 
-class ImagePart(Struct, tag="image_url", forbid_unknown_fields=True):
+class ImagePart(Struct, tag="image_url", frozen=True, forbid_unknown_fields=True):
     image_url: ImageUrl
 
 
-class Message(Struct, forbid_unknown_fields=True):
+class Message(Struct, frozen=True, forbid_unknown_fields=True):
     role: str
     content: str | list[TextPart | ImagePart]
 
 
-class StreamOptions(Struct, forbid_unknown_fields=True):
+class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool = False
 
 
-class Extension(Struct, forbid_unknown_fields=True):
+class Extension(Struct, frozen=True, forbid_unknown_fields=True):
     """Ours: `return_kept`: which patches each cut kept; `return_timing`: what the server measured."""
 
     return_kept: bool = False
@@ -87,7 +87,7 @@ class Style:
     timing: bool = False
 
 
-class Chat(Struct, forbid_unknown_fields=True):
+class Chat(Struct, frozen=True, forbid_unknown_fields=True):
     """The body of POST /v1/chat/completions, without what is neutral. `temperature` is 0, the reproducible one, where
     it is not given; `seed` is 0 then, and any for answers that are drawn."""
 

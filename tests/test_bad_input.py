@@ -376,8 +376,8 @@ def test_manifests(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     inputs = save_inputs(tmp_path / "in.npz", prompts())
     good = json.loads((copy / "manifest.json").read_text())
     for changed, words in (
-        (good | {"schema": 7}, "update himap-export"),
-        (good | {"schema": 5}, "export it again"),
+        (good | {"schema": 8}, "update himap-export"),
+        (good | {"schema": 6}, "export it again"),
         (good | {"variants": 3}, "is damaged"),
         ({k: v for k, v in good.items() if k != "graphs"}, "is damaged"),
     ):

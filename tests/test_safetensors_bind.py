@@ -98,7 +98,9 @@ def test_onnxruntime_opens_each_file_by_its_path_and_gives_the_pipelines_numbers
     pipeline.prefill(inputs.input_ids, inputs.pixel_values)
     for name in GRAPHS[:-1]:
         session = cpu_session(elsewhere / f"{name}.onnx")
-        held = {n: pipeline.tensors[port.place].read() for n, port in pipeline._ports(name).items()}
+        graph = pipeline.spec.graph(name)
+        ports = {**graph.inputs, **graph.outputs}
+        held = {n: pipeline.tensors[port.place].read() for n, port in ports.items()}
         outputs = session.run(None, {i.name: held[i.name] for i in session.get_inputs()})
         for output, found in zip(session.get_outputs(), outputs, strict=True):
             wanted = held[output.name]

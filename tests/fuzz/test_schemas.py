@@ -10,7 +10,7 @@ from msgspec import inspect
 
 ROOMS = tuple(f"himap_export.{room}" for room in ("graphs", "engines", "serve", "exporter", "validate"))
 # Modules that need what not every machine has.
-FOREIGN = (".nvinfer", ".plugin", ".backends", "optimum")
+FOREIGN = (".nvinfer", ".plugin", ".backends", "optimum", "serve.ray")
 
 
 def schemas() -> list[type[msgspec.Struct]]:

@@ -133,8 +133,8 @@ def test_kept_patches_and_times_come_when_asked_for(door: Served) -> None:
 
 
 def test_how_an_answer_ends_and_is_drawn(door: Served) -> None:
-    def told(**more: object) -> tuple[str, str]:
-        status, _, document = door.chat(question("how many circles?", **more))  # type: ignore[arg-type]
+    def told(asked: str = "how many circles?", **more: object) -> tuple[str, str]:
+        status, _, document = door.chat(question(asked, **more))  # type: ignore[arg-type]
         assert status == 200, document
         return document["choices"][0]["message"]["content"], document["choices"][0]["finish_reason"]
 
@@ -142,7 +142,7 @@ def test_how_an_answer_ends_and_is_drawn(door: Served) -> None:
     assert reason == "stop" and len(text) > 2
     assert told(max_tokens=1)[1] == told(max_completion_tokens=1)[1] == "length"
     assert told(stop=text[1:3]) == told(stop=["#", text[1:3]]) == (text[:1], "stop")
-    drawn = [told(temperature=2, seed=seed)[0] for seed in (1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6)]
+    drawn = [told("where where where", temperature=2, seed=seed)[0] for seed in (1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6)]
     assert drawn[:6] == drawn[6:] and len(set(drawn)) > 1
     neutral = {"n": 1, "logprobs": False, "tools": [], "frequency_penalty": 0.0, "response_format": {"type": "text"}}
     assert told(**neutral, user=None, seed=None) == (text, reason)

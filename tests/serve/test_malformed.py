@@ -1,8 +1,10 @@
 """What nobody should send: each is an OpenAI error object with its status, and the server goes on answering."""
 
 import gzip
+import http.client
 import io
 import json
+import socket
 import struct
 import zlib
 from collections.abc import Callable
@@ -255,3 +257,24 @@ def test_the_server_is_alive_and_right_afterwards(door: Served) -> None:
     assert status == 200 and headers["content-type"] == JSON["content-type"]
     assert document["choices"][0]["message"]["content"] == "C"
     assert door.service.load.running == door.service.load.waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: text/plain\r\n", 415),
+        (b"POST /nowhere HTTP/1.1\r\nhost: x\r\nconnection: close\r\n", 404),
+        (b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\na: " + b"a" * 70_000 + b"\r\n", 431),
+    ],
+)
+def test_who_goes_on_sending_is_heard_out_and_gets_the_answer(door: Served, head: bytes, status: int) -> None:
+    """Closed at once, with bytes that nobody has read, TCP would reset the connection, and the answer with it."""
+    size = 8 << 20
+    with socket.create_connection(("127.0.0.1", door.port), timeout=20) as connection:
+        connection.sendall(head + b"authorization: Bearer " + KEY.encode() + b"\r\ncontent-length: %d\r\n\r\n" % size)
+        for _ in range(size >> 16):
+            connection.sendall(bytes(1 << 16))
+        answered = http.client.HTTPResponse(connection)
+        answered.begin()
+        assert answered.status == status and json.loads(answered.read())["error"]["message"]
+        assert connection.recv(1) == b""
