@@ -1,7 +1,7 @@
 """`himap-serve` under load: the pruned plan and the unpruned one of the same bundle on the same server, in turn.
 
-The random LLaVA of `prefill.py` at 35 + 576 + 135 prompt tokens answers over HTTP, 8 questions at a time: closed loops,
-open ones, with several prefills between two decode steps; and slots beside static batches, in one process.
+The random LLaVA of `prefill.py` at 35 + 576 + 135 prompt tokens answers over HTTP, 16 questions at a time: closed
+loops, open ones, with several prefills between two decode steps; and slots beside static batches, in one process.
 docs/benchmarks.md says how and what was found.
 """
 
@@ -183,7 +183,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=24, help="for slots beside static batches")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="open needs closed")
     parser.add_argument("--simulate", action="store_true", help="extrapolate slots to a GPU's costs, which are assumed")
-    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--backend", default="openvino", help="onnxruntime computes fp32 (default: openvino)")
     parser.add_argument("--dtype", default="bf16" if bf16 else "fp32", help="default: bf16, if the CPU computes it")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
