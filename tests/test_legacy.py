@@ -54,7 +54,7 @@ def test_kept_positions_and_logits_are_the_releases(work: Workshop, tmp_path: Pa
         np.testing.assert_allclose(found[0], golden[score], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "batch"), [("fp32", 3), ("fp16", 1)])
+@pytest.mark.parametrize(("dtype", "batch"), [("fp32", 3), pytest.param("fp16", 1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "make",
     [

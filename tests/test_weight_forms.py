@@ -107,6 +107,7 @@ def test_a_wrong_folder_is_refused_before_anything_is_loaded(
     assert "has its own weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_alias_needs_no_network(tmp_path: Path) -> None:
     """LLaVA-7B at real size: graphs and their weights' names, no weights."""
     out = tmp_path / "bundle"

@@ -117,7 +117,9 @@ def _steps(run: Run, folder: Path, originals: Mapping[str, Path], before: str, e
 WAYS = [("old", True), ("old", False), ("nothing", True)]
 
 
-@pytest.mark.parametrize(("before", "exchange"), WAYS)
+@pytest.mark.parametrize(
+    ("before", "exchange"), [WAYS[0], *(pytest.param(*way, marks=pytest.mark.slow) for way in WAYS[1:])]
+)
 def test_a_signal_at_every_step(
     run: Run, originals: Mapping[str, Path], tmp_path: Path, before: str, exchange: bool
 ) -> None:

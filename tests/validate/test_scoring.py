@@ -203,6 +203,7 @@ def test_bad_lines_are_left_out_when_asked(bundle: Path, tmp_path: Path, capsys:
     assert "left out: line 1" in err and len(json.loads(out)["skipped"]) == 1
 
 
+@pytest.mark.slow
 def test_parity_and_speed_make_a_report_too(work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--prompts", 1, "--max-new-tokens", 2, "--iterations", 1, "--warm-up", 0, "--threads", 1)
     assert call(main, work.bundle("golden"), *flags, "--report", tmp_path) == 0

@@ -260,6 +260,7 @@ def test_plans_can_be_exported(tuned: Path) -> None:
     assert (tuned / "flops.png").is_file() and (tuned / "time.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_stopped(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again = Path(shutil.copytree(tuned, tmp_path / "again"))
     lines = (again / "sweep.jsonl").read_text().splitlines(keepends=True)

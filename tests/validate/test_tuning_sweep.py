@@ -59,6 +59,7 @@ def test_two_processes_say_what_one_prefill_a_plan_says(asked: list[tuple[int, E
             assert token == int(wanted.logits[0].argmax())
 
 
+@pytest.mark.slow
 def test_an_error_in_a_worker_is_told_as_it_is(
     asked: list[tuple[int, Example]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -116,6 +116,7 @@ def test_speed_in_the_same_run(work: Workshop, capsys: Capture) -> None:
             assert low <= middle <= high
 
 
+@pytest.mark.slow
 def test_a_vision_tower_that_lies_elsewhere(tmp_path: Path, capsys: Capture) -> None:
     """It is needed three times: by the reference, by the unpruned baseline, and by the PyTorch that is timed."""
     model, tower = Path(shutil.copytree(FIXTURES / "internvl-v1-tiny", tmp_path / "model")), tmp_path / "tower"
@@ -256,6 +257,7 @@ def test_places_are_checked_before_any_work(work: Workshop, tmp_path: Path, caps
     assert {p: p.read_bytes() for p in bundle.rglob("*") if p.is_file()} == before and mine.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_report_without_its_libraries_is_refused_before_any_work(tmp_path: Path) -> None:
     code = "from himap_export.validate.cli import main\nmain(sys.argv[1:])"
     done = blocked_python(code, ["altair"], NOWHERE, "--report", tmp_path / "report")
