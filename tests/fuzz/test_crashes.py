@@ -114,12 +114,14 @@ def _steps(run: Run, folder: Path, originals: Mapping[str, Path], before: str, e
     return len(ended.steps)
 
 
-WAYS = [("old", True), ("old", False), ("nothing", True)]
+WAYS = [
+    ("old", True),
+    pytest.param("old", False, marks=pytest.mark.slow),
+    pytest.param("nothing", True, marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize(
-    ("before", "exchange"), [WAYS[0], *(pytest.param(*way, marks=pytest.mark.slow) for way in WAYS[1:])]
-)
+@pytest.mark.parametrize(("before", "exchange"), WAYS)
 def test_a_signal_at_every_step(
     run: Run, originals: Mapping[str, Path], tmp_path: Path, before: str, exchange: bool
 ) -> None:
