@@ -2,13 +2,16 @@
 
 import errno
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from himap_export.engines.manifest import is_bundle
+from himap_export.engines.supervisor import announced
 from himap_export.graphs.errors import Exit, HimapError
 
 # What files of a kind begin with: another file at the user's path is somebody's, not an older output.
@@ -62,6 +65,29 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             part.unlink(missing_ok=True)
     except OSError as problem:
         raise HimapError(f"cannot write {path}", problem.strerror or str(problem)) from None
+
+
+@contextmanager
+def folder_beside(target: Path, prefix: str) -> Iterator[Path]:
+    """Yields a fresh folder beside `target`, in which what becomes `target` is made; it vanishes, and so do folders
+    above that were made for it, unless `target` came to be. HimapError if it cannot be."""
+    parents = [p for p in target.parents if not p.exists()]
+    made: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        with announced(made, *parents):
+            yield made
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+        raise HimapError(f"cannot write {target}", reason, "check its permissions and the free space") from problem
+    finally:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+        if not target.exists():
+            for parent in parents:
+                with suppress(OSError):
+                    parent.rmdir()
 
 
 def check_report(folder: Path, names: tuple[str, ...] = ("report.html", "report.json")) -> None:

@@ -16,14 +16,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from himap_export.engines.command import held_signals
-from himap_export.engines.files import has_long_name
+from himap_export.engines.files import folder_beside, has_long_name
 from himap_export.engines.manifest import FILE_NAME, foreign_files, is_bundle
 from himap_export.engines.scratch import LOCK, abandoned, locked
-from himap_export.engines.supervisor import announced, leaves
+from himap_export.engines.supervisor import leaves
 from himap_export.graphs.errors import Exit, HimapError
 
 BUNDLE, OLD = "bundle", "old"
@@ -99,30 +99,15 @@ def work_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
     A signal that comes too late says so: the bundle is in place then.
     """
-    parents = [p for p in out.parents if not p.exists()]
-    wrapper: Path | None = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with folder_beside(out, _prefix(out)) as wrapper, locked(wrapper):
         clear_beside(out)
-        wrapper = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
-        with announced(wrapper, *parents), locked(wrapper):
-            (wrapper / BUNDLE).mkdir()
-            yield wrapper / BUNDLE
-            settle_target(out, overwrite)  # hours later: it may be somebody else's by now
-            with held_signals():
-                _put(wrapper, out)
-                leaves(f"after the bundle was complete: it is in place at {out}")
-                shutil.rmtree(wrapper, ignore_errors=True)
-    except OSError as problem:
-        reason = problem.strerror or str(problem)
-        raise HimapError(f"cannot write {out}", reason, "check its permissions and the free space") from problem
-    finally:
-        if wrapper is not None:
+        (wrapper / BUNDLE).mkdir()
+        yield wrapper / BUNDLE
+        settle_target(out, overwrite)  # hours later: it may be somebody else's by now
+        with held_signals():
+            _put(wrapper, out)
+            leaves(f"after the bundle was complete: it is in place at {out}")
             shutil.rmtree(wrapper, ignore_errors=True)
-        if not out.exists():
-            for parent in parents:
-                with suppress(OSError):
-                    parent.rmdir()
 
 
 def _put(wrapper: Path, out: Path) -> None:

@@ -6,11 +6,12 @@ import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from himap_export.engines.cli import add_bundle_options, check_bundle_options, open_bundle
 from himap_export.engines.command import ALL_DEVICES, DEVICE_HELP, MOST_THREADS, Parser, number, run_command, whole
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.serve import MODEL_NAME
 
 if TYPE_CHECKING:
     from himap_export.engines.bundle import Bundle
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
     check_bundle_options(parser, args)
-    if args.model_name is not None and re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,99}", args.model_name) is None:
+    if args.model_name is not None and re.fullmatch(MODEL_NAME, args.model_name) is None:
         parser.error("--model-name takes letters, digits and . _ -")
     run_command("himap-serve", lambda: _run(args), "it no longer serves")
 
@@ -106,13 +107,18 @@ def _run(args: argparse.Namespace) -> None:
 
 def service_of(args: argparse.Namespace, bundle: "Bundle", make: Callable[..., AService], **more: object) -> AService:
     """Returns the service that options ask for; `make` is Service, or takes what that takes."""
+    return make(bundle, _name(args, bundle), **_running(args), **more)
+
+
+def _running(args: argparse.Namespace) -> dict[str, Any]:
+    """What options say of which engines run, and how."""
     from himap_export.engines.backends import Opening
     from himap_export.serve.service import Settings
 
-    return make(
-        bundle, _name(args, bundle), plans=args.plan, backend=args.backend, opening=Opening(args.threads, args.device),
-        settings=Settings(args.max_batch, args.max_queue, args.prefills), **more,
-    )  # fmt: skip
+    return {
+        "plans": tuple(args.plan), "backend": args.backend, "opening": Opening(args.threads, args.device),
+        "settings": Settings(args.max_batch, args.max_queue, args.prefills),
+    }  # fmt: skip
 
 
 def watched_service_of(
@@ -139,15 +145,9 @@ def watched_service_of(
 
 def _write_for_triton(args: argparse.Namespace, bundle: "Bundle") -> None:
     """Writes a model repository of which the models answer as this service would."""
-    from himap_export.engines.backends import Opening
-    from himap_export.serve.service import Settings
     from himap_export.serve.triton.repository import write_repository
 
-    write_repository(
-        bundle, args.triton, name=_name(args, bundle), plans=tuple(args.plan), backend=args.backend,
-        opening=Opening(args.threads, args.device),
-        settings=Settings(args.max_batch, args.max_queue, args.prefills), verify=not args.no_verify,
-    )  # fmt: skip
+    write_repository(bundle, args.triton, name=_name(args, bundle), verify=not args.no_verify, **_running(args))
     print(f"{args.triton} is a model repository; {args.triton / 'README.md'} says how to start Triton with it")
 
 

@@ -22,6 +22,7 @@ from himap_export.engines.extras import missing_extra
 from himap_export.engines.processor import load_processor
 from himap_export.engines.session import Request
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.serve import MODEL_NAME
 from himap_export.serve.cli import service_of, watched_service_of
 from himap_export.serve.messages import Ended, Event, Question
 from himap_export.serve.remote import Asked, Lost, RemoteService
@@ -65,7 +66,7 @@ class Arguments(BaseModel, extra="forbid", frozen=True):
     cpus: Count = 1
     gpus: Annotated[float, Field(ge=0)] = 0
     doors: Count = 1
-    model_name: Annotated[str | None, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = None
+    model_name: Annotated[str | None, Field(pattern=f"^{MODEL_NAME}$")] = None
     plan: Words = []
     backend: str | None = None
     device: str | None = None

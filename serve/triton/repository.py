@@ -4,10 +4,7 @@ import json
 import os
 import re
 import shlex
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -15,9 +12,9 @@ from string import Template
 from himap_export.engines.backends import ANYWAY, Opening
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.command import held_signals
-from himap_export.engines.files import check_outside, has_long_name
-from himap_export.engines.supervisor import announced
+from himap_export.engines.files import check_outside, folder_beside, has_long_name
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.serve import MODEL_NAME
 from himap_export.serve.service import Settings
 
 MODEL = 'from himap_export.serve.triton.{} import TritonPythonModel\n\n__all__ = ["TritonPythonModel"]\n'
@@ -41,7 +38,7 @@ def write_repository(
     its manifest when they open it. HimapError (usage) for a folder that holds something, a `name` that Triton
     cannot take, or a plan that the bundle does not hold.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+    if not re.fullmatch(MODEL_NAME, name):
         details = f"{name[:80]!r} is not up to 100 letters, digits, dots, dashes and underscores"
         raise HimapError("the models of Triton cannot have this name", details, "give a `model_name`", Exit.USAGE)
     target, settings = _settled(folder), settings or Settings()
@@ -65,10 +62,13 @@ def write_repository(
         rows=str(_rows(bundle, settings)), new=str(min(v.budget.new for v in bundle.manifest.variants)),
         plans=", ".join(chosen or dict.fromkeys(v.plan_name for v in bundle.manifest.variants)),
     )  # fmt: skip
-    with _becoming(target) as work:
+    with folder_beside(target, ".himap-partial-") as folder:
+        (work := folder / "models").mkdir()
         for path, text in content.items():
             (work / path).parent.mkdir(parents=True, exist_ok=True)
             (work / path).write_text(text, encoding="utf-8")
+        with held_signals():
+            work.rename(target)  # onto nothing, or onto an empty folder
 
 
 def _models(bundle: Bundle, name: str, settings: Settings, parameters: str) -> dict[str, str]:
@@ -143,27 +143,3 @@ def _settled(folder: Path) -> Path:
         hint = "name a new folder; what is there is left alone"
         raise HimapError(f"{str(folder)[:300]} cannot become a model repository", kind, hint, Exit.USAGE)
     return target
-
-
-@contextmanager
-def _becoming(target: Path) -> Iterator[Path]:
-    """Yields a fresh folder that becomes `target` on success, and vanishes on any failure."""
-    wrapper: Path | None = None
-    parents = [p for p in target.parents if not p.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        wrapper = Path(tempfile.mkdtemp(prefix=".himap-", suffix=".partial", dir=target.parent))
-        with announced(wrapper, *parents):
-            (work := wrapper / "models").mkdir()
-            yield work
-            with held_signals():
-                work.rename(target)  # onto nothing, or onto an empty folder
-    except OSError as problem:
-        reason = problem.strerror or str(problem)
-        raise HimapError(f"cannot write {target}", reason, "check its permissions and the free space") from None
-    finally:
-        if wrapper is not None:
-            shutil.rmtree(wrapper, ignore_errors=True)
-        for parent in parents:  # those that are empty: nothing was put in place
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
