@@ -50,10 +50,7 @@ class Pipeline(Prefill):
 
     def feed(self, tokens: Integers, positions: Integers) -> None:
         """Writes what decode reads."""
-        turned = np.repeat((positions + self._rope_shift)[:, None, None], 3, axis=2)
-        self._write({
-            "next_id": tokens[:, None], "next_position": positions[:, None], "next_rope_position": turned,
-        })  # fmt: skip
+        self._feed(tokens, positions, self._rope_shift, self.tensors)
 
     def generate(
         self,

@@ -52,6 +52,13 @@ def _ports(spec: RunSpec, stage: str) -> Mapping[str, Port]:
     return {**record.inputs, **record.outputs}
 
 
+def _write(tensors: Tensors, values: Mapping[Role, npt.NDArray[Any]]) -> None:
+    """Writes those of `values` that a graph of this variant reads."""
+    for role, array in values.items():
+        if Place(role) in tensors:
+            tensors[Place(role)].write(array)
+
+
 class Prefill:
     """What prefills up to B prompts at a time with a variant of a bundle, opened on a backend.
 
@@ -90,13 +97,6 @@ class Prefill:
         """Returns a copy of a tensor; bf16 as fp32."""
         return self.tensors[Place(role, layer, cut)].read()
 
-    def _write(self, values: Mapping[Role, npt.NDArray[Any]], tensors: Tensors | None = None) -> None:
-        """Writes those of `values` that a graph of this variant reads."""
-        held = self.tensors if tensors is None else tensors
-        for role, array in values.items():
-            if Place(role) in held:
-                held[Place(role)].write(array)
-
     def load(
         self,
         input_ids: Integers,
@@ -120,7 +120,7 @@ class Prefill:
         else:
             self._write_pixels(pixel_values, samples)
         given = np.zeros(samples, np.int64) if seeds is None else seeds
-        self._write({
+        _write(self.tensors, {
             "input_ids": layout.input_ids,
             "position_ids": layout.position_ids,
             "token_type": layout.token_type,
@@ -141,7 +141,14 @@ class Prefill:
             details = f"expected numbers up to {most:g}, the largest is {np.abs(pixel_values).max():g}"
             raise HimapError("pixel_values are out of range", details, code=Exit.USAGE)
         missing = self.spec.budget.batch - samples
-        self._write({"pixel_values": np.concatenate([pixel_values, *[pixel_values[-tiles:]] * missing])})
+        _write(self.tensors, {"pixel_values": np.concatenate([pixel_values, *[pixel_values[-tiles:]] * missing])})
+
+    def _feed(self, tokens: Integers, positions: Integers, shift: Integers, tensors: Tensors) -> None:
+        """Writes what decode reads: a token [B] for each row, at its original position [B]."""
+        turned = np.repeat((positions + shift)[:, None, None], 3, axis=2)
+        _write(tensors, {
+            "next_id": tokens[:, None], "next_position": positions[:, None], "next_rope_position": turned,
+        })  # fmt: skip
 
     def seen(self) -> Seen:
         """Returns what vision made of the pixels that were loaded last: a pipeline over the same tower can take it."""

@@ -85,11 +85,7 @@ class Slots(Prefill):
         are meant."""
         fed, taken = np.zeros(self.rows, np.int64), list(tokens)
         fed[taken] = list(tokens.values())
-        turned = np.repeat((self._positions + self._shifts)[:, None, None], 3, axis=2)
-        self._write(
-            {"next_id": fed[:, None], "next_position": self._positions[:, None], "next_rope_position": turned},
-            self._many,
-        )
+        self._feed(fed, self._positions, self._shifts, self._many)
         self._decode()
         self._positions[taken] += 1
         logits: npt.NDArray[np.float32] = self._many[Place("logits")].read()

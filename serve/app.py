@@ -9,6 +9,7 @@ import time
 from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import sha256
 from importlib.resources import files
 from typing import Any
@@ -178,18 +179,21 @@ class Door:
 
 
 async def _page(request: Request) -> Response:
+    page, policy = _page_and_policy()
+    headers = {"content-security-policy": policy, "x-content-type-options": "nosniff", "cache-control": "no-cache"}
+    return Response(page, media_type="text/html", headers=headers)
+
+
+@cache
+def _page_and_policy() -> tuple[bytes, str]:
     """The page, which may run and ask nothing but what is its own."""
-    found = files("himap_export.serve").joinpath("page.html")
-    if not found.is_file():
-        raise ApiError(404, "this server was installed without its page")
-    page = found.read_bytes()
+    page = files("himap_export.serve").joinpath("page.html").read_bytes()
     policy = "default-src 'none'; img-src data: blob:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'"
     for kind in ("script", "style"):
         inline = re.findall(rf"<{kind}>(.*?)</{kind}>".encode(), page, re.DOTALL)
         hashes = "".join(f" 'sha256-{b64encode(sha256(text).digest()).decode()}'" for text in inline)
         policy += f"; {kind}-src{hashes or ' ' + repr('none')}"
-    headers = {"content-security-policy": policy, "x-content-type-options": "nosniff", "cache-control": "no-cache"}
-    return Response(page, media_type="text/html", headers=headers)
+    return page, policy
 
 
 async def _no_route(request: Request, problem: Exception) -> Response:

@@ -40,7 +40,7 @@ HISTOGRAMS = {
     "time_to_first_token": "From a request's arrival to its first token.",
     "inter_token_latency": "From one token of an answer to the next.",
     "e2e_request_latency": "From a request's arrival to the end of its answer.",
-    "request_queue_time": "From a request's arrival, its picture's included, to its prefill.",
+    "request_queue_time": "From when a request was taken in, its picture prepared, to its prefill.",
     "request_prefill_time": "From the start of a request's prefill to its first token.",
     "request_decode_time": "From the first token of an answer to its last.",
 }

@@ -84,9 +84,10 @@ class Scheduler:
             for row, answering in list(rows.items()):
                 if why := _gone(answering.ticket, now):
                     self._leave(key, row, why)
-        for ticket in [ticket for ticket in self.waiting if _gone(ticket, now)]:
-            self.waiting.remove(ticket)
-            self._tell(ticket, Ended(_gone(ticket, now) or "cancelled", 0, now))
+        for ticket in list(self.waiting):
+            if why := _gone(ticket, now):
+                self.waiting.remove(ticket)
+                self._tell(ticket, Ended(why, 0, now))
 
     def _next(self) -> Iterator[Ticket]:
         """Takes up to `prefills` tickets out of the queue, the oldest that have a free slot each."""

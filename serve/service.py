@@ -64,8 +64,8 @@ class Service:
     """A bundle's plans as models, one thread that owns the engines, and what waits for it.
 
     `models`: by id, the plan that it means, by its own name or its policy's; the bundle's `name` alone is its first
-    plan. `watch` sees every event
-    before `deliver` does; both are called on the engines' thread and must neither block nor raise.
+    plan. `watch` sees every event before `deliver` does; both are called on the engines' thread and must neither block
+    nor raise.
     """
 
     def __init__(
