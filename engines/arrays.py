@@ -3,8 +3,9 @@
 import math
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,27 @@ NAMES = ("input_ids", "pixel_values", "attention_mask", "image_grid_thw")
 
 @dataclass(frozen=True)
 class Inputs:
-    """`input_ids` [b,S] int64, placeholders expanded; `pixel_values` [b*tiles,3,H,W]; `attention_mask` [b,S]."""
+    """`input_ids` [b,S] int64, placeholders expanded; `pixel_values` [n,3,H,W], the tiles of all pictures, or a film's
+    frames, in the order of the prompts; `attention_mask` [b,S]; `seconds` [b] between two steps of each film, or
+    none."""
 
     input_ids: npt.NDArray[np.int64]
     pixel_values: npt.NDArray[np.float32]
     attention_mask: npt.NDArray[np.int64] | None = None
+    seconds: tuple[float, ...] = ()
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of each image."""
+    def view(self) -> tuple[int, int]:
+        """(height, width) of each tile or frame."""
         return self.pixel_values.shape[2], self.pixel_values.shape[3]
 
-    def batches(self, size: int) -> Iterator["Inputs"]:
-        """Yields the prompts with their images, `size` at a time."""
-        tiles = len(self.pixel_values) // len(self.input_ids)
+    def batches(self, size: int, tiles: Sequence[int]) -> Iterator["Inputs"]:
+        """Yields the prompts with their pixels, `size` at a time; `tiles` [b]: how many are each prompt's."""
+        ends = [0, *accumulate(tiles)]
         for at in range(0, len(self.input_ids), size):
-            rows, images = slice(at, at + size), slice(at * tiles, (at + size) * tiles)
+            rows, stop = slice(at, at + size), min(at + size, len(tiles))
             mask = None if self.attention_mask is None else self.attention_mask[rows]
-            yield Inputs(self.input_ids[rows], self.pixel_values[images], mask)
+            yield Inputs(self.input_ids[rows], self.pixel_values[ends[at] : ends[stop]], mask, self.seconds[rows])
 
 
 def load_inputs(file: Path) -> Inputs:
@@ -66,9 +70,8 @@ def as_inputs(arrays: Mapping[str, npt.NDArray[Any]], where: str = "the inputs")
         raise HimapError(f"{where} holds no prompt", code=Exit.USAGE)
     with np.errstate(over="ignore"):  # what fp32 cannot hold becomes infinite, and is refused with the rest
         pixels = arrays["pixel_values"].astype(np.float32)
-    if not pixels.size or len(pixels) % len(ids):
-        details = f"{len(ids)} prompts, {len(pixels)} images"
-        raise HimapError(f"{where} does not hold one image per prompt", details, code=Exit.USAGE)
+    if not pixels.size:
+        raise HimapError(f"{where} holds no image", code=Exit.USAGE)
     if not np.isfinite(pixels).all():
         details = f"{int((~np.isfinite(pixels)).sum())} of {pixels.size} are NaN, infinite or beyond fp32"
         raise HimapError(f"pixel_values in {where} are not numbers", details, code=Exit.USAGE)

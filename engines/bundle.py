@@ -136,40 +136,69 @@ class Bundle:
             raise HimapError(f"{self.folder} holds no plan {asked}", f"it holds {held}", code=Exit.USAGE)
         return found
 
-    def image_name(self, size: tuple[int, int] | None = None) -> str:
-        """Returns the name of the image spec of `size` (height, width), of the first variant's if None; HimapError
-        (usage) if no graph takes such images."""
-        images = self.manifest.images
-        if size is None:
-            return self.manifest.variants[0].image
-        found = next((name for name, image in images.items() if image.size == size), None)
-        if found is None:
-            held = ", ".join(f"{image.size[1]}x{image.size[0]}" for image in images.values())
-            summary = f"{self.folder} holds no graph for images of {size[1]}x{size[0]} pixels"
-            raise HimapError(summary, f"it holds {held}", "give one of these, or export with `image_size`", Exit.USAGE)
-        return found
+    def variants(self, plan: str | None = None, images: int | None = None, film: bool | None = None) -> list[Variant]:
+        """Returns those of `plan` (its own name or its policy's; the first one's if None) that take prompts of so many
+        `images`, or of one `film`; None: of what the first variant takes.
+
+        Where none is for exactly so many images, those are for the next larger number that cut nothing: there, and only
+        there, the result is that of the prompt alone. HimapError (usage) for a plan, a film or a number that the bundle
+        does not hold.
+        """
+        m, first = self.manifest, self.manifest.variants[0]
+        name = self.plan_name(plan) if plan else first.plan_name
+        film = m.images[first.image].film is not None if film is None else film
+        found = [v for v in m.variants if v.plan_name == name and (m.images[v.image].film is not None) == film]
+        if not found:
+            what, hint = ("films", "export with `frames`") if film else ("images", "export without `frames`")
+            raise HimapError(f"{self.folder} is for no {what}", hint=hint, code=Exit.USAGE)
+        count = found[0].budget.images if images is None else images
+        held = sorted({v.budget.images for v in found})
+        larger = [n for n in held if n > count]
+        if count not in held and larger:
+            able = [v for v in found if v.budget.images == larger[0] and not v.budget.prunes]
+            if able and not (count == 1 and m.images[able[0].image].several):
+                return able
+        if count not in held:
+            numbers = f"{', '.join(map(str, held[:-1]))} or {held[-1]}" if len(held) > 1 else str(held[0])
+            why = "where tokens are cut, fewer images would be cut otherwise" if larger else ""
+            details = f"its plan {name} is for {numbers}" + (f": {why}" if why else "")
+            several = f"{count} images" if count != 1 else "one image"
+            hint = f"give as many, or export with `images` {count}"
+            raise HimapError(f"{self.folder} takes no prompt of {several}", details, hint, Exit.USAGE)
+        return [v for v in found if v.budget.images == count]
 
     def select(
         self,
         plan: str | None = None,
         text_budget: int | None = None,
+        *,
         text_tokens: int = 0,
         image_size: tuple[int, int] | None = None,
+        images: int | None = None,
+        film: bool | None = None,
     ) -> "RunSpec":
-        """Returns what to run, chosen once and whole: the variant of `plan`, by its own name or its policy's, for
-        images of `image_size` (height, width), each the bundle's first if None; at `text_budget` or, if None, at the
-        smallest budget that fits `text_tokens`, else at the largest. HimapError (usage) for what it does not hold."""
-        image = self.image_name(image_size)
-        variants = [v for v in self.manifest.variants if v.image == image]
-        name = self.plan_name(plan) if plan else variants[0].plan_name
-        found = sorted((v for v in variants if v.plan_name == name), key=lambda v: v.budget.text)
+        """Returns what to run, chosen once and whole: one of `variants`, for images of `image_size` (height, width), of
+        the first one's if None; at `text_budget` or, if None, at the smallest budget that fits `text_tokens`, else at
+        the largest. HimapError (usage) for what the bundle does not hold."""
+        held = self.variants(plan, images, film)
+        sizes = {v.image: self.manifest.images[v.image].size for v in held}
+        size = sizes[held[0].image] if image_size is None else image_size
+        found = sorted((v for v in held if sizes[v.image] == size), key=lambda v: v.budget.text)
+        if not found:
+            raise self.no_graph(size, list(dict.fromkeys(sizes.values())))
         if text_budget is None:
             return RunSpec(self, next((v for v in found if v.budget.text >= text_tokens), found[-1]))
         for v in found:
             if v.budget.text == text_budget:
                 return RunSpec(self, v)
-        held = ", ".join(str(v.budget.text) for v in found)
-        raise HimapError(f"{self.folder} holds no text budget of {text_budget}", f"it holds {held}", code=Exit.USAGE)
+        texts = ", ".join(str(v.budget.text) for v in found)
+        raise HimapError(f"{self.folder} holds no text budget of {text_budget}", f"it holds {texts}", code=Exit.USAGE)
+
+    def no_graph(self, size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> HimapError:
+        """Returns the error for images of `size` (height, width), where there are graphs for `sizes`."""
+        held = ", ".join(f"{width}x{height}" for height, width in sizes)
+        summary = f"{self.folder} holds no graph for images of {size[1]}x{size[0]} pixels"
+        return HimapError(summary, f"it holds {held}", "give one of these, or export with `image_size`", Exit.USAGE)
 
 
 @dataclass(frozen=True)

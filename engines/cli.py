@@ -28,8 +28,13 @@ if TYPE_CHECKING:
 def _parser() -> argparse.ArgumentParser:
     p = Parser(prog="himap-run", description=__doc__)
     p.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that himap-export wrote")
-    p.add_argument("--image", type=Path, action="append", metavar="FILE", help="the image to ask about")
-    p.add_argument("--prompt", metavar="TEXT", help="the question, without the model's chat template")
+    p.add_argument("--image", type=Path, action="append", metavar="FILE", help="an image to ask about; repeatable")
+    p.add_argument("--video", type=Path, metavar="FILE", help="the film to ask about")
+    p.add_argument(
+        "--prompt", metavar="TEXT",
+        help="the question, without the model's chat template; <image> (or <video>) says where images stand, else they "
+        "stand in front",
+    )  # fmt: skip
     p.add_argument("--backend", help="default: the first one in the bundle that opens here")
     p.add_argument("--device", choices=ALL_DEVICES, help=DEVICE_HELP)
     p.add_argument("--threads", type=whole(1, MOST_THREADS), help="CPU threads (default: all that gain anything)")
@@ -74,14 +79,13 @@ def check_bundle_options(parser: argparse.ArgumentParser, args: argparse.Namespa
 def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.load_inputs is None and (args.image is None or args.prompt is None):
-        parser.error("give --image FILE and --prompt TEXT, or --load-inputs F.npz")
-    if args.load_inputs is not None and (args.image is not None or args.prompt is not None):
-        parser.error("--load-inputs excludes --image and --prompt")
-    if args.image is not None:
-        if len(args.image) > 1:
-            parser.error(f"{len(args.image)} images, but a bundle's plan has one: give --image once")
-        args.image = args.image[0]
+    shown = args.image or args.video
+    if args.image is not None and args.video is not None:
+        parser.error("--image excludes --video: a question is about images or a film")
+    if args.load_inputs is None and (shown is None or args.prompt is None):
+        parser.error("give --image FILE or --video FILE, and --prompt TEXT, or --load-inputs F.npz")
+    if args.load_inputs is not None and (shown is not None or args.prompt is not None):
+        parser.error("--load-inputs excludes --image, --video and --prompt")
     check_bundle_options(parser, args)
     run_command("himap-run", lambda: _run(args))
 
@@ -92,9 +96,9 @@ def _run(args: argparse.Namespace) -> None:
 
     for file, kind in ((args.save_outputs, ".npz"), (args.show_kept, ".png")):
         if file is not None:
-            check_output(file, kind, args.image, args.load_inputs)
-    if args.show_kept is not None and args.image is None:
-        raise HimapError("--show-kept needs --image", "the kept patches are drawn over it", code=Exit.USAGE)
+            check_output(file, kind, *(args.image or ()), args.video, args.load_inputs)
+    if args.show_kept is not None and args.load_inputs is not None:
+        raise HimapError("--show-kept needs --image or --video", "the kept patches are drawn over it", code=Exit.USAGE)
     session = open_bundle("himap-run", args).session(
         plan=args.plan, text_budget=args.text_budget, image_size=args.image_size, backend=args.backend,
         device=args.device, threads=args.threads,
@@ -133,7 +137,8 @@ def _request(args: argparse.Namespace, session: "Session") -> "Request":
 
     if args.load_inputs is not None:
         return session.prepare_arrays(load_inputs(args.load_inputs))
-    request = session.prepare(args.image, args.prompt)
+    film = args.video is not None
+    request = session.prepare_film(args.video, args.prompt) if film else session.prepare(args.image, args.prompt)
     if args.show_kept is not None and not request.spec.plan.cuts:
         hint = "choose another plan with --plan"
         raise HimapError(f"the plan {request.spec.plan_name} cuts nothing", "--show-kept draws cuts", hint, Exit.USAGE)

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from himap_export.engines.files import write_file
 from himap_export.engines.image import ImagePreprocessing, crop_view, tile_grid
+from himap_export.engines.manifest import ImageSpec
 
 # Pixels; a panel has at least PANEL * PANEL of them, a whole multiple of the model's own.
 PANEL, MARGIN, GAP, HEAD = 672, 48, 36, 84
@@ -39,6 +40,23 @@ def kept_patches(alive: Mask, grid: tuple[int, int], tiles: tuple[int, int]) -> 
     start = len(alive) - thumbnail - shown
     places = alive[start : start + shown].reshape(*tiles, rows, columns).swapaxes(1, 2)
     return places.reshape(tiles[0] * rows, tiles[1] * columns)
+
+
+def draw_answer(
+    file: Path,
+    pictures: Sequence[Image.Image],
+    spec: ImageSpec,
+    *,
+    alive: Sequence[Mask],
+    cuts: Sequence[int],
+    seconds: Sequence[float],
+    question: str,
+    answer: str,
+) -> None:
+    """Writes what cuts at layers `cuts` kept of `pictures`; `alive` [V0] says it of each image token."""
+    tiles = tile_grid(pictures[0].size, spec.preprocessing)
+    masks = [kept_patches(mask, spec.grid, tiles) for mask in alive]
+    draw_kept(file, pictures[0], spec.preprocessing, masks=masks, cuts=cuts, question=question, answer=answer)
 
 
 def draw_kept(

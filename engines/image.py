@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from fractions import Fraction
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -143,15 +144,16 @@ def upright(image: Image.Image) -> Image.Image:
     return (ImageOps.exif_transpose(image) or image).convert("RGB")
 
 
-def nearest_size(image_size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Returns the one of `sizes` (at least one) on which an image of `image_size`, letterboxed, wastes least.
+def nearest_size(images: Sequence[tuple[int, int]], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Returns the one of `sizes` (at least one) on which `images` of these sizes, letterboxed, waste least.
 
-    All are (height, width). It is the one whose aspect ratio is the least factor away; of equals the largest.
+    All are (height, width). It is the one whose aspect ratio is the least factor away, the factors of several images
+    multiplied; of equals the largest.
     """
 
     def key(size: tuple[int, int]) -> tuple[Fraction, int]:
-        factor = Fraction(image_size[0] * size[1], image_size[1] * size[0])
-        return max(factor, 1 / factor), -size[0] * size[1]
+        factors = [Fraction(height * size[1], width * size[0]) for height, width in images]
+        return prod((max(factor, 1 / factor) for factor in factors), start=Fraction(1)), -size[0] * size[1]
 
     return min(sizes, key=key)
 

@@ -1,5 +1,6 @@
 """From the ids of a batch to what the prefix stage reads: right-padded, every token's type named, budgets checked."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,30 +17,34 @@ Grid = tuple[int, int]  # rows and columns of an image's tokens
 
 
 class ImageTokens(Struct, frozen=True, forbid_unknown_fields=True):
-    """What stands for image tokens in `input_ids`: the id `token`; or, if `between` is set, whatever ids stand between
-    these two."""
+    """What stands for image tokens in `input_ids`: the id `token`, or `film` for those of a film, if they have one of
+    their own; or, if `between` is set, whatever ids stand between these two."""
 
     token: Id
     between: tuple[Id, Id] | None = None
+    film: Id | None = None
 
     def find(self, ids: Integers) -> npt.NDArray[np.bool_]:
         """Returns which of `ids`, [S] or [B,S], are image tokens."""
         found: npt.NDArray[np.bool_] = ids == self.token
+        if self.film is not None:
+            found |= ids == self.film
         if self.between is not None:
             start, end = self.between
             opened = np.cumsum(ids == start, axis=-1) - np.cumsum(ids == end, axis=-1)
             found = (opened > 0) & (ids != start)
         return found
 
-    def write(self, count: int) -> Integers:
-        """Returns the ids of an image of `count` tokens, with what must stand around them."""
-        tokens = np.full(count, self.token, np.int64)
+    def write(self, count: int, film: bool = False) -> Integers:
+        """Returns the ids of an image of `count` tokens, or of a `film`'s, with what must stand around them."""
+        tokens = np.full(count, self.film if film and self.film is not None else self.token, np.int64)
         return tokens if self.between is None else np.array([self.between[0], *tokens, self.between[1]], np.int64)
 
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """`input_ids`, `position_ids`, `token_type` [B,S0] int64; `lengths` [B]: real tokens of each sample.
+    """`input_ids`, `position_ids`, `token_type` [B,S0] int64; `lengths` [B]: real tokens of each sample; `images` [B]:
+    how many pictures it holds.
 
     `rope_position_ids` [B,S0,3]: what M-RoPE turns by, time, row and column; the token generated at position p turns
     by p + `rope_shift` [B] in all three.
@@ -49,6 +54,7 @@ class PromptLayout:
     position_ids: Integers
     token_type: Integers
     lengths: Integers
+    images: Integers
     rope_position_ids: Integers
     rope_shift: Integers
 
@@ -60,22 +66,26 @@ def lay_out(
     vocab: int,
     budget: TokenBudget,
     grid: Grid | None = None,
+    steps: Sequence[float] = (),
 ) -> PromptLayout:
     """Returns any batch [b,S] of b <= B prompts, padded on either side, as the static stages read it.
 
-    Positions count a sample's real tokens from 0; `grid` is how the image's tokens lie, for M-RoPE. Missing samples
-    repeat the last one. HimapError (usage) if a prompt does not hold exactly V0 image tokens, or holds more other
-    tokens than the text budget.
+    Positions count a sample's real tokens from 0. For M-RoPE, `grid` is how a picture's tokens lie, and `steps` [b] (1)
+    by how much time goes on between two steps of a sample's film. Missing samples repeat the last one. HimapError
+    (usage) if a prompt does not hold the image tokens of as many pictures as the budget is for, or holds more other
+    tokens than the text budget. Where nothing is cut, fewer pictures do: their tokens' slots are padding, which no real
+    token sees.
     """
     batch, slots = budget.batch, budget.total[0]
     ids, token_types = np.zeros((batch, slots), np.int64), np.full((batch, slots), PADDING, np.int64)
-    lengths, places = np.zeros(batch, np.int64), np.zeros((batch, slots, 3), np.int64)
+    lengths, images = np.zeros(batch, np.int64), np.zeros(batch, np.int64)
+    places = np.zeros((batch, slots, 3), np.int64)
     mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
     for row in range(batch):
         source = min(row, len(input_ids) - 1)
         sample = input_ids[source][mask[source] != 0]
         is_image = image.find(sample)
-        _check(is_image, source, image, budget)
+        images[row] = _count(is_image, source, image, budget)
         words = sample[~is_image]
         if len(words) and not 0 <= words.min() <= words.max() < vocab:
             outside = words[(words < 0) | (words >= vocab)][0]
@@ -84,28 +94,41 @@ def lay_out(
         lengths[row] = len(sample)
         token_types[row, : len(sample)] = _token_types(is_image)
         ids[row, : len(sample)] = sample
-        places[row, : len(sample)] = rope_places(is_image, grid)
+        places[row, : len(sample)] = rope_places(is_image, grid, steps[source] if len(steps) else 1.0)
     positions = np.tile(np.arange(slots), (batch, 1))
     shift = np.array([p[: max(n, 1)].max() + 1 - n for p, n in zip(places, lengths, strict=True)], np.int64)
     return PromptLayout(
-        ids, positions, token_type=token_types, lengths=lengths, rope_position_ids=places, rope_shift=shift
-    )
+        ids, positions, token_type=token_types, lengths=lengths, images=images, rope_position_ids=places,
+        rope_shift=shift,
+    )  # fmt: skip
 
 
-def rope_places(is_image: npt.NDArray[np.bool_], grid: Grid | None) -> Integers:
+def rope_places(is_image: npt.NDArray[np.bool_], grid: Grid | None, step: float = 1.0) -> Integers:
     """Returns time, row and column [S,3] of each token, as M-RoPE counts them (arXiv 2409.12191; transformers'
-    `get_rope_index`): all three rise with the text; an image stands at one time, its tokens at their rows and columns,
-    and the text behind it goes on after the longer of its sides. Without a `grid` an image is text."""
+    `get_rope_index`): all three rise with the text. Image tokens side by side are one picture at one time, at their
+    rows and columns of the `grid`, or a film, whose time goes on by `step`, rounded down, from one grid to the next;
+    the text behind goes on after the longer side of the grid. Without a `grid` an image is text."""
+    found = np.repeat(np.arange(len(is_image))[:, None], 3, axis=1)
     if grid is None or not is_image.any():
-        return np.repeat(np.arange(len(is_image))[:, None], 3, axis=1)
-    rows, columns = grid
-    start = int(np.flatnonzero(is_image)[0])
-    nth = np.cumsum(is_image) - 1
-    image = np.stack([np.full_like(nth, start), start + nth // columns, start + nth % columns], axis=1)
-    text = np.cumsum(~is_image) - 1
-    text += np.where(np.arange(len(is_image)) > start, max(rows, columns), 0)
-    found: Integers = np.where(is_image[:, None], image, text[:, None])
+        return found
+    (rows, columns), here = grid, 0
+    for run in np.split(np.arange(len(is_image)), np.flatnonzero(np.diff(is_image)) + 1):
+        nth = np.arange(len(run))
+        if not is_image[run[0]]:
+            found[run] = here + nth[:, None]
+            here += len(run)
+            continue
+        time = (np.float32(step) * (nth // (rows * columns)).astype(np.float32)).astype(np.int64)  # in fp32, as there
+        found[run] = here + np.stack([time, nth // columns % rows, nth % columns], axis=1)
+        here += max(rows, columns)
     return found
+
+
+def count_images(input_ids: Integers, mask: Integers | None, image: ImageTokens, tokens: int) -> Integers:
+    """Counts the pictures of `tokens` = V tokens each in prompts [b,S]: [b]."""
+    found = image.find(input_ids)
+    counted: Integers = (found if mask is None else found & (mask != 0)).sum(axis=1) // tokens
+    return counted
 
 
 def text_tokens(input_ids: Integers, attention_mask: Integers | None, image: ImageTokens) -> int:
@@ -121,15 +144,17 @@ def _token_types(is_image: npt.NDArray[np.bool_]) -> Integers:
     return token_types
 
 
-def _check(is_image: npt.NDArray[np.bool_], row: int, image: ImageTokens, budget: TokenBudget) -> None:
+def _count(is_image: npt.NDArray[np.bool_], row: int, image: ImageTokens, budget: TokenBudget) -> int:
+    """Returns how many pictures a prompt holds; HimapError (usage) for one that the budget is not for."""
     images, visual = int(is_image.sum()), budget.visual[0]
-    text = len(is_image) - images
+    text, each = len(is_image) - images, visual // budget.images
     if images == 0:
         hint = f"expand the image placeholder to {visual} tokens of id {image.token}"
         raise HimapError(f"prompt {row} holds no image token", hint=hint, code=Exit.USAGE)
-    if images != visual:
-        several = f", {images // visual} images" if images % visual == 0 else ""
-        details, hint = f"the bundle was exported for one image of {visual}", "give exactly one image"
+    if images != visual and (images % each or images > visual or budget.prunes):
+        several = f", {images // each} images" if images % each == 0 else ""
+        wanted = "one image" if budget.images == 1 else f"{budget.images} images"
+        details, hint = f"the variant is for {wanted} of {each}", f"give exactly {wanted}"
         raise HimapError(f"prompt {row} holds {images} image tokens{several}", details, hint, Exit.USAGE)
     if not text and not budget.visual[-1]:
         details = f"the plan drops all {visual} image tokens"
@@ -137,3 +162,4 @@ def _check(is_image: npt.NDArray[np.bool_], row: int, image: ImageTokens, budget
     if text > budget.text:
         hint = f"shorten it, or export with `text_budget` {text}"
         raise HimapError(f"prompt {row} has {text} text tokens", f"the budget is {budget.text}", hint, Exit.USAGE)
+    return images // each

@@ -8,7 +8,6 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from itertools import chain
-from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,9 +15,10 @@ import msgspec
 from msgspec import Meta, Struct
 
 from himap_export.engines.documents import MEGABYTE, Id, parse_json, read_file, typed
+from himap_export.engines.film import Film
 from himap_export.engines.image import ImagePreprocessing
 from himap_export.engines.layout import Grid, ImageTokens
-from himap_export.engines.prompt import PromptFormat
+from himap_export.engines.prompt import Expansion, PromptFormat
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.plan import PruningPlan, TokenBudget, Tokens
 from himap_export.graphs.ports import (
@@ -32,10 +32,11 @@ from himap_export.graphs.ports import (
     chain_problems,
     graph_problems,
     slots_problems,
+    vision_problems,
 )
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
-SCHEMA = 7
+SCHEMA = 8
 FILE_NAME = "manifest.json"
 WeightForm = Literal["shared", "embedded", "absent"]
 _NUMBERS: Mapping[Kind, ElementType] = {
@@ -64,9 +65,11 @@ class GraphRecord(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ImageSpec(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a vision graph sees: `tiles` images of `size` (height, width) a prompt, made as `preprocessing` says.
+    """What a vision graph sees of one picture, or of a `film`: `tiles` of it, made as `preprocessing` says.
 
-    `tokens`: V0, of all tiles; `grid`: rows and columns of those that stand for one tile.
+    `size` (height, width): of pictures or frames that are seen as they are. `tokens`: V, of all tiles; `grid`: rows and
+    columns of those that are drawn, of one tile or step, each row with `newline` tokens behind it that stand for no
+    place. `expansion`: what the picture becomes in a prompt. `several`: it is for prompts of several pictures only.
     """
 
     size: tuple[Size, Size]
@@ -74,6 +77,15 @@ class ImageSpec(Struct, frozen=True, forbid_unknown_fields=True):
     tokens: Tokens
     grid: Grid
     preprocessing: ImagePreprocessing
+    expansion: Expansion
+    newline: Annotated[int, Meta(ge=0, le=1)] = 0
+    film: Film | None = None
+    several: bool = False
+
+    @property
+    def view(self) -> tuple[int, int]:
+        """(height, width) of what the tower sees at once: of one tile or frame."""
+        return self.preprocessing.output_size
 
 
 class Variant(Struct, frozen=True, forbid_unknown_fields=True):
@@ -146,7 +158,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     "absent", the bundle was made without them and `himap-run --weights` brings them. `digest`: see `finalised`.
     """
 
-    schema: Literal[7] = 7
+    schema: Literal[8] = 8
     model: ModelRecord
     decoder: DecoderSpec
     variants: Annotated[tuple[Variant, ...], Meta(min_length=1, max_length=1000)]
@@ -253,8 +265,9 @@ def _problems(m: Manifest) -> Iterator[str]:
         if set(engines) != set(m.graphs):
             yield f"the {backend} engines are not those of its graphs"
     yield from (f"{name} has no graph" for name in m.images if all(v.image != name for v in m.variants))
-    held = {name: sorted((v.plan_name, v.budget.text) for v in m.variants if v.image == name) for name in m.images}
-    if any(plans != next(iter(held.values())) for plans in held.values()):
+    kinds = {(v.image, v.budget.images) for v in m.variants}
+    held = [sorted((v.plan_name, v.budget.text) for v in m.variants if (v.image, v.budget.images) == k) for k in kinds]
+    if any(plans != held[0] for plans in held):
         yield "its images have different plans"
 
 
@@ -276,16 +289,35 @@ def _variant_problems(m: Manifest, v: Variant) -> Iterator[str]:
     else:
         ports = {stage: m.graphs[v.graphs[stage]].ports for stage in stages}
         slots = [slots_problems(ports["decode"], ports.pop("slots"), v.budget.slots)] if v.budget.slots else []
-        problems = chain(chain_problems([*ports.values()], len(v.plan.cuts)), *slots)
+        vision, *others = ports.values()
+        seen = vision_problems(vision, others, v.budget.images)
+        problems = chain(chain_problems([vision, *others], len(v.plan.cuts)), seen, *slots)
         yield from (f"{what}: {problem}" for problem in problems)
     if (image := m.images.get(v.image)) is None:
         yield f"{what} is for images {v.image}, which are not there"
-    elif not 1 <= prod(image.grid) * image.tiles <= image.tokens == v.budget.visual[0]:
+    elif v.budget.visual[0] != image.tokens * v.budget.images or image.tokens < 1:
         yield f"{what} has {v.budget.visual[0]} image tokens, not those of its images"
+    elif problem := _image_problem(image):
+        yield f"{what} is for images {v.image}, {problem}"
+    if v.plan.quota == "per-image" and any(kept % v.budget.images for kept in v.budget.visual):
+        yield f"{what} keeps {list(v.budget.visual)} image tokens, not as many of each of {v.budget.images} images"
     if len(v.budget.visual) != len(v.plan.stages) or list(v.budget.visual) != sorted(v.budget.visual, reverse=True):
         yield f"{what} keeps {list(v.budget.visual)} image tokens"
     if any(cut.layer >= m.decoder.layers for cut in v.plan.cuts):
         yield f"{what} cuts behind the decoder's last layer"
+
+
+def _image_problem(image: ImageSpec) -> str:
+    """Returns what an image spec says that cannot be so; "" for nothing."""
+    rows, columns = image.grid
+    steps = image.film.steps if image.film else 1
+    if min(rows, columns) < 1 or steps * rows * (columns + image.newline) > image.tokens:
+        return f"whose grid {rows} x {columns} has more than its {image.tokens} tokens"
+    if image.expansion.tokens != image.tokens:
+        return f"which become {image.expansion.tokens} tokens in a prompt, not {image.tokens}"
+    if image.film and (image.tiles != image.film.frames or image.film.frames % steps):
+        return f"of {image.film.frames} frames in {image.tiles} tiles and {steps} steps"
+    return ""
 
 
 def is_bundle(folder: Path) -> bool:

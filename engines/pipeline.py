@@ -1,13 +1,12 @@
 """The chain: vision, the stages of prefill, then decode, over KV caches that stay where they are."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.engines.backends import ANYWAY, Engines, Opening
+from himap_export.engines.backends import ANYWAY, Opening
 from himap_export.engines.bundle import RunSpec
 from himap_export.engines.layout import Integers, PromptLayout
 from himap_export.engines.prefill import Prefill, Prefilled, Seen, check_memory
@@ -18,12 +17,13 @@ from himap_export.graphs.errors import Exit, HimapError
 class Pipeline(Prefill):
     """A variant of a bundle, opened on a backend, for batches of up to B prompts at a time."""
 
-    def __init__(self, spec: RunSpec, backend: str, opening: Opening = ANYWAY, engines: Engines | None = None) -> None:
-        super().__init__(spec, backend, opening, engines)
-        graphs = "vision", *self.stages, "decode"
-        check_memory(self.engines.device, [(spec, graph) for graph in graphs])
+    def __init__(self, spec: RunSpec, backend: str, opening: Opening = ANYWAY, beside: Prefill | None = None) -> None:
+        super().__init__(spec, backend, opening, beside)
+        graphs = *self.stages, "decode"
+        check_memory(self.engines.device, [(spec, graph) for graph in ("vision", *graphs)])
         self._run |= {name: self._bind(name, self.tensors) for name in graphs}
-        self._whole, self._decode = self.chained("vision", *self.stages), self.chained("decode")
+        self.vision = self._open_vision()
+        self._prefill, self._decode = self.chained(*self.stages), self.chained("decode")
 
     def prefill(
         self,
@@ -31,16 +31,12 @@ class Pipeline(Prefill):
         pixel_values: npt.NDArray[Any] | Seen,
         attention_mask: Integers | None = None,
         seeds: Integers | None = None,
+        seconds: Sequence[float] = (),
     ) -> tuple[Prefilled, PromptLayout]:
-        """Loads prompts, as `load`, then runs vision, unless it is known what it makes of the pixels, and all stages of
-        prefill."""
-        layout = self.load(input_ids, pixel_values, attention_mask, seeds)
-        (self._behind_vision if isinstance(pixel_values, Mapping) else self._whole)()
+        """Loads prompts, as `load`, then runs all stages of prefill."""
+        layout = self.load(input_ids, pixel_values, attention_mask, seeds=seeds, seconds=seconds)
+        self._prefill()
         return self.prefilled(len(input_ids)), layout
-
-    @cached_property
-    def _behind_vision(self) -> Callable[[], None]:
-        return self.chained(*self.stages)
 
     def step(self, tokens: Integers, positions: Integers) -> npt.NDArray[np.float32]:
         """Appends one token [B] per sample at its original position [B]; returns logits [B,W]."""

@@ -1,10 +1,13 @@
 """Prefill: prompts in, vision and the stages run, logits and the kept positions out.
 
+Vision looks at one picture at a time, whatever the batch: what it makes of each is copied to where the stages read the
+features of all.
+
 Every tensor of every graph is static, so all are allocated once, when a variant is opened, and bound by their places
 (`graphs/ports.py`): what one stage writes the next one reads in place.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,13 +19,14 @@ from himap_export.engines.arrays import memory_bytes
 from himap_export.engines.backends import ANYWAY, Engines, Opening, Tensor, open_backend
 from himap_export.engines.bundle import RunSpec
 from himap_export.engines.layout import Integers, PromptLayout, lay_out
+from himap_export.engines.vision import FeatureCache, Features, Vision
 from himap_export.engines.weight_file import NUMPY
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.ports import Place, Port, Role
+from himap_export.graphs.ports import Place, Port, Role, seen_as
 from himap_export.graphs.spec import PADDING, SEEDS
 
 Tensors = dict[Place, Tensor]
-Seen = Mapping[Place, npt.NDArray[Any]]  # what vision writes: features, [B,V,D] each
+Seen = Mapping[Place, npt.NDArray[Any]]  # what the stages read of pictures: features, [B,V0,D] each
 FP16_MAX, FP32_MAX = float(np.finfo(np.float16).max), float(np.finfo(np.float32).max)
 
 
@@ -62,19 +66,32 @@ def _write(tensors: Tensors, values: Mapping[Role, npt.NDArray[Any]]) -> None:
 class Prefill:
     """What prefills up to B prompts at a time with a variant of a bundle, opened on a backend.
 
-    `engines` of another one over the same bundle share its one copy of the weights; tensors are each one's own.
+    `beside` another one over the same bundle it shares its engines, their one copy of the weights and the features of
+    pictures that either has seen; tensors are each one's own.
     """
 
-    def __init__(self, spec: RunSpec, backend: str, opening: Opening = ANYWAY, engines: Engines | None = None) -> None:
+    vision: Vision
+
+    def __init__(self, spec: RunSpec, backend: str, opening: Opening = ANYWAY, beside: "Prefill | None" = None) -> None:
         self.spec, self.manifest, self.backend = spec, spec.manifest, backend
         if backend not in self.manifest.engines:
             held = ", ".join(self.manifest.engines)
             raise HimapError(f"{spec.bundle.folder} holds no {backend} engines", f"it holds {held}", code=Exit.MISSING)
-        self.engines: Engines = engines or open_backend(backend, spec.bundle, opening)
+        self.engines: Engines = beside.engines if beside else open_backend(backend, spec.bundle, opening)
+        self.features: FeatureCache = beside.features if beside else FeatureCache()
         self.tensors: Tensors = {}
         self.stages = spec.plan.stages
         self._rope_shift = np.zeros(spec.budget.batch, np.int64)  # of the prompts that were loaded last
         self._run: dict[str, Callable[[], None]] = {}
+        self._slices: dict[tuple[Place, int], Tensor] = {}
+
+    def _open_vision(self) -> Vision:
+        """Binds the vision graph to this variant's tensors."""
+        run = self._run["vision"] = self.engines.chain([self._bind("vision", self.tensors)])
+        return Vision(
+            self.spec.graph_name("vision"), self.spec.graph("vision").ports, self.tensors, run=run,
+            engines=self.engines, cache=self.features,
+        )  # fmt: skip
 
     def _bind(self, stage: str, tensors: Tensors) -> Callable[[], None]:
         """Returns what runs the graph of a stage over `tensors`; those that are not there yet are allocated."""
@@ -103,22 +120,25 @@ class Prefill:
         pixel_values: npt.NDArray[Any] | Seen,
         attention_mask: Integers | None = None,
         seeds: Integers | None = None,
+        seconds: Sequence[float] = (),
     ) -> PromptLayout:
-        """Checks up to B prompts [b,S] with pixels [b*tiles,3,H,W] and writes them where the stages read them.
+        """Checks up to B prompts [b,S] with the pixels [n*tiles,3,H,W] of all their pictures, looks at these, and
+        writes what the stages read.
 
         Instead of pixels, what a pipeline over the same tower has `seen` in them. `seeds` [b], 0 if not given, are what
-        random cuts draw by, modulo SEEDS; other plans read none.
+        random cuts draw by, modulo SEEDS; other plans read none. `seconds` [b] between two steps of a film.
         """
-        m, budget, samples = self.manifest, self.spec.budget, len(input_ids)
-        grid = self.spec.image.grid if m.decoder.rope_axes else None
+        m, budget, samples, film = self.manifest, self.spec.budget, len(input_ids), self.spec.image.film
+        steps = [film.rope_per_second * each for each in seconds] if film and film.rope_per_second else []
         layout = lay_out(
-            input_ids, attention_mask, image=m.model.image, vocab=m.decoder.vocab, budget=budget, grid=grid
-        )
+            input_ids, attention_mask, image=m.model.image, vocab=m.decoder.vocab, budget=budget,
+            grid=self.spec.image.grid if m.decoder.rope_axes else None, steps=steps,
+        )  # fmt: skip
         if isinstance(pixel_values, Mapping):
             for place, features in pixel_values.items():
                 self.tensors[place].write(features)
         else:
-            self._write_pixels(pixel_values, samples)
+            self._look(pixel_values, layout.images[:samples])
         given = np.zeros(samples, np.int64) if seeds is None else seeds
         _write(self.tensors, {
             "input_ids": layout.input_ids,
@@ -130,18 +150,35 @@ class Prefill:
         self._rope_shift = layout.rope_shift
         return layout
 
-    def _write_pixels(self, pixel_values: npt.NDArray[Any], samples: int) -> None:
-        tiles, port = self.spec.image.tiles, self.tensors[Place("pixel_values")].spec
-        if pixel_values.shape != (wanted := (tiles * samples, *port.shape[1:])):
-            each = "one image" if tiles == 1 else f"{tiles} tiles"
-            expected = f"expected {list(wanted)}, {each} per prompt"
+    def _look(self, pixel_values: npt.NDArray[Any], images: Integers) -> None:
+        """Looks at the pictures of prompts, of which each holds as many as `images` [b] says; of prompts that are
+        missing in the batch at the last one's."""
+        tiles, *view = self.vision.pixels_shape
+        port = self.tensors[Place("pixel_values")].spec
+        if pixel_values.shape != (wanted := (tiles * int(images.sum()), *view)):
+            each = f"{tiles} for each of {images.sum()}" if tiles > 1 else f"of {images.sum()} images"
+            expected = f"expected {list(wanted)}, {each}"
             raise HimapError(f"pixel_values are {list(pixel_values.shape)}", expected, code=Exit.USAGE)
         most = FP16_MAX if port.dtype == "fp16" else FP32_MAX
         if not np.abs(pixel_values).max() <= most:  # false for NaN, too
             details = f"expected numbers up to {most:g}, the largest is {np.abs(pixel_values).max():g}"
             raise HimapError("pixel_values are out of range", details, code=Exit.USAGE)
-        missing = self.spec.budget.batch - samples
-        _write(self.tensors, {"pixel_values": np.concatenate([pixel_values, *[pixel_values[-tiles:]] * missing])})
+        pictures = pixel_values.reshape(-1, tiles, *view)
+        ends = np.cumsum(images)
+        for row in range(self.spec.budget.batch):
+            source = min(row, len(images) - 1)
+            for n in range(images[source]):
+                seen = self.vision.look(pictures[ends[source] - images[source] + n])
+                self._show(seen, row * self.spec.budget.images + n)
+
+    def _show(self, seen: Features, index: int) -> None:
+        """Copies the features of a picture to where the stages read those of picture `index`, counted through all
+        prompts."""
+        for place, tensor in seen.items():
+            key = seen_as(place), index
+            if key not in self._slices:
+                self._slices[key] = self.tensors[key[0]].row(index, self.spec.budget.images)
+            self._slices[key].take(tensor)
 
     def _feed(self, tokens: Integers, positions: Integers, shift: Integers, tensors: Tensors) -> None:
         """Writes what decode reads: a token [B] for each row, at its original position [B]."""
@@ -152,7 +189,8 @@ class Prefill:
 
     def seen(self) -> Seen:
         """Returns what vision made of the pixels that were loaded last: a pipeline over the same tower can take it."""
-        return {port.place: self.tensors[port.place].read() for port in self.spec.graph("vision").outputs.values()}
+        places = [seen_as(port.place) for port in self.spec.graph("vision").outputs.values()]
+        return {place: self.tensors[place].read() for place in places}
 
     def prefilled(self, samples: int) -> Prefilled:
         """Returns what the tensors now hold, of the first `samples` prompts."""

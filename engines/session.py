@@ -7,7 +7,7 @@ with Bundle.open("engines/").session() as session:
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypedDict, TypeVar, Unpack
@@ -21,7 +21,9 @@ from himap_export.engines.backends import ANYWAY, Opening
 from himap_export.engines.bundle import Bundle, RunSpec
 from himap_export.engines.command import DEVICES
 from himap_export.engines.files import check_output
-from himap_export.engines.image import load_image, nearest_size, seen_share, tile_grid, upright
+from himap_export.engines.film import Frames, read_film
+from himap_export.engines.fitting import batches, fitting_variant
+from himap_export.engines.image import load_image, nearest_size, seen_share, upright
 from himap_export.engines.layout import Integers, text_tokens
 from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.processor import Processor, load_processor
@@ -30,6 +32,8 @@ from himap_export.engines.sampling import Sampling
 from himap_export.graphs.errors import Exit, HimapError, HimapWarning
 
 T = TypeVar("T")
+Picture = Image.Image | Path | str
+Pictures = Picture | Sequence[Picture]
 STEADY = 8  # steps of decoding from which on a rate says something
 LEAST_SEEN = 0.5  # of an image; less is said: a photograph of 3:2 shows two thirds
 
@@ -46,15 +50,16 @@ class Generation(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Request:
-    """What a session is to answer: prompts as arrays, the variant that they fit, and what they were made from: an image
-    of `image_size` (width, height), upright, and a prompt."""
+    """What a session is to answer: prompts as arrays, the variant that they fit, and what they were made from: pictures
+    of `sizes` (width, height), upright, and a prompt; or a film, of which `pictures` are the sampled frames."""
 
     inputs: Inputs
     spec: RunSpec
-    image: Image.Image | None = None
+    pictures: tuple[Image.Image, ...] = ()
     prompt: str = ""
     processor: Processor | None = None
-    image_size: tuple[int, int] = (0, 0)
+    sizes: tuple[tuple[int, int], ...] = ()
+    film: Frames | None = None
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,12 @@ class Answer:
         return self.steps / self.decoding_s if self.steps >= STEADY else None
 
     def draw_kept(self, file: Path | str) -> None:
-        """Writes the image as PNG, with the patches that each cut kept. HimapError (usage) if there is no image or no
-        cut, or if something else is in the way."""
-        from himap_export.engines.drawing import draw_kept, kept_patches
+        """Writes the images, or a film's frames, as PNG, with the patches that each cut kept. HimapError (usage) if
+        there is no image or no cut, or if something else is in the way."""
+        from himap_export.engines.drawing import draw_answer
 
         asked, spec = self.request, self.request.spec
-        if asked.image is None or asked.processor is None:
+        if not asked.pictures or asked.processor is None:
             raise HimapError("there is no image to draw on", "arrays were asked", code=Exit.USAGE)
         if not spec.plan.cuts:
             hint = "choose a plan that cuts"
@@ -100,11 +105,9 @@ class Answer:
         check_output(Path(file), ".png")
         image_tokens = np.flatnonzero(spec.manifest.model.image.find(asked.inputs.input_ids[0]))
         alive = [np.isin(image_tokens, self.outputs[f"kept_{cut}"][0]) for cut in spec.plan.stages[1:]]
-        tiles = tile_grid(asked.image.size, asked.processor.image)
-        masks = [kept_patches(mask, spec.image.grid, tiles) for mask in alive]
-        draw_kept(
-            Path(file), asked.image, asked.processor.image, masks=masks,
-            cuts=[cut.layer for cut in spec.plan.cuts], question=asked.prompt, answer=self.text,
+        draw_answer(
+            Path(file), asked.pictures, spec.image, alive=alive, cuts=[cut.layer for cut in spec.plan.cuts],
+            seconds=asked.film.seconds if asked.film else (), question=asked.prompt, answer=self.text,
         )  # fmt: skip
 
 
@@ -150,7 +153,7 @@ class Session:
     ) -> None:
         self.bundle, self._plan, self._text_budget, self._image_size = bundle, plan, text_budget, image_size
         self._backend, self._opening = backend, opening
-        self._pipelines: dict[tuple[str, str, int], Pipeline] = {}
+        self._pipelines: dict[tuple[str, str, int, int], Pipeline] = {}
         self._processors: dict[str, Processor] = {}
         self._busy = threading.Lock()
 
@@ -168,30 +171,59 @@ class Session:
 
     def pipeline(self, spec: RunSpec) -> Pipeline:
         """Returns the pipeline of a variant, opened when it is first asked for."""
-        key = spec.plan_name, spec.variant.image, spec.budget.text
+        key = spec.plan_name, spec.variant.image, spec.budget.images, spec.budget.text
         if key not in self._pipelines:
             opened = next(iter(self._pipelines.values()), None)
             if opened is None:
                 self._pipelines[key] = open_pipeline(spec, self._backend, self._opening)
             else:
-                self._pipelines[key] = Pipeline(spec, opened.backend, self._opening, opened.engines)
+                self._pipelines[key] = Pipeline(spec, opened.backend, self._opening, opened)
         return self._pipelines[key]
 
-    def prepare(self, image: Image.Image | Path | str, prompt: str) -> Request:
-        """Returns the request of one question about one image, which is a file or Pillow's.
+    def prepare(self, images: Pictures, prompt: str) -> Request:
+        """Returns the request of one question about one image or several, each a file or Pillow's; `<image>` in the
+        prompt says where they stand, else they stand in front.
 
-        HimapError (usage): the image cannot be read, the bundle has no tokenizer, or nothing that fits the prompt.
+        HimapError (usage): an image cannot be read, the bundle has no tokenizer, nothing for so many images, or nothing
+        that fits the prompt.
         """
-        shown = upright(image) if isinstance(image, Image.Image) else load_image(Path(image))
-        sizes = [spec.size for spec in self.bundle.manifest.images.values()]
-        size = self._image_size or nearest_size((shown.height, shown.width), sizes)
-        processor = self._processor(self.bundle.image_name(size))
-        if (share := seen_share(shown, processor.image)) < LEAST_SEEN:
+        given = [images] if isinstance(images, Image.Image | Path | str) else list(images)
+        if not given:
+            raise HimapError("there is no image to ask about", hint="give one or several", code=Exit.USAGE)
+        held = self.bundle.variants(self._plan, len(given), film=False)
+        shown = [upright(each) if isinstance(each, Image.Image) else load_image(Path(each)) for each in given]
+        sizes = [self.bundle.manifest.images[v.image].size for v in held]
+        size = self._image_size or nearest_size([(each.height, each.width) for each in shown], sizes)
+        spec = self.bundle.select(self._plan, image_size=size, images=len(given), film=False)
+        processor = self._processor(spec.variant.image)
+        if (share := min(seen_share(each, processor.image) for each in shown)) < LEAST_SEEN:
             told = f"the model sees {share:.0%} of this image: its preprocessing crops to the centre"
             warnings.warn(HimapWarning(told), stacklevel=2)
         inputs = processor.inputs(shown, prompt)
+        fitting = self._with_text(spec, inputs)
         return Request(
-            inputs, self._fitting(inputs), image=shown, prompt=prompt, processor=processor, image_size=shown.size
+            inputs, fitting, pictures=tuple(shown), prompt=prompt, processor=processor,
+            sizes=tuple(each.size for each in shown),
+        )  # fmt: skip
+
+    def prepare_film(self, video: Path | str, prompt: str) -> Request:
+        """Returns the request of one question about a film in a file; `<video>` in the prompt says where it stands.
+
+        HimapError (usage): the film cannot be read or is too short, or as `prepare`; (missing) without PyAV.
+        """
+        held = self.bundle.variants(self._plan, film=True)
+        how = self.bundle.manifest.images[held[0].image].film
+        assert how is not None
+        film = read_film(Path(video), how)
+        sizes = [self.bundle.manifest.images[v.image].size for v in held]
+        first = film.pictures[0]
+        size = self._image_size or nearest_size([(first.height, first.width)], sizes)
+        spec = self.bundle.select(self._plan, image_size=size, film=True)
+        processor = self._processor(spec.variant.image)
+        inputs = processor.film_inputs(film, prompt)
+        return Request(
+            inputs, self._with_text(spec, inputs), pictures=film.pictures, prompt=prompt, processor=processor,
+            sizes=(first.size,), film=film,
         )  # fmt: skip
 
     def _processor(self, image: str) -> Processor:
@@ -202,27 +234,36 @@ class Session:
 
     def prepare_arrays(self, arrays: Inputs | Mapping[str, npt.NDArray[Any]]) -> Request:
         """Returns the request of prompts as arrays: `input_ids` [b,S] with image placeholders expanded, `pixel_values`
-        [b*tiles,3,H,W], and `attention_mask` [b,S] if there is padding. HimapError (usage) if they are not that."""
+        [n,3,H,W], the tiles of all their images, and `attention_mask` [b,S] if there is padding. HimapError (usage) if
+        they are not that."""
         inputs = arrays if isinstance(arrays, Inputs) else as_inputs(arrays)
         return Request(inputs, self._fitting(inputs))
 
     def _fitting(self, inputs: Inputs) -> RunSpec:
+        """Returns the variant for prompts as arrays: tiles and image tokens say of which pictures, and of how many."""
+        return fitting_variant(self.bundle, inputs, self._plan, self._text_budget)
+
+    def _with_text(self, spec: RunSpec, inputs: Inputs) -> RunSpec:
+        """Returns the variant like `spec` at the text budget that fits."""
         needed = text_tokens(inputs.input_ids, inputs.attention_mask, self.bundle.manifest.model.image)
-        return self.bundle.select(self._plan, self._text_budget, text_tokens=needed, image_size=inputs.image_size)
+        return self.bundle.select(
+            self._plan, self._text_budget, text_tokens=needed, image_size=spec.image.size, images=spec.budget.images,
+            film=spec.image.film is not None,
+        )  # fmt: skip
 
     def start(self, request: Request, **how: Unpack[Generation]) -> AnswerStream:
         """Begins to answer what was prepared. HimapError while one reads: a prompt that does not fit, or logits that
         are not finite."""
         return AnswerStream(self._answer(request, how))
 
-    def stream(self, image: Image.Image | Path | str, prompt: str, **how: Unpack[Generation]) -> AnswerStream:
-        """Returns the answer to one question about one image as it comes, piece by piece. HimapError as `prepare` and
-        `start`."""
-        return self.start(self.prepare(image, prompt), **how)
+    def stream(self, images: Pictures, prompt: str, **how: Unpack[Generation]) -> AnswerStream:
+        """Returns the answer to one question about one image or several as it comes, piece by piece. HimapError as
+        `prepare` and `start`."""
+        return self.start(self.prepare(images, prompt), **how)
 
-    def ask(self, image: Image.Image | Path | str, prompt: str, **how: Unpack[Generation]) -> Answer:
-        """Returns the answer to one question about one image. HimapError as `prepare` and `start`."""
-        return self.stream(image, prompt, **how).answer
+    def ask(self, images: Pictures, prompt: str, **how: Unpack[Generation]) -> Answer:
+        """Returns the answer to one question about one image or several. HimapError as `prepare` and `start`."""
+        return self.stream(images, prompt, **how).answer
 
     def generate(self, arrays: Inputs | Mapping[str, npt.NDArray[Any]], **how: Unpack[Generation]) -> Answer:
         """Returns the answers to prompts as arrays. HimapError as `prepare_arrays` and `start`."""
@@ -272,14 +313,16 @@ class _Drawn:
         self._first, self._decoding, self._steps = 0.0, 0.0, 0
 
     def __iter__(self) -> Iterator[Integers]:
-        batch, done = self._pipeline.spec.budget.batch, 0
-        for part in self._inputs.batches(batch):
+        spec, done = self._pipeline.spec, 0
+        for part in batches(self._inputs, spec):
             yield from self._batch(part, range(done, done := done + len(part.input_ids)))
 
     def _batch(self, part: Inputs, requests: range) -> Iterator[Integers]:
         p, start, answer = self._pipeline, time.perf_counter(), list[Integers]()
         seeds = self._sampling.seed + np.array(requests, np.int64)
-        prefilled, layout = p.prefill(part.input_ids, part.pixel_values, part.attention_mask, seeds)
+        prefilled, layout = p.prefill(
+            part.input_ids, part.pixel_values, part.attention_mask, seeds=seeds, seconds=part.seconds
+        )  # fmt: skip
         steps = p.generate(prefilled, layout, self._new_tokens, sampling=self._sampling, requests=requests)
         while (tokens := next(steps, None)) is not None:
             took = time.perf_counter() - start

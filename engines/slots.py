@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from himap_export.engines.arrays import Inputs
-from himap_export.engines.backends import ANYWAY, Engines, Opening
+from himap_export.engines.backends import ANYWAY, Opening
 from himap_export.engines.bundle import RunSpec
 from himap_export.engines.prefill import Prefill, Prefilled, Tensors, check_memory
 from himap_export.graphs.errors import Exit, HimapError
@@ -30,8 +30,8 @@ class Slots(Prefill):
     HimapError (usage) for a bundle whose prefill takes several prompts at once.
     """
 
-    def __init__(self, spec: RunSpec, backend: str, opening: Opening = ANYWAY, engines: Engines | None = None) -> None:
-        super().__init__(spec, backend, opening, engines)
+    def __init__(self, spec: RunSpec, backend: str, opening: Opening = ANYWAY, beside: Prefill | None = None) -> None:
+        super().__init__(spec, backend, opening, beside)
         if spec.budget.batch > 1:
             summary = f"{spec.bundle.folder} answers {spec.budget.batch} prompts together"
             raise HimapError(summary, "each comes alone here", "export it with `batch` 1 and `slots`", Exit.USAGE)
@@ -39,6 +39,7 @@ class Slots(Prefill):
         check_memory(self.engines.device, graphs_of(spec))
         self._many: Tensors = {}
         step = self._bind(decode, self._many)
+        self.vision = self._open_vision()
         lanes = self._bound_lanes() if self.engines.binds_often else self._copied_lanes()
         self._lanes, self._decode = lanes, self.engines.chain([step])
         # A free row goes on with tokens at a position that every stage has a slot for: behind the longest prompt.
@@ -50,12 +51,12 @@ class Slots(Prefill):
         lanes, caches = list[Callable[[], None]](), self._caches()
         for row in range(self.rows):
             self.tensors |= {place: self._many[place].row(row) for place in caches}
-            lanes.append(self.engines.chain([self._bind(stage, self.tensors) for stage in ("vision", *self.stages)]))
+            lanes.append(self.engines.chain([self._bind(stage, self.tensors) for stage in self.stages]))
         return lanes
 
     def _copied_lanes(self) -> list[Callable[[], None]]:
         """Returns prefill for each row: its graphs, bound once, then a copy of what they wrote into that row."""
-        prefill = self.engines.chain([self._bind(stage, self.tensors) for stage in ("vision", *self.stages)])
+        prefill = self.engines.chain([self._bind(stage, self.tensors) for stage in self.stages])
 
         def lane(row: int) -> Callable[[], None]:
             pairs = [(self._many[place].row(row), self.tensors[place]) for place in self._caches()]
@@ -75,7 +76,10 @@ class Slots(Prefill):
     def prefill(self, row: int, inputs: Inputs, seed: int = 0) -> Prefilled:
         """Fills a row with one prompt, in whose name random cuts draw by `seed`; HimapError (usage) if it does not
         fit."""
-        layout = self.load(inputs.input_ids, inputs.pixel_values, inputs.attention_mask, np.array([seed]))
+        layout = self.load(
+            inputs.input_ids, inputs.pixel_values, inputs.attention_mask, seeds=np.array([seed]),
+            seconds=inputs.seconds,
+        )  # fmt: skip
         self._lanes[row]()
         self._positions[row], self._shifts[row] = layout.lengths[0], layout.rope_shift[0]
         return self.prefilled(1)

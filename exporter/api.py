@@ -12,7 +12,7 @@ from himap_export.exporter.planning import Planned, Request, plan_export
 from himap_export.exporter.registry import resolve
 from himap_export.exporter.target import settle_target
 from himap_export.graphs.errors import HimapWarning
-from himap_export.graphs.plan import PruningPlan
+from himap_export.graphs.plan import PruningPlan, Quota
 from himap_export.graphs.ports import Kind
 from himap_export.graphs.spec import Dtype
 
@@ -26,14 +26,16 @@ class ExportOptions(TypedDict, total=False):
     (fractions of the image tokens that leave) or `keep` (tokens that stay at a single cut); `policy`, a name of
     POLICIES; or `plan`: a task, a TOML file, a PruningPlan or plans by name. Budgets: `text_budget` (192) tokens that
     are not the image's, `max_new_tokens` (128), `batch` (1), `slots`, prompts that a service answers at a time (0),
-    `align`: keep more, up to a multiple of so many tokens a stage. Images: `image_size` (height, width) and `tiles`,
-    for models that have a choice. Engines: `backend` (the best that is installed and runs here), `dtype` (the
-    checkpoint's own, where the backend computes it), `gather`, the top-k gather's form. Weights: `weight_form` shared
-    (the default), embedded, or absent: the bundle then holds engines only; `hard_link` instead of copies;
-    `allow_overflow` of a smaller dtype. Quantised weights: `quantize` int8, int4, fp8, nvfp4 or int8-dynamic, in blocks
-    of `block` inputs; `keep_dtype`, patterns of layers that stay; `quantize_head`; `calibrate`, questions by whose
-    activations weights are scaled (AWQ). The model: `revision` of a Hugging Face id, `checkpoint` with an alias's
-    weights, `vision_tower`, where a checkpoint names one outside its folder.
+    `align`: keep more, up to a multiple of so many tokens a stage. Images: how many `images` a prompt holds (1), or
+    that it holds a film of so many `frames`; `quota`: whether a cut ranks all of them together ("prompt") or keeps as
+    many of each ("per-image"); `image_size` (height, width) and `tiles`, for models that have a choice. Engines:
+    `backend` (the best that is installed and runs here), `dtype` (the checkpoint's own, where the backend computes it),
+    `gather`, the top-k gather's form. Weights: `weight_form` shared (the default), embedded, or absent: the bundle then
+    holds engines only; `hard_link` instead of copies; `allow_overflow` of a smaller dtype. Quantised weights:
+    `quantize` int8, int4, fp8, nvfp4 or int8-dynamic, in blocks of `block` inputs; `keep_dtype`, patterns of layers
+    that stay; `quantize_head`; `calibrate`, questions by whose activations weights are scaled (AWQ). The model:
+    `revision` of a Hugging Face id, `checkpoint` with an alias's weights, `vision_tower`, where a checkpoint names one
+    outside its folder.
     """
 
     task: str
@@ -51,6 +53,9 @@ class ExportOptions(TypedDict, total=False):
     align: int | None
     image_size: tuple[int, int] | Sequence[tuple[int, int]]
     tiles: int | None
+    images: int | Sequence[int]
+    frames: int | None
+    quota: Quota | None
     backend: str | Sequence[str]
     dtype: Dtype | None
     gather: Gather
@@ -69,7 +74,7 @@ class ExportOptions(TypedDict, total=False):
 
 PLURAL = {
     "policy": "policies", "plan": "plans", "image_size": "image_sizes", "text_budget": "text_budgets",
-    "backend": "backends", "keep_dtype": "keep_dtype",
+    "images": "images", "backend": "backends", "keep_dtype": "keep_dtype",
 }  # fmt: skip
 SOURCE = ("revision", "checkpoint", "vision_tower")  # of the model
 

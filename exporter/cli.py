@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import get_args
 
 from himap_export.engines.command import BACKENDS, Parser, image_size, number, run_command, whole
+from himap_export.engines.film import MAX_FRAMES
 from himap_export.exporter.aliases import ALIASES
-from himap_export.graphs.plan import POLICIES, TASKS
+from himap_export.graphs.plan import MOST_IMAGES, POLICIES, TASKS, Quota
 from himap_export.graphs.ports import Kind
 from himap_export.graphs.selectors import is_policy
 
@@ -57,6 +58,11 @@ def _planning(p: argparse.ArgumentParser) -> None:
     plan.add_argument("--r1", type=number(-1, 1), help="fraction of image tokens removed at k1")
     plan.add_argument("--r2", type=number(-1, 1), help="fraction removed at k2 of what k1 left")
     plan.add_argument(
+        "--quota",
+        choices=get_args(Quota),
+        help="rank a prompt's images together (default), or keep as many of each",
+    )
+    plan.add_argument(
         "--keep", type=whole(0, TOKENS), metavar="N", help="image tokens that a policy of one cut keeps, for --r1"
     )
 
@@ -72,6 +78,16 @@ def _budgeting(p: argparse.ArgumentParser) -> None:
         "--image-size", type=image_size, nargs="+", action="extend", default=[], metavar="WxH",
         help="pixels, for models of any resolution; several go into one bundle, images are letterboxed to the nearest",
     )  # fmt: skip
+    budget.add_argument(
+        "--images", type=whole(1, MOST_IMAGES), nargs="+", default=[1], metavar="N",
+        help="images in a prompt (default: 1); several numbers go into one bundle",
+    )  # fmt: skip
+    budget.add_argument(
+        "--frames",
+        type=whole(1, MAX_FRAMES),
+        metavar="N",
+        help="questions are about films, of which so many frames are seen",
+    )
     budget.add_argument(
         "--tiles", type=whole(1, 10_000), metavar="N", help="tiles of an image, its thumbnail included (InternVL)"
     )
@@ -168,7 +184,8 @@ def _export(args: argparse.Namespace, argv: list[str]) -> None:
         args.model, weights=not (args.dry_run or args.engines_only), task=args.task, plan=args.plan, policy=args.policy,
         k1=args.k1, k2=args.k2, r1=args.r1, r2=args.r2, keep=args.keep, text_budget=args.text_budget,
         max_new_tokens=args.max_new_tokens, batch=args.batch, slots=args.slots, align=args.align,
-        image_size=args.image_size, tiles=args.tiles, backend=args.backend, dtype=args.dtype, gather=args.gather,
+        image_size=args.image_size, tiles=args.tiles, images=args.images, frames=args.frames, quota=args.quota,
+        backend=args.backend, dtype=args.dtype, gather=args.gather,
         weight_form="absent" if args.engines_only else args.weight_form, hard_link=args.hard_link,
         allow_overflow=args.allow_overflow, revision=args.revision, checkpoint=args.checkpoint,
         vision_tower=args.vision_tower, quantize=args.quantize, block=args.block, keep_dtype=args.keep_dtype,

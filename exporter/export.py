@@ -21,7 +21,6 @@ from himap_export.engines.manifest import (
     EngineRecord,
     FileRecord,
     GraphRecord,
-    ImageSpec,
     Manifest,
     ModelRecord,
     Quantization,
@@ -79,11 +78,11 @@ class Export:
         """Builds a vision graph for each image spec."""
         from himap_export.exporter.vision import vision_graph  # torch: seconds to import
 
-        p, batch = self.planned, self.planned.variants[0].budget.batch
+        p = self.planned
         for image, spec in p.images.items():
             name = self._vision_name(image)
             self.graphs[name] = vision_graph(
-                name, p.model.family, spec, batch=batch, hidden=p.decoder.hidden, dtype=p.dtype, names=self.names
+                name, p.model.family, spec, hidden=p.decoder.hidden, dtype=p.dtype, names=self.names
             )
         return ", ".join(f"{spec.tokens} image tokens of {name}" for name, spec in p.images.items())
 
@@ -254,10 +253,6 @@ class Export:
 
     def manifest(self) -> Manifest:
         p, processor = self.planned, self.processor
-        images = {
-            name: ImageSpec(s.size, s.tiles, tokens=s.tokens, grid=s.grid, preprocessing=processor.images[name])
-            for name, s in p.images.items()
-        }
         return Manifest(
             model=_model_record(p, self.checkpoint),
             decoder=p.decoder,
@@ -268,7 +263,7 @@ class Export:
             weight_form=p.weight_form,
             weights=tuple(f"weights/{file}" for file in self.files),
             quantization=self.quantization,
-            images=images,
+            images=processor.images,
             prompt=processor.prompt,
             tokenizer=TOKENIZER if TOKENIZER in processor.files else None,
             toolchain=_toolchain(p.asked.backends),
@@ -354,7 +349,7 @@ def _model_record(p: Planned, checkpoint: Checkpoint) -> ModelRecord:
         name=p.model.name,
         source=p.model.source,
         architecture=p.model.family.architecture,
-        image=ImageTokens(rules.image_token, rules.between),
+        image=ImageTokens(rules.image_token, rules.between, rules.film_token),
         eos_tokens=eos_tokens,
         pad_token=eos_tokens[0] if pad is None else pad,
     )

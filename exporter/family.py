@@ -16,7 +16,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from himap_export.engines.documents import typed
+from himap_export.engines.film import Film
 from himap_export.engines.image import ImagePreprocessing
+from himap_export.engines.prompt import Expansion, Segment
 from himap_export.exporter.checks import require, require_even_heads, require_supported
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import DecoderSpec
@@ -32,15 +34,26 @@ S = TypeVar("S", bound=Struct)
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """What the user asked images to be: `size` (height, width) in pixels, `tiles` in number; None: the model's."""
+    """What the user asked images to be: `size` (height, width) in pixels, `tiles` in number; None: the model's.
+
+    `frames`: a film of so many, instead of a picture. `several`: there is more than one picture in a prompt, which
+    some models then see less closely.
+    """
 
     size: tuple[int, int] | None = None
     tiles: int | None = None
+    frames: int | None = None
+    several: bool = False
 
     def require_whole(self) -> None:
         """Raises HimapError (usage) if tiles are asked of a model that has none."""
         if self.tiles not in (None, 1):
             raise HimapError(f"{self.tiles} tiles do not fit", "this model sees its image whole", code=Exit.USAGE)
+
+    def require_still(self) -> None:
+        """Raises HimapError (usage) if a film is asked of a model that sees pictures only."""
+        if self.frames is not None:
+            raise HimapError("`frames` do not fit", "this model sees pictures, no films", code=Exit.USAGE)
 
     def fixed(self, size: tuple[int, int]) -> tuple[int, int]:
         """Returns `size`, of a tower that takes images of this one; HimapError (usage) if another is asked for."""
@@ -54,10 +67,14 @@ class ImageOptions:
 class VisionSpec:
     """What the vision graph takes and gives, all of it static.
 
-    Pixels [B*tiles,channels,height,width] to features [B,tokens,D]; `size` is (height, width) of one tile. `tokens` are
-    V0, of all tiles; `grid` is (rows, columns) of those that stand for one tile, in reading order, behind
-    `tokens` - tiles * rows * columns that stand for no place (a class token). `deepstack` counts further outputs
-    [B,tokens,D], added to the image tokens behind the first decoder layers.
+    One picture's or film's pixels [tiles,channels,*view] to features [1,tokens,D]. `size` (height, width): of pictures
+    and frames that are seen as they are; others are letterboxed to it, or resized. `view`: of what the tower sees at
+    once, `size` unless that is cut into `tiles`; a film has a tile for each frame. `tokens` are V, of all tiles; `grid`
+    is (rows, columns) of those that are drawn: of one tile, or one of a film's steps, in reading order, each row with
+    `newline` tokens behind it that stand for no place. Tokens that are too many (a class token, an overview) stand in
+    front of a picture's, and behind a film's. `deepstack` counts further outputs [1,tokens,D], added to the image
+    tokens behind the first decoder layers. `several`: it is what several pictures of one prompt are seen as, and no
+    picture alone.
     """
 
     size: tuple[int, int]
@@ -66,6 +83,22 @@ class VisionSpec:
     grid: tuple[int, int]
     tiles: int = 1
     deepstack: int = 0
+    newline: int = 0
+    cut_to: tuple[int, int] | None = None
+    film: Film | None = None
+    several: bool = False
+
+    @property
+    def view(self) -> tuple[int, int]:
+        """(height, width) of what the tower sees at once."""
+        return self.cut_to or self.size
+
+    @property
+    def name(self) -> str:
+        """448x336, with the tiles that it is cut into or the frames of a film: 448x448x4, 448x448-16-frames."""
+        height, width = self.size
+        many = f"-{self.tiles}-frames" if self.film else f"x{self.tiles}" if self.tiles > 1 else ""
+        return f"{width}x{height}{many}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +106,9 @@ class PromptRules:
     """How prompts of a family look where its checkpoint does not say, and the ids that say where images are.
 
     `image_token`: the id of an image token in `input_ids`. `between`: if set, image tokens are whatever ids stand
-    between these two. `image_text`: the placeholder in `template` and in the tokenizer, which also holds `{prompt}`.
+    between these two. `image_text`: the placeholder in the tokenizer. `template` holds `{pictures}`, where `lead` goes
+    for each of them, with the placeholder in it, and `{prompt}`. `turn` is what goes on behind an answer: the next
+    question's `{prompt}`, until the model speaks. `film_token`, `film_text` and `film_lead`: the same of a film.
     `surround` (before, after) goes around the placeholder in a rendered chat template. `eos`, `pad`: for checkpoints
     without a generation_config.json; `stop`: ids at which the release's code stops besides. `positions`: how many
     the decoder has.
@@ -82,12 +117,17 @@ class PromptRules:
     image_token: int
     image_text: str
     template: str
+    lead: str
+    turn: str
     positions: int
     eos: tuple[int, ...]
     pad: int | None = None
     between: tuple[int, int] | None = None
     surround: tuple[str, str] = ("", "")
     stop: tuple[int, ...] = ()
+    film_token: int | None = None
+    film_text: str = ""
+    film_lead: str = ""
 
 
 class Family(ABC, Generic[S]):
@@ -147,6 +187,10 @@ class Family(ABC, Generic[S]):
     @abstractmethod
     def image(self, spec: VisionSpec) -> ImagePreprocessing:
         """Returns how images become pixels where the checkpoint does not say."""
+
+    def expansion(self, spec: VisionSpec) -> Expansion:
+        """Returns what the placeholder of one picture or film becomes in a prompt."""
+        return Expansion((Segment("", spec.tokens),))
 
     def names(self, role: str) -> Iterator[str]:
         """Yields the names under which checkpoints store a tensor, the published checkpoints' first.

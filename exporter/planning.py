@@ -12,6 +12,7 @@ from himap_export.engines.backends import READ_GRAPHS, Gather, check_forms, load
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.choice import best_backend
 from himap_export.engines.documents import typed
+from himap_export.engines.film import MAX_FRAMES
 from himap_export.engines.image import MAX_PIXELS, MAX_SIDE
 from himap_export.engines.manifest import WeightForm
 from himap_export.exporter.checks import require
@@ -23,7 +24,7 @@ from himap_export.exporter.registry import Model
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.flops import StageCost, paper_ratio, scoring_flops, stage_costs, true_ratio
 from himap_export.graphs.importance import require_scores
-from himap_export.graphs.plan import PruningPlan, TokenBudget, Visual, align
+from himap_export.graphs.plan import MOST_IMAGES, PruningPlan, Quota, TokenBudget, Visual, align
 from himap_export.graphs.ports import Kind, LinearForm
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
@@ -34,7 +35,7 @@ MOST_VARIANTS = 256  # each has graphs of its own, seconds to build
 @dataclass(frozen=True)
 class Request:
     """What an export is asked for; None, or nothing, where the user left the choice to us. `image_sizes` are (height,
-    width).
+    width); `images`: how many a prompt may hold, a variant for each; `frames`: of a film, instead of images.
 
     `plans` holds names of the authors' tasks, TOML files, plans and plans by name; empty: each of `policies` (none
     named: himap), the `task`'s cuts changed by `k1`, `k2`, `r1`, `r2`, `keep`.
@@ -50,6 +51,9 @@ class Request:
     plans: tuple[Source, ...] = ()
     image_sizes: tuple[tuple[int, int], ...] = ()
     tiles: int | None = None
+    images: tuple[int, ...] = (1,)
+    frames: int | None = None
+    quota: Quota | None = None
     text_budgets: tuple[int, ...] = (192,)
     max_new_tokens: int = 128
     batch: int = 1
@@ -81,9 +85,8 @@ class PlannedVariant:
 
     @property
     def image(self) -> str:
-        """The name of the image spec: 448x336, or 448x448x4 for four tiles."""
-        height, width = self.vision.size
-        return f"{width}x{height}" + (f"x{self.vision.tiles}" if self.vision.tiles > 1 else "")
+        """The name of the image spec."""
+        return self.vision.name
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,11 @@ class Planned:
         return {v.image: v.vision for v in self.variants}
 
     def variant_name(self, v: PlannedVariant) -> str:
-        """Returns a name that no other variant has: the plan, its text budget, and the image if there are several."""
-        return f"{v.plan_name}-{v.budget.text}" + (f"-{v.image}" if len(self.images) > 1 else "")
+        """Returns a name that no other variant has: the plan, its text budget, and the image and the number of them if
+        there are several."""
+        counts = {other.budget.images for other in self.variants}
+        image = f"-{v.image}" if len(self.images) > 1 else ""
+        return f"{v.plan_name}-{v.budget.text}{image}" + (f"-{v.budget.images}-images" if len(counts) > 1 else "")
 
     def costs(self, v: PlannedVariant) -> tuple[StageCost, ...]:
         """Returns what each stage holds and what its prefill costs."""
@@ -135,21 +141,19 @@ def plan_export(model: Model, asked: Request) -> Planned:
         asked = replace(asked, backends=(choice.backend,))
     dtype = asked.dtype or _suitable_dtype(_own_dtype(model.family.fields), asked.backends)
     sizes, plans = dict.fromkeys(asked.image_sizes or (None,)), _plans(asked)
-    texts, variants = dict.fromkeys(asked.text_budgets), list[PlannedVariant]()
-    if (count := len(sizes) * len(plans) * len(texts)) > MOST_VARIANTS:
+    texts, counts = dict.fromkeys(asked.text_budgets), dict.fromkeys(asked.images)
+    if (count := len(sizes) * len(plans) * len(texts) * len(counts)) > MOST_VARIANTS:
         details = f"{len(sizes)} pictures, {len(plans)} plans, {len(texts)} text budgets: at most {MOST_VARIANTS}"
         raise HimapError(f"{count} variants are too many for one bundle", details, code=Exit.USAGE)
-    decoder, visions = describe(model, *(ImageOptions(size, asked.tiles) for size in sizes))
-    for vision in visions:
-        for name, plan in plans.items():
-            require_scores(plan, decoder)
-            kept = plan.check(decoder.layers).kept(vision.tokens)
-            for text in texts:
-                visual = align(kept, text, asked.align) if asked.align is not None else kept
-                budget = TokenBudget(visual, text, asked.max_new_tokens, batch=asked.batch, slots=asked.slots)
-                _check_positions(model, budget)
-                typed(msgspec.to_builtins(budget), TokenBudget, "the budget")
-                variants.append(PlannedVariant(plan_name=name, plan=plan, budget=budget, asked=kept, vision=vision))
+    _check_media(asked)
+    kinds = [(n, ImageOptions(size, asked.tiles, asked.frames, n > 1)) for size in sizes for n in counts]
+    decoder, visions = describe(model, *(options for _, options in kinds))
+    variants = [
+        _variant(model, asked, name=name, plan=plan.check(decoder.layers), vision=vision, images=images, text=text)
+        for (images, _), vision in zip(kinds, visions, strict=True) for name, plan in plans.items() for text in texts
+    ]  # fmt: skip
+    for plan in plans.values():
+        require_scores(plan, decoder)
     forms = plan_forms(
         decoder, dtype, kind=asked.quantize, block=asked.block, keep=asked.keep_dtype, head=asked.quantize_head
     )
@@ -162,6 +166,34 @@ def plan_export(model: Model, asked: Request) -> Planned:
         model=model, decoder=decoder, variants=tuple(variants), dtype=dtype, asked=asked, forms=forms,
         weight_form=_weight_form(asked, forms, model.quantised is not None), why=choice.why if choice else "",
     )  # fmt: skip
+
+
+def _variant(
+    model: Model, asked: Request, *, name: str, plan: PruningPlan, vision: VisionSpec, images: int, text: int
+) -> PlannedVariant:
+    """Returns the variant of a plan for prompts of so many `images`, at one `text` budget."""
+    kept = plan.kept(vision.tokens, images)
+    if asked.align is not None and plan.quota == "per-image" and images > 1:
+        details = "a multiple of all tokens is not one of each image's"
+        raise HimapError("`align` and `quota` per-image exclude each other", details, code=Exit.USAGE)
+    visual = align(kept, text, asked.align) if asked.align is not None else kept
+    budget = TokenBudget(visual, text, asked.max_new_tokens, batch=asked.batch, slots=asked.slots, images=images)
+    _check_positions(model, budget)
+    typed(msgspec.to_builtins(budget), TokenBudget, "the budget")
+    return PlannedVariant(plan_name=name, plan=plan, budget=budget, asked=kept, vision=vision)
+
+
+def _check_media(asked: Request) -> None:
+    """Checks how many images or frames are asked for."""
+    if not asked.images or not all(1 <= n <= MOST_IMAGES for n in asked.images):
+        details = f"expected 1 to {MOST_IMAGES} of them"
+        raise HimapError(f"`images` {' '.join(map(str, asked.images))} does not fit", details, code=Exit.USAGE)
+    if asked.frames is not None and tuple(asked.images) != (1,):
+        raise HimapError("`frames` and `images` exclude each other", "a prompt holds one film", code=Exit.USAGE)
+    if asked.frames is not None and not 1 <= asked.frames <= MAX_FRAMES:
+        raise HimapError(f"`frames` {asked.frames} does not fit", f"expected 1 to {MAX_FRAMES}", code=Exit.USAGE)
+    if asked.frames is not None and asked.tiles is not None:
+        raise HimapError("`frames` and `tiles` exclude each other", "a frame is seen whole", code=Exit.USAGE)
 
 
 def _weight_form(asked: Request, forms: Mapping[str, LinearForm], ready: bool) -> WeightForm:
@@ -207,7 +239,7 @@ def describe(model: Model, *images: ImageOptions) -> tuple[DecoderSpec, tuple[Vi
 
 def _check_vision(vision: VisionSpec) -> None:
     """Checks the image's size before any table of that size is made."""
-    (height, width), pixels = vision.size, vision.tiles * prod(vision.size)
+    (height, width), pixels = vision.size, max(vision.tiles * prod(vision.view), prod(vision.size))
     if max(height, width) > MAX_SIDE or pixels > MAX_PIXELS or not 1 <= vision.tokens <= MOST_TOKENS:
         details = f"{width}x{height} pixels in {vision.tiles} tiles, {vision.tokens} tokens"
         most = f"at most {MAX_SIDE} pixels a side, {MAX_PIXELS} in all, and 1 to {MOST_TOKENS} tokens"
@@ -225,8 +257,15 @@ def _check_image_token(rules: PromptRules, decoder: DecoderSpec) -> None:
 def _plans(asked: Request) -> dict[str, PruningPlan]:
     """Returns every plan by its name, in the order asked for."""
     values = {key: value for key in KEYS if (value := getattr(asked, key)) is not None}
-    if not asked.plans:
-        return flag_plans(asked.policies or ("himap",), asked.task, values)
+    flags = asked.policies or ("himap",)
+    found = _named(asked, values) if asked.plans else flag_plans(flags, asked.task, values)
+    if asked.quota is None:
+        return found
+    return {name: msgspec.structs.replace(plan, quota=asked.quota) for name, plan in found.items()}
+
+
+def _named(asked: Request, values: Mapping[str, Any]) -> dict[str, PruningPlan]:
+    """Returns the plans that are named, or in files; HimapError (usage) if flags would change them."""
     given = [*values, *(["policy"] if asked.policies else [])]
     if given:
         hint = "with `plan`, write the plan into a TOML file"

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
@@ -17,16 +18,16 @@ from msgspec.structs import replace
 
 from himap_export.engines.documents import read_file, read_json, typed
 from himap_export.engines.image import CLIP_MEAN, CLIP_STD, RESAMPLING, ImagePreprocessing, mean_color
-from himap_export.engines.prompt import QUESTION, TOKENIZER, PromptFormat, read_tokenizer
+from himap_export.engines.manifest import ImageSpec
+from himap_export.engines.prompt import TOKENIZER, PromptFormat, read_tokenizer
 from himap_export.engines.scratch import scratch_folder
 from himap_export.exporter.config import Name, Side
 from himap_export.exporter.family import Family, PromptRules, VisionSpec
-from himap_export.exporter.template import MOST_TEXT, render
+from himap_export.exporter.prompts import default_prompt, told_prompt
+from himap_export.exporter.template import MOST_TEXT
 from himap_export.graphs.errors import Exit, HimapError
 
 S = TypeVar("S", bound=Struct)
-SENTINEL: Final = "himap-export asks 7c41"
-PROBE: Final = '  Is "5 < 6" & {true}?\n\tÆther  '  # what a template might strip or escape
 Template = Annotated[str, Meta(max_length=MOST_TEXT)]
 Number = Annotated[float, Meta(ge=-(2**16), le=2**16)]  # of a colour: 0 to 1, or to 255
 # Not tuple[Number, Number, Number]: msgspec 0.22 breaks memory where a union has one beside a bounded number.
@@ -98,12 +99,12 @@ TOKENIZER_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json", "a
 
 @dataclass(frozen=True)
 class ProcessorData:
-    """`images` by image spec; `prompt` is None without a tokenizer: the bundle then answers only `--load-inputs`.
+    """`images` by their names; `prompt` is None without a tokenizer: the bundle then answers only `--load-inputs`.
 
     `files` maps names in the bundle to their content.
     """
 
-    images: Mapping[str, ImagePreprocessing]
+    images: Mapping[str, ImageSpec]
     prompt: PromptFormat | None
     files: Mapping[str, bytes] = field(default_factory=dict)
 
@@ -116,10 +117,13 @@ def read_processor(folder: Path | None, family: Family[Any], images: Mapping[str
     tower's, a chat template without exactly one image and one question, a tokenizer at odds with the model.
     """
     rules = family.prompt()
-    prompt = PromptFormat(rules.template, rules.image_text, image_id=rules.image_token)
-    own = {name: family.image(spec) for name, spec in images.items()}
+    prompt, own = default_prompt(rules), {name: family.image(spec) for name, spec in images.items()}
+
+    def data(how: Mapping[str, ImagePreprocessing], *rest: Any) -> ProcessorData:
+        return ProcessorData({name: _spec(family, images[name], each) for name, each in how.items()}, *rest)
+
     if folder is None:
-        return ProcessorData(own, prompt)
+        return data(own, prompt)
     processor = _read(folder / "processor_config.json", Files)
     flat = processor.image_processor
     if flat is None and os.path.lexists(path := folder / "preprocessor_config.json"):
@@ -128,11 +132,19 @@ def read_processor(folder: Path | None, family: Family[Any], images: Mapping[str
     how = {name: _image(flat, default) for name, default in own.items()}
     if os.path.lexists(folder / TOKENIZER):
         tokenizer = _load_tokenizer(folder, family.model_type)
-        prompt = _told_prompt(folder, processor, tokenizer=tokenizer, rules=rules, default=prompt)
+        prompt = _told_prompt(folder, processor, tokenizer=tokenizer, rules=rules)
         # Written from what transformers loaded: it may add tokens and BOS rules that the file itself does not hold.
-        return ProcessorData(how, prompt, {TOKENIZER: tokenizer.backend_tokenizer.to_str().encode()})
+        return data(how, prompt, {TOKENIZER: tokenizer.backend_tokenizer.to_str().encode()})
     made = family.tokenizer(folder)
-    return ProcessorData(how, None) if made is None else ProcessorData(how, prompt, {TOKENIZER: made})
+    return data(how, None) if made is None else data(how, prompt, {TOKENIZER: made})
+
+
+def _spec(family: Family[Any], spec: VisionSpec, how: ImagePreprocessing) -> ImageSpec:
+    """Returns what the bundle says of pictures that become pixels in this way."""
+    return ImageSpec(
+        spec.size, spec.tiles, tokens=spec.tokens, grid=spec.grid, preprocessing=how,
+        expansion=family.expansion(spec), newline=spec.newline, film=spec.film, several=spec.several,
+    )  # fmt: skip
 
 
 def _image(found: Mapping[str, Any], default: ImagePreprocessing) -> ImagePreprocessing:
@@ -151,10 +163,8 @@ def _image(found: Mapping[str, Any], default: ImagePreprocessing) -> ImagePrepro
     return image
 
 
-def _told_prompt(
-    folder: Path, processor: Files, tokenizer: Any, rules: PromptRules, default: PromptFormat
-) -> PromptFormat:
-    """Returns the prompt as the checkpoint's chat template and tokenizer tell it, else as `default` has it."""
+def _told_prompt(folder: Path, processor: Files, tokenizer: Any, rules: PromptRules) -> PromptFormat:
+    """Returns the prompt as the checkpoint's chat template and tokenizer tell it, else as `rules` have it."""
     template = _chat_template(folder, processor)
     told = getattr(tokenizer, "image_token", None)
     image_token = (told if isinstance(told, str) else None) or processor.image_token or rules.image_text
@@ -165,12 +175,8 @@ def _told_prompt(
     own = _default(tokenizer.chat_template)
     if template is None and isinstance(own, str) and image_token in own:
         template = own  # Hugging Face would refuse: its processor has none; the tokenizer's places the image, so use it
-    if template is None:
-        text = default.template.replace(rules.image_text, image_token)
-        return replace(default, template=text, image_token=image_token)
-    prompt = _render(template, tokenizer.special_tokens_map, image_token)
-    text = prompt.template.replace(image_token, image_token.join(rules.surround))
-    return replace(prompt, template=text, image_id=rules.image_token)
+    rules = replaced(rules, lead=rules.lead.replace(rules.image_text, image_token), image_text=image_token)
+    return default_prompt(rules) if template is None else told_prompt(template, tokenizer.special_tokens_map, rules)
 
 
 def _kind(config: Mapping[str, Any]) -> str:
@@ -284,18 +290,3 @@ def _chat_template(folder: Path, processor: Files) -> str | None:
 def _default(template: Any) -> Any:
     """Returns, of several templates, the one named default, if it is there."""
     return template.get("default", template) if isinstance(template, dict) else template
-
-
-def _render(template: str, special: Mapping[str, Any], image_token: str) -> PromptFormat:
-    """Returns the chat template as a `PromptFormat`, rendered with one question and checked with an awkward one."""
-    bos = str(special.get("bos_token") or "")
-    text, probed = render(template, (SENTINEL, PROBE), special)
-    if text.count(SENTINEL) != 1 or text.count(image_token) != 1 or QUESTION in text:
-        details = f"expected one {image_token} and the question once in {text[:500]!r}"
-        raise HimapError("unsupported chat template", details)
-    starts_with_bos = bool(bos) and text.startswith(bos)
-    for strip in (False, True):
-        how = PromptFormat(text.replace(SENTINEL, QUESTION), image_token, not starts_with_bos, strip)
-        if how.render(PROBE) == probed:
-            return how
-    raise HimapError("unsupported chat template", "it changes the text of the question")

@@ -26,10 +26,14 @@ MOST_SECONDS = 3  # of a processor
 MOST_WAIT = 30.0  # seconds by the clock: the machine may have much else to do
 
 
-def render(template: str, questions: Sequence[str], variables: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns the prompts that `template` makes of an image and each of `questions`; it sees `variables` besides.
+Chat = Sequence[Mapping[str, Any]]  # messages, as templates take them
 
-    HimapError for a template that raises, takes too long, or takes or makes too much.
+
+def render(template: str, chats: Sequence[Chat], variables: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """Returns the prompts that `template` makes of `chats`, None for one that it raises at; it sees `variables`
+    besides.
+
+    HimapError for a template that raises at the first, takes too long, or takes or makes too much.
     """
     # Before the fork: the child imports nothing.
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -37,11 +41,21 @@ def render(template: str, questions: Sequence[str], variables: Mapping[str, Any]
     if len(template.encode(errors="surrogatepass")) > MOST_TEXT:
         raise _refused(f"it is longer than {MOST_TEXT} bytes")
 
-    def texts() -> list[str]:
-        contents = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
-        chats: list[Any] = [[{"role": "user", "content": content}] for content in contents]
-        made, _ = render_jinja_template(chats, chat_template=template, add_generation_prompt=True, **variables)
-        return [str(text) for text in made]
+    def text(chat: Chat) -> str:
+        chats: Any = [chat]
+        (made,), _ = render_jinja_template(chats, chat_template=template, add_generation_prompt=True, **variables)
+        return str(made)
+
+    def texts() -> list[str | None]:
+        made: list[str | None] = [text(chats[0])]
+        for chat in chats[1:]:
+            try:
+                made.append(text(chat))
+            except MemoryError:
+                raise
+            except Exception:  # whatever the template raises at what it does not know
+                made.append(None)
+        return made
 
     answer = json.loads(_bounded(lambda: _said(texts)))
     if isinstance(answer, str):
@@ -49,12 +63,12 @@ def render(template: str, questions: Sequence[str], variables: Mapping[str, Any]
     return tuple(answer)
 
 
-def _said(texts: Callable[[], list[str]]) -> bytes:
+def _said(texts: Callable[[], list[str | None]]) -> bytes:
     """Returns what `texts` gives, or in one string why it gives nothing, as JSON."""
-    answer: list[str] | str
+    answer: list[str | None] | str
     try:
         answer = texts()
-        if len("".join(answer).encode()) > MOST_TEXT:
+        if len("".join(text or "" for text in answer).encode()) > MOST_TEXT:
             answer = f"it makes more than {MOST_TEXT} bytes"
     except MemoryError:
         answer = f"it takes more than {MOST_MEMORY // MEGABYTE} MB"

@@ -24,16 +24,17 @@ TORCH_DTYPE: Mapping[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch
 
 
 def vision_graph(
-    name: str, family: Family[Any], spec: VisionSpec, *, batch: int, hidden: int, dtype: Dtype, names: Names
+    name: str, family: Family[Any], spec: VisionSpec, *, hidden: int, dtype: Dtype, names: Names
 ) -> StageGraph:
-    """Returns the graph from `pixel_values` [B*tiles,3,H,W] to `image_features` and `deepstack_*` [B,V0,D].
+    """Returns the graph from one picture's or film's `pixel_values` [tiles,3,H,W] to `image_features` and `deepstack_*`
+    [1,V,D].
 
     Weights are inputs, to whose names `names` turns the module's. What the module computed from its configuration
     alone, its `constants` by the names of their buffers, is written into the graph."""
     module = family.module(spec, TORCH_DTYPE[dtype])
-    pixels = Port(dtype, (batch * spec.tiles, spec.channels, *spec.size), "pixel_values")
-    places = Place("image_features"), *(Place("deepstack", layer) for layer in range(spec.deepstack))
-    outputs = {place.name(): Port(dtype, (batch, spec.tokens, hidden), *place) for place in places}
+    pixels = Port(dtype, (spec.tiles, spec.channels, *spec.view), "pixel_values")
+    places = Place("seen_features"), *(Place("seen_deepstack", layer) for layer in range(spec.deepstack))
+    outputs = {place.name(): Port(dtype, (1, spec.tokens, hidden), *place) for place in places}
     empty = torch.empty(pixels.shape, dtype=TORCH_DTYPE[dtype], device="meta")
     with _quiet(), torch.inference_mode():
         program = torch.onnx.export(
@@ -44,7 +45,7 @@ def vision_graph(
     model = program.model
     model.ir_version, model.producer_name, model.graph.name = IR_VERSION, "himap-export", name
     for output in model.graph.outputs:
-        output.shape = ir.Shape([batch, spec.tokens, hidden])
+        output.shape = ir.Shape([1, spec.tokens, hidden])
     weights = _free_weights(model.graph, names, getattr(module, "constants", {}), dtype)
     pattern.RewriteRuleSet([_BiasedLinearAsGemm.rule(), _LinearAsGemm.rule()]).apply_to_model(model)
     for node in model.graph:

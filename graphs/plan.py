@@ -7,7 +7,7 @@ policies are the methods it is compared with, and the baselines without which no
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from msgspec import Meta, Struct
 from msgspec.structs import replace
@@ -18,6 +18,9 @@ Visual = tuple[int, ...]  # [V0, V1, ..]: image tokens alive in each stage
 # Of a file that says how many: the longest contexts are a million tokens, and every slot of a budget is memory.
 Tokens = Annotated[int, Meta(ge=0, le=2**20)]
 MOST_CUTS = 64  # a cut opens a stage, and a stage has a layer
+# Among which image tokens a cut ranks: all of the prompt's (the papers'), or each picture's by themselves.
+Quota = Literal["prompt", "per-image"]
+MOST_IMAGES = 256  # in a prompt: of the fewest tokens that a picture has, they fill most contexts
 # The name of what ranks image tokens at a cut; `graphs/importance.py` says how, one function each, and takes new ones.
 Criterion = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,63}\Z")]
 # What was fitted to a model for a criterion: a trend's slope, weights of heads. Bounds keep out NaN and infinity.
@@ -51,10 +54,12 @@ class PruningPlan(Struct, frozen=True, forbid_unknown_fields=True):
     """The cuts, in the order of their layers; none: the unpruned model, in one stage.
 
     Layers `0..k1-1` see all tokens, `k1..k2-1` those kept by the first cut, and so on. A fraction is of what the cut
-    before it left.
+    before it left. `quota`: whether a cut ranks the tokens of all pictures of a prompt together, or keeps as many of
+    each.
     """
 
     cuts: Annotated[tuple[Cut, ...], Meta(max_length=MOST_CUTS)] = ()
+    quota: Quota = "prompt"
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -84,14 +89,16 @@ class PruningPlan(Struct, frozen=True, forbid_unknown_fields=True):
                 raise _bad(summary, "cuts come in the order of their layers")
         return self
 
-    def kept(self, image_tokens: int) -> Visual:
-        """Returns [V0, V1, ..]: image tokens alive in each stage; HimapError (usage) if a cut finds too few."""
-        found = [image_tokens]
+    def kept(self, image_tokens: int, images: int = 1) -> Visual:
+        """Returns [V0, V1, ..]: image tokens alive in each stage, of a prompt of `images` pictures of `image_tokens`
+        each. HimapError (usage) if a cut finds too few."""
+        ranked = 1 if self.quota == "prompt" else images  # sets of tokens that are ranked by themselves
+        found = [image_tokens * images // ranked]
         for cut in self.cuts:
             if not found[-1]:
                 raise _bad(f"the cut at layer {cut.layer} finds no image token", "the cut before it keeps none")
             found.append(cut.kept(found[-1]))
-        return tuple(found)
+        return tuple(n * ranked for n in found)
 
 
 def _check_cut(name: str, cut: Cut, layers: int) -> None:
@@ -170,9 +177,10 @@ def align(visual: Visual, text: int, multiple: int) -> Visual:
 class TokenBudget(Struct, frozen=True, forbid_unknown_fields=True):
     """Static token counts of the stages.
 
-    `visual` = [V0, V1, ..] image tokens, `text` = T slots for all other tokens (padding included), `new` = tokens that
-    may be generated. Stage i holds S_i = V_i + T tokens and a KV cache of C_i = S_i + new. `batch`: prompts that are
-    answered together. `slots`: rows of a second decode graph, for prompts that come and go one by one; 0: none.
+    `visual` = [V0, V1, ..] image tokens of `images` pictures (or of a film), `text` = T slots for all other tokens
+    (padding included), `new` = tokens that may be generated. Stage i holds S_i = V_i + T tokens and a KV cache of C_i =
+    S_i + new. `batch`: prompts that are answered together. `slots`: rows of a second decode graph, for prompts that
+    come and go one by one; 0: none.
     """
 
     visual: Annotated[tuple[Tokens, ...], Meta(min_length=1, max_length=MOST_CUTS + 1)]
@@ -180,6 +188,7 @@ class TokenBudget(Struct, frozen=True, forbid_unknown_fields=True):
     new: Tokens
     batch: Annotated[int, Meta(le=4096)] = 1
     slots: Annotated[int, Meta(ge=0, le=4096)] = 0
+    images: Annotated[int, Meta(ge=1, le=MOST_IMAGES)] = 1
 
     def __post_init__(self) -> None:
         for name, value in (("`text_budget`", self.text), ("`max_new_tokens`", self.new), ("`batch`", self.batch)):
@@ -187,6 +196,11 @@ class TokenBudget(Struct, frozen=True, forbid_unknown_fields=True):
                 raise _bad(f"{name} {value} is below 1", "give a positive number of tokens or samples")
         if self.slots and self.batch > 1:
             raise _bad(f"`slots` need a `batch` of 1, not {self.batch}", "each prompt takes one slot, when one is free")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether a cut removes image tokens."""
+        return self.visual[-1] < self.visual[0]
 
     @property
     def total(self) -> tuple[int, ...]:

@@ -4,8 +4,9 @@ Each is a port with a role. Ports of one `Place` (role, layer, cut) are one tens
 graph writes there the next one reads in place. So how stages connect follows from their ports, and from nothing else:
 
     role                                              written by                    read by
-    pixel_values                                      the caller                    vision
-    image_features, deepstack of a layer              vision                        the stages
+    pixel_values, of one picture or film              the caller                    vision
+    seen_features, seen_deepstack of a layer          vision                        the caller
+    image_features, deepstack of a layer              the caller, of all pictures   the stages
     input_ids, position_ids, token_type,
       rope_position_ids, seed                         the caller, of the prompt     the stages
     hidden, score of a cut                            the stage before the cut      the stage that it opens
@@ -29,25 +30,25 @@ from himap_export.graphs.spec import Dtype
 ElementType = Literal[Dtype, "int64", "int8", "int4", "fp8", "fp4"]  # the last two: E4M3, E2M1
 Kind = Literal["int8", "int4", "fp8", "nvfp4", "int8-dynamic"]  # of quantised weights
 Role = Literal[
-    "pixel_values", "image_features", "deepstack", "input_ids", "position_ids", "token_type", "rope_position_ids",
-    "seed", "hidden", "score", "kept_positions", "kept_types", "key", "value", "next_id", "next_position",
-    "next_rope_position", "last_hidden", "logits",
+    "pixel_values", "seen_features", "seen_deepstack", "image_features", "deepstack", "input_ids", "position_ids",
+    "token_type", "rope_position_ids", "seed", "hidden", "score", "kept_positions", "kept_types", "key", "value",
+    "next_id", "next_position", "next_rope_position", "last_hidden", "logits",
 ]  # fmt: skip
 # What ports are called in ONNX files that are not called by their role: `{layer}` and `{cut}` are theirs to say.
 _NAMES: Mapping[Role, str] = {
-    "deepstack": "deepstack_{layer}", "hidden": "hidden_k{cut}", "score": "score_k{cut}", "last_hidden": "hidden",
-    "kept_positions": "kept_k{cut}", "kept_types": "type_k{cut}", "key": "past_key.{layer}",
-    "value": "past_value.{layer}", "next_id": "input_ids", "next_position": "position_ids",
-    "next_rope_position": "rope_position_ids",
+    "seen_features": "image_features", "seen_deepstack": "deepstack_{layer}", "deepstack": "deepstack_{layer}",
+    "hidden": "hidden_k{cut}", "score": "score_k{cut}", "last_hidden": "hidden", "kept_positions": "kept_k{cut}",
+    "kept_types": "type_k{cut}", "key": "past_key.{layer}", "value": "past_value.{layer}", "next_id": "input_ids",
+    "next_position": "position_ids", "next_rope_position": "rope_position_ids",
 }  # fmt: skip
 _UPDATED: Mapping[Role, str] = {"key": "present_key.{layer}", "value": "present_value.{layer}"}  # the caches' outputs
 _CALLER: tuple[Role, ...] = (
-    "pixel_values", "input_ids", "position_ids", "token_type", "rope_position_ids", "seed", "next_id", "next_position",
-    "next_rope_position",
+    "pixel_values", "image_features", "deepstack", "input_ids", "position_ids", "token_type", "rope_position_ids",
+    "seed", "next_id", "next_position", "next_rope_position",
 )  # fmt: skip
 _ALWAYS: tuple[Role, ...] = (
-    "pixel_values", "image_features", "input_ids", "position_ids", "token_type", "next_id", "next_position",
-    "last_hidden", "logits",
+    "pixel_values", "seen_features", "image_features", "input_ids", "position_ids", "token_type", "next_id",
+    "next_position", "last_hidden", "logits",
 )  # fmt: skip
 
 Size = Annotated[int, Meta(ge=0, lt=2**40)]  # of one axis, or of a file in bytes
@@ -170,6 +171,27 @@ def chain_problems(chain: Sequence[GraphPorts], cuts: int) -> Iterator[str]:
     wanted = [Place(role) for role in _ALWAYS]
     wanted += [Place(role, cut=cut) for cut in range(1, cuts + 1) for role in at_cuts]
     yield from (f"no graph has {place.name()}" for place in wanted if place not in known)
+
+
+def seen_as(place: Place) -> Place:
+    """Returns where the stages read what vision writes at `place`, of all pictures of a prompt."""
+    return place._replace(role="image_features" if place.role == "seen_features" else "deepstack")
+
+
+def vision_problems(vision: GraphPorts, stages: Sequence[GraphPorts], images: int) -> Iterator[str]:
+    """Yields where what `stages` read of `images` pictures a prompt is not so many times what `vision` writes of
+    one."""
+    read = {port.place: port for graph in stages for port in graph.inputs.values()}
+    for name, port in vision.outputs.items():
+        if port.role not in ("seen_features", "seen_deepstack") or len(port.shape) != 3 or port.shape[0] != 1:
+            yield f"vision writes {name}, which is {port.role} {list(port.shape)}"
+        elif (found := read.get(seen_as(port.place))) is None:
+            yield f"nothing reads {name}"
+        elif (found.dtype, found.shape[1:]) != (port.dtype, (images * port.shape[1], port.shape[2])):
+            yield f"{name} is {list(port.shape)} of one picture and {list(found.shape)} of {images}"
+    for place in read.keys() - {seen_as(port.place) for port in vision.outputs.values()}:
+        if place.role in ("image_features", "deepstack"):
+            yield f"vision does not write {place.name()}"
 
 
 def slots_problems(decode: GraphPorts, slots: GraphPorts, rows: int) -> Iterator[str]:

@@ -20,6 +20,7 @@ from himap_export.graphs.gather import top_k_gather
 from himap_export.graphs.importance import importance
 from himap_export.graphs.plan import PruningPlan, TokenBudget
 from himap_export.graphs.ports import Place
+from himap_export.graphs.quota import per_image
 from himap_export.graphs.scoring import ScoringContext
 from himap_export.graphs.spec import IMAGE, PADDING, DecoderSpec, Dtype, stage_layers
 
@@ -84,6 +85,9 @@ class StagedModel:
         position, token_type = (f.integers(place, b, before) for place in places)
         if self.removes(i):
             score = f.input(Place("score", cut=i), (b, before), "fp32")
+            if self.plan.quota == "per-image" and self.budget.images > 1:
+                visual, keep = self.budget.visual[i - 1 : i + 1]
+                score = per_image(f.op, score, token_type, images=self.budget.images, visual=visual, keep=keep)
             x, position, token_type = top_k_gather(f.op, x, score, position=position, token_type=token_type, keep=after)
         f.output(Place("kept_positions", cut=i), position, (b, after), "int64")
         f.output(Place("kept_types", cut=i), token_type, (b, after), "int64")

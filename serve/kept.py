@@ -38,7 +38,7 @@ def describe_kept(request: Request, kept: Mapping[str, Integers]) -> Kept:
     spec, processor = request.spec, request.processor
     assert processor is not None  # questions are made of an image and words
     tokens = np.flatnonzero(spec.manifest.model.image.find(request.inputs.input_ids[0]))
-    tiles = tile_grid(request.image_size, processor.image)
+    tiles = tile_grid(request.sizes[0], processor.image)
     patches = {
         stage: kept_patches(np.isin(tokens, kept[f"kept_{stage}"]), spec.image.grid, tiles)
         for stage in spec.plan.stages[1:]
@@ -46,5 +46,5 @@ def describe_kept(request: Request, kept: Mapping[str, Integers]) -> Kept:
     rows, columns = (count * tile for count, tile in zip(spec.image.grid, tiles, strict=True))
     assert all(prod(mask.shape) == rows * columns for mask in patches.values())
     found = {stage: np.flatnonzero(mask).tolist() for stage, mask in patches.items()}
-    box = seen_box(request.image_size, processor.image)
+    box = seen_box(request.sizes[0], processor.image)
     return Kept(spec.plan.stages, spec.budget.visual, rows=rows, columns=columns, box=box, kept=found)

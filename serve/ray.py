@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 from himap_export.engines.cli import open_bundle
 from himap_export.engines.extras import missing_extra
+from himap_export.engines.fitting import fitting_variant
 from himap_export.engines.processor import load_processor
 from himap_export.engines.session import Request
 from himap_export.graphs.errors import Exit, HimapError
@@ -129,7 +130,7 @@ class Engine:
 
     def _request(self, asked: Asked) -> Request:
         plan, bundle = self._service.models[asked.model], self._bundle
-        spec = bundle.select(plan, asked.text_budget, image_size=asked.inputs.image_size)
+        spec = fitting_variant(bundle, asked.inputs, plan, asked.text_budget)
         return Request(asked.inputs, spec, processor=self._processors[spec.variant.image])
 
     async def ping(self) -> None:

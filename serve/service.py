@@ -128,7 +128,7 @@ class Service:
         if needed > budget.text:
             hint = f"shorten it, or export with `text_budget` {needed}"
             raise HimapError(f"the prompt has {needed} text tokens", f"the budget is {budget.text}", hint, Exit.USAGE)
-        return replace(request, image=None)  # a photograph's pixels would wait in the queue with it
+        return replace(request, pictures=())  # a photograph's pixels would wait in the queue with it
 
     def submit(self, question: Question, deliver: Deliver) -> Callable[[], None]:
         """Takes a question in and returns what cancels it; `deliver` hears of it. QueueFull or Draining if it is not
@@ -211,7 +211,7 @@ class Service:
         slots = {key_of(first.spec): first}
         check_memory(first.engines.device, [graph for spec in self.variants for graph in graphs_of(spec)])
         for spec in self.variants[1:]:
-            slots[key_of(spec)] = Slots(spec, first.backend, self._opening, first.engines)
+            slots[key_of(spec)] = Slots(spec, first.backend, self._opening, first)
         trial = Scheduler(slots, nobody)
         for spec in self.variants:
             _try(trial, spec)
@@ -231,7 +231,8 @@ def _try(scheduler: Scheduler, spec: RunSpec) -> None:
     """Lets a variant answer a question about a grey image; HimapError if it cannot."""
     image, events = Image.new("RGB", spec.image.size[::-1], "gray"), list[Event]()
     processor = load_processor(spec.bundle, spec.image)
-    request = Request(processor.inputs(image, "?"), spec, prompt="?", processor=processor)
+    inputs = processor.inputs([image] * spec.budget.images, "?")
+    request = Request(inputs, spec, prompt="?", processor=processor)
     question = Question(
         "trial", spec.plan_name, request, max_new_tokens=min(2, spec.budget.new), asked=time.monotonic()
     )

@@ -41,8 +41,9 @@ MERGED = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2
 class Row:
     """`config` of a family; pictures are [tiles,3,*size] and become `tokens` tokens; `flags` ask for them.
 
-    `patch`: of towers that take patches. `chat`: how its published chat template renders one image and {prompt};
-    `image` is the placeholder in it, and `around` what its processor puts around the placeholder's tokens.
+    `patch`: of towers that take patches. `chat`: how its published chat template renders {pictures}, each of them as
+    `lead`, and {prompt}, behind `system`; `image` is the placeholder, and `around` what its processor puts around the
+    placeholder's tokens.
     """
 
     config: Callable[[], PretrainedConfig]
@@ -50,7 +51,9 @@ class Row:
     tokens: int
     processor: Callable[[], Any]
     chat: str
+    lead: str
     image: str
+    system: str = ""
     around: tuple[str, str] = ("", "")
     tiles: int = 1
     flags: tuple[object, ...] = ()
@@ -103,26 +106,26 @@ def _clip() -> Any:
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-QWEN = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n"
-INTERN = "<|im_start|>user\n<IMG_CONTEXT>\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+CHATML = "<|im_start|>user\n{pictures}{prompt}<|im_end|>\n<|im_start|>assistant\n"
+VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 TAGS = ("<img>", "</img>")
 FAMILIES: Mapping[str, Row] = {
     "llava": Row(
         lambda: _llava(TEXT | {"model_type": "llama"}), (56, 56), 16, _clip,
-        "USER: <image>\n{prompt} ASSISTANT:", "<image>",
+        "USER: {pictures}{prompt} ASSISTANT:", "<image>\n", "<image>",
     ),
     "qwen2.5-vl": Row(
-        _qwen2_5_vl, (84, 140), 15, lambda: _patched(14), SYSTEM + QWEN, "<|image_pad|>",
+        _qwen2_5_vl, (84, 140), 15, lambda: _patched(14), CHATML, VISION, "<|image_pad|>", SYSTEM,
         flags=("--image-size", "140x84"), patch=14,
     ),
     "qwen3-vl": Row(
-        _qwen3_vl, (96, 160), 15, lambda: _patched(16, image_mean=[0.5] * 3, image_std=[0.5] * 3), QWEN,
+        _qwen3_vl, (96, 160), 15, lambda: _patched(16, image_mean=[0.5] * 3, image_std=[0.5] * 3), CHATML, VISION,
         "<|image_pad|>", flags=("--image-size", "160x96"), patch=16,
     ),
-    "internvl": Row(_internvl, (56, 56), 4, _tiled, INTERN, "<IMG_CONTEXT>", TAGS),
+    "internvl": Row(_internvl, (56, 56), 4, _tiled, CHATML, "<IMG_CONTEXT>\n", "<IMG_CONTEXT>", around=TAGS),
     "internvl-tiles": Row(
-        _internvl, (56, 56), 12, lambda: _tiled(crop_to_patches=True, min_patches=2, max_patches=2), INTERN,
-        "<IMG_CONTEXT>", TAGS, tiles=3, flags=("--tiles", "3"),
+        _internvl, (56, 56), 12, lambda: _tiled(crop_to_patches=True, min_patches=2, max_patches=2), CHATML,
+        "<IMG_CONTEXT>\n", "<IMG_CONTEXT>", around=TAGS, tiles=3, flags=("--tiles", "3"),
     ),
 }  # fmt: skip
 
@@ -147,35 +150,51 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([*special, row.image])
-    before, after = row.chat.split("{prompt}")
-    body = "{% for part in messages[0]['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    chat = f"{{{{ {before!r} }}}}{body}{{% endfor %}}{{{{ {after!r} }}}}"
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", chat_template=chat)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", chat_template=chat_template(row)
+    )
 
 
-def processed(name: str, image: Image.Image, prompt: str) -> dict[str, torch.Tensor]:
-    """What Hugging Face's processor makes of one picture and one question."""
+def chat_template(row: Row) -> str:
+    """As published ones: pictures and texts in their order, and an answer between two questions."""
+    before, after = row.chat.split("{pictures}{prompt}")
+    stop = "<|im_end|>\n" if "<|im_end|>" in after else ""
+    return (
+        f"{{{{ {row.system!r} }}}}{{% for m in messages %}}{{% if m['role'] == 'user' %}}{{{{ {before!r} }}}}"
+        "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+        f"{{% elif part['type'] == 'image' %}}{{{{ {row.lead!r} }}}}{{% endif %}}{{% endfor %}}{{{{ {after!r} }}}}"
+        f"{{% else %}}{{{{ m['content'][0]['text'] + {stop!r} }}}}{{% endif %}}{{% endfor %}}"
+    )
+
+
+def processed(name: str, images: Sequence[Image.Image], *content: str | None) -> dict[str, torch.Tensor]:
+    """What Hugging Face's processor makes of pictures, each where `content` has None, and texts."""
     row, tokenizer = FAMILIES[name], tokenizer_of(name)
-    seen = row.processor()(images=image, return_tensors="pt")
-    text = row.chat.replace(row.image, row.around[0] + row.image * row.tokens + row.around[1])
-    ids = tokenizer(text.replace("{prompt}", prompt), return_tensors="pt")["input_ids"]
+    seen = row.processor()(images=list(images), return_tensors="pt")
+    parts = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in content]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    text = chat.replace(row.image, row.around[0] + row.image * row.tokens + row.around[1])
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
     found = {"input_ids": ids, "pixel_values": seen["pixel_values"]}
     if row.patch is not None:
         found |= {"image_grid_thw": seen["image_grid_thw"], "mm_token_type_ids": (ids == IMAGE).int()}
     return found
 
 
-def family_inputs(name: str, text_lengths: Sequence[int] = (9,), seed: int = 0) -> Inputs:
-    """Prompts of 5 system tokens, one image, `text_lengths[i]` tokens."""
-    row, random, system = FAMILIES[name], np.random.default_rng(seed), 5
-    words = np.arange(WORD, WORD + 256)
-    width = system + row.tokens + max(text_lengths)
-    ids, mask = np.full((len(text_lengths), width), PAD, np.int64), np.zeros((len(text_lengths), width), np.int64)
-    for sample, text in zip(range(len(text_lengths)), text_lengths, strict=True):
+def family_inputs(name: str, text_lengths: Sequence[int] = (9,), seed: int = 0, images: Sequence[int] = ()) -> Inputs:
+    """Prompts of 5 system tokens, one image or `images[i]` with 2 tokens between them, `text_lengths[i]` tokens."""
+    row, random = FAMILIES[name], np.random.default_rng(seed)
+    words, many = np.arange(WORD, WORD + 256), images or (1,) * len(text_lengths)
+    prompts = []
+    for count, text in zip(many, text_lengths, strict=True):
         image = np.full(row.tokens, IMAGE)
-        prompt = np.concatenate([random.choice(words, system), image, random.choice(words, text)])
+        between = [part for _ in range(count - 1) for part in (random.choice(words, 2), image)]
+        prompts.append(np.concatenate([random.choice(words, 5), image, *between, random.choice(words, text)]))
+    width = max(map(len, prompts))
+    ids, mask = np.full((len(prompts), width), PAD, np.int64), np.zeros((len(prompts), width), np.int64)
+    for sample, prompt in enumerate(prompts):
         ids[sample, : len(prompt)], mask[sample, : len(prompt)] = prompt, 1
-    shape = (len(text_lengths) * row.tiles, 3, *row.size)
+    shape = (sum(many) * row.tiles, 3, *row.size)
     return Inputs(ids, mask, random.standard_normal(shape, np.float32))
 
 
@@ -191,10 +210,13 @@ def hugging_face_inputs(name: str, inputs: Inputs) -> dict[str, torch.Tensor]:
     row, ids = FAMILIES[name], torch.from_numpy(inputs.input_ids)
     if row.patch is None:
         return {"input_ids": ids, "pixel_values": torch.from_numpy(inputs.pixel_values)}
+    patches = np.concatenate([patches_of(pixels, row.patch) for pixels in inputs.pixel_values])
     return {
         "input_ids": ids,
-        "pixel_values": torch.from_numpy(patches_of(inputs.pixel_values[0], row.patch)),
-        "image_grid_thw": torch.tensor([[1, row.size[0] // row.patch, row.size[1] // row.patch]]),
+        "pixel_values": torch.from_numpy(patches),
+        "image_grid_thw": torch.tensor(
+            [[1, row.size[0] // row.patch, row.size[1] // row.patch]] * len(inputs.pixel_values)
+        ),
         "mm_token_type_ids": (ids == IMAGE).int(),
     }
 

@@ -36,7 +36,7 @@ def test_a_question_is_answered_as_by_hugging_face(
     row = FAMILIES[name]
     width = 120 if row.tiles > 1 else row.size[1]
     file = picture(tmp_path, width, row.size[0])
-    given = processed(name, Image.open(file), QUESTION)
+    given = processed(name, [Image.open(file)], None, QUESTION)
     model = AutoModelForImageTextToText.from_pretrained(work.family(name), dtype=torch.float32).eval()
     wanted = model.generate(**given, max_new_tokens=NEW, do_sample=False)[:, given["input_ids"].shape[1] :]
     bundle = work.family_bundle(name, "--policy", "none", text_budget=120)
@@ -149,9 +149,9 @@ def test_two_images_where_the_plan_has_one(work: Workshop, tmp_path: Path, capsy
     assert "prompt 0 holds 32 image tokens, 2 images" in capsys.readouterr().err
     one = picture(tmp_path, 56, 56)
     assert call(run_main, bundle, "--image", one, "--image", one, "--prompt", "?") == Exit.USAGE
-    assert "2 images" in capsys.readouterr().err
-    assert call(run_main, bundle, "--image", one, "--prompt", "And <image>?") == Exit.USAGE
-    assert "<image>" in capsys.readouterr().err
+    assert "takes no prompt of 2 images: its plan custom is for 1" in capsys.readouterr().err
+    assert call(run_main, bundle, "--image", one, "--prompt", "<image> and <image>?") == Exit.USAGE
+    assert "contains <image> 2 times: 1 given" in capsys.readouterr().err
 
 
 def test_an_alias_with_another_models_checkpoint(

@@ -51,7 +51,7 @@ def vision(dtype: Dtype) -> StageGraph:
     config = {"model_type": "llava", "image_token_index": 95, "text_config": text, "vision_config": tower}
     family = llava.Llava.parse(config)
     spec = family.vision(ImageOptions())
-    return vision_graph("vision", family, spec, batch=1, hidden=SPEC.hidden, dtype=dtype, names=WeightRef)
+    return vision_graph("vision", family, spec, hidden=SPEC.hidden, dtype=dtype, names=WeightRef)
 
 
 def store(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: Dtype) -> None:

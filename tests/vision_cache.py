@@ -31,18 +31,17 @@ def remembering(make: Make, folder: Path) -> Make:
         family: Family[Any],
         spec: VisionSpec,
         *,
-        batch: int,
         hidden: int,
         dtype: str,
         names: WeightNames,
     ) -> StageGraph:
         if not isinstance(names, WeightNames):
-            return make(name, family, spec, batch=batch, hidden=hidden, dtype=dtype, names=names)
-        given = (name, family.architecture, family.fields, repr(spec), batch, hidden, dtype, sorted(names.names))
+            return make(name, family, spec, hidden=hidden, dtype=dtype, names=names)
+        given = (name, family.architecture, family.fields, repr(spec), hidden, dtype, sorted(names.names))
         key = hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:20]
         file = folder / f"vision-{key}.onnx"
         if not file.exists():
-            graph = make(name, family, spec, batch=batch, hidden=hidden, dtype=dtype, names=names)
+            graph = make(name, family, spec, hidden=hidden, dtype=dtype, names=names)
             proto, part = ir.to_proto(graph.model), folder / f"{key}.{os.getpid()}"
             held = {"weights": graph.weights, "ports": graph.ports}
             onnx.helper.set_model_props(proto, {k: msgspec.json.encode(v).decode() for k, v in held.items()})

@@ -37,10 +37,10 @@ def export_baseline(
     from himap_export.exporter.family import ImageOptions
     from himap_export.exporter.planning import Planned, PlannedVariant, Request, describe
     from himap_export.exporter.registry import resolve
-    from himap_export.validate.checkpoint import quantised_roles
+    from himap_export.validate.checkpoint import asked_as, quantised_roles
 
     model = resolve(str(checkpoint), vision_tower=vision_tower)
-    decoder, (vision,) = describe(model, ImageOptions(image.size, image.tiles) if image else ImageOptions())
+    decoder, (vision,) = describe(model, asked_as(image) if image else ImageOptions())
     variants = tuple(
         PlannedVariant(name, plan, budget=replace(like, visual=visual), asked=visual, vision=vision)
         for name, (plan, visual) in plans.items()

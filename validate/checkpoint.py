@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from himap_export.engines.bundle import Bundle
-from himap_export.engines.manifest import QuantisedWeight
+from himap_export.engines.manifest import ImageSpec, QuantisedWeight
 from himap_export.exporter.bind import WeightNames
 from himap_export.exporter.checkpoint import open_checkpoint
 from himap_export.exporter.family import Family, ImageOptions
@@ -18,6 +18,7 @@ from himap_export.graphs.spec import Dtype
 from himap_export.validate.registration import require_references
 
 if TYPE_CHECKING:
+    from himap_export.validate.reference.adapter import Media
     from himap_export.validate.reference.reference import Reference
 
 SIZES = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "deepstack")
@@ -77,9 +78,10 @@ def load_reference(
     attention: str = "eager",
     device: str = "cpu",
     vision_tower: Path | None = None,
+    image: ImageSpec | None = None,
 ) -> "Reference":
     """Returns PyTorch's model on `device`, with `threads` CPU threads; its vision tower in `vision_tower` or where it
-    says. HimapError if transformers cannot load it."""
+    says. It sees pictures or films as `image` says. HimapError if transformers cannot load it."""
     import torch
     from transformers.utils import logging
 
@@ -90,13 +92,29 @@ def load_reference(
     logging.disable_progress_bar()
     try:
         return reference.Reference(
-            checkpoint, reference.DTYPES[dtype], attn_implementation=attention, device=device, vision_tower=vision_tower
-        )
+            checkpoint, reference.DTYPES[dtype], attn_implementation=attention, device=device,
+            vision_tower=vision_tower, media=media_of(image),
+        )  # fmt: skip
     except (MemoryError, ImportError):
         raise
     except Exception as problem:  # transformers checks configurations and weights with errors of many kinds
         details = " ".join(str(problem).split())[:500] or type(problem).__name__
         raise HimapError(f"PyTorch cannot load {checkpoint}", details) from None
+
+
+def media_of(image: ImageSpec | None) -> "Media":
+    """Returns what pixels are to the reference; pictures of their own size, if no image spec says."""
+    from himap_export.validate.reference.adapter import Media
+
+    if image is None:
+        return Media()
+    return Media(image.size, image.tiles, frames=image.film.frames if image.film else 0, several=image.several)
+
+
+def asked_as(image: ImageSpec) -> "ImageOptions":
+    """Returns what an export was asked for, to make such images."""
+    tiles = None if image.film else image.tiles
+    return ImageOptions(image.size, tiles, image.film.frames if image.film else None, image.several)
 
 
 def _complete(model: str, vision_tower: Path | None) -> tuple[Model, Path]:
@@ -108,9 +126,10 @@ def _complete(model: str, vision_tower: Path | None) -> tuple[Model, Path]:
 
 
 def _check_sizes(bundle: Bundle, model: Model) -> None:
-    own = bundle.manifest.images[bundle.image_name()]
+    first = bundle.manifest.variants[0]
+    own = bundle.manifest.images[first.image]
     try:
-        decoder, (vision,) = describe(model, ImageOptions(own.size, own.tiles))
+        decoder, (vision,) = describe(model, asked_as(own))
         rules = model.family.prompt()
     except HimapError as problem:
         raise _misfit(bundle, model, str(problem)) from None

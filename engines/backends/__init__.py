@@ -72,20 +72,22 @@ class Tensor(Protocol):
     """A static tensor in the backend's memory, allocated once and bound to the graphs that read or write it.
 
     `write` takes and `read` copies numbers: those of a bf16 tensor are read as fp32. `row` is one of the first axis,
-    [1,..], as a tensor over the same memory; `take` copies a tensor of the same shape, within the backend's memory.
+    [1,..], as a tensor over the same memory, or one of as many equal `parts` of its rows, counted through; `take`
+    copies a tensor of the same shape, within the backend's memory.
     """
 
     @property
     def spec(self) -> TensorSpec: ...
     def write(self, values: npt.NDArray[Any]) -> None: ...
     def read(self) -> npt.NDArray[Any]: ...
-    def row(self, index: int) -> "Tensor": ...
+    def row(self, index: int, parts: int = 1) -> "Tensor": ...
     def take(self, source: "Tensor") -> None: ...
 
 
-def row_spec(spec: TensorSpec) -> TensorSpec:
-    """Returns what one row of a tensor's first axis is."""
-    return TensorSpec(spec.dtype, (1, *spec.shape[1:]))
+def row_spec(spec: TensorSpec, parts: int = 1) -> TensorSpec:
+    """Returns what one row of a tensor's first axis is, or one of as many `parts` of it, equal ones of the second."""
+    rest = spec.shape[1:]
+    return TensorSpec(spec.dtype, (1, rest[0] // parts, *rest[1:]) if parts > 1 else (1, *rest))
 
 
 class Engines(Protocol):

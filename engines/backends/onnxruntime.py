@@ -201,34 +201,37 @@ class OrtTensor:
     def take(self, source: Tensor) -> None:
         self.write(source.read())
 
-    def row(self, index: int) -> "OrtRow":
-        return OrtRow(self, index)
+    def row(self, index: int, parts: int = 1) -> "OrtRow":
+        return OrtRow(self, index, parts)
 
     def bind(self, binding: Any, name: str, output: bool) -> None:
         (binding.bind_ortvalue_output if output else binding.bind_ortvalue_input)(name, self.value)
 
 
 class OrtRow:
-    """One row of a tensor's first axis: to graphs an address in its memory."""
+    """A row of a tensor's first axis, or one of its equal `parts`: to graphs an address in its memory."""
 
-    def __init__(self, whole: OrtTensor, index: int) -> None:
-        self.spec, self._whole, self._rows = row_spec(whole.spec), whole, slice(index, index + 1)
-        size = whole.value.tensor_size_in_bytes() // whole.spec.shape[0]
+    def __init__(self, whole: OrtTensor, index: int, parts: int) -> None:
+        self.spec, self._whole, self._index = row_spec(whole.spec, parts), whole, index
+        size = whole.value.tensor_size_in_bytes() // (whole.spec.shape[0] * parts)
         self._address = whole.value.data_ptr() + index * size
 
     def write(self, values: npt.NDArray[Any]) -> None:
-        found = self._whole.read()
-        found[self._rows] = as_stored(values, self.spec.dtype)
-        self._whole.write(found)
+        on_host = self._whole.value.device_name() == "cpu"
+        found = self._whole.value.numpy() if on_host else self._whole.read()  # of the host's memory a view
+        found.reshape(-1, *self.spec.shape[1:])[self._index] = as_stored(values, self.spec.dtype)
+        if not on_host:
+            self._whole.write(found)
 
     def read(self) -> npt.NDArray[Any]:
-        return self._whole.read()[self._rows]
+        found: npt.NDArray[Any] = self._whole.read().reshape(-1, *self.spec.shape[1:])[self._index][None]
+        return found
 
     def take(self, source: Tensor) -> None:
         self.write(source.read())
 
-    def row(self, index: int) -> "OrtRow":
-        assert index == 0
+    def row(self, index: int, parts: int = 1) -> "OrtRow":
+        assert index == 0 and parts == 1
         return self
 
     def bind(self, binding: Any, name: str, output: bool) -> None:

@@ -118,8 +118,8 @@ class DeviceTensor:
         self._buffer = gpu.allocate(np.empty(spec.shape, self._dtype).nbytes, self) if buffer is None else buffer
         self.address = int(self._buffer.handle)
 
-    def row(self, index: int) -> "DeviceTensor":
-        spec = row_spec(self.spec)
+    def row(self, index: int, parts: int = 1) -> "DeviceTensor":
+        spec = row_spec(self.spec, parts)
         size = np.empty(spec.shape, self._dtype).nbytes
         return DeviceTensor(self._gpu, spec, self._gpu.view(self.address + index * size, size, self._buffer))
 

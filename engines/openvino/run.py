@@ -40,9 +40,9 @@ class OvTensor:
         made.view[...] = 0
         return made
 
-    def row(self, index: int) -> "OvTensor":
-        ov, spec = required("openvino"), row_spec(self.spec)
-        rows = self.value.data[index : index + 1]
+    def row(self, index: int, parts: int = 1) -> "OvTensor":
+        ov, spec = required("openvino"), row_spec(self.spec, parts)
+        rows = self.value.data.reshape(-1, *spec.shape[1:])[index : index + 1]
         return OvTensor(spec, ov.Tensor(rows, list(spec.shape), getattr(ov.Type, _TYPES[spec.dtype])))
 
     def take(self, source: Tensor) -> None:

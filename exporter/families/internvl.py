@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import InternVLConfig
 
-TEMPLATE = "<|im_start|>user\n<img><IMG_CONTEXT></img>\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+USER = "<|im_start|>user\n{}{{prompt}}<|im_end|>\n<|im_start|>assistant\n"
 
 
 class InternVl(Family[schemas.InternVl]):
@@ -62,6 +62,7 @@ class InternVl(Family[schemas.InternVl]):
         require_supported("vision feature layer", full.vision_feature_layer, -1)
         require_supported("vision feature selection", full.vision_feature_select_strategy, "default")
         require_supported("downsample ratio", full.downsample_ratio, 0.5)
+        asked.require_still()
         (height, width), (patch, across) = tower.image_size, tower.patch_size
         if height != width or patch != across or height < patch or height // patch % 2:
             details = "supported: square images of an even number of square patches in a row"
@@ -80,7 +81,9 @@ class InternVl(Family[schemas.InternVl]):
         return PromptRules(
             image_token=self.fields.get("image_token_id", 151667),
             image_text="<IMG_CONTEXT>",
-            template=TEMPLATE,
+            template=USER.format("{pictures}"),
+            lead="<img><IMG_CONTEXT></img>\n",
+            turn="<|im_end|>\n" + USER.format(""),
             positions=self.full.text_config.max_position_embeddings,
             eos=(151645,),
             pad=151643,

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlavaConfig
 
-TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"
+TEMPLATE = "USER: {pictures}{prompt} ASSISTANT:"
+TURN = " USER: {prompt} ASSISTANT:"
 
 
 class Llava(Family[schemas.Llava]):
@@ -52,6 +53,7 @@ class Llava(Family[schemas.Llava]):
         side = tower.image_size // tower.patch_size
         whole = self.full.vision_feature_select_strategy == "full"
         asked.require_whole()
+        asked.require_still()
         size = asked.fixed((tower.image_size, tower.image_size))
         return VisionSpec(size, tower.num_channels, side * side + whole, (side, side))
 
@@ -68,6 +70,8 @@ class Llava(Family[schemas.Llava]):
             image_token=self.fields.get("image_token_index", self.fields.get("image_token_id", 32000)),
             image_text="<image>",
             template=TEMPLATE,
+            lead="<image>\n",
+            turn=TURN,
             positions=self.full.text_config.max_position_embeddings,
             eos=(2,),
         )

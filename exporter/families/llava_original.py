@@ -31,7 +31,8 @@ SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions. "
 )
-TEMPLATE = SYSTEM + "USER: <image>\n{prompt} ASSISTANT:"
+TEMPLATE = SYSTEM + "USER: {pictures}{prompt} ASSISTANT:"
+TURN = "</s>USER: {prompt} ASSISTANT:"  # its end is told, where pieces of llava/conversation.py meet
 
 
 class LlavaOriginal(Family[schemas.LlavaOriginal]):
@@ -103,6 +104,7 @@ class LlavaOriginal(Family[schemas.LlavaOriginal]):
         require_supported("mm_patch_merge_type", config.mm_patch_merge_type, "flat")
         require_supported("mm_hidden_size", width, tower.hidden_size)
         asked.require_whole()
+        asked.require_still()
         patches = side // tower.patch_size
         tokens = patches * patches + (feature == "cls_patch")
         return VisionSpec(asked.fixed((side, side)), tower.num_channels, tokens, (patches, patches))
@@ -124,6 +126,8 @@ class LlavaOriginal(Family[schemas.LlavaOriginal]):
             image_token=-200,
             image_text="<image>",
             template=TEMPLATE,
+            lead="<image>\n",
+            turn=TURN,
             positions=self.text.max_position_embeddings,
             eos=tuple(eos) if isinstance(eos, list) else (eos,),
             pad=self.fields.get("pad_token_id"),

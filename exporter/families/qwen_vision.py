@@ -27,7 +27,7 @@ Array = npt.NDArray[Any]
 DEFAULT_SIDE = 448  # pixels
 ROPES = ("default", "mrope")
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-USER = f"<|im_start|>user\n{IMAGE}{{prompt}}<|im_end|>\n<|im_start|>assistant\n"
+USER = "<|im_start|>user\n{}{{prompt}}<|im_end|>\n<|im_start|>assistant\n"
 
 
 class QwenFamily(Family[S]):
@@ -47,7 +47,9 @@ class QwenFamily(Family[S]):
         return PromptRules(
             image_token=self.fields.get("image_token_id", 151655),
             image_text="<|image_pad|>",
-            template=self.system + USER,
+            template=self.system + USER.format("{pictures}"),
+            lead=IMAGE,
+            turn="<|im_end|>\n" + USER.format(""),
             positions=self.full.text_config.max_position_embeddings,
             eos=(151645, 151643),
             pad=151643,
@@ -76,6 +78,7 @@ class QwenFamily(Family[S]):
         require_supported("frames of a patch", tower.temporal_patch_size, 2)
         require_tower(tower.hidden_size, tower.num_heads, tower.hidden_act, multiple=4)  # rows and columns turn pairs
         asked.require_whole()
+        asked.require_still()
         unit = tower.patch_size * tower.spatial_merge_size
         near = max(1, round(DEFAULT_SIDE / unit)) * unit
         height, width = size = asked.size or (near, near)

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 SYSTEM: Final = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-USER: Final = "<|im_start|>user\nPicture 1: <img><imgpad></img>\n{prompt}<|im_end|>\n"
-TEMPLATE: Final = f"{SYSTEM}{USER}<|im_start|>assistant\n"
+USER: Final = "<|im_start|>user\n{}{{prompt}}<|im_end|>\n<|im_start|>assistant\n"
 # Ids are told from the one that config.json holds, of <img>: the specials stand in one order behind the merged tokens.
 END_OF_TEXT, IM_START, IM_END = -214, -213, -212
 # Checkpoint names by what a decoder role ends with; query, key and value are rows of one tensor.
@@ -78,6 +77,7 @@ class QwenVl(Family[schemas.QwenVl]):
         require(side % visual.patch_size == 0, f"images of {side} pixels are no whole patches of {visual.patch_size}")
         require(tokens == isqrt(tokens) ** 2, f"{tokens} queries are no square")
         asked.require_whole()
+        asked.require_still()
         return VisionSpec(asked.fixed((side, side)), CHANNELS, tokens, (isqrt(tokens), isqrt(tokens)))
 
     def module(self, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.Module":
@@ -121,7 +121,9 @@ class QwenVl(Family[schemas.QwenVl]):
         return PromptRules(
             image_token=start + 2,
             image_text="<imgpad>",
-            template=TEMPLATE,
+            template=SYSTEM + USER.format("{pictures}"),
+            lead="Picture {n}: <img><imgpad></img>\n",
+            turn="<|im_end|>\n" + USER.format(""),
             positions=config.seq_length if grows else config.max_position_embeddings,
             eos=marks,
             stop=marks,

@@ -181,14 +181,14 @@ def _seen(source: Source, questions: Sequence[Example], folder: Path) -> list[In
 
     planned, processor = source.planned, _processor(source)
     graph = vision_graph(
-        "vision", planned.model.family, planned.variants[0].vision, batch=1, hidden=planned.decoder.hidden,
+        "vision", planned.model.family, planned.variants[0].vision, hidden=planned.decoder.hidden,
         dtype="fp32", names=source.names,
     )  # fmt: skip
     stored = {name: fitting(source.tensors, name, w.shape, w.rows) for name, w in graph.weights.items()}
     run, ids = StreamedGraph(graph, stored, list(graph.model.graph.outputs)), list[Integers]()
     for n, example in enumerate(questions):
         with located(example):
-            inputs = processor.inputs(load_image(example.image), prompt_of(example))
+            inputs = processor.inputs([load_image(example.image)], prompt_of(example))
         for name, features in run({"pixel_values": inputs.pixel_values}).items():
             np.save(folder / f"{n}.{name}.npy", features)
         ids.append(inputs.input_ids)
@@ -201,8 +201,10 @@ def _processor(source: Source) -> Processor:
     if found.prompt is None or TOKENIZER not in found.files:
         name = source.planned.model.name
         raise HimapError(f"{name} holds no tokenizer", "calibration asks questions", code=Exit.USAGE)
-    tokenizer = Tokenizer.from_buffer(found.files[TOKENIZER])
-    return Processor(tokenizer, found.prompt, image=found.images[v.image], image_tokens=v.vision.tokens)
+    if v.vision.film is not None or v.vision.several:
+        details = "calibration asks about one image each"
+        raise HimapError("`calibrate` needs a bundle for questions about one image", details, code=Exit.USAGE)
+    return Processor(Tokenizer.from_buffer(found.files[TOKENIZER]), found.prompt, found.images[v.image])
 
 
 def _layer(source: Source, layer: int, prompts: Sequence[_Prompt], budget: TokenBudget) -> dict[Group, Activations]:

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec.structs import replace
 from tokenizers import Tokenizer
 
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.image import load_image
 from himap_export.engines.processor import Processor, load_processor
-from himap_export.engines.prompt import TOKENIZER
+from himap_export.engines.prompt import TOKENIZER, Segment
 from himap_export.engines.questions import Example, expected, located, prompt_of
 from himap_export.exporter.planning import describe
 from himap_export.exporter.processor import read_processor
@@ -26,7 +27,7 @@ class Prompter:
     def arrays(self, example: Example) -> Inputs:
         """Returns what a model reads of `example`. HimapError (usage) names its line."""
         with located(example):
-            return self.processor.inputs(load_image(example.image), prompt_of(example))
+            return self.processor.inputs([load_image(example.image)], prompt_of(example))
 
     def label(self, example: Example) -> int:
         """Returns the id of the first token of the right answer, as it follows the prompt. HimapError as `answer`."""
@@ -38,7 +39,7 @@ class Prompter:
         The answer is a word of its own: a space goes before it unless the prompt ends in white space. HimapError if the
         tokenizer would join the two, so that no token starts the answer.
         """
-        prompt = self.processor.prompt.render(prompt_of(example))
+        prompt = self._rendered(example)
         space = "" if prompt[-1:].isspace() else " "
         before, whole = self._ids(prompt), self._ids(prompt + space + expected(example))
         if whole[: len(before)] != before or len(whole) == len(before):
@@ -50,10 +51,17 @@ class Prompter:
         """Counts the tokens of the prompt that are not of the image: what a text budget has to hold. HimapError as
         `arrays`."""
         with located(example):
-            return len(self._ids(self.processor.prompt.render(prompt_of(example)))) - 1
+            prompt = self._rendered(example)
+            return len(self._ids(prompt)) - prompt.count(self.processor.prompt.picture.token)
+
+    def _rendered(self, example: Example) -> str:
+        """The prompt with the placeholder once for each of the image's segments: it is a token by itself, whatever
+        follows it."""
+        token, image = self.processor.prompt.picture.token, self.processor.spec.expansion
+        once = replace(image, segments=tuple(Segment(each.text, 1) for each in image.segments))
+        return self.processor.prompt.render(prompt_of(example), [once.write(token)])
 
     def _ids(self, text: str) -> list[int]:
-        """The image's placeholder counts once: it is a token by itself, whatever follows it."""
         ids: list[int] = self.processor.tokenizer.encode(
             text, add_special_tokens=self.processor.prompt.add_special_tokens
         ).ids
@@ -61,8 +69,10 @@ class Prompter:
 
 
 def prompter_of_bundle(bundle: Bundle) -> Prompter:
-    """Returns the processor of a bundle, for its first image spec. HimapError (usage) without a tokenizer."""
-    return Prompter(load_processor(bundle, bundle.manifest.images[bundle.image_name()]))
+    """Returns the processor of a bundle, for its first image spec. HimapError (usage) without a tokenizer, or for a
+    bundle whose first variant is not for one image."""
+    run = bundle.select(images=1, film=False)
+    return Prompter(load_processor(bundle, run.image))
 
 
 def prompter_of_checkpoint(folder: Path, vision_tower: Path | None = None) -> Prompter:
@@ -74,4 +84,4 @@ def prompter_of_checkpoint(folder: Path, vision_tower: Path | None = None) -> Pr
     if found.prompt is None:
         raise HimapError(f"{folder} holds no tokenizer", f"expected {TOKENIZER}", code=Exit.USAGE)
     tokenizer = Tokenizer.from_buffer(found.files[TOKENIZER])
-    return Prompter(Processor(tokenizer, found.prompt, image=found.images[""], image_tokens=vision.tokens))
+    return Prompter(Processor(tokenizer, found.prompt, found.images[""]))

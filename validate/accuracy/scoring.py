@@ -62,7 +62,8 @@ def score(bundle: Bundle, source: Source, opening: Opening, asked: Scoring) -> t
     names = tuple(dict.fromkeys(bundle.plan_name(name) for name in asked.plans) or dict.fromkeys(held))
     check_count(len(data.examples) * (len(names) * (2 + asked.seeds) + 2))  # each with its baselines, and the unpruned
     # What is measured does not depend on --limit: who asked a few questions can go on with all.
-    spec = bundle.select(names[0], asked.text_budget, _longest(prompter, whole, data=data, bundle=bundle, asked=asked))
+    longest_text = _longest(prompter, whole, data=data, bundle=bundle, asked=asked)
+    spec = bundle.select(names[0], asked.text_budget, text_tokens=longest_text)
     longest = max(len(prompter.answer(e)) + 1 for e in whole.examples)  # and the token that ends it
     new_tokens = min(asked.new_tokens or max(SHORT, longest), spec.budget.new)
     header: dict[str, Any] = {

@@ -115,7 +115,7 @@ def open_systems(
     here = [run.bundle.select(name, run.budget.text) for name in names]
     plans = {r.plan_name: (r.plan, r.budget.visual) for r in here}
     with scratch_folder("baselines") as folder:
-        pipelines = [first, *(Pipeline(r, backend, opening, first.engines) for r in here[1:])]
+        pipelines = [first, *(Pipeline(r, backend, opening, first) for r in here[1:])]
         if baselines := missing_baselines(plans):
             baseline = export_baseline(
                 checkpoint, run.budget, dtype=run.manifest.dtype, backend=backend, plans=baselines,
@@ -123,7 +123,7 @@ def open_systems(
             )  # fmt: skip
             beside: list[Pipeline] = []
             for name in baselines:  # over one copy of the weights
-                beside.append(Pipeline(baseline.select(name), backend, opening, beside[0].engines if beside else None))
+                beside.append(Pipeline(baseline.select(name), backend, opening, beside[0] if beside else None))
             pipelines += beside
         if original:
             unrounded = export_baseline(

@@ -19,6 +19,7 @@ from himap_export.engines.arrays import Inputs
 from himap_export.engines.bundle import RunSpec
 from himap_export.engines.extras import required
 from himap_export.engines.files import check_report, write_file
+from himap_export.engines.fitting import batches
 from himap_export.engines.pipeline import Pipeline
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import Port
@@ -59,8 +60,8 @@ def capture(pipeline: Pipeline, arrays: Inputs) -> dict[str, Captured]:
     Decode takes the most likely token. HimapError as `check_folders`.
     """
     check_folders(pipeline.spec)
-    first = next(arrays.batches(pipeline.spec.budget.batch))
-    layout = pipeline.load(first.input_ids, first.pixel_values, first.attention_mask)
+    first = next(batches(arrays, pipeline.spec))
+    layout = pipeline.load(first.input_ids, first.pixel_values, first.attention_mask, seconds=first.seconds)
     captured = {}
     for stage, graph in pipeline.spec.variant.graphs.items():
         if stage == "decode":

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from himap_export.engines.arrays import Inputs
+from himap_export.engines.fitting import batches
 from himap_export.engines.layout import PromptLayout
 from himap_export.engines.pipeline import Pipeline
 from himap_export.graphs.errors import HimapError
@@ -69,12 +70,19 @@ class EngineRun:
 def batched(inputs: Inputs, pipeline: Pipeline) -> list[Prompts]:
     """Returns `inputs` in batches of the pipeline's; prompt n draws by seed n. HimapError (usage) for one that it does
     not take."""
-    batches = list[Prompts]()
-    for batch in inputs.batches(pipeline.spec.budget.batch):
-        first = sum(map(len, batches))
-        batches.append(Prompts(batch, np.arange(first, first + len(batch.input_ids))))
-        pipeline.load(batch.input_ids, batch.pixel_values, batch.attention_mask)  # refused now, not behind a model
-    return batches
+    found = list[Prompts]()
+    for batch in batches(inputs, pipeline.spec):
+        first = sum(map(len, found))
+        found.append(Prompts(batch, np.arange(first, first + len(batch.input_ids))))
+        _load(pipeline, found[-1])  # refused now, not behind a model
+    return found
+
+
+def _load(pipeline: Pipeline, prompts: Prompts) -> PromptLayout:
+    inputs = prompts.inputs
+    return pipeline.load(
+        inputs.input_ids, inputs.pixel_values, inputs.attention_mask, seeds=prompts.seeds, seconds=inputs.seconds
+    )
 
 
 def reference_cuts(plan: PruningPlan, visual: Visual) -> tuple[ReferenceCut, ...]:
@@ -98,7 +106,9 @@ def run_reference(
     arrays = prompts.inputs.input_ids, prompts.inputs.pixel_values, prompts.inputs.attention_mask
     cuts = reference_cuts(pipeline.spec.plan, pipeline.spec.budget.visual)
     seeds = prompts.seeds.tolist()
-    start = reference.prefill(*arrays, cuts=cuts, forced=same.kept if same else None, seeds=seeds)
+    start = reference.prefill(
+        *arrays, cuts=cuts, forced=same.kept if same else None, seeds=seeds, seconds=prompts.inputs.seconds
+    )  # fmt: skip
     tokens, logits = reference.answer(start, new_tokens, same.reference_tokens if same else None)
     seen = reference.image_features(prompts.inputs.pixel_values, len(prompts))
     tensors: dict[str, list[Floats]] = {
@@ -134,9 +144,7 @@ def load_run(file: Path) -> ReferenceRun:
 def run_engine(pipeline: Pipeline, prompts: Prompts, reference: ReferenceRun, new_tokens: int) -> EngineRun:
     """Returns what `pipeline` computes of `prompts`, stage by stage, with the kept tokens of `reference` forced behind
     every cut at which its own are others."""
-    inputs, rows = prompts.inputs, len(prompts)
-    layout = pipeline.load(inputs.input_ids, inputs.pixel_values, inputs.attention_mask, prompts.seeds)
-    pipeline.run("vision")
+    layout, rows = _load(pipeline, prompts), len(prompts)
     tensors = {name: list(pipeline.read(*place)[:rows].copy()) for name, place in _vision(pipeline).items()}
     cuts: list[RankedCut] = []
     for stage, name in enumerate(pipeline.stages):

@@ -30,11 +30,23 @@ class VisionFeatures:
 
 
 @dataclass(frozen=True)
+class Media:
+    """What pixels [n*tiles,3,H,W] are: `tiles` of pictures that Hugging Face's processor was given in a `size` (height,
+    width; None: their own), or as many `frames` of films. `several`: more than one picture in a prompt."""
+
+    size: tuple[int, int] | None = None
+    tiles: int = 1
+    frames: int = 0
+    several: bool = False
+
+
+@dataclass(frozen=True)
 class ModelAdapter:
     """`whole` holds all parameters; `decoder` has embed_tokens, layers, norm, rotary_emb.
 
     `see`: pixels [n,3,H,W] to what the tower makes of them. `is_image`: which of ids [S] are image tokens.
-    `rope_positions`: M-RoPE's [3,S] for ids [S] whose image is [H,W] pixels; None for models with one position a token.
+    `rope_positions`: M-RoPE's [3,S] for ids [S] whose images are [H,W] pixels, or whose film's steps are so many
+    seconds apart; None for models with one position a token.
     `grid`: rows and columns of the tokens of an image of [H,W] pixels. `vision_layers`: those of the tower whose
     patches lie as these tokens do, in front of them a class token if there is one.
     """
@@ -48,25 +60,34 @@ class ModelAdapter:
     pad_token: int
     grid: Callable[[tuple[int, int]], tuple[int, int]]
     vision_layers: Sequence[torch.nn.Module] = ()
-    rope_positions: Callable[[Tensor, tuple[int, int]], Tensor] | None = None
+    rope_positions: Callable[[Tensor, tuple[int, int], float], Tensor] | None = None
 
 
 def load_adapter(
-    folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str, vision_tower: Path | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    decoder_attention: str,
+    vision_attention: str,
+    vision_tower: Path | None = None,
+    media: Media,
 ) -> ModelAdapter:
-    """Returns the checkpoint in `folder`, in `dtype`; its tower, if the release has it apart, in `vision_tower` or
-    where the release says. ValueError or OSError if a weight is missing or does not fit."""
+    """Returns the checkpoint in `folder`, in `dtype`, which sees `media`; its tower, if the release has it apart, in
+    `vision_tower` or where the release says. ValueError or OSError if a weight is missing or does not fit."""
     named = json.loads((folder / "config.json").read_text()).get("architectures") or [""]
     if named[0] == "LlavaLlamaForCausalLM":
         return _llava_original(
             folder, dtype, decoder_attention=decoder_attention, vision_attention=vision_attention,
             vision_tower=vision_tower,
         )  # fmt: skip
-    load = _qwen_vl if named[0] == "QWenLMHeadModel" else _hugging_face
-    return load(folder, dtype, decoder_attention, vision_attention)
+    if named[0] == "QWenLMHeadModel":
+        return _qwen_vl(folder, dtype, decoder_attention, vision_attention)
+    return _hugging_face(folder, dtype, decoder_attention, vision_attention, media=media)
 
 
-def _hugging_face(folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str) -> ModelAdapter:
+def _hugging_face(
+    folder: Path, dtype: torch.dtype, decoder_attention: str, vision_attention: str, *, media: Media
+) -> ModelAdapter:
     if (folder / "adapter_config.json").exists():  # it names another model, which transformers would load in its place
         raise ValueError(f"{folder} holds an adapter: merge it into its model")
     loaded: tuple[Any, dict[str, Any]] = AutoModelForImageTextToText.from_pretrained(
@@ -94,7 +115,7 @@ def _hugging_face(folder: Path, dtype: torch.dtype, decoder_attention: str, visi
         pad_token=pad if pad is not None else next(iter(stop_tokens), 0),
         grid=lambda size: (size[0] // side, size[1] // side),
         vision_layers=() if clip is None else clip.encoder.layers,
-        rope_positions=None if merged is None else (lambda ids, size: _rope_positions(model, ids, size)),
+        rope_positions=None if merged is None else (lambda ids, size, _: _rope_positions(model, ids, size)),
     )  # fmt: skip
 
 
@@ -122,10 +143,10 @@ def _see_patches(model: Any, pixels: Tensor) -> VisionFeatures:
 
 
 def _rope_positions(model: Any, ids: Tensor, size: tuple[int, int]) -> Tensor:
-    """Hugging Face's own count of time, row and column."""
-    p = model.config.vision_config.patch_size
-    grid = torch.tensor([[1, size[0] // p, size[1] // p]], device=ids.device)
-    kinds = (ids == model.config.image_token_id).to(torch.int32)
+    """Hugging Face's own count of time, row and column; ids that stand side by side are of one image."""
+    p, kinds = model.config.vision_config.patch_size, (ids == model.config.image_token_id).to(torch.int32)
+    images = int((kinds.diff() == 1).sum()) + int(kinds[0])
+    grid = torch.tensor([[1, size[0] // p, size[1] // p]] * images, device=ids.device)
     positions, _ = model.model.get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grid)
     found: Tensor = positions[:, 0]
     return found

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from himap_export.validate.reference.adapter import VisionFeatures, load_adapter
+from himap_export.validate.reference.adapter import Media, VisionFeatures, load_adapter
 from himap_export.validate.reference.attention import register, watched
 from himap_export.validate.reference.criteria import CRITERIA, Cuts, LayerView, ReferenceCut, State
 
@@ -69,14 +69,16 @@ class Reference:
         attn_implementation: str = "eager",
         device: str = "cpu",
         vision_tower: Path | None = None,
+        media: Media | None = None,
     ) -> None:
         """Load `folder` in `dtype`. `attn_implementation="sdpa"` is the fast one, a fair opponent in benchmarks.
 
-        `vision_tower`: the folder of its tower, for a release that has it apart."""
+        `vision_tower`: the folder of its tower, for a release that has it apart. `media`: what pixels are of; None:
+        pictures of their own size."""
         decoder_attention = register(attn_implementation)
         self.adapter = load_adapter(
             folder, dtype, decoder_attention=decoder_attention, vision_attention=attn_implementation,
-            vision_tower=vision_tower,
+            vision_tower=vision_tower, media=media or Media(),
         )  # fmt: skip
         self.adapter.whole.to(device)
         self.decoder: Any = self.adapter.decoder
@@ -93,6 +95,7 @@ class Reference:
         cuts: Cuts = (),
         forced: Sequence[Ints] | None = None,
         seeds: Sequence[int] | None = None,
+        seconds: Sequence[float] = (),
     ) -> Prefill:
         """Runs the prompts.
 
@@ -100,13 +103,14 @@ class Reference:
         tiles counted as images, in the order of the placeholders; `attention_mask` [B,S], 0 where a token is padding,
         on either side.
         No `cuts` is the unpruned model. `forced` keeps the given positions (per cut [B,S_i], text included, -1 pads)
-        instead of the ranked ones; the scores are reported all the same. `seeds` [B] (0) are what random cuts draw by.
+        instead of the ranked ones; the scores are reported all the same. `seeds` [B] (0) are what random cuts draw by,
+        `seconds` [B] (1) what lies between two steps of a prompt's film.
         """
         if forced is not None and len(forced) != len(cuts):
             raise ValueError(f"forced positions of {len(forced)} cuts for {len(cuts)} cuts")
         self._check(cuts)
         rows = []
-        for sample, state in enumerate(self._embed(input_ids, pixel_values, attention_mask)):
+        for sample, state in enumerate(self._embed(input_ids, pixel_values, attention_mask, seconds)):
             given = None if forced is None else [_real(kept[sample]).to(self.device) for kept in forced]
             rows.append(self._row(state, cuts, given, 0 if seeds is None else int(seeds[sample])))
         return self._stacked(rows)
@@ -202,7 +206,9 @@ class Reference:
         """Returns the positions that the rotary embedding reads for the tokens of `state`: [S], under M-RoPE [3,S]."""
         return state.alive if state.rope_positions is None else state.rope_positions[:, state.alive]
 
-    def _embed(self, input_ids: Ints, pixel_values: Floats | None, attention_mask: Ints | None) -> Iterator[State]:
+    def _embed(
+        self, input_ids: Ints, pixel_values: Floats | None, attention_mask: Ints | None, seconds: Sequence[float] = ()
+    ) -> Iterator[State]:
         """Each sample, embedded, before layer 0."""
         if input_ids.ndim != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
             raise ValueError("input_ids must be [batch, tokens] and attention_mask the same shape")
@@ -216,7 +222,7 @@ class Reference:
         if available != wanted:
             raise ValueError(f"the prompts have {wanted} image tokens, the images give {available} features")
         used = 0
-        for ids, image in zip(samples, images, strict=True):
+        for row, (ids, image) in enumerate(zip(samples, images, strict=True)):
             own = slice(used, used := used + len(image))
             embeds: Tensor = self.decoder.embed_tokens(ids.index_fill(0, image, 0))
             rope, deepstack = None, tuple[Tensor, ...]()
@@ -225,7 +231,7 @@ class Reference:
                 deepstack = tuple(features[own] for features in seen.deepstack)
             if self.adapter.rope_positions is not None:
                 size = (0, 0) if pixel_values is None else (pixel_values.shape[2], pixel_values.shape[3])
-                rope = self.adapter.rope_positions(ids, size)
+                rope = self.adapter.rope_positions(ids, size, seconds[row] if len(seconds) else 1.0)
             alive = torch.arange(len(ids), device=self.device)
             yield State(0, embeds[None], alive, image, rope_positions=rope, deepstack=deepstack)
 

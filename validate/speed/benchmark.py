@@ -161,8 +161,9 @@ def _bundle(system: System, threads: int) -> tuple[float, Phases]:
         return _clock(lambda: [pipeline.step(tokens, place) for place in places]) / DECODE_STEPS
 
     def vision() -> None:
-        pipeline.run("vision")
-        pipeline.read("image_features")
+        for _ in range(run.budget.batch * run.budget.images):
+            pipeline.run("vision")
+        pipeline.read("seen_features")
 
     return opened, {"vision": _repeated(vision), "prefill": _repeated(prefill), "decode": decode}
 
@@ -181,7 +182,7 @@ def _torch(system: System, threads: int) -> tuple[float, Phases]:
     start = time.perf_counter()
     model = load_reference(
         system.checkpoint, system.dtype or run.manifest.dtype, threads,
-        attention="sdpa", device=device, vision_tower=system.vision_tower,
+        attention="sdpa", device=device, vision_tower=system.vision_tower, image=run.image,
     )  # fmt: skip
     opened = time.perf_counter() - start
     quiet = torch.inference_mode()  # as a decorator

@@ -103,8 +103,9 @@ def measure(
 
 def uncut_variant(run: RunSpec) -> RunSpec | None:
     """Returns the bundle's own variant without cuts, for the same images and text budget; None if it holds none."""
-    like = (run.variant.image, run.budget.text)
-    found = (v for v in run.manifest.variants if not v.plan.cuts and (v.image, v.budget.text) == like)
+    like = (run.variant.image, run.budget.text, run.budget.images)
+    uncut = (v for v in run.manifest.variants if not v.plan.cuts)
+    found = (v for v in uncut if (v.image, v.budget.text, v.budget.images) == like)
     return next((RunSpec(run.bundle, v) for v in found), None)
 
 
