@@ -9,7 +9,7 @@ Memory is one batch's: sums go on, tensors do not. Those of the fp32 reference, 
 compared later (two references of a large model do not fit), wait in files.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import inf
@@ -181,7 +181,7 @@ def compare_runs(actual: EngineRun, expected: ReferenceRun, pad_token: int, outp
         prompts=len(actual.engine_tokens),
         sums=_sums(actual.tensors, expected.tensors),
         cuts=tuple(
-            reduce(add, (_cut_parity(n, row, actual, expected) for row in range(len(cut.kept))))
+            reduce(add, (part for row in range(len(cut.kept)) for part in _cut_parity(n, row, actual, expected)))
             for n, cut in enumerate(actual.cuts)
         ),
         answers=_answers(actual, expected, pad_token),
@@ -198,23 +198,29 @@ def _added(parts: Sequence[Sums]) -> Sums:
     return {name: reduce(add, (part[name] for part in parts)) for name in parts[0]}
 
 
-def _cut_parity(n: int, row: int, actual: EngineRun, expected: ReferenceRun) -> CutParity:
-    """What the engines kept of prompt `row` at cut `n`, beside what the reference kept, in the light of both scores."""
-    cut = actual.cuts[n]
+def _cut_parity(n: int, row: int, actual: EngineRun, expected: ReferenceRun) -> Iterator[CutParity]:
+    """What the engines kept of prompt `row` at cut `n`, beside what the reference kept, in the light of both scores: of
+    each set of tokens that were ranked by themselves."""
+    cut, sets = actual.cuts[n], max(actual.cuts[n].ranked, 1)
     in_expected, name = np.isin(cut.candidates[row], expected.kept[n][row]), f"score {cut.name}"
-    swapped, outside, margin, error, verdict = 0, 0, inf, 0.0, VERDICTS[0]
-    if cut.ranked:
-        score = expected.tensors[name][row]
-        threshold = score[in_expected].min(initial=inf)
-        differs = np.isin(cut.candidates[row], cut.kept[row]) != in_expected
-        margin, error = float(threshold - score[~in_expected].max()), worst(np.abs(actual.tensors[name][row] - score))
+    if not cut.ranked:
+        yield CutParity(
+            cut.name, int(in_expected.sum()), swapped=0, outside=0, margin=inf, error=0.0, verdict=VERDICTS[0]
+        )
+        return
+    scores = expected.tensors[name][row]
+    differing = np.isin(cut.candidates[row], cut.kept[row]) != in_expected
+    error = worst(np.abs(actual.tensors[name][row] - scores))
+    for score, stays, differs in zip(*(np.split(a, sets) for a in (scores, in_expected, differing)), strict=True):
+        threshold = score[stays].min(initial=inf)
         swapped = -(-int(differs.sum()) // 2)
         # A swap needs the gap between two scores to be closed by an error in each of them.
         outside = int((np.abs(score[differs] - threshold) > 2 * error).sum())
-        verdict = VERDICTS[3 if outside else 2 if swapped else 1]
-    return CutParity(
-        cut.name, int(in_expected.sum()), swapped=swapped, outside=outside, margin=margin, error=error, verdict=verdict
-    )
+        yield CutParity(
+            cut.name, int(stays.sum()), swapped=swapped, outside=outside,
+            margin=float(threshold - score[~stays].max()), error=error,
+            verdict=VERDICTS[3 if outside else 2 if swapped else 1],
+        )  # fmt: skip
 
 
 def _answers(actual: EngineRun, expected: ReferenceRun, pad_token: int) -> Answers:

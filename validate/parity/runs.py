@@ -50,12 +50,13 @@ class ReferenceRun:
 @dataclass(frozen=True)
 class RankedCut:
     """What the engines did at one cut, before anything was forced: the positions `kept` [b,S_i] (-1 pads), and of each
-    prompt those of its `candidates` [V], the image tokens before the cut. `ranked`: whether any had to leave."""
+    prompt those of its `candidates` [V], the image tokens before the cut. `ranked`: among how many sets of them, 0 if
+    none had to leave."""
 
     name: str
     kept: Integers
     candidates: tuple[Integers, ...]
-    ranked: bool
+    ranked: int
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,18 @@ def _load(pipeline: Pipeline, prompts: Prompts) -> PromptLayout:
     )
 
 
-def reference_cuts(plan: PruningPlan, visual: Visual) -> tuple[ReferenceCut, ...]:
-    """Returns the plan in the reference's words; it rounds for itself unless the budget keeps more than the plan asks
-    for."""
-    aligned = plan.kept(visual[0]) != visual
-    counts = visual[1:] if aligned else [cut.keep for cut in plan.cuts]
+def reference_cuts(plan: PruningPlan, visual: Visual, images: int = 1) -> tuple[ReferenceCut, ...]:
+    """Returns the plan in the reference's words, for prompts of so many `images`; it rounds for itself unless the
+    budget keeps more than the plan asks for."""
+    aligned = plan.kept(visual[0] // images, images) != visual
+    ranked = images if plan.quota == "per-image" else 1
+    counts = visual[1:] if aligned else [None if cut.keep is None else ranked * cut.keep for cut in plan.cuts]
     return tuple(
-        ReferenceCut(cut.layer, cut.criterion, cut.remove or 0.0, keep=keep, coefficients=cut.coefficients)
+        ReferenceCut(
+            cut.layer, cut.criterion, cut.remove or 0.0, keep=keep, coefficients=cut.coefficients, images=ranked
+        )
         for cut, keep in zip(plan.cuts, counts, strict=True)
-    )
+    )  # fmt: skip
 
 
 def run_reference(
@@ -104,7 +108,8 @@ def run_reference(
     `same`: another dtype's run, whose kept tokens and answer are taken instead of its own.
     """
     arrays = prompts.inputs.input_ids, prompts.inputs.pixel_values, prompts.inputs.attention_mask
-    cuts = reference_cuts(pipeline.spec.plan, pipeline.spec.budget.visual)
+    budget = pipeline.spec.budget
+    cuts = reference_cuts(pipeline.spec.plan, budget.visual, budget.images)
     seeds = prompts.seeds.tolist()
     start = reference.prefill(
         *arrays, cuts=cuts, forced=same.kept if same else None, seeds=seeds, seconds=prompts.inputs.seconds
@@ -174,7 +179,8 @@ def _cut(pipeline: Pipeline, stage: int, expected: Integers) -> tuple[RankedCut,
     images = [row == IMAGE for row in types]  # [S] each
     candidates = tuple(row[image] for row, image in zip(positions, images, strict=True))
     kept = pipeline.kept(stage)[:rows]
-    cut = RankedCut(name, kept, candidates, score is not None)
+    sets = pipeline.spec.budget.images if pipeline.spec.plan.quota == "per-image" else 1
+    cut = RankedCut(name, kept, candidates, 0 if score is None else sets)
     if score is None:
         return cut, []
     scores = score.read()

@@ -15,7 +15,8 @@ from transformers import DynamicCache
 class ReferenceCut:
     """Layers `layer` and later (0-based) see only the image tokens that rank highest by `criterion`, a key of CRITERIA.
 
-    `remove` is the fraction that leaves, of those still alive; or `keep` is how many stay.
+    `remove` is the fraction that leaves, of those still alive; or `keep` is how many stay. `images`: each of as many
+    pictures keeps as many, by its own ranking.
     """
 
     layer: int
@@ -23,6 +24,7 @@ class ReferenceCut:
     remove: float = 0.0
     keep: int | None = None
     coefficients: tuple[float, ...] = ()
+    images: int = 1
 
 
 Cuts = Sequence[ReferenceCut]

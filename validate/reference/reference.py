@@ -134,11 +134,13 @@ class Reference:
         """Returns `state` with the image tokens that `cut` keeps, and the scores [V] it ranked them by."""
         is_image = state.is_image
         count = int(is_image.sum())
-        keep = count - math.floor(cut.remove * count) if cut.keep is None else cut.keep
+        each = count // cut.images
+        keep = cut.images * (each - math.floor(cut.remove * each)) if cut.keep is None else cut.keep
         scores = CRITERIA[cut.criterion](replace(state, coefficients=cut.coefficients), keep, seed)
         if scores.shape != (count,):
             raise ValueError(f"{cut.criterion} gives scores {list(scores.shape)} to {count} image tokens")
-        kept = torch.cat((state.alive[~is_image], state.alive[is_image][_winners(scores, keep)])).sort().values
+        winners = _winners(scores.reshape(cut.images, -1), keep // cut.images)
+        kept = torch.cat((state.alive[~is_image], state.alive[is_image][winners])).sort().values
         return self._keep(state, kept), scores
 
     @torch.no_grad()
@@ -314,8 +316,10 @@ class Reference:
 
 
 def _winners(scores: Tensor, keep: int) -> Tensor:
-    """Indices, ascending, of the `keep` largest of `scores` [V]; of equals the first stay."""
-    return scores.sort(descending=True, stable=True).indices[:keep].sort().values
+    """Indices, ascending, of the `keep` largest in each row of `scores` [images,V], counted through; of equals the
+    first stay."""
+    best = scores.sort(descending=True, stable=True).indices[:, :keep]
+    return (best + torch.arange(len(scores), device=scores.device)[:, None] * scores.shape[1]).flatten().sort().values
 
 
 def _real(positions: Ints) -> Tensor:
