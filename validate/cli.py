@@ -35,7 +35,8 @@ def _parser() -> Parser:
     )  # fmt: skip
     p.add_argument("--text-budget", type=whole(1, 2**20), metavar="N", help="default: the bundle's smallest that fits")
     p.add_argument("--image-size", type=image_size, metavar="WxH", help="one of the bundle's (default: the nearest)")
-    p.add_argument("--image", type=Path, metavar="FILE", help="the image to ask about")
+    p.add_argument("--image", type=Path, action="append", metavar="FILE", help="an image to ask about; repeatable")
+    p.add_argument("--video", type=Path, metavar="FILE", help="the film to ask about")
     p.add_argument("--prompt", metavar="TEXT", help="the question, without the model's chat template")
     p.add_argument("--load-inputs", type=Path, metavar="F.npz", help="as himap-run's; default: drawn from --seed")
     p.add_argument(
@@ -87,12 +88,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def _misuse(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with the flags together."""
-    outputs = _folder_of_outputs(args)
+    outputs, shown = _folder_of_outputs(args), args.image or args.video
     rules = {
-        "--image and --prompt go together": (args.image is None) != (args.prompt is None),
-        "--load-inputs excludes --image and --prompt": args.load_inputs is not None and args.image is not None,
-        "--dataset excludes --image, --prompt and --load-inputs": (
-            args.dataset is not None and (args.image is not None or args.load_inputs is not None)
+        "--image excludes --video: a question is about images or a film": args.image and args.video is not None,
+        "--image or --video, and --prompt go together": (args.image is None and args.video is None)
+        != (args.prompt is None),
+        "--load-inputs excludes --image, --video and --prompt": args.load_inputs is not None
+        and args.prompt is not None,
+        "--dataset excludes --image, --video, --prompt and --load-inputs": (
+            args.dataset is not None and (shown is not None or args.load_inputs is not None)
         ),
         "--dataset excludes --save-inputs and --save-outputs: its answers go into the report": (
             args.dataset is not None and (args.save_inputs is not None or args.save_outputs is not None)
@@ -139,10 +143,11 @@ def _validate(args: argparse.Namespace, argv: list[str]) -> Exit:
     outputs = None if folder is not None else args.save_outputs
     named = {"inputs": args.save_inputs, "outputs": folder}
     captures = {what: place for what, place in named.items() if place is not None}
-    check_places(args.report, outputs, captures, args.load_inputs, args.image)
+    check_places(args.report, outputs, captures, args.load_inputs, args.video, *(args.image or ()))
     found = validate(
         Bundle.open(args.bundle), model=args.model, vision_tower=args.vision_tower, plan=next(iter(args.plan), None),
-        text_budget=args.text_budget, image_size=args.image_size, image=args.image, prompt=args.prompt,
+        text_budget=args.text_budget, image_size=args.image_size, image=args.image, video=args.video,
+        prompt=args.prompt,
         inputs=None if args.load_inputs is None else load_inputs(args.load_inputs), prompts=args.prompts,
         seed=args.seed, max_new_tokens=args.max_new_tokens, atol=args.atol, rtol=args.rtol, speed=not args.no_speed,
         iterations=args.iterations, warm_up=args.warm_up, backend=args.backend, device=args.device,

@@ -16,7 +16,7 @@ from himap_export.engines.bundle import Bundle, RunSpec
 from himap_export.engines.files import check_output, check_report
 from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.processor import Processor
-from himap_export.engines.session import Request, Session, open_pipeline
+from himap_export.engines.session import Pictures, Request, Session, open_pipeline
 from himap_export.exporter.registry import resolve
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import Dtype
@@ -132,7 +132,8 @@ def validate(
     plan: str | None = None,
     text_budget: int | None = None,
     image_size: tuple[int, int] | None = None,
-    image: Image.Image | Path | str | None = None,
+    image: Pictures | None = None,
+    video: Path | str | None = None,
     prompt: str | None = None,
     inputs: Inputs | Mapping[str, npt.NDArray[Any]] | None = None,
     prompts: int = 4,
@@ -155,20 +156,25 @@ def validate(
 
     The checkpoint is `model`, as for an export, with its `vision_tower`; if not given, the one the bundle names. What
     is run is chosen as for a session: `plan`, `text_budget`, `image_size`, `backend`, `device`, CPU `threads`. Both are
-    asked the `prompt` about the `image`, or `inputs` as arrays, or as many `prompts` as drawn from `seed`; answers of
-    `max_new_tokens` (32) are compared. `atol` and `rtol` replace the tolerance of logits. `speed`: whether prefill and
-    decode are timed beside the unpruned model and PyTorch, `iterations` times after `warm_up`. All arrays are saved to
-    the .npz `outputs`, what each graph read and wrote into the folders `captures`["inputs" and "outputs"], as
-    polygraphy's JSON. `tell` hears of results as they come, `progress` of what goes on.
+    asked the `prompt` about the `image`, or several, or the film `video`, or `inputs` as arrays, or as many `prompts`
+    as drawn from `seed`; answers of `max_new_tokens` (32) are compared. `atol` and `rtol` replace the tolerance of
+    logits. `speed`: whether prefill and decode are timed beside the unpruned model and PyTorch, `iterations` times
+    after `warm_up`. All arrays are saved to the .npz `outputs`, what each graph read and wrote into the folders
+    `captures`["inputs" and "outputs"], as polygraphy's JSON. `tell` hears of results as they come, `progress` of what
+    goes on.
 
     HimapError: usage for what does not fit the bundle, missing for what is not there; a gate that fails is no error.
     """
     bundle, source = judged_bundle(bundle, model, vision_tower)
-    request = _request(bundle.session(plan=plan, text_budget=text_budget, image_size=image_size), image, prompt, inputs)
+    session = bundle.session(plan=plan, text_budget=text_budget, image_size=image_size)
+    request = _request(session, image, video, prompt=prompt, inputs=inputs)
     run = request.spec if request else bundle.select(plan, text_budget, image_size=image_size)
     given = request.inputs if request else drawn_inputs(run, prompts, seed)
-    file = None if image is None or isinstance(image, Image.Image) else Path(image)
-    pixels = compare_pixels(given.pixel_values, file, run.image, source) if file else None
+    files = (
+        [] if image is None or isinstance(image, Image.Image) else [image] if isinstance(image, Path | str) else image
+    )
+    named = [Path(file) for file in files if isinstance(file, Path | str)]
+    pixels = compare_pixels(given.pixel_values, named, run.image, source) if named else None
     opening = Opening(threads or len(os.sched_getaffinity(0)), device)
     processor = request.processor if request else None
     kept = outputs is not None or processor is not None
@@ -265,7 +271,10 @@ class _Asked:
         return self.opening.threads
 
     def _load(self, checkpoint: Source) -> Load:
-        return partial(load_reference, checkpoint.folder, threads=self._threads(), vision_tower=checkpoint.tower)
+        return partial(
+            load_reference, checkpoint.folder, threads=self._threads(), vision_tower=checkpoint.tower,
+            image=self.run.image,
+        )  # fmt: skip
 
 
 def _rounding_reference(load: Load, kinds: Mapping[str, str], dtype: Dtype) -> Reference:
@@ -276,15 +285,21 @@ def _rounding_reference(load: Load, kinds: Mapping[str, str], dtype: Dtype) -> R
 
 def _request(
     session: Session,
-    image: Image.Image | Path | str | None,
+    image: Pictures | None,
+    video: Path | str | None,
+    *,
     prompt: str | None,
     inputs: Inputs | Mapping[str, npt.NDArray[Any]] | None,
 ) -> Request | None:
     """What the caller asks, and the variant that it fits; None if prompts are to be drawn."""
-    if (image is None) != (prompt is None):
-        raise HimapError("`image` and `prompt` go together", code=Exit.USAGE)
-    if inputs is not None and image is not None:
-        raise HimapError("`inputs` excludes `image` and `prompt`", code=Exit.USAGE)
+    if image is not None and video is not None:
+        raise HimapError("`image` excludes `video`", code=Exit.USAGE)
+    if (image is None and video is None) != (prompt is None):
+        raise HimapError("`image` or `video`, and `prompt` go together", code=Exit.USAGE)
+    if inputs is not None and prompt is not None:
+        raise HimapError("`inputs` excludes `image`, `video` and `prompt`", code=Exit.USAGE)
+    if video is not None and prompt is not None:
+        return session.prepare_film(video, prompt)
     if image is not None and prompt is not None:
         return session.prepare(image, prompt)
     return None if inputs is None else session.prepare_arrays(inputs)

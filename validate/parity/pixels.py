@@ -5,6 +5,7 @@ computed from the image's file, by transformers' PIL classes, whose arithmetic o
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import inf
@@ -39,8 +40,8 @@ class PixelParity:
     note: str = ""
 
 
-def compare_pixels(ours: Pixels, image_file: Path, spec: ImageSpec, source: Source) -> PixelParity:
-    """Compares `ours` [tiles,3,H,W], made for `spec`, with what the processor of `source` makes of the file.
+def compare_pixels(ours: Pixels, image_files: Sequence[Path], spec: ImageSpec, source: Source) -> PixelParity:
+    """Compares `ours` [n*tiles,3,H,W], made for `spec`, with what the processor of `source` makes of the n files.
 
     HimapError (usage) for a processor's file that cannot be read.
     """
@@ -51,22 +52,35 @@ def compare_pixels(ours: Pixels, image_file: Path, spec: ImageSpec, source: Sour
         return _not_compared(f"{folder} holds no image processor")
     for file in held:
         read_file(file, "image processor", MEGABYTE, Exit.USAGE)
+    made = list[Pixels]()
+    for file in image_files:
+        found = _made(file, spec, folder)
+        if isinstance(found, str):
+            return _not_compared(found)
+        made.append(found)
+    return _compared(ours, np.concatenate(made))
+
+
+def _made(image_file: Path, spec: ImageSpec, folder: Path) -> Pixels | str:
+    """Returns what Hugging Face's processor makes of one image, or why that is not to be compared."""
     height, width = spec.size
     try:
         image, processor = _image(image_file), _processor(folder, 4 * max(spec.size))
         by_patches = "image_grid_thw" in processor.model_input_names  # of the image's own size, more or less
-        if by_patches and not _fills(image, spec):
-            return _not_compared(f"{image.width}x{image.height} is letterboxed to {width}x{height}, by design")
-        theirs = processor(images=image, return_tensors="np", **_static(processor, spec.tiles))
+        follows = by_patches or spec.preprocessing.split is not None
+        if follows and not _fills(image, spec):
+            return f"{image.width}x{image.height} is letterboxed to {width}x{height}, by design"
+        theirs = processor(images=image, return_tensors="np", **_static(processor, spec))
         made = np.asarray(theirs["pixel_values"], np.float32)
         if by_patches:
             made = images_of_patches(str(folder), made, np.asarray(theirs["image_grid_thw"]))
     except Exception as problem:  # transformers raises all kinds, for files of all kinds
         reason = " ".join(str(problem).split())[:200] or type(problem).__name__
-        return _not_compared(f"transformers cannot use the processor in {folder}: {reason}")
+        return f"transformers cannot use the processor in {folder}: {reason}"
     if by_patches and made.shape[2:] != spec.size:
-        return _not_compared(f"the processor makes {made.shape[3]}x{made.shape[2]} of it, the bundle {width}x{height}")
-    return _compared(ours, made[: len(ours)] if spec.tiles == 2 else made)  # their thumbnail is a third
+        return f"the processor makes {made.shape[3]}x{made.shape[2]} of it, the bundle {width}x{height}"
+    made = made.reshape(-1, *made.shape[-3:])  # tiled pictures come as [1,tiles,3,H,W]
+    return made[: spec.tiles] if spec.tiles == 2 or spec.several else made  # a thumbnail of two tiles is a third
 
 
 def with_pixels(parity: Parity, pixels: PixelParity) -> Parity:
@@ -105,8 +119,11 @@ def _processor(folder: Path, most_side: int) -> Any:
     return found
 
 
-def _static(processor: Any, tiles: int) -> dict[str, object]:
+def _static(processor: Any, spec: ImageSpec) -> dict[str, object]:
     """Options that ask a processor which tiles as it likes for as many tiles as the bundle has; others get none."""
+    tiles = spec.tiles
+    if hasattr(processor, "do_image_splitting"):
+        return {"do_image_splitting": tiles > 1}
     if not hasattr(processor, "crop_to_patches"):
         return {}
     count = max(1, tiles - 1) if tiles != 2 else 2  # the thumbnail of several tiles counts, except of two
