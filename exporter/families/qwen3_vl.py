@@ -51,6 +51,7 @@ class Qwen3Vl(qwen_vision.QwenFamily[schemas.Qwen3Vl]):
     # Published checkpoints and transformers' `save_pretrained`, then without the outer model's prefix.
     decoder_prefixes = ("model.language_model.", "language_model.")
     vision_prefixes = ("model.", "")
+    sampling = "rounded"
 
     @cached_property
     def full(self) -> "Qwen3VLConfig":
@@ -79,7 +80,8 @@ class Qwen3Vl(qwen_vision.QwenFamily[schemas.Qwen3Vl]):
 
         tower = self.full.vision_config
         merge, layers = tower.spatial_merge_size, list(tower.deepstack_visual_indexes)
-        whole = [(1, spec.tokens * merge * merge)]
+        count = spec.grid[0] * spec.grid[1]
+        whole = [(1, count * merge * merge)]
 
         class Vision(torch.nn.Module):
             patches: torch.Tensor
@@ -94,8 +96,8 @@ class Qwen3Vl(qwen_vision.QwenFamily[schemas.Qwen3Vl]):
                 del self.visual.rotary_pos_emb  # its tables are constants here
 
             def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-                visual, shape = self.visual, (pixel_values.shape[0], spec.tokens, -1)
-                x = qwen_vision.embed(visual.patch_embed.proj, pixel_values, self.patches)
+                visual, shape = self.visual, (pixel_values.shape[0] // spec.tiles, spec.tokens, -1)
+                x = qwen_vision.embed(visual.patch_embed.proj, pixel_values, self.patches, spec.film is not None)
                 x = x + (visual.pos_embed(self.taps) * self.tap_weights).sum(1).to(dtype)  # summed in fp32
                 deepstack = []
                 for i, block in enumerate(visual.blocks):
@@ -106,7 +108,7 @@ class Qwen3Vl(qwen_vision.QwenFamily[schemas.Qwen3Vl]):
                 return (visual.merger(x).reshape(shape), *deepstack)
 
         rows, columns = (length * merge for length in spec.grid)
-        patches = qwen_vision.patch_order(spec.grid, merge, np.arange(spec.tokens))
+        patches = qwen_vision.patch_order(spec.grid, merge, np.arange(count))
         cos, sin = qwen_vision.rotary_tables(tower, columns, patches)
         learned = interpolation((rows, columns), isqrt(tower.num_position_embeddings), patches)
         return on_meta(Vision, dtype, {"patches": patches, "cos": cos, "sin": sin, **learned})
