@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from himap_export.engines.prompt import Expansion, Segment
 from himap_export.exporter import config as schemas
 from himap_export.exporter.checks import require
 from himap_export.exporter.families import qwen_vision
@@ -16,6 +17,9 @@ from himap_export.graphs.spec import DecoderSpec
 if TYPE_CHECKING:
     import torch
     from transformers import Qwen3VLConfig
+
+
+STEP, END = "<{seconds} seconds><|vision_start|>", "<|vision_end|>"
 
 
 def rope_axes(sections: list[int]) -> tuple[int, ...]:
@@ -72,6 +76,13 @@ class Qwen3Vl(qwen_vision.QwenFamily[schemas.Qwen3Vl]):
         once = len(set(found)) == len(found) and all(0 <= index < tower.depth for index in found)
         require(once, f"deepstack_visual_indexes {found[:16]} of a vision tower of {tower.depth} layers")
         return self.vision_spec(asked, len(found))
+
+    def expansion(self, spec: VisionSpec) -> Expansion:
+        """Returns a film's steps each behind its time, as Qwen3VLProcessor's `replace_video_token` writes them."""
+        if spec.film is None:
+            return super().expansion(spec)
+        first, each = Segment(STEP, spec.tokens // spec.film.steps), Segment(END + STEP, spec.tokens // spec.film.steps)
+        return Expansion((first, *[each] * (spec.film.steps - 1)), after=END)
 
     def module(self, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.Module":
         """Returns Hugging Face's Qwen3VLVisionModel over one static grid: features and, behind them, each deepstack."""

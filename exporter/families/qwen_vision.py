@@ -31,6 +31,7 @@ DEFAULT_SIDE = 448  # pixels
 PAIR = 2  # frames of a patch
 ROPES = ("default", "mrope")
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+FILM = "<|vision_start|><|video_pad|><|vision_end|>"
 USER = "<|im_start|>user\n{}{{prompt}}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -55,6 +56,9 @@ class QwenFamily(Family[S]):
             template=self.system + USER.format("{pictures}"),
             lead=IMAGE,
             turn="<|im_end|>\n" + USER.format(""),
+            film_token=self.fields.get("video_token_id", 151656),
+            film_text="<|video_pad|>",
+            film_lead=FILM,
             positions=self.full.text_config.max_position_embeddings,
             eos=(151645, 151643),
             pad=151643,
@@ -84,7 +88,6 @@ class QwenFamily(Family[S]):
         require_supported("frames of a patch", tower.temporal_patch_size, PAIR)
         require_tower(tower.hidden_size, tower.num_heads, tower.hidden_act, multiple=4)  # rows and columns turn pairs
         asked.require_whole()
-        asked.require_still()
         unit = tower.patch_size * tower.spatial_merge_size
         near = max(1, round(DEFAULT_SIDE / unit)) * unit
         height, width = size = asked.size or (near, near)

@@ -1,14 +1,17 @@
 """The static towers of Qwen2.5-VL and Qwen3-VL see films as Hugging Face's see them: pairs of frames, step by step."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from qwen_towers import CONFIG_2_5, CONFIG_3, features, qwen2_5_model, qwen3_model, serialized
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.video_utils import VideoMetadata
 
-from himap_export.engines.film import Film
+from himap_export.engines.film import Film, Frames
 from himap_export.engines.nvinfer.edition import RTX, log_of
 from himap_export.exporter.families import qwen2_5_vl, qwen3_vl
 from himap_export.exporter.family import ImageOptions
@@ -23,7 +26,7 @@ def compared(family: AnyFamily, config: dict[str, Any], model: Any, size: tuple[
     known = family.parse(config)
     spec = known.vision(ImageOptions(size, frames=frames))
     assert (spec.size, spec.tiles, spec.tokens) == (size, frames, frames // 2 * spec.grid[0] * spec.grid[1])
-    graph = vision_graph("vision", known, spec, batch=1, hidden=48, dtype="fp32", names=WeightRef)
+    graph = vision_graph("vision", known, spec, hidden=48, dtype="fp32", names=WeightRef)
     pixels = np.random.default_rng(frames).standard_normal((frames, 3, *size), np.float32)
     tower = model.config.vision_config
     # Qwen2VLVideoProcessor's is the same, in a module that asks for torchvision.
@@ -85,6 +88,26 @@ def test_time_is_told_as_the_model_is(family: AnyFamily, config: dict[str, Any],
     assert family.parse(config).vision(ImageOptions()).film is None
 
 
+def test_words_around_a_films_tokens_are_hugging_faces() -> None:
+    """Qwen3-VL's processor writes a step's time in front of it; Qwen2.5-VL's writes nothing."""
+    family = qwen3_vl.Qwen3Vl.parse(CONFIG_3)
+    spec = family.vision(ImageOptions((64, 96), frames=8))
+    about = VideoMetadata(100, fps=23.976, frames_indices=[0, 14, 28, 42, 57, 71, 85, 99])
+    processor = SimpleNamespace(
+        video_processor=SimpleNamespace(merge_size=2, temporal_patch_size=2), video_token="<|video_pad|>",
+        vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>",
+        _calculate_timestamps=lambda *given: Qwen3VLProcessor._calculate_timestamps(None, *given),
+    )  # fmt: skip
+    told = {"video_grid_thw": torch.tensor([[4, 4, 6]]), "video_metadata": [about]}
+    seconds = tuple(index / about.fps for index in about.frames_indices)
+    frames = Frames((), seconds, duration=100 / about.fps, fps=about.fps, total=100)
+    found = family.expansion(spec).write("<|video_pad|>", frames.step_seconds(4), frames.duration)
+    assert found == Qwen3VLProcessor.replace_video_token(processor, told, 0)
+    assert found.startswith("<0.3 seconds><|vision_start|><|video_pad|>") and family.expansion(spec).tokens == 24
+    older = qwen2_5_vl.Qwen25Vl.parse(CONFIG_2_5)
+    assert older.expansion(older.vision(ImageOptions((56, 84), frames=4))).write("*", (0.0, 1.0), 2.0) == "*" * 12
+
+
 @pytest.mark.slow
 @BOTH
 def test_tensorrt_rtx_builds_films(family: AnyFamily, config: dict[str, Any]) -> None:
@@ -94,7 +117,7 @@ def test_tensorrt_rtx_builds_films(family: AnyFamily, config: dict[str, Any]) ->
     tower |= {"fullatt_block_indexes": [1], "deepstack_visual_indexes": [0]}
     known = family.parse({**config, "vision_config": tower})
     spec = known.vision(ImageOptions((252, 168) if width == 80 else (96, 224), frames=8))
-    graph = vision_graph("vision", known, spec, batch=1, hidden=48, dtype="fp16", names=WeightRef)
+    graph = vision_graph("vision", known, spec, hidden=48, dtype="fp16", names=WeightRef)
     assert [node.op_type for node in graph.model.graph].count("Attention") == (5 if width == 80 else 2)
     trt, log = RTX.api(), log_of(RTX)
     builder = trt.Builder(log)

@@ -1,6 +1,5 @@
 """The static towers of Qwen2.5-VL and Qwen3-VL see what Hugging Face's see, whatever the size of the picture."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +23,25 @@ from himap_export.graphs.ports import WeightRef
 from himap_export.graphs.spec import Dtype
 
 
-def compared(
-    family: AnyFamily, config: dict[str, Any], model: Any, patch: int, size: tuple[int, int], batch: int
-) -> None:
+def compared(family: AnyFamily, config: dict[str, Any], model: Any, patch: int, size: tuple[int, int]) -> None:
     """Bytes through Hugging Face's processor and model against the same bytes, normalised, through the graph."""
     spec = family.parse(config).vision(ImageOptions(size))
-    graph = vision_graph("vision", family.parse(config), spec, batch=batch, hidden=48, dtype="fp32", names=WeightRef)
-    pictures = np.random.default_rng(batch).integers(0, 256, (batch, *size, 3), dtype=np.uint8)
+    graph = vision_graph("vision", family.parse(config), spec, hidden=48, dtype="fp32", names=WeightRef)
+    picture = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
     how = family.parse(config).image(spec)
     processor = Qwen2VLImageProcessorPil(
         patch_size=patch, image_mean=how.mean, image_std=how.std, size={"shortest_edge": 1, "longest_edge": 10**7}
     )
-    made = processor(list(pictures), return_tensors="pt")
-    assert made["image_grid_thw"].tolist() == [[1, spec.grid[0] * 2, spec.grid[1] * 2]] * batch
+    made = processor(list(picture), return_tensors="pt")
+    assert made["image_grid_thw"].tolist() == [[1, spec.grid[0] * 2, spec.grid[1] * 2]]
     with torch.inference_mode():
         seen = model.model.get_image_features(made["pixel_values"], made["image_grid_thw"])
-    # Split by picture: tuples of [V,D].
     wanted = [torch.cat(each) for each in (seen.pooler_output, *(getattr(seen, "deepstack_features", None) or ()))]
-    pixels = ((pictures / 255 - how.mean) / how.std).astype(np.float32).transpose(0, 3, 1, 2)
+    pixels = ((picture / 255 - how.mean) / how.std).astype(np.float32).transpose(0, 3, 1, 2)
     found = features(graph, model, pixels)
     assert len(found) == 1 + spec.deepstack and spec.tokens == spec.grid[0] * spec.grid[1]
     for ours, theirs in zip(found, wanted, strict=True):
-        assert ours.shape == (batch, spec.tokens, 48)
+        assert ours.shape == (1, spec.tokens, 48)
         np.testing.assert_allclose(ours.reshape(-1, 48), theirs.numpy(), atol=1e-4, rtol=0)
         assert theirs.std() > 0.05
 
@@ -60,24 +56,18 @@ def qwen3() -> Any:
     return qwen3_model()
 
 
-def by_batch(sizes: Sequence[tuple[int, int]], alone: tuple[int, int]) -> Any:
-    """Three pictures of each size at once, and one of the size `alone`; one of each other size is slow."""
-    ones = [pytest.param(size, 1, marks=() if size == alone else pytest.mark.slow) for size in sizes]
-    return pytest.mark.parametrize(("size", "batch"), [*ones, *((size, 3) for size in sizes)])
-
-
 # One window; whole windows; ragged at the right, at the bottom, at both; smaller than a window.
 SIZES_2_5 = ((112, 112), (112, 448), (112, 140), (140, 112), (140, 196), (252, 168), (28, 56))
 
 
-@by_batch(SIZES_2_5, alone=(140, 196))
-def test_qwen2_5_vl(qwen2_5: Any, size: tuple[int, int], batch: int) -> None:
-    compared(qwen2_5_vl.Qwen25Vl, CONFIG_2_5, qwen2_5, 14, size, batch)
+@pytest.mark.parametrize("size", SIZES_2_5)
+def test_qwen2_5_vl(qwen2_5: Any, size: tuple[int, int]) -> None:
+    compared(qwen2_5_vl.Qwen25Vl, CONFIG_2_5, qwen2_5, 14, size)
 
 
-@by_batch(((128, 128), (96, 224), (320, 64), (32, 32)), alone=(96, 224))
-def test_qwen3_vl(qwen3: Any, size: tuple[int, int], batch: int) -> None:
-    compared(qwen3_vl.Qwen3Vl, CONFIG_3, qwen3, 16, size, batch)
+@pytest.mark.parametrize("size", [(128, 128), (96, 224), (320, 64), (32, 32)])
+def test_qwen3_vl(qwen3: Any, size: tuple[int, int]) -> None:
+    compared(qwen3_vl.Qwen3Vl, CONFIG_3, qwen3, 16, size)
 
 
 BOTH = pytest.mark.parametrize(
@@ -98,7 +88,7 @@ def test_tensorrt_rtx_builds_heads_of_the_published_width(
     tower |= {"fullatt_block_indexes": [1], "deepstack_visual_indexes": [0]}
     config = {**config, "vision_config": tower}
     spec = family.parse(config).vision(ImageOptions((252, 168) if width == 80 else (96, 224)))
-    graph = vision_graph("vision", family.parse(config), spec, batch=2, hidden=48, dtype=dtype, names=WeightRef)
+    graph = vision_graph("vision", family.parse(config), spec, hidden=48, dtype=dtype, names=WeightRef)
     tables = [value for name, value in graph.model.graph.initializers.items() if name in ("cos", "sin", "tap_weights")]
     assert tables and all(value.dtype == ir.DataType.FLOAT for value in tables)
     attentions = [node for node in graph.model.graph if node.op_type == "Attention"]
