@@ -16,7 +16,9 @@ from himap_export.engines.documents import open_file
 from himap_export.engines.files import write_file
 from himap_export.graphs.errors import Exit, HimapError
 
-NAMES = ("input_ids", "pixel_values", "attention_mask", "image_grid_thw")
+NAMES = ("input_ids", "pixel_values", "attention_mask", "image_grid_thw", "second_per_grid_ts")
+OPTIONAL = ("attention_mask", "second_per_grid_ts")
+MOST_SECONDS = 1e6  # between two steps: twelve days
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def as_inputs(arrays: Mapping[str, npt.NDArray[Any]], where: str = "the inputs")
         arrays["pixel_values"] = images_of_patches(where, arrays["pixel_values"], arrays["image_grid_thw"])
     for name, rank, kinds in (("input_ids", 2, "i"), ("pixel_values", 4, "f"), ("attention_mask", 2, "ib")):
         _check(where, arrays, name=name, rank=rank, kinds=kinds)
+    _check(where, arrays, name="second_per_grid_ts", rank=1, kinds="f")
     ids, mask = arrays["input_ids"].astype(np.int64), arrays.get("attention_mask")
     if mask is not None and mask.shape != ids.shape:
         details = f"{list(mask.shape)}, input_ids are {list(ids.shape)}"
@@ -75,7 +78,12 @@ def as_inputs(arrays: Mapping[str, npt.NDArray[Any]], where: str = "the inputs")
     if not np.isfinite(pixels).all():
         details = f"{int((~np.isfinite(pixels)).sum())} of {pixels.size} are NaN, infinite or beyond fp32"
         raise HimapError(f"pixel_values in {where} are not numbers", details, code=Exit.USAGE)
-    return Inputs(ids, pixels, None if mask is None else (mask != 0).astype(np.int64))
+    seconds = arrays.get("second_per_grid_ts", np.zeros(0))
+    if len(seconds) not in (0, len(ids)) or not np.all((seconds >= 0) & (seconds < MOST_SECONDS)):
+        details = f"expected one below {MOST_SECONDS:g} for each of {len(ids)} prompts"
+        raise HimapError(f"second_per_grid_ts in {where} are no seconds between steps", details, code=Exit.USAGE)
+    found = None if mask is None else (mask != 0).astype(np.int64)
+    return Inputs(ids, pixels, found, tuple(seconds.astype(float).tolist()))
 
 
 def _read(file: Path) -> dict[str, npt.NDArray[Any]]:
@@ -134,7 +142,7 @@ def images_of_patches(where: str, patches: npt.NDArray[Any], grids: npt.NDArray[
 def _check(where: str, arrays: Mapping[str, npt.NDArray[Any]], *, name: str, rank: int, kinds: str) -> None:
     found = arrays.get(name)
     if found is None:
-        if name == "attention_mask":
+        if name in OPTIONAL:
             return
         raise HimapError(f"{where} holds no {name}", f"it holds {', '.join(arrays) or 'nothing else'}", code=Exit.USAGE)
     if found.ndim != rank or found.dtype.kind not in kinds:

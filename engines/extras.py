@@ -10,6 +10,7 @@ from himap_export.graphs.errors import Exit, HimapError
 
 # Module -> the extra of pyproject.toml that brings it.
 EXTRAS = {
+    "av": "video",
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
     "tensorrt_rtx": "tensorrt-rtx",

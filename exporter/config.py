@@ -157,6 +157,7 @@ class Qwen25Tower(QwenTower, frozen=True, kw_only=True):
 
     window_size: Given[Side] = UNSET
     fullatt_block_indexes: Given[Indexes] = UNSET
+    tokens_per_second: Given[Annotated[int, Meta(ge=1, le=1000)]] = UNSET  # of M-RoPE's time
 
 
 class Qwen3Tower(QwenTower, frozen=True, kw_only=True):
@@ -200,6 +201,7 @@ class Qwen25Vl(Text, frozen=True, kw_only=True):
     text_config: Given[Text] = UNSET
     vision_config: Given[Qwen25Tower] = UNSET
     image_token_id: Given[Token] = UNSET
+    video_token_id: Given[Token] = UNSET
 
 
 class Qwen3Vl(Common, frozen=True, kw_only=True):
@@ -208,6 +210,7 @@ class Qwen3Vl(Common, frozen=True, kw_only=True):
     text_config: Given[Text] = UNSET
     vision_config: Given[Qwen3Tower] = UNSET
     image_token_id: Given[Token] = UNSET
+    video_token_id: Given[Token] = UNSET
 
 
 class LlavaOriginal(Text, frozen=True, kw_only=True):

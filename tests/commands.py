@@ -58,10 +58,11 @@ def call(main: Callable[[list[str]], object], *arguments: object) -> int:
 
 
 def greedy(
-    reference: Reference, *arrays: Any, max_new_tokens: int, cuts: Cuts = (), seeds: Any = None
+    reference: Reference, *arrays: Any, max_new_tokens: int, cuts: Cuts = (), seeds: Any = None, seconds: Any = ()
 ) -> npt.NDArray[np.int64]:
     """The reference's own answers [B,N], as Hugging Face's `generate` lays them out."""
-    return reference.answer(reference.prefill(*arrays, cuts=cuts, seeds=seeds), max_new_tokens)[0]
+    start = reference.prefill(*arrays, cuts=cuts, seeds=seeds, seconds=seconds)
+    return reference.answer(start, max_new_tokens)[0]
 
 
 def spawn(
@@ -94,6 +95,8 @@ def save_inputs(file: Path, inputs: Inputs) -> Path:
     arrays: dict[str, Any] = {"input_ids": inputs.input_ids, "pixel_values": inputs.pixel_values}
     if not inputs.attention_mask.all():
         arrays["attention_mask"] = inputs.attention_mask
+    if inputs.seconds:
+        arrays["second_per_grid_ts"] = np.array(inputs.seconds)
     np.savez(file, **arrays)
     return file
 

@@ -27,8 +27,15 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from himap_export.validate.reference.adapter import Media
+
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 16
-WORD, VOCAB, IMAGE = 20, 300, 299  # ids 20 to 275 are the 256 bytes, 0 to 19 and the last one special tokens
+WORD, VOCAB, IMAGE, VIDEO = (
+    20,
+    300,
+    299,
+    298,
+)  # 20 to 275 are the 256 bytes, the others special tokens
 TEXT = {
     "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": HEADS,
     "num_key_value_heads": KV_HEADS, "vocab_size": VOCAB, "max_position_embeddings": 2048, "bos_token_id": 1,
@@ -43,7 +50,7 @@ class Row:
 
     `patch`: of towers that take patches. `chat`: how its published chat template renders {pictures}, each of them as
     `lead`, and {prompt}, behind `system`; `image` is the placeholder, and `around` what its processor puts around the
-    placeholder's tokens.
+    placeholder's tokens. `frames`: of a film instead, whose tokens stand in `runs`, with text between them.
     """
 
     config: Callable[[], PretrainedConfig]
@@ -58,6 +65,13 @@ class Row:
     tiles: int = 1
     flags: tuple[object, ...] = ()
     patch: int | None = None
+    frames: int = 0
+    runs: int = 1
+
+    @property
+    def media(self) -> Media:
+        """What the pixels are to the reference."""
+        return Media(self.size, self.tiles, self.frames)
 
 
 def _rope(**more: object) -> dict[str, object]:
@@ -72,14 +86,14 @@ def _llava(text: Mapping[str, Any]) -> PretrainedConfig:
 
 def _qwen2_5_vl() -> PretrainedConfig:
     text = TEXT | {"rope_parameters": _rope(mrope_section=[2, 3, 3])}
-    vision = MERGED | {"window_size": 56, "fullatt_block_indexes": [1]}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE)
+    vision = MERGED | {"window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO)
 
 
 def _qwen3_vl() -> PretrainedConfig:
     text = TEXT | {"head_dim": HEAD_DIM, "rope_parameters": _rope(mrope_section=[3, 3, 2], mrope_interleaved=True)}
     vision = MERGED | {"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 16}
-    return Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE)
+    return Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO)
 
 
 def _internvl() -> PretrainedConfig:
@@ -127,6 +141,14 @@ FAMILIES: Mapping[str, Row] = {
         _internvl, (56, 56), 12, lambda: _tiled(crop_to_patches=True, min_patches=2, max_patches=2), CHATML,
         "<IMG_CONTEXT>\n", "<IMG_CONTEXT>", around=TAGS, tiles=3, flags=("--tiles", "3"),
     ),
+    "qwen2.5-vl-film": Row(
+        _qwen2_5_vl, (56, 84), 12, lambda: _patched(14), CHATML, VISION, "<|image_pad|>", SYSTEM, tiles=4,
+        flags=("--image-size", "84x56", "--frames", "4"), patch=14, frames=4,
+    ),
+    "qwen3-vl-film": Row(
+        _qwen3_vl, (64, 96), 12, lambda: _patched(16, image_mean=[0.5] * 3, image_std=[0.5] * 3), CHATML, VISION,
+        "<|image_pad|>", tiles=4, flags=("--image-size", "96x64", "--frames", "4"), patch=16, frames=4, runs=2,
+    ),
 }  # fmt: skip
 
 
@@ -146,10 +168,11 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", *TAGS]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: n for n, token in enumerate(special)} | {c: WORD + n for n, c in enumerate(letters)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {row.image: IMAGE}, merges=[]))
+    placeholders = {row.image: IMAGE} | ({"<|video_pad|>": VIDEO} if "image_pad" in row.image else {})
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | placeholders, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([*special, row.image])
+    tokenizer.add_special_tokens([*special, *placeholders])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", chat_template=chat_template(row)
     )
@@ -162,7 +185,9 @@ def chat_template(row: Row) -> str:
     return (
         f"{{{{ {row.system!r} }}}}{{% for m in messages %}}{{% if m['role'] == 'user' %}}{{{{ {before!r} }}}}"
         "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
-        f"{{% elif part['type'] == 'image' %}}{{{{ {row.lead!r} }}}}{{% endif %}}{{% endfor %}}{{{{ {after!r} }}}}"
+        f"{{% elif part['type'] == 'image' %}}{{{{ {row.lead!r} }}}}"
+        f"{{% elif part['type'] == 'video' %}}{{{{ {row.lead.replace('image', 'video')!r} }}}}"
+        f"{{% endif %}}{{% endfor %}}{{{{ {after!r} }}}}"
         f"{{% else %}}{{{{ m['content'][0]['text'] + {stop!r} }}}}{{% endif %}}{{% endfor %}}"
     )
 
@@ -187,15 +212,16 @@ def family_inputs(name: str, text_lengths: Sequence[int] = (9,), seed: int = 0, 
     words, many = np.arange(WORD, WORD + 256), images or (1,) * len(text_lengths)
     prompts = []
     for count, text in zip(many, text_lengths, strict=True):
-        image = np.full(row.tokens, IMAGE)
-        between = [part for _ in range(count - 1) for part in (random.choice(words, 2), image)]
+        image = np.full(row.tokens // row.runs, VIDEO if row.frames else IMAGE)
+        between = [part for _ in range(count * row.runs - 1) for part in (random.choice(words, 2), image)]
         prompts.append(np.concatenate([random.choice(words, 5), image, *between, random.choice(words, text)]))
     width = max(map(len, prompts))
     ids, mask = np.full((len(prompts), width), PAD, np.int64), np.zeros((len(prompts), width), np.int64)
     for sample, prompt in enumerate(prompts):
         ids[sample, : len(prompt)], mask[sample, : len(prompt)] = prompt, 1
     shape = (sum(many) * row.tiles, 3, *row.size)
-    return Inputs(ids, mask, random.standard_normal(shape, np.float32))
+    pixels = random.standard_normal(shape, np.float32)
+    return Inputs(ids, mask, pixels, tuple(random.uniform(0.2, 2.0, len(many))) if row.frames else ())
 
 
 def hugging_face_answer(folder: Path, name: str, inputs: Inputs, new_tokens: int) -> NDArray[np.int64]:
@@ -210,6 +236,9 @@ def hugging_face_inputs(name: str, inputs: Inputs) -> dict[str, torch.Tensor]:
     row, ids = FAMILIES[name], torch.from_numpy(inputs.input_ids)
     if row.patch is None:
         return {"input_ids": ids, "pixel_values": torch.from_numpy(inputs.pixel_values)}
+    if row.frames:
+        film = film_arrays(inputs.pixel_values, row.patch, None if row.runs > 1 else inputs.seconds[0])
+        return {"input_ids": ids, "mm_token_type_ids": 2 * (ids == VIDEO).int(), **film}
     patches = np.concatenate([patches_of(pixels, row.patch) for pixels in inputs.pixel_values])
     return {
         "input_ids": ids,
@@ -221,13 +250,27 @@ def hugging_face_inputs(name: str, inputs: Inputs) -> dict[str, torch.Tensor]:
     }
 
 
-def patches_of(pixels: NDArray[np.float32], patch: int) -> NDArray[np.float32]:
-    """[N,3*2*p*p], told patch by patch: blocks of 2 x 2 patches that will be merged, each picture two frames."""
+def film_arrays(frames: NDArray[np.float32], patch: int, seconds: float | None) -> dict[str, torch.Tensor]:
+    """A film's frames [F,3,H,W], its steps so many seconds apart if the model wants to know, as Hugging Face's models
+    take them."""
+    patches = np.concatenate([patches_of(a, patch, b) for a, b in zip(frames[::2], frames[1::2], strict=True)])
+    told = {} if seconds is None else {"second_per_grid_ts": torch.tensor([seconds])}
+    return told | {
+        "pixel_values_videos": torch.from_numpy(patches),
+        "video_grid_thw": torch.tensor([[len(frames) // 2, frames.shape[2] // patch, frames.shape[3] // patch]]),
+    }
+
+
+def patches_of(
+    pixels: NDArray[np.float32], patch: int, later: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """[N,3*2*p*p], told patch by patch: blocks of 2 x 2 patches that will be merged, each of two frames: of pixels
+    [3,H,W] and `later` ones, or the same again."""
     _, height, width = pixels.shape
     found = []
     for top in range(0, height, 2 * patch):
         for left in range(0, width, 2 * patch):
             for y, x in ((0, 0), (0, patch), (patch, 0), (patch, patch)):
-                one = pixels[:, top + y : top + y + patch, left + x : left + x + patch]
-                found.append(np.stack([one, one], axis=1).ravel())
+                place = slice(None), slice(top + y, top + y + patch), slice(left + x, left + x + patch)
+                found.append(np.stack([pixels[place], (pixels if later is None else later)[place]], axis=1).ravel())
     return np.array(found)

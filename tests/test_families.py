@@ -60,17 +60,16 @@ def test_pruned_prompts_are_the_references(
     plan = tmp_path / "plan.toml"
     plan.write_text(plan_table("plan", cuts))
     bundle = work.family_bundle(name, "--plan", plan, "--batch", batch, key=f"{cuts}")
-    reference = Reference(work.family(name))
+    reference = Reference(work.family(name), media=FAMILIES[name].media)
     for lengths in {1: [(9,), (1,)], 3: [(9, 4, 17), (3, 8)]}[batch]:
         inputs = family_inputs(name, lengths, seed=len(lengths))
-        wanted = reference.prefill(inputs.input_ids, inputs.pixel_values, inputs.attention_mask, cuts)
+        arrays = inputs.input_ids, inputs.pixel_values, inputs.attention_mask
+        wanted = reference.prefill(*arrays, cuts, seconds=inputs.seconds)
         found = work.answer(bundle, inputs, "--max-new-tokens", NEW)
         for n, kept in enumerate(wanted.kept, 1):
             np.testing.assert_array_equal(found[f"kept_k{n}"], padded(kept, found[f"kept_k{n}"].shape[1]))
         np.testing.assert_allclose(found["logits"], wanted.logits, rtol=0, atol=1e-3)
-        said = greedy(
-            reference, inputs.input_ids, inputs.pixel_values, inputs.attention_mask, max_new_tokens=NEW, cuts=cuts
-        )
+        said = greedy(reference, *arrays, max_new_tokens=NEW, cuts=cuts, seconds=inputs.seconds)
         np.testing.assert_array_equal(found["tokens"][:, : said.shape[1]], said)
 
 

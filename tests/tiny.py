@@ -60,6 +60,7 @@ class Inputs:
     input_ids: NDArray[np.int64]  # [B,S]
     attention_mask: NDArray[np.int64]  # [B,S] 1 real, 0 padding
     pixel_values: NDArray[np.float32]  # [B,3,H,W]
+    seconds: tuple[float, ...] = ()  # [B] between two steps of a film
 
     def sample(self, index: int) -> "Inputs":
         """One prompt alone, without padding: B is 1."""

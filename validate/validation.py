@@ -271,10 +271,8 @@ class _Asked:
         return self.opening.threads
 
     def _load(self, checkpoint: Source) -> Load:
-        return partial(
-            load_reference, checkpoint.folder, threads=self._threads(), vision_tower=checkpoint.tower,
-            image=self.run.image,
-        )  # fmt: skip
+        threads, tower = self._threads(), checkpoint.tower
+        return partial(load_reference, checkpoint.folder, threads=threads, vision_tower=tower, image=self.run.image)
 
 
 def _rounding_reference(load: Load, kinds: Mapping[str, str], dtype: Dtype) -> Reference:

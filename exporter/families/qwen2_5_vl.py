@@ -45,7 +45,7 @@ class Qwen25Vl(qwen_vision.QwenFamily[schemas.Qwen25Vl]):
         tower = self.full.vision_config
         unit = tower.patch_size * tower.spatial_merge_size
         require(tower.window_size >= unit, f"windows of {tower.window_size} pixels hold no merged patch of {unit}")
-        return self.vision_spec(asked)
+        return self.vision_spec(asked, rope_per_second=float(tower.tokens_per_second))
 
     def module(self, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.Module":
         """Returns Hugging Face's Qwen2_5_VisionTransformerPretrainedModel over one static grid.
@@ -60,7 +60,7 @@ class Qwen25Vl(qwen_vision.QwenFamily[schemas.Qwen25Vl]):
         merge = tower.spatial_merge_size
         found = qwen_vision.windows(spec.grid, tower.window_size // merge // tower.patch_size)
         windows = [(count, tokens * merge * merge) for count, tokens in found.groups]
-        whole = [(1, spec.tokens * merge * merge)]
+        whole = [(1, len(found.order) * merge * merge)]
 
         def norm(x: torch.Tensor, by: Any) -> torch.Tensor:
             return F.rms_norm(x, by.weight.shape, by.weight, by.variance_epsilon)
@@ -78,16 +78,16 @@ class Qwen25Vl(qwen_vision.QwenFamily[schemas.Qwen25Vl]):
 
             def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
                 visual = self.visual
-                x = qwen_vision.embed(visual.patch_embed.proj, pixel_values, self.patches)
+                x = qwen_vision.embed(visual.patch_embed.proj, pixel_values, self.patches, spec.film is not None)
                 for i, block in enumerate(visual.blocks):
                     groups = whole if i in tower.fullatt_block_indexes else windows
                     x = x + qwen_vision.attend(
                         block.attn, norm(x, block.norm1), cos=self.cos, sin=self.sin, groups=groups
                     )
                     x = x + block.mlp(norm(x, block.norm2))
-                merged = norm(x, visual.merger.ln_q).reshape(x.shape[0], spec.tokens, -1)
+                merged = norm(x, visual.merger.ln_q).reshape(x.shape[0], len(found.order), -1)
                 features: torch.Tensor = visual.merger.mlp(merged)[:, self.reading_order]
-                return features
+                return features.reshape(-1, spec.tokens, features.shape[-1])
 
         patches = qwen_vision.patch_order(spec.grid, merge, found.order)
         cos, sin = qwen_vision.rotary_tables(tower, spec.grid[1] * merge, patches)

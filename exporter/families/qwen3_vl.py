@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from himap_export.engines.prompt import Expansion, Segment
 from himap_export.exporter import config as schemas
 from himap_export.exporter.checks import require
 from himap_export.exporter.families import qwen_vision
@@ -16,6 +17,9 @@ from himap_export.graphs.spec import DecoderSpec
 if TYPE_CHECKING:
     import torch
     from transformers import Qwen3VLConfig
+
+
+STEP, END = "<{seconds} seconds><|vision_start|>", "<|vision_end|>"
 
 
 def rope_axes(sections: list[int]) -> tuple[int, ...]:
@@ -51,6 +55,7 @@ class Qwen3Vl(qwen_vision.QwenFamily[schemas.Qwen3Vl]):
     # Published checkpoints and transformers' `save_pretrained`, then without the outer model's prefix.
     decoder_prefixes = ("model.language_model.", "language_model.")
     vision_prefixes = ("model.", "")
+    sampling = "rounded"
 
     @cached_property
     def full(self) -> "Qwen3VLConfig":
@@ -72,6 +77,13 @@ class Qwen3Vl(qwen_vision.QwenFamily[schemas.Qwen3Vl]):
         require(once, f"deepstack_visual_indexes {found[:16]} of a vision tower of {tower.depth} layers")
         return self.vision_spec(asked, len(found))
 
+    def expansion(self, spec: VisionSpec) -> Expansion:
+        """Returns a film's steps each behind its time, as Qwen3VLProcessor's `replace_video_token` writes them."""
+        if spec.film is None:
+            return super().expansion(spec)
+        first, each = Segment(STEP, spec.tokens // spec.film.steps), Segment(END + STEP, spec.tokens // spec.film.steps)
+        return Expansion((first, *[each] * (spec.film.steps - 1)), after=END)
+
     def module(self, spec: VisionSpec, dtype: "torch.dtype") -> "torch.nn.Module":
         """Returns Hugging Face's Qwen3VLVisionModel over one static grid: features and, behind them, each deepstack."""
         import torch
@@ -79,7 +91,8 @@ class Qwen3Vl(qwen_vision.QwenFamily[schemas.Qwen3Vl]):
 
         tower = self.full.vision_config
         merge, layers = tower.spatial_merge_size, list(tower.deepstack_visual_indexes)
-        whole = [(1, spec.tokens * merge * merge)]
+        count = spec.grid[0] * spec.grid[1]
+        whole = [(1, count * merge * merge)]
 
         class Vision(torch.nn.Module):
             patches: torch.Tensor
@@ -94,8 +107,8 @@ class Qwen3Vl(qwen_vision.QwenFamily[schemas.Qwen3Vl]):
                 del self.visual.rotary_pos_emb  # its tables are constants here
 
             def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-                visual, shape = self.visual, (pixel_values.shape[0], spec.tokens, -1)
-                x = qwen_vision.embed(visual.patch_embed.proj, pixel_values, self.patches)
+                visual, shape = self.visual, (pixel_values.shape[0] // spec.tiles, spec.tokens, -1)
+                x = qwen_vision.embed(visual.patch_embed.proj, pixel_values, self.patches, spec.film is not None)
                 x = x + (visual.pos_embed(self.taps) * self.tap_weights).sum(1).to(dtype)  # summed in fp32
                 deepstack = []
                 for i, block in enumerate(visual.blocks):
@@ -106,7 +119,7 @@ class Qwen3Vl(qwen_vision.QwenFamily[schemas.Qwen3Vl]):
                 return (visual.merger(x).reshape(shape), *deepstack)
 
         rows, columns = (length * merge for length in spec.grid)
-        patches = qwen_vision.patch_order(spec.grid, merge, np.arange(spec.tokens))
+        patches = qwen_vision.patch_order(spec.grid, merge, np.arange(count))
         cos, sin = qwen_vision.rotary_tables(tower, columns, patches)
         learned = interpolation((rows, columns), isqrt(tower.num_position_embeddings), patches)
         return on_meta(Vision, dtype, {"patches": patches, "cos": cos, "sin": sin, **learned})

@@ -1,7 +1,9 @@
 """What Qwen2.5-VL and Qwen3-VL share: prompts, static sizes, the order of patches, rotary tables, attention.
 
 Hugging Face's towers read the image's grid at run time and see all images as one ragged sequence. Here the grid is
-known, so whatever depends on it alone is a table written into the graph, and images are a batch [B,N,D], N patches.
+known, so whatever depends on it alone is a table written into the graph, and images are a batch [B,N,D], N patches. A
+patch is of two frames: of a picture and itself, or of a film; no patch sees another step of time, so a film's steps
+are a batch like any other.
 Letters of this file: m `spatial_merge_size`, N patches, V = N / m^2 merged tokens.
 """
 
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from himap_export.engines.film import MAX_FRAMES, Film, Sampling
 from himap_export.engines.image import ImagePreprocessing, mean_color
 from himap_export.exporter.checks import require_supported, require_tower
 from himap_export.exporter.family import Family, ImageOptions, PromptRules, S, VisionSpec, llama_decoder
@@ -25,8 +28,10 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 DEFAULT_SIDE = 448  # pixels
+PAIR = 2  # frames of a patch
 ROPES = ("default", "mrope")
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+FILM = "<|vision_start|><|video_pad|><|vision_end|>"
 USER = "<|im_start|>user\n{}{{prompt}}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -36,6 +41,7 @@ class QwenFamily(Family[S]):
     system: ClassVar[str] = ""
     mean: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     std: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
+    sampling: ClassVar[Sampling] = "arange"
 
     @property
     @abstractmethod
@@ -50,6 +56,9 @@ class QwenFamily(Family[S]):
             template=self.system + USER.format("{pictures}"),
             lead=IMAGE,
             turn="<|im_end|>\n" + USER.format(""),
+            film_token=self.fields.get("video_token_id", 151656),
+            film_text="<|video_pad|>",
+            film_lead=FILM,
             positions=self.full.text_config.max_position_embeddings,
             eos=(151645, 151643),
             pad=151643,
@@ -71,14 +80,14 @@ class QwenFamily(Family[S]):
         require_supported("number of mrope_section", len(sections), 3)
         return spec
 
-    def vision_spec(self, asked: ImageOptions, deepstack: int = 0) -> VisionSpec:
-        """Returns the tower's sizes; HimapError (usage) for a size that is no whole number of merged patches."""
+    def vision_spec(self, asked: ImageOptions, deepstack: int = 0, rope_per_second: float = 0.0) -> VisionSpec:
+        """Returns the tower's sizes; HimapError (usage) for a size that is no whole number of merged patches, and for
+        frames of a film that are no pairs."""
         tower = self.full.vision_config
         require_supported("width of vision features", tower.out_hidden_size, self.full.text_config.hidden_size)
-        require_supported("frames of a patch", tower.temporal_patch_size, 2)
+        require_supported("frames of a patch", tower.temporal_patch_size, PAIR)
         require_tower(tower.hidden_size, tower.num_heads, tower.hidden_act, multiple=4)  # rows and columns turn pairs
         asked.require_whole()
-        asked.require_still()
         unit = tower.patch_size * tower.spatial_merge_size
         near = max(1, round(DEFAULT_SIDE / unit)) * unit
         height, width = size = asked.size or (near, near)
@@ -87,8 +96,21 @@ class QwenFamily(Family[S]):
             fits = [max(1, (side + unit // 2) // unit) * unit for side in size]
             details = f"both sides must be multiples of {unit}; the nearest size is {fits[1]}x{fits[0]}"
             raise HimapError(f"an image size of {width}x{height} does not fit", details, code=Exit.USAGE)
-        grid = (height // unit, width // unit)
-        return VisionSpec(size, tower.in_channels, grid[0] * grid[1], grid, deepstack=deepstack)
+        rows, columns = grid = (height // unit, width // unit)
+        film = None if asked.frames is None else self.film(asked.frames, rope_per_second)
+        return VisionSpec(
+            size=size, channels=tower.in_channels, tokens=(film.steps if film else 1) * rows * columns, grid=grid,
+            tiles=film.frames if film else 1, deepstack=deepstack, film=film,
+        )  # fmt: skip
+
+    def film(self, frames: int, rope_per_second: float) -> Film:
+        """Returns how a film becomes so many `frames`, where the model's own processor takes two a second.
+
+        HimapError (usage) if they are no pairs."""
+        if frames % PAIR or not PAIR <= frames <= MAX_FRAMES:
+            details = f"this model sees frames in pairs: an even number from {PAIR} to {MAX_FRAMES}"
+            raise HimapError(f"a film of {frames} frames does not fit", details, code=Exit.USAGE)
+        return Film(frames, frames // PAIR, self.sampling, fps=2.0, rope_per_second=rope_per_second)
 
 
 @dataclass(frozen=True)
@@ -143,16 +165,21 @@ def rotary_tables(tower: Any, columns: int, patches: Array) -> tuple[Array, Arra
     return np.cos(angle), np.sin(angle)
 
 
-def embed(proj: Any, pixels: "torch.Tensor", order: "torch.Tensor") -> "torch.Tensor":
-    """Returns the patches [B,N,D], in `order`, of pixels [B,3,H,W]: `proj`, a Conv3d over frames, of a still image.
+def embed(proj: Any, pixels: "torch.Tensor", order: "torch.Tensor", film: bool) -> "torch.Tensor":
+    """Returns the patches [B,N,D], in `order`, of pixels: pictures [B,3,H,W], or the frames [B*2,3,H,W] of a `film`.
 
-    The frames become channels: a Conv2d over [c0,c0,c1,c1,..] adds the same products as the Conv3d over two frames.
+    `proj` is a Conv3d over two frames, which are a picture twice. The frames become channels: a Conv2d over
+    [c0,c0,c1,c1,..] adds the same products.
     """
     import torch.nn.functional as F
 
     frames, stride = proj.kernel_size[0], proj.kernel_size[1:]
-    still = pixels.unsqueeze(2).expand(-1, -1, frames, -1, -1).flatten(1, 2)
-    return F.conv2d(still, proj.weight.flatten(1, 2), proj.bias, stride).flatten(2).transpose(1, 2)[:, order]
+    if film:
+        pairs = pixels.reshape(-1, frames, *pixels.shape[1:]).transpose(1, 2)
+    else:
+        pairs = pixels.unsqueeze(2).expand(-1, -1, frames, -1, -1)
+    found = F.conv2d(pairs.flatten(1, 2), proj.weight.flatten(1, 2), proj.bias, stride)
+    return found.flatten(2).transpose(1, 2)[:, order]
 
 
 def attend(

@@ -1,20 +1,14 @@
 """The static towers of Qwen2.5-VL and Qwen3-VL see what Hugging Face's see, whatever the size of the picture."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
-from numpy.typing import NDArray
+from qwen_towers import CONFIG_2_5, CONFIG_3, features, qwen2_5_model, qwen3_model, serialized
 from safetensors import safe_open
-from transformers import (
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3VLForConditionalGeneration,
-)
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
@@ -24,116 +18,56 @@ from himap_export.exporter.families import qwen2_5_vl, qwen3_vl
 from himap_export.exporter.family import ImageOptions
 from himap_export.exporter.registry import AnyFamily
 from himap_export.exporter.vision import vision_graph
-from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.ports import WeightRef
 from himap_export.graphs.spec import Dtype
 
-TEXT: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
-TEXT |= {"num_key_value_heads": 1, "vocab_size": 64, "rope_theta": 5e5, "max_position_embeddings": 512}
-ROPE_2_5 = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
-ROPE_3 = {"rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [4, 2, 2]}}
-TOWER = {"depth": 4, "hidden_size": 48, "intermediate_size": 52, "num_heads": 2, "out_hidden_size": 48}
-# As published: the text model's fields at the top, the vision config under the outer model's type.
-CONFIG_2_5: dict[str, Any] = {
-    **TEXT,
-    **ROPE_2_5,
-    "model_type": "qwen2_5_vl",
-    "use_sliding_window": False,
-    "sliding_window": 32768,
-    "max_window_layers": 0,
-    "vision_config": {**TOWER, "model_type": "qwen2_5_vl", "in_chans": 3, "fullatt_block_indexes": [1, 3]},
-}
-CONFIG_3: dict[str, Any] = {
-    "model_type": "qwen3_vl",
-    "text_config": {**TEXT, **ROPE_3, "head_dim": 16},
-    "vision_config": {**TOWER, "num_position_embeddings": 49, "deepstack_visual_indexes": [0, 2]},
-}
 
-
-def randomised(model: Any) -> Any:
-    """Hugging Face's initialisation leaves biases and positions near zero: mistakes in them would not show."""
-    generator = torch.Generator().manual_seed(7)
-    for parameter in model.parameters():
-        fan = parameter[0].numel() if parameter.dim() > 1 else 16
-        parameter.data = torch.randn(parameter.shape, generator=generator) / fan**0.5 + (parameter.data == 1)
-    return model.eval()
-
-
-def features(graph: StageGraph, model: Any, pixels: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    """The graph's outputs in onnxruntime, its weights the tensors of the same names in `model`."""
-    weights = {name: value.numpy() for name, value in model.model.state_dict().items()}
-    assert {name: weights[name].shape for name in graph.weights} == {
-        name: spec.shape for name, spec in graph.weights.items()
-    }
-    session = onnxruntime.InferenceSession(serialized(graph), providers=["CPUExecutionProvider"])
-    found: list[NDArray[np.float32]] = session.run(
-        None, {"pixel_values": pixels, **{name: weights[name] for name in graph.weights}}
-    )
-    return found
-
-
-def serialized(graph: StageGraph) -> bytes:
-    data: bytes = ir.to_proto(graph.model).SerializeToString()
-    return data
-
-
-def compared(
-    family: AnyFamily, config: dict[str, Any], model: Any, patch: int, size: tuple[int, int], batch: int
-) -> None:
+def compared(family: AnyFamily, config: dict[str, Any], model: Any, patch: int, size: tuple[int, int]) -> None:
     """Bytes through Hugging Face's processor and model against the same bytes, normalised, through the graph."""
     spec = family.parse(config).vision(ImageOptions(size))
-    graph = vision_graph("vision", family.parse(config), spec, batch=batch, hidden=48, dtype="fp32", names=WeightRef)
-    pictures = np.random.default_rng(batch).integers(0, 256, (batch, *size, 3), dtype=np.uint8)
+    graph = vision_graph("vision", family.parse(config), spec, hidden=48, dtype="fp32", names=WeightRef)
+    picture = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
     how = family.parse(config).image(spec)
     processor = Qwen2VLImageProcessorPil(
         patch_size=patch, image_mean=how.mean, image_std=how.std, size={"shortest_edge": 1, "longest_edge": 10**7}
     )
-    made = processor(list(pictures), return_tensors="pt")
-    assert made["image_grid_thw"].tolist() == [[1, spec.grid[0] * 2, spec.grid[1] * 2]] * batch
+    made = processor(list(picture), return_tensors="pt")
+    assert made["image_grid_thw"].tolist() == [[1, spec.grid[0] * 2, spec.grid[1] * 2]]
     with torch.inference_mode():
         seen = model.model.get_image_features(made["pixel_values"], made["image_grid_thw"])
-    # Split by picture: tuples of [V,D].
     wanted = [torch.cat(each) for each in (seen.pooler_output, *(getattr(seen, "deepstack_features", None) or ()))]
-    pixels = ((pictures / 255 - how.mean) / how.std).astype(np.float32).transpose(0, 3, 1, 2)
+    pixels = ((picture / 255 - how.mean) / how.std).astype(np.float32).transpose(0, 3, 1, 2)
     found = features(graph, model, pixels)
     assert len(found) == 1 + spec.deepstack and spec.tokens == spec.grid[0] * spec.grid[1]
     for ours, theirs in zip(found, wanted, strict=True):
-        assert ours.shape == (batch, spec.tokens, 48)
+        assert ours.shape == (1, spec.tokens, 48)
         np.testing.assert_allclose(ours.reshape(-1, 48), theirs.numpy(), atol=1e-4, rtol=0)
         assert theirs.std() > 0.05
 
 
 @pytest.fixture(scope="module")
 def qwen2_5() -> Any:
-    torch.manual_seed(0)
-    return randomised(Qwen2_5_VLForConditionalGeneration(qwen2_5_vl.Qwen25Vl.parse(CONFIG_2_5).full))
+    return qwen2_5_model()
 
 
 @pytest.fixture(scope="module")
 def qwen3() -> Any:
-    torch.manual_seed(0)
-    return randomised(Qwen3VLForConditionalGeneration(qwen3_vl.Qwen3Vl.parse(CONFIG_3).full))
-
-
-def by_batch(sizes: Sequence[tuple[int, int]], alone: tuple[int, int]) -> Any:
-    """Three pictures of each size at once, and one of the size `alone`; one of each other size is slow."""
-    ones = [pytest.param(size, 1, marks=() if size == alone else pytest.mark.slow) for size in sizes]
-    return pytest.mark.parametrize(("size", "batch"), [*ones, *((size, 3) for size in sizes)])
+    return qwen3_model()
 
 
 # One window; whole windows; ragged at the right, at the bottom, at both; smaller than a window.
 SIZES_2_5 = ((112, 112), (112, 448), (112, 140), (140, 112), (140, 196), (252, 168), (28, 56))
 
 
-@by_batch(SIZES_2_5, alone=(140, 196))
-def test_qwen2_5_vl(qwen2_5: Any, size: tuple[int, int], batch: int) -> None:
-    compared(qwen2_5_vl.Qwen25Vl, CONFIG_2_5, qwen2_5, 14, size, batch)
+@pytest.mark.parametrize("size", SIZES_2_5)
+def test_qwen2_5_vl(qwen2_5: Any, size: tuple[int, int]) -> None:
+    compared(qwen2_5_vl.Qwen25Vl, CONFIG_2_5, qwen2_5, 14, size)
 
 
-@by_batch(((128, 128), (96, 224), (320, 64), (32, 32)), alone=(96, 224))
-def test_qwen3_vl(qwen3: Any, size: tuple[int, int], batch: int) -> None:
-    compared(qwen3_vl.Qwen3Vl, CONFIG_3, qwen3, 16, size, batch)
+@pytest.mark.parametrize("size", [(128, 128), (96, 224), (320, 64), (32, 32)])
+def test_qwen3_vl(qwen3: Any, size: tuple[int, int]) -> None:
+    compared(qwen3_vl.Qwen3Vl, CONFIG_3, qwen3, 16, size)
 
 
 BOTH = pytest.mark.parametrize(
@@ -154,7 +88,7 @@ def test_tensorrt_rtx_builds_heads_of_the_published_width(
     tower |= {"fullatt_block_indexes": [1], "deepstack_visual_indexes": [0]}
     config = {**config, "vision_config": tower}
     spec = family.parse(config).vision(ImageOptions((252, 168) if width == 80 else (96, 224)))
-    graph = vision_graph("vision", family.parse(config), spec, batch=2, hidden=48, dtype=dtype, names=WeightRef)
+    graph = vision_graph("vision", family.parse(config), spec, hidden=48, dtype=dtype, names=WeightRef)
     tables = [value for name, value in graph.model.graph.initializers.items() if name in ("cos", "sin", "tap_weights")]
     assert tables and all(value.dtype == ir.DataType.FLOAT for value in tables)
     attentions = [node for node in graph.model.graph if node.op_type == "Attention"]

@@ -9,6 +9,7 @@ Shape letters as in reference.py; P image patches before they are merged, m the 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,12 @@ def _hugging_face(
     clip = getattr(tower, "vision_model", tower) if model.config.model_type == "llava" else None
     return ModelAdapter(
         whole=model, decoder=model.model.language_model, head=model.lm_head,
-        see=lambda pixels: (merged or _see)(model, pixels),
-        is_image=lambda ids: ids == model.config.image_token_id, stop_tokens=stop_tokens,
+        see=lambda pixels: _see(model, pixels) if merged is None else merged(model, pixels, media.frames),
+        is_image=lambda ids: ids == _image_token(model, media), stop_tokens=stop_tokens,
         pad_token=pad if pad is not None else next(iter(stop_tokens), 0),
         grid=lambda size: (size[0] // side, size[1] // side),
         vision_layers=() if clip is None else clip.encoder.layers,
-        rope_positions=None if merged is None else (lambda ids, size, _: _rope_positions(model, ids, size)),
+        rope_positions=None if merged is None else partial(_rope_positions, model, media),
     )  # fmt: skip
 
 
@@ -125,34 +126,51 @@ def _see(model: Any, pixels: Tensor) -> VisionFeatures:
     return VisionFeatures(torch.cat(list(found)).flatten(0, -2))
 
 
-def _see_patches(model: Any, pixels: Tensor) -> VisionFeatures:
-    """Towers that take patches [P, 3*2*p*p], in the order of Qwen2VLImageProcessor: m x m blocks that will be merged,
-    a picture counted as a film of two equal frames."""
+def _image_token(model: Any, media: Media) -> int:
+    """Returns the id of what stands for images in ids, or for a film's frames where they have one of their own."""
+    config = model.config
+    found: int = getattr(config, "video_token_id", config.image_token_id) if media.frames else config.image_token_id
+    return found
+
+
+def _see_patches(model: Any, pixels: Tensor, frames: int) -> VisionFeatures:
+    """Towers that take patches [P, 3*2*p*p], in the order of Qwen2VLVideoProcessor: step by step of time, m x m blocks
+    that will be merged. Pixels are `frames` of each film, or pictures (0), each twice."""
     vision = model.config.vision_config
-    n, channels, height, width = pixels.shape
-    p, m, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    _, channels, height, width = pixels.shape
+    p, m, pair = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
     rows, columns = height // p, width // p
-    blocks = pixels.reshape(n, channels, rows // m, m, p, columns // m, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    film = blocks.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, frames, -1, -1)
-    grid = torch.tensor([[1, rows, columns]] * n, device=pixels.device)
-    found = model.model.get_image_features(
-        pixel_values=film.reshape(n * rows * columns, -1), image_grid_thw=grid, return_dict=True
-    )
+    film = pixels.reshape(-1, pair, *pixels.shape[1:]) if frames else pixels.unsqueeze(1).expand(-1, pair, -1, -1, -1)
+    blocks = film.reshape(-1, pair, channels, rows // m, m, p, columns // m, m, p).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    steps = frames // pair if frames else 1
+    grid = torch.tensor([[steps, rows, columns]] * (len(film) // steps), device=pixels.device)
+    see = model.model.get_video_features if frames else model.model.get_image_features
+    found = see(blocks.reshape(len(film) * rows * columns, -1), grid, return_dict=True)
     deepstack = getattr(found, "deepstack_features", None) or ()
     return VisionFeatures(torch.cat(list(found.pooler_output)), tuple(torch.cat(list(parts)) for parts in deepstack))
 
 
-def _rope_positions(model: Any, ids: Tensor, size: tuple[int, int]) -> Tensor:
-    """Hugging Face's own count of time, row and column; ids that stand side by side are of one image."""
-    p, kinds = model.config.vision_config.patch_size, (ids == model.config.image_token_id).to(torch.int32)
-    images = int((kinds.diff() == 1).sum()) + int(kinds[0])
-    grid = torch.tensor([[1, size[0] // p, size[1] // p]] * images, device=ids.device)
-    positions, _ = model.model.get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grid)
+def _rope_positions(model: Any, media: Media, ids: Tensor, size: tuple[int, int], seconds: float) -> Tensor:
+    """Hugging Face's own count of time, row and column; ids that stand side by side are of one image. A film's steps
+    are `seconds` apart."""
+    vision, shown = model.config.vision_config, ids == _image_token(model, media)
+    grid = [media.frames // vision.temporal_patch_size or 1, size[0] // vision.patch_size, size[1] // vision.patch_size]
+    kinds = shown.to(torch.int32) * (2 if media.frames else 1)
+    if media.frames:
+        more = {"video_grid_thw": torch.tensor([grid]), "second_per_grid_ts": torch.tensor([seconds])}
+    else:
+        images = int((kinds.diff() == 1).sum()) + int(kinds[0])
+        more = {"image_grid_thw": torch.tensor([grid] * images)}
+    given = {name: value.to(ids.device) for name, value in more.items()}
+    positions, _ = model.model.get_rope_index(ids[None], mm_token_type_ids=kinds[None], **given)
     found: Tensor = positions[:, 0]
     return found
 
 
-_MERGED: Mapping[str, Callable[[Any, Tensor], VisionFeatures]] = {"qwen2_5_vl": _see_patches, "qwen3_vl": _see_patches}
+_MERGED: Mapping[str, Callable[[Any, Tensor, int], VisionFeatures]] = {
+    "qwen2_5_vl": _see_patches,
+    "qwen3_vl": _see_patches,
+}
 
 
 def _llava_original(
