@@ -9,7 +9,7 @@ from typing import Annotated, TypeAlias, TypeVar
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from himap_export.engines.documents import Id
-from himap_export.engines.image import MAX_SIDE
+from himap_export.engines.split import MAX_SIDE
 from himap_export.graphs.spec import Heads, Layers, Width
 
 T = TypeVar("T")
