@@ -96,17 +96,21 @@ class Anyres(Llava):
     def vision(self, asked: ImageOptions) -> VisionSpec:
         """Returns pictures of the asked size, else of 2 x 2 tiles."""
         self.check()
-        asked.require_whole()
+        asked.require_still()
         pixels = self.full.vision_config.image_size
         size = asked.size or (2 * pixels, 2 * pixels)
         layout = self.layout(size)
         (rows, columns), (height, width) = layout.grid, layout.sheet
+        tiles = 1 + (height // pixels) * (width // pixels)
+        if asked.tiles not in (None, tiles):
+            details = f"a picture of {size[1]}x{size[0]} becomes {tiles}"
+            raise HimapError(f"{asked.tiles} tiles do not fit", details, code=Exit.USAGE)
         return VisionSpec(
             size=size,
             channels=self.full.vision_config.num_channels,
             tokens=self.side**2 + rows * (columns + 1),
             grid=layout.grid,
-            tiles=1 + (height // pixels) * (width // pixels),
+            tiles=tiles,
             newline=1,
             cut_to=(pixels, pixels),
         )

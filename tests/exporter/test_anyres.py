@@ -76,7 +76,7 @@ def model(config: dict[str, Any]) -> Any:
 
 def graph(config: dict[str, Any], asked: ImageOptions, dtype: Dtype = "fp32") -> StageGraph:
     known = family(config)
-    return vision_graph("vision", known, known.vision(asked), batch=1, hidden=48, dtype=dtype, names=WeightRef)
+    return vision_graph("vision", known, known.vision(asked), hidden=48, dtype=dtype, names=WeightRef)
 
 
 def serialized(graph: StageGraph) -> bytes:
@@ -249,7 +249,8 @@ def test_pixels_of_the_three_kinds() -> None:
 @pytest.mark.parametrize(
     ("config", "asked", "message"),
     [
-        (NEXT, ImageOptions(tiles=4), "4 tiles"),
+        (NEXT, ImageOptions(tiles=4), "4 tiles do not fit: a picture of 140x140 becomes 5"),
+        (NEXT, ImageOptions(frames=4), "`frames` do not fit"),
         (ALIASES["llava-next-vicuna-7b"].config, ImageOptions((50, 4000)), "an image size of 4000x50"),
         (ALIASES["llava-next-vicuna-7b"].config, ImageOptions((4000, 50)), "an image size of 50x4000"),
         (ONEVISION, ImageOptions(tiles=4, several=True), "4 tiles"),

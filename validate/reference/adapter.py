@@ -106,11 +106,12 @@ def _hugging_face(
     merged, vision = _MERGED.get(model.config.model_type), model.config.vision_config
     patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
     side = patch * round(getattr(vision, "spatial_merge_size", 1) / getattr(model.config, "downsample_ratio", 1))
+    anyres = hasattr(model.config, "image_grid_pinpoints")
     tower = getattr(model.model, "vision_tower", None)
     clip = getattr(tower, "vision_model", tower) if model.config.model_type == "llava" else None
     return ModelAdapter(
         whole=model, decoder=model.model.language_model, head=model.lm_head,
-        see=lambda pixels: (merged or _see)(model, pixels),
+        see=lambda pixels: _see_anyres(model, pixels, media) if anyres else (merged or _see)(model, pixels),
         is_image=lambda ids: ids == model.config.image_token_id, stop_tokens=stop_tokens,
         pad_token=pad if pad is not None else next(iter(stop_tokens), 0),
         grid=lambda size: (size[0] // side, size[1] // side),
@@ -123,6 +124,20 @@ def _see(model: Any, pixels: Tensor) -> VisionFeatures:
     """Towers that take pictures: LLaVA's, InternVL's."""
     found = model.model.get_image_features(pixel_values=pixels).pooler_output
     return VisionFeatures(torch.cat(list(found)).flatten(0, -2))
+
+
+def _see_anyres(model: Any, pixels: Tensor, media: Media) -> VisionFeatures:
+    """Towers that take the tiles of pictures whose sizes are told: LLaVA-NeXT's, LLaVA-OneVision's."""
+    given = pixels.reshape(-1, media.frames or media.tiles, *pixels.shape[1:])
+    if media.frames:
+        return VisionFeatures(model.model.get_video_features(given).pooler_output.flatten(0, 1))
+    if media.size is None:
+        raise ValueError("features of tiles depend on the size of the picture that they were cut from: tell it")
+    sizes = torch.tensor([media.size] * len(given))
+    # Hugging Face sees pictures that stand alone in a prompt otherwise; to it these stand in one prompt of many.
+    several = {"batch_num_images": torch.tensor([len(given) + 1])} if media.several else {}
+    found = model.model.get_image_features(pixel_values=given, image_sizes=sizes, **several).pooler_output
+    return VisionFeatures(torch.cat(list(found)))
 
 
 def _see_patches(model: Any, pixels: Tensor) -> VisionFeatures:
