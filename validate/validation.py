@@ -265,7 +265,10 @@ class _Asked:
         return self.opening.threads
 
     def _load(self, checkpoint: Source) -> Load:
-        return partial(load_reference, checkpoint.folder, threads=self._threads(), vision_tower=checkpoint.tower)
+        return partial(
+            load_reference, checkpoint.folder, threads=self._threads(), vision_tower=checkpoint.tower,
+            image=self.run.image,
+        )  # fmt: skip
 
 
 def _rounding_reference(load: Load, kinds: Mapping[str, str], dtype: Dtype) -> Reference:
