@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from himap_export.engines.files import write_file
-from himap_export.engines.image import ImagePreprocessing, crop_view, tile_grid
+from himap_export.engines.image import ImagePreprocessing, crop_view, tile_grid, view_size
 from himap_export.engines.manifest import ImageSpec
 
 # Pixels; a panel has at least PANEL * PANEL of them, a whole multiple of the model's own.
@@ -80,8 +80,7 @@ def draw_kept(
 
 def model_view(image: Image.Image, how: ImagePreprocessing, side: int) -> Image.Image:
     """Returns what the model sees of `image`, RGB, of at least `side` * `side` pixels: a whole multiple of its own."""
-    sides = [tiles * length for tiles, length in zip(tile_grid(image.size, how), how.output_size, strict=True)]
-    return crop_view(image, how, ceil(side / sqrt(prod(sides)))).convert("RGB")
+    return crop_view(image, how, ceil(side / sqrt(prod(view_size(image.size, how))))).convert("RGB")
 
 
 def _compose(view: Image.Image, panels: list[Panel], question: str, answer: str) -> Image.Image:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from himap_export.engines.documents import read_file
+from himap_export.engines.split import MAX_PIXELS, MAX_SIDE, Split
 from himap_export.graphs.errors import Exit, HimapError
 
 RESAMPLING = {filter.name.lower(): filter for filter in Image.Resampling}  # nearest, box, bilinear, ..
@@ -30,9 +31,6 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_BYTES = 2**30  # of a picture's file
-MAX_SIDE = 16384  # pixels; a larger model input is a damaged manifest
-# Of an intermediate picture: 400 MB of RGB; only pictures hundreds of times longer than wide reach it.
-MAX_PIXELS = 2**27
 _OPENING = threading.Lock()  # what warnings.catch_warnings changes and restores is the whole process's
 
 
@@ -44,7 +42,8 @@ class ImagePreprocessing(Struct, frozen=True, forbid_unknown_fields=True):
     multiplies bytes by `rescale_factor`; normalising is `(x - mean) / std` per channel. The output size must not depend
     on the picture. `letterbox`: the picture keeps its aspect ratio, in the middle of a canvas of the size `resize` and
     the colour `pad_color`. `tiles`: it becomes so many pictures of the size `resize`: tiles in reading order and, if
-    there are three or more, a thumbnail of the whole behind them. Raises HimapError for values that make no sense.
+    there are three or more, a thumbnail of the whole behind them. `split`: the letterboxed canvas is cut as it says.
+    Raises HimapError for values that make no sense.
     """
 
     resize: int | tuple[int, int] | None
@@ -56,6 +55,7 @@ class ImagePreprocessing(Struct, frozen=True, forbid_unknown_fields=True):
     pad_color: tuple[int, int, int] | None = None
     letterbox: bool = False
     tiles: int = 1
+    split: Split | None = None
 
     def __post_init__(self) -> None:
         sides = [*((self.resize,) if isinstance(self.resize, int) else self.resize or ()), *(self.crop or ())]
@@ -71,16 +71,22 @@ class ImagePreprocessing(Struct, frozen=True, forbid_unknown_fields=True):
             problem = f"pad_color is outside 0..255: {self.pad_color}"
         elif self.crop is None and not (isinstance(self.resize, tuple) or (self.resize and self.pad_color)):
             problem = "the output size depends on the picture; a size or a crop is needed"
-        elif self.letterbox and not (isinstance(self.resize, tuple) and self.pad_color and self.crop is None):
-            problem = "letterboxing takes a size, a pad_color and no crop"
-        elif self.tiles != 1:
-            problem = self._problem_of_tiles()
-        elif math.prod(self.output_size) > MAX_PIXELS:
-            problem = f"{self.output_size} is more than {MAX_PIXELS} pixels"
+        else:
+            problem = self._problem_of_canvas() or self._problem_of_tiles()
         if problem:
             raise HimapError("unusable image preprocessing", problem)
 
+    def _problem_of_canvas(self) -> str:
+        if self.letterbox and not (isinstance(self.resize, tuple) and self.pad_color and self.crop is None):
+            return "letterboxing takes a size, a pad_color and no crop"
+        if self.split is not None and not self.letterbox:
+            return "a split takes letterboxing"
+        canvas = self.resize if self.letterbox and isinstance(self.resize, tuple) else self.output_size
+        return "" if math.prod(canvas) <= MAX_PIXELS else f"{canvas} is more than {MAX_PIXELS} pixels"
+
     def _problem_of_tiles(self) -> str:
+        if self.tiles == 1:
+            return ""
         if not isinstance(self.resize, tuple) or self.crop or self.pad_color:
             return "tiles take a size, and neither a crop nor a pad_color"
         if self.tiles < 1 or self.tiles * self.resize[0] * self.resize[1] > MAX_PIXELS:
@@ -90,6 +96,8 @@ class ImagePreprocessing(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def output_size(self) -> tuple[int, int]:
         """(height, width) of what the model sees, of each tile."""
+        if self.split is not None:
+            return self.split.tile
         if self.crop is not None:
             return self.crop
         return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize or (0, 0)
@@ -164,25 +172,35 @@ def preprocess(image: Image.Image, how: ImagePreprocessing) -> NDArray[np.float3
     An image with transparency is laid over white, as there. Raises HimapError (Exit.USAGE) for a picture whose shape
     would blow up in resizing.
     """
-    view = np.asarray(crop_view(image, how))  # uint8 [rows * height, columns * width, 3]
-    (rows, columns), (height, width) = tile_grid(image.size, how), how.output_size
-    cut = view.reshape(rows, height, columns, width, 3).swapaxes(1, 2).reshape(-1, height, width, 3)
-    if how.tiles > len(cut):
-        thumbnail = _to_rgb(image).resize((width, height), RESAMPLING[how.resample])
-        cut = np.concatenate([cut, np.asarray(thumbnail)[None]])
+    cut = _cut(image, how)
     scaled = (cut.astype(np.float64) * how.rescale_factor).astype(np.float32)
     normal = (scaled - np.array(how.mean, np.float32)) / np.array(how.std, np.float32)
     return np.ascontiguousarray(normal.transpose(0, 3, 1, 2))
 
 
+def _cut(image: Image.Image, how: ImagePreprocessing) -> NDArray[np.uint8]:
+    """Returns the bytes of what the model sees, uint8 [tiles,height,width,3]."""
+    if how.split is not None:
+        return how.split.cut(_letterbox(_to_rgb(image), how, 1), RESAMPLING[how.resample])
+    view = np.asarray(crop_view(image, how))  # uint8 [rows * height, columns * width, 3]
+    (rows, columns), (height, width) = tile_grid(image.size, how), how.output_size
+    cut = view.reshape(rows, height, columns, width, 3).swapaxes(1, 2).reshape(-1, height, width, 3)
+    if how.tiles == len(cut):
+        return cut
+    thumbnail = _to_rgb(image).resize((width, height), RESAMPLING[how.resample])
+    return np.concatenate([cut, np.asarray(thumbnail)[None]])
+
+
 def tile_grid(size: tuple[int, int], how: ImagePreprocessing) -> tuple[int, int]:
     """Returns (rows, columns) of the tiles that an image of `size` (width, height) is cut into, but its thumbnail;
-    (1, 1) if it is seen whole.
+    (1, 1) if it is seen whole, or its tiles' tokens are joined into one grid.
 
-    The arrangement whose aspect ratio is nearest to the picture's, by difference; of two as near, the taller one unless
-    the picture has more than half of the tiles' pixels (`get_optimal_tiled_canvas` of GotOcr2ImageProcessorPil, where
-    all arrangements have as many tiles).
+    Of `how.tiles` it is the arrangement whose aspect ratio is nearest to the picture's, by difference; of two as near,
+    the taller one unless the picture has more than half of the tiles' pixels (`get_optimal_tiled_canvas` of
+    GotOcr2ImageProcessorPil, where all arrangements have as many tiles).
     """
+    if how.split is not None:
+        return (1, 1) if how.split.overview == "first" else how.split.grid
     count = how.tiles - 1 if how.tiles > 2 else how.tiles  # the thumbnail of a single tile would be that tile again
     height, width = how.output_size
     large = size[0] * size[1] > 0.5 * height * width * count
@@ -196,15 +214,23 @@ def tile_grid(size: tuple[int, int], how: ImagePreprocessing) -> tuple[int, int]
 
 
 def crop_view(image: Image.Image, how: ImagePreprocessing, scale: int = 1) -> Image.Image:
-    """Returns what the model sees, RGB [height,width] of `how.output_size` times `tile_grid` times `scale`.
+    """Returns what the model sees, RGB of `view_size` times `scale`.
 
-    With `scale` 1 these are the very pixels before normalisation, tiles side by side and without the thumbnail. A
-    larger scale shows the same region from the original picture in more detail: pixel (y, x) of the model's view is the
-    block from (scale * y, scale * x) on.
+    With `scale` 1 these are the very pixels before normalisation, tiles side by side and without the thumbnail or a
+    split's black border. A larger scale shows the same region from the original picture in more detail: pixel (y, x) of
+    the model's view is the block from (scale * y, scale * x) on.
     """
     image = _to_rgb(image)
     if how.letterbox:
-        return _letterbox(image, how, scale)
+        canvas, resample = _letterbox(image, how, scale), RESAMPLING[how.resample]
+        if how.split is None:
+            return canvas
+        height, width = how.split.resizes[-1]
+        return (
+            canvas.resize((width * scale, height * scale), resample)
+            if scale > 1
+            else how.split.spread(canvas, resample)
+        )
     if how.pad_color is not None:
         image = _pad_to_square(image, how.pad_color)
     (rows, columns), (height, width) = tile_grid(image.size, how), _resized(image.height, image.width, how.resize)
@@ -219,6 +245,14 @@ def crop_view(image: Image.Image, how: ImagePreprocessing, scale: int = 1) -> Im
     return image
 
 
+def view_size(size: tuple[int, int], how: ImagePreprocessing) -> tuple[int, int]:
+    """Returns (height, width) in pixels of `crop_view` of an image of `size` (width, height)."""
+    if how.split is not None:
+        return how.split.resizes[-1]
+    (rows, columns), (height, width) = tile_grid(size, how), how.output_size
+    return rows * height, columns * width
+
+
 def seen_share(image: Image.Image, how: ImagePreprocessing) -> float:
     """Returns the share of the image that the model sees: less than 1 where its preprocessing crops."""
     if how.crop is None or how.pad_color is not None:
@@ -230,8 +264,9 @@ def seen_share(image: Image.Image, how: ImagePreprocessing) -> float:
 def seen_box(size: tuple[int, int], how: ImagePreprocessing) -> tuple[float, float, float, float]:
     """Returns left, top, right and bottom of what the model sees of an image of `size` (width, height), as shares of
     its sides: outside 0 to 1 where the view is padded."""
-    (height, width), square = how.output_size, max(size)
-    if how.letterbox:
+    square = max(size)
+    if how.letterbox and isinstance(how.resize, tuple):
+        height, width = how.resize
         shrink = min(Fraction(height, size[1]), Fraction(width, size[0]))
         sides = [max(1, round(side * shrink)) for side in size]
         starts = [-((room - side) // 2) / side for room, side in zip((width, height), sides, strict=True)]
@@ -257,7 +292,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _letterbox(image: Image.Image, how: ImagePreprocessing, scale: int) -> Image.Image:
     """Returns the image as large as fits, in the middle of its canvas; an odd remainder goes to the bottom or right."""
-    (height, width), color = how.output_size, how.pad_color
+    (height, width), color = _resized(image.height, image.width, how.resize), how.pad_color
     shrink = min(Fraction(height, image.height), Fraction(width, image.width))
     h, w = (max(1, round(side * shrink)) for side in (image.height, image.width))
     _check_pixels(image, height * scale, width * scale)

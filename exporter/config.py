@@ -9,7 +9,7 @@ from typing import Annotated, TypeAlias, TypeVar
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from himap_export.engines.documents import Id
-from himap_export.engines.image import MAX_SIDE
+from himap_export.engines.split import MAX_SIDE
 from himap_export.graphs.spec import Heads, Layers, Width
 
 T = TypeVar("T")
@@ -116,6 +116,15 @@ class Clip(Tower, frozen=True, kw_only=True):
     layer_norm_eps: Given[Epsilon] = UNSET
 
 
+class Siglip(Tower, frozen=True, kw_only=True):
+    """SigLIP's tower."""
+
+    num_channels: Given[Patch] = UNSET
+    image_size: Given[Side] = UNSET
+    layer_norm_eps: Given[Epsilon] = UNSET
+    vision_use_head: Given[bool] = UNSET
+
+
 class ReleasedTower(Clip, frozen=True, kw_only=True):
     """The tower of a release: CLIP, alone or under `vision_config` beside its text encoder, or InternViT-6B."""
 
@@ -181,6 +190,26 @@ class Llava(Common, frozen=True, kw_only=True):
     multimodal_projector_bias: Given[bool] = UNSET
     vision_feature_layer: Given[FeatureLayer] = UNSET
     vision_feature_select_strategy: Given[Name] = UNSET
+
+
+Pinpoints = Annotated[
+    list[Annotated[list[Side], Meta(min_length=2, max_length=2)]], Meta(min_length=1, max_length=1024)
+]  # (height, width) of the sheets that a picture may be laid on
+
+
+class LlavaNext(Llava, frozen=True, kw_only=True):
+    """`LlavaNextForConditionalGeneration`."""
+
+    image_grid_pinpoints: Given[Pinpoints] = UNSET
+
+
+class LlavaOnevision(LlavaNext, frozen=True, kw_only=True):
+    """`LlavaOnevisionForConditionalGeneration`."""
+
+    vision_config: Given[Siglip] = UNSET  # type: ignore[assignment]
+    video_token_index: Given[Token] = UNSET
+    video_token_id: Given[Token] = UNSET
+    vision_aspect_ratio: Given[Name] = UNSET
 
 
 class InternVl(Common, frozen=True, kw_only=True):

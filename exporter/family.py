@@ -168,6 +168,12 @@ class Family(ABC, Generic[S]):
         told = self.fields.get("tie_word_embeddings", self.fields.get("text_config", {}).get("tie_word_embeddings"))
         return bool(told)
 
+    @property
+    def pinpoints(self) -> tuple[tuple[int, int], ...]:
+        """Sizes (height, width) of the sheets that pictures of any resolution are laid on, to be cut; none in families
+        that see pictures otherwise."""
+        return ()
+
     @abstractmethod
     def decoder(self) -> DecoderSpec:
         """Returns the decoder's numbers."""

@@ -13,8 +13,8 @@ from himap_export.engines.bundle import Bundle
 from himap_export.engines.choice import best_backend
 from himap_export.engines.documents import typed
 from himap_export.engines.film import MAX_FRAMES
-from himap_export.engines.image import MAX_PIXELS, MAX_SIDE
 from himap_export.engines.manifest import WeightForm
+from himap_export.engines.split import MAX_PIXELS, MAX_SIDE
 from himap_export.exporter.checks import require
 from himap_export.exporter.family import ImageOptions, PromptRules, VisionSpec
 from himap_export.exporter.plans import KEYS, Source, flag_plans, named_plans

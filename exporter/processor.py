@@ -32,7 +32,11 @@ Template = Annotated[str, Meta(max_length=MOST_TEXT)]
 Number = Annotated[float, Meta(ge=-(2**16), le=2**16)]  # of a colour: 0 to 1, or to 255
 # Not tuple[Number, Number, Number]: msgspec 0.22 breaks memory where a union has one beside a bounded number.
 Colour = Number | Annotated[tuple[Number, ...], Meta(min_length=3, max_length=3)]
+Sizes = tuple[tuple[int, int], ...]
 Pair = Annotated[tuple[Side, ...], Meta(min_length=2, max_length=2)]
+
+
+SIX: Final = range(1, 7)
 
 
 class Files(Struct, frozen=True):
@@ -88,8 +92,26 @@ class Siglip(Clip, frozen=True, kw_only=True):
     image_std: Colour = (0.5, 0.5, 0.5)
 
 
-# By Hugging Face's class. Those that tile the picture (anyres) are not here.
+class LlavaNext(Clip, frozen=True, kw_only=True):
+    """LLaVA-NeXT's, which cuts tiles from the best of `image_grid_pinpoints`. Its `do_pad` is of batches."""
+
+    do_pad: bool = True
+    image_grid_pinpoints: tuple[Pair, ...] = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+
+class LlavaOnevision(LlavaNext, frozen=True, kw_only=True):
+    """LLaVA-OneVision's."""
+
+    size: Side | Pair | Size = Size(height=384, width=384)
+    default_to_square: bool = True
+    do_center_crop: bool = False
+    image_grid_pinpoints: tuple[Pair, ...] = tuple((384 * rows, 384 * columns) for rows in SIX for columns in SIX)
+
+
+# By Hugging Face's class.
 PROCESSORS: Final = {"CLIPImageProcessor": Clip, "LlavaImageProcessor": Clip, "SiglipImageProcessor": Siglip}
+ANYRES: Final = {"LlavaNextImageProcessor": LlavaNext, "LlavaOnevisionImageProcessor": LlavaOnevision}
+MISFIT: Final = "the checkpoint's image processor does not fit its model"
 WHERE: Final = "the image processor's configuration"
 UNSUPPORTED: Final = ("image_grid_pinpoints", "use_square_size")
 DYNAMIC: Final = ("Qwen2VLImageProcessor", "Qwen3VLImageProcessor", "GotOcr2ImageProcessor", "InternVLImageProcessor")
@@ -129,7 +151,7 @@ def read_processor(folder: Path | None, family: Family[Any], images: Mapping[str
     if flat is None and os.path.lexists(path := folder / "preprocessor_config.json"):
         flat = read_json(path, dict[str, Any], "image processor", code=Exit.FAILURE)
     flat = {} if family.own_image or flat is None else flat
-    how = {name: _image(flat, default) for name, default in own.items()}
+    how = {name: _image(flat, default, family.pinpoints) for name, default in own.items()}
     if os.path.lexists(folder / TOKENIZER):
         tokenizer = _load_tokenizer(folder, family.model_type)
         prompt = _told_prompt(folder, processor, tokenizer=tokenizer, rules=rules)
@@ -147,20 +169,41 @@ def _spec(family: Family[Any], spec: VisionSpec, how: ImagePreprocessing) -> Ima
     )  # fmt: skip
 
 
-def _image(found: Mapping[str, Any], default: ImagePreprocessing) -> ImagePreprocessing:
+def _image(found: Mapping[str, Any], default: ImagePreprocessing, pinpoints: Sizes) -> ImagePreprocessing:
     if not found:
         return default
-    if _kind(found) in DYNAMIC:
+    if (kind := _kind(found)) in DYNAMIC:
         told = typed(found, Colours, WHERE, Exit.FAILURE)
         mean = default.mean if told.image_mean is None else _three(told.image_mean)
         std = default.std if told.image_std is None else _three(told.image_std)
         return replace(default, mean=mean, std=std)
+    if pinpoints:
+        if kind not in ANYRES:
+            raise HimapError(MISFIT, f"{kind} cuts no tiles; expected {' or '.join(ANYRES)}")
+        return _anyres(typed(_given(found), ANYRES[kind], WHERE, Exit.FAILURE), default, pinpoints)
     image = read_image_preprocessing(found)
-    if image.output_size != default.output_size:
-        sizes = "the image processor gives {} x {}, the vision tower expects {} x {}"
-        details = sizes.format(*image.output_size, *default.output_size)
-        raise HimapError("the checkpoint's image processor does not fit its model", details)
+    _check_fit(image.output_size, default)
     return image
+
+
+def _anyres(how: LlavaNext, default: ImagePreprocessing, pinpoints: Sizes) -> ImagePreprocessing:
+    """Returns `default`, whose sizes are the family's, with the file's colours and filter, if the sizes are alike."""
+    if how.image_grid_pinpoints != pinpoints:
+        raise HimapError(MISFIT, "its image_grid_pinpoints are not those of config.json")
+    told = _preprocessing(replace(how, do_pad=False))
+    side = _size("size", how.size, how.default_to_square)
+    for size in (told.output_size, (side, side) if isinstance(side, int) else side):
+        _check_fit(size, default)
+    return replace(
+        default, resample=told.resample, rescale_factor=told.rescale_factor, mean=told.mean, std=told.std,
+        pad_color=mean_color(_three(how.image_mean)),
+    )  # fmt: skip
+
+
+def _check_fit(size: tuple[int, int], default: ImagePreprocessing) -> None:
+    if size != default.output_size:
+        sizes = "the image processor gives {} x {}, the vision tower expects {} x {}"
+        raise HimapError(MISFIT, sizes.format(*size, *default.output_size))
 
 
 def _told_prompt(folder: Path, processor: Files, tokenizer: Any, rules: PromptRules) -> PromptFormat:
@@ -193,10 +236,17 @@ def read_image_preprocessing(config: Mapping[str, Any]) -> ImagePreprocessing:
     for key in UNSUPPORTED:
         if config.get(key):
             raise HimapError(f"unsupported option {key} of the image processor", str(config[key])[:80])
-    given = {key: value for key, value in config.items() if value is not None}
-    how = typed(given, PROCESSORS[name], WHERE, Exit.FAILURE)
+    how = typed(_given(config), PROCESSORS[name], WHERE, Exit.FAILURE)
     if how.do_pad and name != "LlavaImageProcessor":
         raise HimapError(f"unsupported option do_pad of {name}", hint="LlavaImageProcessor pads to a square")
+    return _preprocessing(how)
+
+
+def _given(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _preprocessing(how: Clip) -> ImagePreprocessing:
     mean = _three(how.image_mean)
     crop = _size("crop_size", how.crop_size, True) if how.do_center_crop else None
     if isinstance(crop, int):

@@ -12,6 +12,8 @@ from himap_export.exporter.checkpoint import read_config
 from himap_export.exporter.config import Head
 from himap_export.exporter.families.internvl import InternVl
 from himap_export.exporter.families.llava import Llava
+from himap_export.exporter.families.llava_next import LlavaNext
+from himap_export.exporter.families.llava_onevision import LlavaOnevision
 from himap_export.exporter.families.llava_original import LlavaOriginal
 from himap_export.exporter.families.qwen2_5_vl import Qwen25Vl
 from himap_export.exporter.families.qwen3_vl import Qwen3Vl
@@ -54,7 +56,7 @@ def register_family(family: AnyFamily) -> AnyFamily:
     return family
 
 
-for _family in (Llava, LlavaOriginal, QwenVl, Qwen25Vl, Qwen3Vl, InternVl):
+for _family in (Llava, LlavaOriginal, LlavaNext, LlavaOnevision, QwenVl, Qwen25Vl, Qwen3Vl, InternVl):
     register_family(_family)
 
 

@@ -18,6 +18,8 @@ from transformers import (
     AutoModelForImageTextToText,
     InternVLConfig,
     LlavaConfig,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -25,17 +27,14 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from himap_export.validate.reference.adapter import Media
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 16
-WORD, VOCAB, IMAGE, VIDEO = (
-    20,
-    300,
-    299,
-    298,
-)  # 20 to 275 are the 256 bytes, the others special tokens
+WORD, VOCAB, IMAGE, FILM = 20, 300, 299, 298  # ids 20 to 275 are the 256 bytes, 0 to 19 and the last two special tokens
 TEXT = {
     "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": HEADS,
     "num_key_value_heads": KV_HEADS, "vocab_size": VOCAB, "max_position_embeddings": 2048, "bos_token_id": 1,
@@ -43,10 +42,16 @@ TEXT = {
 }  # fmt: skip
 MERGED = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": HIDDEN}
 
+CLIP: dict[str, Any] = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64}
+CLIP |= {"num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 56, "patch_size": 14, "projection_dim": 32}
+SHEETS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+LARGE_SHEETS = [[42 * rows, 42 * columns] for rows in range(1, 4) for columns in range(1, 4)]
+
 
 @dataclass(frozen=True)
 class Row:
-    """`config` of a family; pictures are [tiles,3,*size] and become `tokens` tokens; `flags` ask for them.
+    """`config` of a family; pictures are [tiles,3,*size] and become `tokens` tokens; `flags` ask for them. `view`: of
+    tiles that are cut from pictures of `size`.
 
     `patch`: of towers that take patches. `chat`: how its published chat template renders {pictures}, each of them as
     `lead`, and {prompt}, behind `system`; `image` is the placeholder, and `around` what its processor puts around the
@@ -65,13 +70,14 @@ class Row:
     tiles: int = 1
     flags: tuple[object, ...] = ()
     patch: int | None = None
+    view: tuple[int, int] | None = None
     frames: int = 0
     runs: int = 1
 
     @property
     def media(self) -> Media:
         """What the pixels are to the reference."""
-        return Media(self.size, self.tiles, self.frames)
+        return Media(self.size, self.tiles, self.frames) if self.view or self.frames else Media()
 
 
 def _rope(**more: object) -> dict[str, object]:
@@ -79,21 +85,19 @@ def _rope(**more: object) -> dict[str, object]:
 
 
 def _llava(text: Mapping[str, Any]) -> PretrainedConfig:
-    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
-    vision |= {"num_attention_heads": 4, "image_size": 56, "patch_size": 14, "projection_dim": 32}
-    return LlavaConfig(text_config=dict(text), vision_config=vision, image_token_index=IMAGE, image_seq_length=16)
+    return LlavaConfig(text_config=dict(text), vision_config=CLIP, image_token_index=IMAGE, image_seq_length=16)
 
 
 def _qwen2_5_vl() -> PretrainedConfig:
     text = TEXT | {"rope_parameters": _rope(mrope_section=[2, 3, 3])}
     vision = MERGED | {"window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO)
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=FILM)
 
 
 def _qwen3_vl() -> PretrainedConfig:
     text = TEXT | {"head_dim": HEAD_DIM, "rope_parameters": _rope(mrope_section=[3, 3, 2], mrope_interleaved=True)}
     vision = MERGED | {"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 16}
-    return Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO)
+    return Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=FILM)
 
 
 def _internvl() -> PretrainedConfig:
@@ -114,10 +118,32 @@ def _tiled(**more: Any) -> Any:
     return GotOcr2ImageProcessorPil(size=side, image_mean=IMAGENET[0], image_std=IMAGENET[1], **more)
 
 
+def _llava_next() -> PretrainedConfig:
+    vision = CLIP | {"image_size": 28}
+    text = TEXT | {"model_type": "mistral", "sliding_window": None}
+    return LlavaNextConfig(text_config=text, vision_config=vision, image_token_index=IMAGE, image_grid_pinpoints=SHEETS)
+
+
+def _llava_onevision() -> PretrainedConfig:
+    """Its grid of 6 x 9 tokens, of which 4 x 9 are the picture's, shrinks to 2 x 4."""
+    vision = CLIP | {"model_type": "siglip_vision_model", "image_size": 42, "vision_use_head": False}
+    text = TEXT | {"model_type": "qwen2"}
+    return LlavaOnevisionConfig(
+        text_config=text, vision_config=vision, image_token_index=IMAGE, video_token_index=FILM,
+        image_grid_pinpoints=LARGE_SHEETS, vision_aspect_ratio="anyres_max_1",
+    )  # fmt: skip
+
+
+def _anyres(side: int, kind: Any, sheets: Sequence[Sequence[int]], **more: Any) -> Any:
+    size = {"height": side, "width": side}
+    return kind(size=size, image_grid_pinpoints=sheets, **more)
+
+
 def _clip() -> Any:
     return CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
 
 
+PICTURE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 CHATML = "<|im_start|>user\n{pictures}{prompt}<|im_end|>\n<|im_start|>assistant\n"
@@ -149,6 +175,17 @@ FAMILIES: Mapping[str, Row] = {
         _qwen3_vl, (64, 96), 12, lambda: _patched(16, image_mean=[0.5] * 3, image_std=[0.5] * 3), CHATML, VISION,
         "<|image_pad|>", tiles=4, flags=("--image-size", "96x64", "--frames", "4"), patch=16, frames=4, runs=2,
     ),
+    "llava-next": Row(
+        _llava_next, (40, 56), 14,
+        lambda: _anyres(28, LlavaNextImageProcessorPil, SHEETS, crop_size={"height": 28, "width": 28}),
+        "USER: {pictures}{prompt} ASSISTANT:", "<image>\n", "<image>", tiles=5, view=(28, 28),
+        flags=("--image-size", "56x40"),
+    ),
+    "llava-onevision": Row(
+        _llava_onevision, (60, 126), 19,
+        lambda: _anyres(42, LlavaOnevisionImageProcessorPil, LARGE_SHEETS, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        CHATML, "<image>\n", "<image>", tiles=7, view=(42, 42), flags=("--image-size", "126x60"),
+    ),
 }  # fmt: skip
 
 
@@ -168,7 +205,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", *TAGS]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: n for n, token in enumerate(special)} | {c: WORD + n for n, c in enumerate(letters)}
-    placeholders = {row.image: IMAGE} | ({"<|video_pad|>": VIDEO} if "image_pad" in row.image else {})
+    placeholders = {row.image: IMAGE} | ({"<|video_pad|>": FILM} if "image_pad" in row.image else {})
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary | placeholders, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -195,14 +232,14 @@ def chat_template(row: Row) -> str:
 def processed(name: str, images: Sequence[Image.Image], *content: str | None) -> dict[str, torch.Tensor]:
     """What Hugging Face's processor makes of pictures, each where `content` has None, and texts."""
     row, tokenizer = FAMILIES[name], tokenizer_of(name)
-    seen = row.processor()(images=list(images), return_tensors="pt")
+    seen = row.processor()(images=[list(images)] if row.view else list(images), return_tensors="pt")
     parts = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in content]
     chat = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
     text = chat.replace(row.image, row.around[0] + row.image * row.tokens + row.around[1])
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    found = {"input_ids": ids, "pixel_values": seen["pixel_values"]}
+    found = {"input_ids": ids, **{name: seen[name] for name in PICTURE_INPUTS if name in seen}}
     if row.patch is not None:
-        found |= {"image_grid_thw": seen["image_grid_thw"], "mm_token_type_ids": (ids == IMAGE).int()}
+        found["mm_token_type_ids"] = (ids == IMAGE).int()
     return found
 
 
@@ -212,15 +249,14 @@ def family_inputs(name: str, text_lengths: Sequence[int] = (9,), seed: int = 0, 
     words, many = np.arange(WORD, WORD + 256), images or (1,) * len(text_lengths)
     prompts = []
     for count, text in zip(many, text_lengths, strict=True):
-        image = np.full(row.tokens // row.runs, VIDEO if row.frames else IMAGE)
+        image = np.full(row.tokens // row.runs, FILM if row.frames else IMAGE)
         between = [part for _ in range(count * row.runs - 1) for part in (random.choice(words, 2), image)]
         prompts.append(np.concatenate([random.choice(words, 5), image, *between, random.choice(words, text)]))
     width = max(map(len, prompts))
     ids, mask = np.full((len(prompts), width), PAD, np.int64), np.zeros((len(prompts), width), np.int64)
     for sample, prompt in enumerate(prompts):
         ids[sample, : len(prompt)], mask[sample, : len(prompt)] = prompt, 1
-    shape = (sum(many) * row.tiles, 3, *row.size)
-    pixels = random.standard_normal(shape, np.float32)
+    pixels = random.standard_normal((sum(many) * row.tiles, 3, *(row.view or row.size)), np.float32)
     return Inputs(ids, mask, pixels, tuple(random.uniform(0.2, 2.0, len(many))) if row.frames else ())
 
 
@@ -233,12 +269,15 @@ def hugging_face_answer(folder: Path, name: str, inputs: Inputs, new_tokens: int
 
 def hugging_face_inputs(name: str, inputs: Inputs) -> dict[str, torch.Tensor]:
     """One prompt as Hugging Face's model takes it."""
-    row, ids = FAMILIES[name], torch.from_numpy(inputs.input_ids)
+    row, ids, pixels = FAMILIES[name], torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.pixel_values)
+    if row.view is not None:
+        pixels = pixels.unflatten(0, (-1, row.tiles))
+        return {"input_ids": ids, "pixel_values": pixels, "image_sizes": torch.tensor([row.size] * len(pixels))}
     if row.patch is None:
-        return {"input_ids": ids, "pixel_values": torch.from_numpy(inputs.pixel_values)}
+        return {"input_ids": ids, "pixel_values": pixels}
     if row.frames:
         film = film_arrays(inputs.pixel_values, row.patch, None if row.runs > 1 else inputs.seconds[0])
-        return {"input_ids": ids, "mm_token_type_ids": 2 * (ids == VIDEO).int(), **film}
+        return {"input_ids": ids, "mm_token_type_ids": 2 * (ids == FILM).int(), **film}
     patches = np.concatenate([patches_of(pixels, row.patch) for pixels in inputs.pixel_values])
     return {
         "input_ids": ids,

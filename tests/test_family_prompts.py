@@ -34,7 +34,7 @@ def test_a_question_is_answered_as_by_hugging_face(
 ) -> None:
     """At a size that the model's own processor leaves as it is, or cuts into as many tiles."""
     row = FAMILIES[name]
-    width = 120 if row.tiles > 1 else row.size[1]
+    width = 120 if row.tiles > 1 and not row.view else row.size[1]
     file = picture(tmp_path, width, row.size[0])
     given = processed(name, [Image.open(file)], None, QUESTION)
     model = AutoModelForImageTextToText.from_pretrained(work.family(name), dtype=torch.float32).eval()

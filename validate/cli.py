@@ -91,10 +91,8 @@ def _misuse(args: argparse.Namespace) -> Iterator[str]:
     outputs, shown = _folder_of_outputs(args), args.image or args.video
     rules = {
         "--image excludes --video: a question is about images or a film": args.image and args.video is not None,
-        "--image or --video, and --prompt go together": (args.image is None and args.video is None)
-        != (args.prompt is None),
-        "--load-inputs excludes --image, --video and --prompt": args.load_inputs is not None
-        and args.prompt is not None,
+        "--image (or --video) and --prompt go together": (shown is None) != (args.prompt is None),
+        "--load-inputs excludes --image, --video and --prompt": args.load_inputs is not None and shown is not None,
         "--dataset excludes --image, --video, --prompt and --load-inputs": (
             args.dataset is not None and (shown is not None or args.load_inputs is not None)
         ),

@@ -79,7 +79,10 @@ def _analyze(args: argparse.Namespace, argv: list[str]) -> None:
         say(f"left out: {line}")
     folder = checkpoint_folder(args.model)
     prompter = prompter_of_checkpoint(folder)
-    reference = load_reference(folder, args.dtype, args.threads)
+    if args.cams and prompter.processor.spec.newline:
+        details = "its image tokens are no one grid: an overview, and rows with a token behind each"
+        raise HimapError(f"no Grad-CAM of {args.model}", details, "give --cams 0", Exit.USAGE)
+    reference = load_reference(folder, args.dtype, args.threads, image=prompter.processor.spec)
     if args.fit:
         _fit(reference, prompter, dataset.examples[: args.limit], args)
         return

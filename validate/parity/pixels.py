@@ -67,11 +67,13 @@ def _made(image_file: Path, spec: ImageSpec, folder: Path) -> Pixels | str:
     try:
         image, processor = _image(image_file), _processor(folder, 4 * max(spec.size))
         by_patches = "image_grid_thw" in processor.model_input_names  # of the image's own size, more or less
-        follows = by_patches or spec.preprocessing.split is not None
-        if follows and not _fills(image, spec):
+        split = spec.preprocessing.split is not None  # by the size of the picture itself
+        if (split and (image.height, image.width) != spec.size) or (by_patches and not _fills(image, spec)):
             return f"{image.width}x{image.height} is letterboxed to {width}x{height}, by design"
-        theirs = processor(images=image, return_tensors="np", **_static(processor, spec))
+        given = [[image] * (1 + spec.several)] if split else image  # the pictures of one prompt
+        theirs = processor(images=given, return_tensors="np", **_static(processor, spec))
         made = np.asarray(theirs["pixel_values"], np.float32)
+        made = made[0] if split else made
         if by_patches:
             made = images_of_patches(str(folder), made, np.asarray(theirs["image_grid_thw"]))
     except Exception as problem:  # transformers raises all kinds, for files of all kinds

@@ -21,8 +21,9 @@ def drawn_inputs(run: RunSpec, prompts: int, seed: int, fill: bool = False) -> I
     """
     m, rng = run.manifest, np.random.default_rng(seed)
     image, many = _written(run), run.budget.images
-    special = m.model.pad_token, *m.model.eos_tokens, m.model.image.token, m.model.image.film or m.model.image.token
-    words = np.setdiff1d(np.arange(m.decoder.vocab), [*image.tolist(), *special])
+    placeholders = [id for id in (m.model.image.token, m.model.image.film) if id is not None]
+    special = [*image.tolist(), *placeholders, m.model.pad_token, *m.model.eos_tokens]
+    words = np.setdiff1d(np.arange(m.decoder.vocab), special)
     budget, slots = run.budget.text, run.budget.total[0]
     budget -= many * len(image) - run.budget.visual[0]  # what must stand around the images is text
     if budget < 1 or not len(words):

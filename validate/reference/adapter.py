@@ -104,23 +104,23 @@ def _hugging_face(
     stop = model.generation_config.eos_token_id
     stop_tokens = () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
     pad = model.generation_config.pad_token_id
-    merged, vision = _MERGED.get(model.config.model_type), model.config.vision_config
+    kind, vision = model.config.model_type, model.config.vision_config
     patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
     side = patch * round(getattr(vision, "spatial_merge_size", 1) / getattr(model.config, "downsample_ratio", 1))
     tower = getattr(model.model, "vision_tower", None)
-    clip = getattr(tower, "vision_model", tower) if model.config.model_type == "llava" else None
+    clip = getattr(tower, "vision_model", tower) if kind == "llava" else None
     return ModelAdapter(
         whole=model, decoder=model.model.language_model, head=model.lm_head,
-        see=lambda pixels: _see(model, pixels) if merged is None else merged(model, pixels, media.frames),
+        see=lambda pixels: _SEE.get(kind, _see)(model, pixels, media),
         is_image=lambda ids: ids == _image_token(model, media), stop_tokens=stop_tokens,
         pad_token=pad if pad is not None else next(iter(stop_tokens), 0),
         grid=lambda size: (size[0] // side, size[1] // side),
         vision_layers=() if clip is None else clip.encoder.layers,
-        rope_positions=None if merged is None else partial(_rope_positions, model, media),
+        rope_positions=partial(_rope_positions, model, media) if kind in _TURNED else None,
     )  # fmt: skip
 
 
-def _see(model: Any, pixels: Tensor) -> VisionFeatures:
+def _see(model: Any, pixels: Tensor, media: Media) -> VisionFeatures:
     """Towers that take pictures: LLaVA's, InternVL's."""
     found = model.model.get_image_features(pixel_values=pixels).pooler_output
     return VisionFeatures(torch.cat(list(found)).flatten(0, -2))
@@ -133,10 +133,24 @@ def _image_token(model: Any, media: Media) -> int:
     return found
 
 
-def _see_patches(model: Any, pixels: Tensor, frames: int) -> VisionFeatures:
+def _see_anyres(model: Any, pixels: Tensor, media: Media) -> VisionFeatures:
+    """Towers that take the tiles of pictures whose sizes are told: LLaVA-NeXT's, LLaVA-OneVision's."""
+    given = pixels.reshape(-1, media.frames or media.tiles, *pixels.shape[1:])
+    if media.frames:
+        return VisionFeatures(model.model.get_video_features(given).pooler_output.flatten(0, 1))
+    if media.size is None:
+        raise ValueError("features of tiles depend on the size of the picture that they were cut from: tell it")
+    sizes = torch.tensor([media.size] * len(given))
+    # Hugging Face sees pictures that stand alone in a prompt otherwise; to it these stand in one prompt of many.
+    several = {"batch_num_images": torch.tensor([len(given) + 1])} if media.several else {}
+    found = model.model.get_image_features(pixel_values=given, image_sizes=sizes, **several).pooler_output
+    return VisionFeatures(torch.cat(list(found)))
+
+
+def _see_patches(model: Any, pixels: Tensor, media: Media) -> VisionFeatures:
     """Towers that take patches [P, 3*2*p*p], in the order of Qwen2VLVideoProcessor: step by step of time, m x m blocks
-    that will be merged. Pixels are `frames` of each film, or pictures (0), each twice."""
-    vision = model.config.vision_config
+    that will be merged. Pixels are the frames of each film, or pictures, each twice."""
+    frames, vision = media.frames, model.config.vision_config
     _, channels, height, width = pixels.shape
     p, m, pair = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
     rows, columns = height // p, width // p
@@ -167,9 +181,12 @@ def _rope_positions(model: Any, media: Media, ids: Tensor, size: tuple[int, int]
     return found
 
 
-_MERGED: Mapping[str, Callable[[Any, Tensor, int], VisionFeatures]] = {
+_TURNED = ("qwen2_5_vl", "qwen3_vl")  # by M-RoPE
+_SEE: Mapping[str, Callable[[Any, Tensor, Media], VisionFeatures]] = {
     "qwen2_5_vl": _see_patches,
     "qwen3_vl": _see_patches,
+    "llava_next": _see_anyres,
+    "llava_onevision": _see_anyres,
 }
 
 

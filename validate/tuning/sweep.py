@@ -69,8 +69,8 @@ def sweep(job: Job, examples: Sequence[tuple[int, Example]], workers: int) -> It
 
 def _answering(job: Job) -> Callable[[tuple[int, Example]], SweptExample]:
     require_references("the sweep", (cut.criterion for cuts in job.plans.values() for cut in cuts))
-    reference = load_reference(job.checkpoint, job.dtype, job.threads)
     prompter = prompter_of_checkpoint(job.checkpoint)
+    reference = load_reference(job.checkpoint, job.dtype, job.threads, image=prompter.processor.spec)
 
     def answer(task: tuple[int, Example]) -> SweptExample:
         number, example = task
