@@ -34,6 +34,7 @@ MOST_SIDE = 4096  # pixels: the processor enlarges no further
 HALF = (0.5, 0.5, 0.5)
 AROUND, OVERVIEW = "<fake_token_around_image>", "<global-img>"
 INTRO = "You are provided the following series of {frames} frames from a {{duration}} [H:MM:SS] video.\n"
+REST = "{prompt}<end_of_utterance>\nAssistant:"
 FRAME = "\nFrame from {clock}:"
 
 
@@ -102,9 +103,12 @@ class SmolVlm(Family[schemas.SmolVlm]):
         return PromptRules(
             image_token=self.fields.get("image_token_id", 49190),
             image_text="<image>",
-            template="<|im_start|>User:{pictures}{prompt}<end_of_utterance>\nAssistant:",
+            template=f"<|im_start|>User:{{pictures}}{REST}",
+            interleaved=f"<|im_start|>User: {REST}",
             lead="<image>",
-            turn="<end_of_utterance>\nUser: {prompt}<end_of_utterance>\nAssistant:",
+            turn=f"<end_of_utterance>\nUser: {REST}",
+            film_text="<video>",
+            film_lead=" <video>",
             positions=self.full.text_config.max_position_embeddings,
             eos=(49279,),
             pad=2,

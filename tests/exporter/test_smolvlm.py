@@ -20,7 +20,8 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import (
     get_resize_output_image_size,
 )
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
-from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
+from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE, SmolVLMProcessor
+from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoMetadata
 
 from himap_export.engines.image import preprocess
@@ -31,6 +32,7 @@ from himap_export.exporter.families.number_words import number_words
 from himap_export.exporter.families.smolvlm import SmolVlm, _places
 from himap_export.exporter.family import ImageOptions
 from himap_export.exporter.processor import read_processor
+from himap_export.exporter.prompts import default_prompt, told_prompt
 from himap_export.exporter.vision import vision_graph
 from himap_export.graphs.build import StageGraph
 from himap_export.graphs.errors import Exit, HimapError
@@ -45,6 +47,7 @@ TOWER |= {"image_size": 56, "patch_size": 14}
 UNEVEN: dict[str, Any] = {"vision_config": TOWER | {"image_size": 38, "patch_size": 2}, "scale_factor": 1}
 SIZES = [(40, 100), (224, 224), (427, 640), (300, 91), (56, 56)]
 GRIDS = [(2, 4), (4, 4), (3, 4), (4, 2), (4, 4)]
+IMAGE, VIDEO = "an image", "a video"
 SIDES: Any = {"size": {"longest_edge": 4 * 56}, "max_image_size": {"longest_edge": 56}}
 
 
@@ -226,6 +229,34 @@ def test_a_film_becomes_the_processors_text(indices: list[int], fps: float, dura
     assert expansion.write("<image>", [index / fps for index in indices], duration) == wanted
     assert len(expansion.segments) == len(indices) and expansion.tokens == spec.tokens == 4 * len(indices)
     assert spec.film is not None and (spec.film.frames, spec.film.steps) == (len(indices), len(indices))
+
+
+def rendered(*messages: tuple[str, list[Any]]) -> str:
+    """What the published chat template makes of messages: texts, and "image" and "video" where these stand."""
+    kinds = {IMAGE: {"type": "image"}, VIDEO: {"type": "video"}}
+    chat = [
+        {"role": role, "content": [kinds.get(part) or {"type": "text", "text": part} for part in content]}
+        for role, content in messages
+    ]
+    (text,), _ = render_jinja_template([chat], chat_template=DEFAULT_CHAT_TEMPLATE, add_generation_prompt=True)
+    return str(text)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_prompts_are_those_of_the_published_chat_template(told: bool) -> None:
+    """With the template at hand, and without."""
+    rules = family().prompt()
+    how = told_prompt(DEFAULT_CHAT_TEMPLATE, {}, rules) if told else default_prompt(rules)
+    assert how.render("Why?", ["<image>"]) == rendered(("user", [IMAGE, "Why?"]))
+    assert how.render("Why?", ["<image>"] * 3) == rendered(("user", [IMAGE] * 3 + ["Why?"]))
+    both = how.render("Is <image> in <image>?", ["<image>"] * 2)
+    assert both == rendered(("user", ["Is ", IMAGE, " in ", IMAGE, "?"]))
+    wanted = rendered(("user", [VIDEO, "Why?"])).replace("<video>", "A film: <image>")
+    assert how.render("Why?", ["A film: <image>"], film=True) == wanted
+    wanted = rendered(("user", ["In ", VIDEO, ", why?"])).replace("<video>", "<image>")
+    assert how.render("In <video>, why?", ["<image>"], film=True) == wanted
+    turns = rendered(("user", [IMAGE, "Why?"]), ("assistant", ["So."]), ("user", ["And?"]))
+    assert how.render("Why?", ["<image>"]) + " So." + how.next_turn("And?") == turns
 
 
 def test_frames_are_seen_as_pictures_that_are_not_cut() -> None:

@@ -105,12 +105,13 @@ def _hugging_face(
     pad = model.generation_config.pad_token_id
     merged, vision = _MERGED.get(model.config.model_type), model.config.vision_config
     patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
-    side = patch * round(getattr(vision, "spatial_merge_size", 1) / getattr(model.config, "downsample_ratio", 1))
+    merge = getattr(vision, "spatial_merge_size", 1) * getattr(model.config, "scale_factor", 1)
+    side = patch * round(merge / getattr(model.config, "downsample_ratio", 1))
     anyres = hasattr(model.config, "image_grid_pinpoints")
     tower = getattr(model.model, "vision_tower", None)
     clip = getattr(tower, "vision_model", tower) if model.config.model_type == "llava" else None
     return ModelAdapter(
-        whole=model, decoder=model.model.language_model, head=model.lm_head,
+        whole=model, decoder=getattr(model.model, "text_model", None) or model.model.language_model, head=model.lm_head,
         see=lambda pixels: _see_anyres(model, pixels, media) if anyres else (merged or _see)(model, pixels),
         is_image=lambda ids: ids == model.config.image_token_id, stop_tokens=stop_tokens,
         pad_token=pad if pad is not None else next(iter(stop_tokens), 0),
@@ -121,8 +122,12 @@ def _hugging_face(
 
 
 def _see(model: Any, pixels: Tensor) -> VisionFeatures:
-    """Towers that take pictures: LLaVA's, InternVL's."""
-    found = model.model.get_image_features(pixel_values=pixels).pooler_output
+    """Towers that take pictures: LLaVA's, InternVL's; SmolVLM2's, told which pixels are no padding: all."""
+    tiles = {"pixel_values": pixels}
+    if model.config.model_type == "smolvlm":
+        whole = torch.ones((1, len(pixels), *pixels.shape[2:]), dtype=torch.bool, device=pixels.device)
+        tiles = {"pixel_values": pixels[None], "pixel_attention_mask": whole}
+    found = model.model.get_image_features(**tiles).pooler_output
     return VisionFeatures(torch.cat(list(found)).flatten(0, -2))
 
 
