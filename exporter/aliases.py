@@ -44,6 +44,9 @@ _SOURCES = {
     "internvl3-1b": "OpenGVLab/InternVL3-1B-hf",
     "internvl3-2b": "OpenGVLab/InternVL3-2B-hf",
     "internvl3-8b": "OpenGVLab/InternVL3-8B-hf",
+    "smolvlm2-256m": "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
+    "smolvlm2-500m": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+    "smolvlm2-2.2b": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
     "shapes": str(_HERE / "shapes"),
 }
 ALIASES = {name: Alias(name, source) for name, source in _SOURCES.items()}

@@ -149,6 +149,14 @@ class InternVit(Tower, frozen=True, kw_only=True):
     use_mean_pooling: Given[bool] = UNSET
 
 
+class SmolTower(Tower, frozen=True, kw_only=True):
+    """SmolVLM2's tower: SigLIP, as Idefics3 has it."""
+
+    num_channels: Given[Patch] = UNSET
+    image_size: Given[Side] = UNSET
+    layer_norm_eps: Given[Epsilon] = UNSET
+
+
 class QwenTower(Tower, frozen=True, kw_only=True):
     """What the towers of Qwen2.5-VL and Qwen3-VL are told."""
 
@@ -222,6 +230,15 @@ class InternVl(Common, frozen=True, kw_only=True):
     projector_hidden_act: Given[Name] = UNSET
     vision_feature_layer: Given[FeatureLayer] = UNSET
     vision_feature_select_strategy: Given[Name] = UNSET
+
+
+class SmolVlm(Common, frozen=True, kw_only=True):
+    """`SmolVLMForConditionalGeneration`."""
+
+    text_config: Given[Text] = UNSET
+    vision_config: Given[SmolTower] = UNSET
+    image_token_id: Given[Token] = UNSET
+    scale_factor: Given[Patch] = UNSET
 
 
 class Qwen25Vl(Text, frozen=True, kw_only=True):

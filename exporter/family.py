@@ -108,7 +108,8 @@ class PromptRules:
     `image_token`: the id of an image token in `input_ids`. `between`: if set, image tokens are whatever ids stand
     between these two. `image_text`: the placeholder in the tokenizer. `template` holds `{pictures}`, where `lead` goes
     for each of them, with the placeholder in it, and `{prompt}`. `turn` is what goes on behind an answer: the next
-    question's `{prompt}`, until the model speaks. `film_token`, `film_text` and `film_lead`: the same of a film.
+    question's `{prompt}`, until the model speaks. `interleaved`: the template of a question that places its pictures
+    itself, where that is not `template` without them. `film_token`, `film_text` and `film_lead`: the same of a film.
     `surround` (before, after) goes around the placeholder in a rendered chat template. `eos`, `pad`: for checkpoints
     without a generation_config.json; `stop`: ids at which the release's code stops besides. `positions`: how many
     the decoder has.
@@ -125,6 +126,7 @@ class PromptRules:
     between: tuple[int, int] | None = None
     surround: tuple[str, str] = ("", "")
     stop: tuple[int, ...] = ()
+    interleaved: str = ""
     film_token: int | None = None
     film_text: str = ""
     film_lead: str = ""

@@ -21,6 +21,7 @@ from himap_export.engines.image import CLIP_MEAN, CLIP_STD, RESAMPLING, ImagePre
 from himap_export.engines.manifest import ImageSpec
 from himap_export.engines.prompt import TOKENIZER, PromptFormat, read_tokenizer
 from himap_export.engines.scratch import scratch_folder
+from himap_export.engines.split import Split
 from himap_export.exporter.config import Name, Side
 from himap_export.exporter.family import Family, PromptRules, VisionSpec
 from himap_export.exporter.prompts import default_prompt, told_prompt
@@ -63,6 +64,22 @@ class Colours(Struct, frozen=True, kw_only=True):
 
     image_mean: Colour | None = None
     image_std: Colour | None = None
+
+
+class Edge(Struct, frozen=True):
+    """A picture's longer side."""
+
+    longest_edge: Side
+
+
+class Splitting(Colours, frozen=True, kw_only=True):
+    """SmolVLM's and Idefics3's, with its defaults for what is missing."""
+
+    do_resize: bool = True
+    do_image_splitting: bool = True
+    size: Edge = Edge(4 * 364)
+    max_image_size: Edge = Edge(364)
+    resample: Annotated[int, Meta(ge=0, le=5)] = 1
 
 
 class Clip(Struct, frozen=True, kw_only=True):
@@ -111,9 +128,11 @@ class LlavaOnevision(LlavaNext, frozen=True, kw_only=True):
 # By Hugging Face's class.
 PROCESSORS: Final = {"CLIPImageProcessor": Clip, "LlavaImageProcessor": Clip, "SiglipImageProcessor": Siglip}
 ANYRES: Final = {"LlavaNextImageProcessor": LlavaNext, "LlavaOnevisionImageProcessor": LlavaOnevision}
+RESAMPLE_NAMES: Final = {int(value): name for name, value in RESAMPLING.items()}
 MISFIT: Final = "the checkpoint's image processor does not fit its model"
 WHERE: Final = "the image processor's configuration"
 UNSUPPORTED: Final = ("image_grid_pinpoints", "use_square_size")
+SPLITTING: Final = ("SmolVLMImageProcessor", "Idefics3ImageProcessor")
 DYNAMIC: Final = ("Qwen2VLImageProcessor", "Qwen3VLImageProcessor", "GotOcr2ImageProcessor", "InternVLImageProcessor")
 # Of a tokenizer's files those that transformers may see, which are copies; tokenizer.json is one more.
 TOKENIZER_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -173,14 +192,13 @@ def _image(found: Mapping[str, Any], default: ImagePreprocessing, pinpoints: Siz
     if not found:
         return default
     if (kind := _kind(found)) in DYNAMIC:
-        told = typed(found, Colours, WHERE, Exit.FAILURE)
-        mean = default.mean if told.image_mean is None else _three(told.image_mean)
-        std = default.std if told.image_std is None else _three(told.image_std)
-        return replace(default, mean=mean, std=std)
+        return _coloured(default, typed(found, Colours, WHERE, Exit.FAILURE))
     if pinpoints:
         if kind not in ANYRES:
             raise HimapError(MISFIT, f"{kind} cuts no tiles; expected {' or '.join(ANYRES)}")
         return _anyres(typed(_given(found), ANYRES[kind], WHERE, Exit.FAILURE), default, pinpoints)
+    if default.split is not None:
+        return _splitting(found, default, default.split)
     image = read_image_preprocessing(found)
     _check_fit(image.output_size, default)
     return image
@@ -204,6 +222,28 @@ def _check_fit(size: tuple[int, int], default: ImagePreprocessing) -> None:
     if size != default.output_size:
         sizes = "the image processor gives {} x {}, the vision tower expects {} x {}"
         raise HimapError(MISFIT, sizes.format(*size, *default.output_size))
+
+
+def _coloured(default: ImagePreprocessing, told: Colours) -> ImagePreprocessing:
+    mean = default.mean if told.image_mean is None else _three(told.image_mean)
+    std = default.std if told.image_std is None else _three(told.image_std)
+    return replace(default, mean=mean, std=std)
+
+
+def _splitting(found: Mapping[str, Any], default: ImagePreprocessing, split: Split) -> ImagePreprocessing:
+    """Returns `default` with the processor's colours and resampling, if it cuts pictures as `split` does."""
+    if (kind := _kind(found)) not in SPLITTING:
+        raise HimapError(MISFIT, f"{kind} cuts no tiles; expected {' or '.join(SPLITTING)}")
+    told = typed(found, Splitting, WHERE, Exit.FAILURE)
+    theirs, ours = (told.size.longest_edge, told.max_image_size.longest_edge), (max(split.resizes[0]), split.tile[0])
+    if theirs != ours or not told.do_resize:
+        what = "{} pixels along the longer edge, tiles of {}"
+        resized = what.format(*theirs) if told.do_resize else "no resizing"
+        raise HimapError(MISFIT, f"the image processor has {resized}, the model {what.format(*ours)}")
+    if split.overview == "last" and not told.do_image_splitting:
+        raise HimapError(MISFIT, "the image processor cuts no tiles (do_image_splitting)", "ask for `tiles` 1")
+    coloured = _coloured(default, told)
+    return replace(coloured, resample=RESAMPLE_NAMES[told.resample], pad_color=mean_color(coloured.mean))
 
 
 def _told_prompt(folder: Path, processor: Files, tokenizer: Any, rules: PromptRules) -> PromptFormat:
@@ -251,11 +291,10 @@ def _preprocessing(how: Clip) -> ImagePreprocessing:
     crop = _size("crop_size", how.crop_size, True) if how.do_center_crop else None
     if isinstance(crop, int):
         raise HimapError("unsupported crop_size of the image processor", f"shortest_edge {crop}")
-    names = {int(value): text for text, value in RESAMPLING.items()}
     return ImagePreprocessing(
         resize=_size("size", how.size, how.default_to_square) if how.do_resize else None,
         crop=crop,
-        resample=names[how.resample],
+        resample=RESAMPLE_NAMES[how.resample],
         rescale_factor=how.rescale_factor if how.do_rescale else 1.0,
         mean=mean if how.do_normalize else (0.0, 0.0, 0.0),
         std=_three(how.image_std) if how.do_normalize else (1.0, 1.0, 1.0),

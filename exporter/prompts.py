@@ -25,9 +25,9 @@ def default_prompt(rules: PromptRules) -> PromptFormat:
     picture = Medium(rules.image_text, _marked(rules.lead, rules.image_text), _marked(bare, rules.image_text))
     return PromptFormat(
         template=rules.template,
-        interleaved=rules.template.replace(PICTURES, ""),
+        interleaved=rules.interleaved or rules.template.replace(PICTURES, ""),
         picture=_with_id(picture, rules.image_token),
-        film=_film(rules, rules.film_lead, rules.film_lead) if rules.film_lead else None,
+        film=_film(rules, rules.film_lead) if rules.film_lead else None,
         turn=rules.turn,
     )
 
@@ -122,8 +122,9 @@ def _with_id(medium: Medium, token_id: int) -> Medium:
     return Medium(medium.token, medium.lead, medium.inline, token_id)
 
 
-def _film(rules: PromptRules, lead: str, inline: str) -> Medium:
+def _film(rules: PromptRules, lead: str) -> Medium:
     """Returns how a film stands in prompts. Where it has no token of its own, its frames are pictures."""
+    inline = rules.film_lead.lstrip(" ")
     token, own = (
         (rules.image_text, rules.image_token) if rules.film_token is None else (rules.film_text, rules.film_token)
     )
@@ -140,7 +141,7 @@ def _told_film(told: str | None, first: str, rest: str, rules: PromptRules) -> M
     lead = before[len(first) : len(before) - len(rest)] if known else rules.film_lead
     if rules.film_lead == rules.film_text:  # what its processor replaces is more than the placeholder
         lead = rules.film_text
-    return _film(rules, lead, rules.film_lead)
+    return _film(rules, lead)
 
 
 def _turn(told: str | None, rules: PromptRules) -> str:

@@ -18,6 +18,7 @@ from himap_export.exporter.families.llava_original import LlavaOriginal
 from himap_export.exporter.families.qwen2_5_vl import Qwen25Vl
 from himap_export.exporter.families.qwen3_vl import Qwen3Vl
 from himap_export.exporter.families.qwen_vl import QwenVl
+from himap_export.exporter.families.smolvlm import SmolVlm
 from himap_export.exporter.family import Config, Family
 from himap_export.exporter.quantize.declared import Declared, declared
 from himap_export.graphs.errors import Exit, HimapError, suggestion
@@ -56,7 +57,7 @@ def register_family(family: AnyFamily) -> AnyFamily:
     return family
 
 
-for _family in (Llava, LlavaOriginal, LlavaNext, LlavaOnevision, QwenVl, Qwen25Vl, Qwen3Vl, InternVl):
+for _family in (Llava, LlavaOriginal, LlavaNext, LlavaOnevision, QwenVl, Qwen25Vl, Qwen3Vl, InternVl, SmolVlm):
     register_family(_family)
 
 

@@ -160,7 +160,13 @@ class Workshop:
     def family_bundle(self, name: str, *flags: object, key: str = "", text_budget: int = 24) -> Path:
         """What `himap-export` makes of one of FAMILIES; `key` tells apart files that go by one name."""
         own = () if "--image-size" in flags else FAMILIES[name].flags
-        text = [*map(str, (*own, *flags)), "--text-budget", str(text_budget), "--max-new-tokens", "16"]
+        text = [
+            *map(str, (*own, *flags)),
+            "--text-budget",
+            str(text_budget + FAMILIES[name].text),
+            "--max-new-tokens",
+            "16",
+        ]
         text += [] if "--backend" in text else ORT
         digest = hashlib.sha256(" ".join([*text, key]).encode()).hexdigest()[:12]
         with self._once(f"family-{name}-{digest}") as (folder, missing):

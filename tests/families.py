@@ -24,12 +24,15 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen3VLConfig,
+    SmolVLMConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE, get_image_prompt_string
 
 from himap_export.validate.reference.adapter import Media
 
@@ -56,6 +59,8 @@ class Row:
     `patch`: of towers that take patches. `chat`: how its published chat template renders {pictures}, each of them as
     `lead`, and {prompt}, behind `system`; `image` is the placeholder, and `around` what its processor puts around the
     placeholder's tokens. `frames`: of a film instead, whose tokens stand in `runs`, with text between them.
+    `expansion`: what its processor makes of the placeholder, with `text` tokens beside the image tokens, of which
+    `special` are tokens of their own. `template`: the published chat template itself.
     """
 
     config: Callable[[], PretrainedConfig]
@@ -73,6 +78,10 @@ class Row:
     view: tuple[int, int] | None = None
     frames: int = 0
     runs: int = 1
+    expansion: str = ""
+    text: int = 0
+    special: tuple[str, ...] = ()
+    template: str = ""
 
     @property
     def media(self) -> Media:
@@ -139,16 +148,29 @@ def _anyres(side: int, kind: Any, sheets: Sequence[Sequence[int]], **more: Any) 
     return kind(size=size, image_grid_pinpoints=sheets, **more)
 
 
+def _smolvlm() -> PretrainedConfig:
+    vision = {key: value for key, value in CLIP.items() if key not in ("model_type", "projection_dim")}
+    text = TEXT | {"model_type": "llama"}
+    return SmolVLMConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, scale_factor=2)
+
+
+def _splitting() -> Any:
+    sides: Any = {"size": {"longest_edge": 4 * 56}, "max_image_size": {"longest_edge": 56}}
+    return SmolVLMImageProcessorPil(**sides)
+
+
 def _clip() -> Any:
     return CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
 
 
-PICTURE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
+PICTURE_INPUTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "batch_num_images")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 CHATML = "<|im_start|>user\n{pictures}{prompt}<|im_end|>\n<|im_start|>assistant\n"
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 TAGS = ("<img>", "</img>")
+AROUND, OVERVIEW = "<fake_token_around_image>", "<global-img>"
+TILES = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2, 3, 4))
 FAMILIES: Mapping[str, Row] = {
     "llava": Row(
         lambda: _llava(TEXT | {"model_type": "llama"}), (56, 56), 16, _clip,
@@ -186,6 +208,11 @@ FAMILIES: Mapping[str, Row] = {
         lambda: _anyres(42, LlavaOnevisionImageProcessorPil, LARGE_SHEETS, image_mean=[0.5] * 3, image_std=[0.5] * 3),
         CHATML, "<image>\n", "<image>", tiles=7, view=(42, 42), flags=("--image-size", "126x60"),
     ),
+    "smolvlm": Row(
+        _smolvlm, (40, 100), 36, _splitting, "", "<image>", "<image>", tiles=9, view=(56, 56),
+        flags=("--image-size", "100x40"), expansion=get_image_prompt_string(2, 4, 4, AROUND, "<image>", OVERVIEW),
+        text=22, special=(AROUND, OVERVIEW, "<end_of_utterance>", *TILES), template=DEFAULT_CHAT_TEMPLATE,
+    ),
 }  # fmt: skip
 
 
@@ -203,6 +230,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     """Bytes for words, and the special tokens of all families."""
     row = FAMILIES[name]
     special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", *TAGS]
+    special += row.special
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: n for n, token in enumerate(special)} | {c: WORD + n for n, c in enumerate(letters)}
     placeholders = {row.image: IMAGE} | ({"<|video_pad|>": FILM} if "image_pad" in row.image else {})
@@ -211,7 +239,10 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([*special, *placeholders])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", chat_template=chat_template(row)
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=row.template or chat_template(row),
     )
 
 
@@ -234,8 +265,11 @@ def processed(name: str, images: Sequence[Image.Image], *content: str | None) ->
     row, tokenizer = FAMILIES[name], tokenizer_of(name)
     seen = row.processor()(images=[list(images)] if row.view else list(images), return_tensors="pt")
     parts = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in content]
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
-    text = chat.replace(row.image, row.around[0] + row.image * row.tokens + row.around[1])
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+    )
+    expansion = row.expansion or row.around[0] + row.image * row.tokens + row.around[1]
+    text = chat.replace(row.image, expansion)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     found = {"input_ids": ids, **{name: seen[name] for name in PICTURE_INPUTS if name in seen}}
     if row.patch is not None:
@@ -270,6 +304,8 @@ def hugging_face_answer(folder: Path, name: str, inputs: Inputs, new_tokens: int
 def hugging_face_inputs(name: str, inputs: Inputs) -> dict[str, torch.Tensor]:
     """One prompt as Hugging Face's model takes it."""
     row, ids, pixels = FAMILIES[name], torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.pixel_values)
+    if row.expansion:
+        return {"input_ids": ids, "pixel_values": pixels[None]}
     if row.view is not None:
         pixels = pixels.unflatten(0, (-1, row.tiles))
         return {"input_ids": ids, "pixel_values": pixels, "image_sizes": torch.tensor([row.size] * len(pixels))}

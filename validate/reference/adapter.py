@@ -106,11 +106,12 @@ def _hugging_face(
     pad = model.generation_config.pad_token_id
     kind, vision = model.config.model_type, model.config.vision_config
     patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
-    side = patch * round(getattr(vision, "spatial_merge_size", 1) / getattr(model.config, "downsample_ratio", 1))
+    merge = getattr(vision, "spatial_merge_size", 1) * getattr(model.config, "scale_factor", 1)
+    side = patch * round(merge / getattr(model.config, "downsample_ratio", 1))
     tower = getattr(model.model, "vision_tower", None)
     clip = getattr(tower, "vision_model", tower) if kind == "llava" else None
     return ModelAdapter(
-        whole=model, decoder=model.model.language_model, head=model.lm_head,
+        whole=model, decoder=getattr(model.model, "text_model", None) or model.model.language_model, head=model.lm_head,
         see=lambda pixels: _SEE.get(kind, _see)(model, pixels, media),
         is_image=lambda ids: ids == _image_token(model, media), stop_tokens=stop_tokens,
         pad_token=pad if pad is not None else next(iter(stop_tokens), 0),
@@ -123,6 +124,13 @@ def _hugging_face(
 def _see(model: Any, pixels: Tensor, media: Media) -> VisionFeatures:
     """Towers that take pictures: LLaVA's, InternVL's."""
     found = model.model.get_image_features(pixel_values=pixels).pooler_output
+    return VisionFeatures(torch.cat(list(found)).flatten(0, -2))
+
+
+def _see_tiles(model: Any, pixels: Tensor, media: Media) -> VisionFeatures:
+    """SmolVLM2's tower, told which pixels are no padding: all."""
+    whole = torch.ones((1, len(pixels), *pixels.shape[2:]), dtype=torch.bool, device=pixels.device)
+    found = model.model.get_image_features(pixel_values=pixels[None], pixel_attention_mask=whole).pooler_output
     return VisionFeatures(torch.cat(list(found)).flatten(0, -2))
 
 
@@ -185,6 +193,7 @@ _TURNED = ("qwen2_5_vl", "qwen3_vl")  # by M-RoPE
 _SEE: Mapping[str, Callable[[Any, Tensor, Media], VisionFeatures]] = {
     "qwen2_5_vl": _see_patches,
     "qwen3_vl": _see_patches,
+    "smolvlm": _see_tiles,
     "llava_next": _see_anyres,
     "llava_onevision": _see_anyres,
 }
