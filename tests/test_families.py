@@ -5,6 +5,7 @@ The reference is `validate/reference.py` on Hugging Face's layers; unpruned answ
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,12 @@ EARLY = (
 TEXT, NEW = 24, 12
 
 
+def rows(*films: str) -> list[Any]:
+    """All rows; those of films are slow, but `films`."""
+    slow = [name for name, row in FAMILIES.items() if row.frames and name not in films]
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in FAMILIES]
+
+
 def plan_table(name: str, cuts: Sequence[ReferenceCut]) -> str:
     """A plan as TOML."""
     rows = (
@@ -40,7 +47,7 @@ def plan_table(name: str, cuts: Sequence[ReferenceCut]) -> str:
     return f"[{name}]\ncuts = [{', '.join(rows)}]\n"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", rows())  # of films: test_family_films.py asks more
 def test_unpruned_answers_are_hugging_faces(work: Workshop, name: str) -> None:
     bundle = work.family_bundle(name, "--policy", "none")
     for seed in range(3):
@@ -52,7 +59,7 @@ def test_unpruned_answers_are_hugging_faces(work: Workshop, name: str) -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("cuts", [CUTS, EARLY], ids=["himap", "early"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", rows("qwen2.5-vl-film"))
 def test_pruned_prompts_are_the_references(
     work: Workshop, tmp_path: Path, name: str, cuts: tuple[ReferenceCut, ...], batch: int
 ) -> None:
@@ -73,7 +80,8 @@ def test_pruned_prompts_are_the_references(
         np.testing.assert_array_equal(found["tokens"][:, : said.shape[1]], said)
 
 
-REPEATED = ("internvl", "qwen2.5-vl")  # InternVL with tiles and Qwen3-VL do all that these do
+# InternVL with tiles and Qwen3-VL do all that these do.
+REPEATED = ("internvl", "qwen2.5-vl", "qwen2.5-vl-film", "qwen3-vl-film")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +120,7 @@ def test_analyses_see_the_same_model(work: Workshop, name: str) -> None:
     assert len(cams.vision) == (2 if name == "llava" else 0)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", rows())
 def test_half_precision_passes_validation(work: Workshop, name: str) -> None:
     bundle = work.family_bundle(name, "--k1", 2, "--k2", 4, "--dtype", "fp16")
     assert call(validate_main, bundle, "--model", work.family(name), "--no-speed", "--threads", 1) == 0

@@ -1,0 +1,92 @@
+"""A film and a question through `himap-run`, against Hugging Face's own reading, sampling, prompt and `generate`."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import Workshop, call
+from families import FAMILIES, VIDEO, film_arrays, tokenizer_of
+from films import film_of
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from transformers import AutoModelForImageTextToText
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.video_utils import VideoMetadata, default_sample_indices_fn, read_video_pyav
+
+from himap_export.engines.bundle import Bundle
+from himap_export.engines.cli import main as run_main
+
+QUESTION, NEW = "What happens <here>, 你?", 12
+FILMS = [name for name, row in FAMILIES.items() if row.frames and row.patch]
+PHOTOGRAPHS = load_sample_images().images
+
+
+def clip(folder: Path, name: str, frames: int = 23, rate: int = 7) -> Path:
+    """A film in which a window moves over a photograph, in the size of the row; h264."""
+    height, width = FAMILIES[name].size
+    boxes = [(8 * i, 4 * i, 8 * i + 3 * width, 4 * i + 3 * height) for i in range(frames)]
+    shown = [Image.fromarray(PHOTOGRAPHS[0]).crop(box).resize((width, height)) for box in boxes]
+    file = folder / f"{name}-{frames}.mp4"
+    file.write_bytes(film_of([np.asarray(picture) for picture in shown], rate=rate))
+    return file
+
+
+def asked_as_hugging_face(name: str, file: Path, question: str) -> dict[str, torch.Tensor]:
+    """What its processor would make of the film and the question; they need torchvision, of which this does without."""
+    row, tokenizer = FAMILIES[name], tokenizer_of(name)
+    assert row.patch is not None
+    three = name.startswith("qwen3")
+    frames, about = read_video_pyav(str(file), lambda metadata: _sampled(metadata, row.frames, three))
+    how = row.processor()
+    pixels = ((frames / 255 - np.array(how.image_mean)) / np.array(how.image_std)).astype(np.float32)
+    seconds = 2 / about.sampled_fps
+    film = film_arrays(pixels.transpose(0, 3, 1, 2), row.patch, None if three else seconds)
+    parts: list[dict[str, Any]] = [{"type": "video"}, {"type": "text", "text": question}]
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=False
+    )
+    text = _timed(film["video_grid_thw"], about) if three else "<|video_pad|>" * row.tokens
+    assert chat.count("<|vision_start|><|video_pad|><|vision_end|>") == 1
+    ids = tokenizer(chat.replace("<|video_pad|>", text), return_tensors="pt")["input_ids"]
+    return {"input_ids": ids, "mm_token_type_ids": 2 * (ids == VIDEO).int(), **film}
+
+
+def _sampled(about: VideoMetadata, frames: int, three: bool) -> Any:
+    if three:
+        return Qwen3VLVideoProcessor.sample_frames(SimpleNamespace(fps=None), about, num_frames=frames)
+    return default_sample_indices_fn(about, num_frames=frames)
+
+
+def _timed(grid: torch.Tensor, about: VideoMetadata) -> str:
+    processor = SimpleNamespace(
+        video_processor=SimpleNamespace(merge_size=2, temporal_patch_size=2), video_token="<|video_pad|>",
+        vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>",
+        _calculate_timestamps=lambda *given: Qwen3VLProcessor._calculate_timestamps(None, *given),
+    )  # fmt: skip
+    told: str = Qwen3VLProcessor.replace_video_token(processor, {"video_grid_thw": grid, "video_metadata": [about]}, 0)
+    return told
+
+
+@pytest.mark.parametrize("name", FILMS)
+def test_a_question_about_a_film_is_answered_as_by_hugging_face(
+    work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    file = clip(tmp_path, name)
+    given = asked_as_hugging_face(name, file, QUESTION)
+    model = AutoModelForImageTextToText.from_pretrained(work.family(name), dtype=torch.float32).eval()
+    wanted = model.generate(**given, max_new_tokens=NEW, do_sample=False)[:, given["input_ids"].shape[1] :]
+    bundle = work.family_bundle(name, "--policy", "none", text_budget=160)
+    with Bundle.open(bundle).session() as session:
+        prepared = session.prepare_film(file, QUESTION)
+        np.testing.assert_array_equal(prepared.inputs.input_ids, given["input_ids"])
+        if "second_per_grid_ts" in given:
+            assert prepared.inputs.seconds == pytest.approx(given["second_per_grid_ts"].tolist())
+    flags = ["--video", file, "--prompt", QUESTION, "--max-new-tokens", NEW, "--threads", "1"]
+    capsys.readouterr()
+    assert call(run_main, bundle, *flags, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == wanted.tolist()
