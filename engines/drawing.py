@@ -1,4 +1,4 @@
-"""The image as the model saw it, with the patches that each cut kept: panels side by side."""
+"""What the model saw, with the patches that each cut kept: a panel for each, of pictures or of a film's frames."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,29 +16,38 @@ from himap_export.engines.manifest import ImageSpec
 
 # Pixels; a panel has at least PANEL * PANEL of them, a whole multiple of the model's own.
 PANEL, MARGIN, GAP, HEAD = 672, 48, 36, 84
+WIDEST, BETWEEN = 2400, 16  # of a page; of one view and the next
 INK, PALE, LINE = (28, 32, 38), (105, 112, 122), (214, 40, 57)
 Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture or a frame as the model sees it, RGB, and what is written below it."""
+
+    picture: Image.Image
+    caption: str = ""
 
 
 @dataclass(frozen=True)
 class Panel:
     title: str
     note: str
-    kept: Mask | None  # [rows, columns] of patches; None shows them all
+    sheet: Image.Image
 
 
-def kept_patches(alive: Mask, grid: tuple[int, int], tiles: tuple[int, int]) -> Mask:
+def kept_patches(alive: Mask, grid: tuple[int, int], tiles: tuple[int, int], newline: int = 0) -> Mask:
     """Returns which patches are kept, as they lie in the image: bool [tile rows * rows, tile columns * columns].
 
-    `alive` [V0] says it of each image token; `grid` (rows, columns) are the tokens of one tile, `tiles` (rows, columns)
-    the tiles of the picture. Tokens in front that stand for no place (a class token) and those of a thumbnail behind
-    several tiles are not drawn.
+    `alive` [V] says it of each of its tokens; `grid` (rows, columns) are the tokens of one tile, `tiles` (rows,
+    columns) the tiles of the picture. Not drawn are tokens that stand for no place: in front (a class token, an
+    overview), those of a thumbnail behind several tiles, and `newline` behind each row of the grid.
     """
-    (rows, columns), each = grid, prod(grid)
+    (rows, columns), each = grid, grid[0] * (grid[1] + newline)
     shown = prod(tiles) * each
     thumbnail = each if prod(tiles) > 1 and len(alive) >= shown + each else 0
     start = len(alive) - thumbnail - shown
-    places = alive[start : start + shown].reshape(*tiles, rows, columns).swapaxes(1, 2)
+    places = alive[start : start + shown].reshape(*tiles, rows, columns + newline)[..., :columns].swapaxes(1, 2)
     return places.reshape(tiles[0] * rows, tiles[1] * columns)
 
 
@@ -53,28 +62,49 @@ def draw_answer(
     question: str,
     answer: str,
 ) -> None:
-    """Writes what cuts at layers `cuts` kept of `pictures`; `alive` [V0] says it of each image token."""
-    tiles = tile_grid(pictures[0].size, spec.preprocessing)
-    masks = [kept_patches(mask, spec.grid, tiles) for mask in alive]
-    draw_kept(file, pictures[0], spec.preprocessing, masks=masks, cuts=cuts, question=question, answer=answer)
+    """Writes what cuts at layers `cuts` kept of `pictures`, or of a film's frames, which were at `seconds`, as PNG.
+
+    `alive` [V0] says it, for each cut, of each image token. Of the frames that one step of time covers, the first is
+    drawn. HimapError if the file cannot be written."""
+    how, film = spec.preprocessing, spec.film
+    if film is not None:
+        shown, times = pictures[:: film.frames // film.steps], seconds[:: film.frames // film.steps]
+        captions = [f"{time:.1f} s" for time in times]
+        places = film.steps * prod(spec.grid)  # tokens behind them stand for none
+        masks = [list(mask[:places].reshape(film.steps, *spec.grid)) for mask in alive]
+    else:
+        shown = pictures
+        captions = [f"image {n}" for n in range(1, len(pictures) + 1)] if len(pictures) > 1 else [""]
+        masks = [
+            [
+                kept_patches(own, spec.grid, tile_grid(picture.size, how), spec.newline)
+                for own, picture in zip(np.split(mask, len(pictures)), pictures, strict=True)
+            ]
+            for mask in alive
+        ]
+    side = min(PANEL, _room(len(shown)))
+    views = [View(model_view(p, how, side), caption) for p, caption in zip(shown, captions, strict=True)]
+    draw_kept(file, views, masks=masks, cuts=cuts, question=question, answer=answer)
 
 
 def draw_kept(
     file: Path,
-    image: Image.Image,
-    how: ImagePreprocessing,
+    views: Sequence[View],
     *,
-    masks: Sequence[Mask],
+    masks: Sequence[Sequence[Mask]],
     cuts: Sequence[int],
     question: str,
     answer: str,
 ) -> None:
-    """Writes the picture as PNG; `masks` are the patches kept by the cuts at layers `cuts`. HimapError if it cannot."""
-    panels = [Panel("what the model sees", f"{masks[0].size} patches", None)]
-    for n, (layer, mask) in enumerate(zip(cuts, masks, strict=True), 1):
-        note = f"{mask.sum()} of {mask.size} patches ({mask.mean():.0%}) from layer {layer} on"
-        panels.append(Panel(f"kept after K{n}", note, mask))
-    picture = _compose(model_view(image, how, PANEL), panels, question, answer)
+    """Writes the views as PNG: as they are, and with the patches that each of the cuts at layers `cuts` kept, which
+    `masks` say by cut and view. HimapError if it cannot."""
+    patches = sum(mask.size for mask in masks[0])
+    panels = [Panel("what the model sees", f"{patches} patches", _sheet(views, None))]
+    for n, (layer, kept) in enumerate(zip(cuts, masks, strict=True), 1):
+        count = sum(int(mask.sum()) for mask in kept)
+        note = f"{count} of {patches} patches ({count / patches:.0%}) from layer {layer} on"
+        panels.append(Panel(f"kept after K{n}", note, _sheet(views, kept)))
+    picture = _compose(panels, question, answer)
     write_file(file, lambda f: picture.save(f, format="PNG"))
 
 
@@ -83,20 +113,56 @@ def model_view(image: Image.Image, how: ImagePreprocessing, side: int) -> Image.
     return crop_view(image, how, ceil(side / sqrt(prod(view_size(image.size, how))))).convert("RGB")
 
 
-def _compose(view: Image.Image, panels: list[Panel], question: str, answer: str) -> Image.Image:
-    """Lays panels side by side, or below each other if they are twice as wide as high, over question and answer."""
-    width = max(view.width, *(ceil(_font(25).getlength(panel.note)) for panel in panels))
-    right, down = (width + GAP, 0) if view.width < 2 * view.height else (0, HEAD + view.height + GAP)
-    last, top = len(panels) - 1, MARGIN + HEAD
-    bottom = top + last * down + view.height
-    page = Image.new("RGB", (2 * MARGIN + last * right + width, bottom + 150), "white")
+def _sheet(views: Sequence[View], masks: Sequence[Mask] | None) -> Image.Image:
+    """Returns the views in rows, captions below them, faded where `masks` drop a patch; a single one as it is."""
+    columns, sizes = _columns(len(views)), [view.picture.size for view in views]
+    room = _room(len(views)) if len(views) > 1 else sizes[0][0]
+    shrink = min(1.0, room / max(width for width, _ in sizes))
+    small = [(max(1, int(width * shrink)), max(1, int(height * shrink))) for width, height in sizes]
+    wide, high = max(width for width, _ in small), max(height for _, height in small)
+    font = _font(max(13, min(25, wide // 12)))
+    below = 2 * font.size if any(view.caption for view in views) else 0
+    right, down, rows = wide + BETWEEN, high + below + BETWEEN, ceil(len(views) / columns)
+    sheet = Image.new("RGB", (columns * right - BETWEEN, rows * down - BETWEEN), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (view, size) in enumerate(zip(views, small, strict=True)):
+        x, y = i % columns * right, i // columns * down
+        picture = view.picture if size == sizes[i] else view.picture.resize(size, Image.Resampling.LANCZOS)
+        sheet.paste(picture if masks is None else fade_dropped(picture, masks[i]), (x, y))
+        pen.rectangle((x, y, x + size[0] - 1, y + size[1] - 1), outline=PALE)
+        pen.text((x, y + size[1] + font.size // 3), view.caption, INK, font)
+    return sheet
+
+
+def _columns(count: int) -> int:
+    """Returns how many of `count` views stand in a row: up to 4 all; of more, up to 8 or so, those that leave the
+    fewest gaps in a sheet about three times as wide as high."""
+    if count <= 4:
+        return count
+    able = range(ceil(sqrt(count)), max(8, ceil(1.5 * sqrt(count))) + 1)
+    return min(able, key=lambda n: (-count % n, abs(n - sqrt(3 * count))))
+
+
+def _room(count: int) -> int:
+    """Returns how wide each of `count` views may be for a page of WIDEST."""
+    return (WIDEST - 2 * MARGIN + BETWEEN) // _columns(count) - BETWEEN
+
+
+def _compose(panels: list[Panel], question: str, answer: str) -> Image.Image:
+    """Lays panels side by side as far as a page is wide, those twice as wide as high below each other, over question
+    and answer."""
+    sheet = panels[0].sheet
+    width = max(sheet.width, *(ceil(_font(25).getlength(panel.note)) for panel in panels))
+    fit = max(1, (WIDEST - 2 * MARGIN + GAP) // (width + GAP)) if sheet.width < 2 * sheet.height else 1
+    columns, right, down = min(fit, len(panels)), width + GAP, HEAD + sheet.height + GAP
+    bottom = MARGIN + ceil(len(panels) / columns) * down - GAP
+    page = Image.new("RGB", (2 * MARGIN + columns * right - GAP, bottom + 150), "white")
     pen = ImageDraw.Draw(page)
     for i, panel in enumerate(panels):
-        x, y = MARGIN + i * right, top + i * down
+        x, y = MARGIN + i % columns * right, MARGIN + HEAD + i // columns * down
         pen.text((x, y - HEAD - 8), panel.title, INK, _font(36))
         pen.text((x, y - HEAD + 38), panel.note, PALE, _font(25))
-        page.paste(view if panel.kept is None else fade_dropped(view, panel.kept), (x, y))
-        pen.rectangle((x - 1, y - 1, x + view.width, y + view.height), outline=PALE)
+        page.paste(panel.sheet, (x, y))
     room = page.width - 2 * MARGIN
     pen.text((MARGIN, bottom + 28), _fit(f"Q: {question}", _font(30), room), INK, _font(30))
     pen.text((MARGIN, bottom + 76), _fit(f"A: {answer.strip()}", _font(30), room), INK, _font(30))
@@ -111,11 +177,12 @@ def fade_dropped(view: Image.Image, kept: Mask) -> Image.Image:
     pen = ImageDraw.Draw(panel)
     rows, columns = kept.shape
     dy, dx = view.height / rows, view.width / columns
+    thick = max(1, min(3, int(min(dy, dx) / 6)))
     framed = np.pad(kept, 1)
     for r, c in zip(*np.nonzero(framed[:-1, 1:-1] != framed[1:, 1:-1]), strict=True):  # between rows r-1 and r
-        pen.line((c * dx, r * dy, (c + 1) * dx, r * dy), LINE, 3)
+        pen.line((c * dx, r * dy, (c + 1) * dx, r * dy), LINE, thick)
     for r, c in zip(*np.nonzero(framed[1:-1, :-1] != framed[1:-1, 1:]), strict=True):
-        pen.line((c * dx, r * dy, c * dx, (r + 1) * dy), LINE, 3)
+        pen.line((c * dx, r * dy, c * dx, (r + 1) * dy), LINE, thick)
     return panel
 
 

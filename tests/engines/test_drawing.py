@@ -7,11 +7,15 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from himap_export.engines.drawing import draw_kept, kept_patches
+from himap_export.engines.drawing import PANEL, View, draw_answer, draw_kept, kept_patches, model_view
+from himap_export.engines.film import Film
 from himap_export.engines.image import ImagePreprocessing, clip_preprocessing, crop_view, seen_box, tile_grid
+from himap_export.engines.manifest import ImageSpec
+from himap_export.engines.prompt import Expansion, Segment
 from himap_export.graphs.errors import HimapError
 
 GREY = (122, 116, 104)
+SAID = {"question": "Q", "answer": "A"}
 
 
 def only(count: int, *kept: int) -> NDArray[np.bool_]:
@@ -61,7 +65,8 @@ def test_drawing_has_a_panel_for_the_picture_and_for_each_cut(
     tiles = tile_grid(image.size, how)
     tokens = how.tiles * grid[0] * grid[1]
     masks = [kept_patches(np.arange(tokens) < tokens // n, grid, tiles) for n in (1, 2)]
-    draw_kept(tmp_path / "kept.png", image, how, masks=masks, cuts=(2, 8), question="What?", answer="A sea.")
+    views = [View(model_view(image, how, PANEL))]
+    draw_kept(tmp_path / "kept.png", views, masks=[[m] for m in masks], cuts=(2, 8), question="Q", answer="A sea.")
     page = np.asarray(Image.open(tmp_path / "kept.png")).astype(int)
     blue = (page[..., 2] - page[..., 0] > 150).sum()
     assert page.shape[0] > panel[0] and page.shape[1] > panel[1]
@@ -72,15 +77,70 @@ def test_drawing_has_a_panel_for_the_picture_and_for_each_cut(
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     mask = np.ones((24, 24), np.bool_)
     with pytest.raises(HimapError, match="cannot write"):
-        draw_kept(
-            tmp_path / "no" / "k.png",
-            Image.new("RGB", (9, 9)),
-            clip_preprocessing(336),
-            masks=[mask],
-            cuts=(2,),
-            question="Q",
-            answer="A",
-        )
+        draw_kept(tmp_path / "no" / "k.png", [View(Image.new("RGB", (9, 9)))], masks=[[mask]], cuts=(2,), **SAID)
+
+
+@pytest.mark.parametrize(("lead", "newline"), [(0, 1), (9, 1), (4, 0)])
+def test_tokens_that_stand_for_no_place_are_not_drawn(lead: int, newline: int) -> None:
+    """An overview in front, and the end of each row."""
+    alive = np.zeros(lead + 3 * (4 + newline), np.bool_)
+    alive[lead + 0], alive[lead + (4 + newline) + 2], alive[-1 - newline] = True, True, True
+    alive[:lead] = True
+    if newline:
+        alive[lead + 4 :: 5] = True
+    mask = kept_patches(alive, (3, 4), (1, 1), newline)
+    assert list(zip(*(each.tolist() for each in np.nonzero(mask)), strict=True)) == [(0, 0), (1, 2), (2, 3)]
+
+
+def spec_of(size: tuple[int, int], grid: tuple[int, int], tokens: int, film: Film | None = None) -> ImageSpec:
+    how = ImagePreprocessing(size, None, pad_color=GREY, letterbox=True)
+    return ImageSpec(size, film.frames if film else 1, tokens, grid, how, Expansion((Segment("", tokens),)), film=film)
+
+
+BLUE, RED, GREEN = (0, 0, 200), (200, 0, 0), (0, 160, 0)
+
+
+def painted(page: NDArray[np.int_], color: tuple[int, int, int]) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = np.abs(page - np.array(color)).max(2) < 7
+    return found
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_a_film_is_drawn_by_its_steps(tmp_path: Path, extra: int) -> None:
+    """The first frame of each of 3 steps in a row; a token behind them all, as some models have, is not drawn."""
+    pictures = [Image.new("RGB", (100, 100), c) for c in (BLUE, GREY, RED, GREY, GREEN, GREY)]
+    spec = spec_of((112, 112), (4, 4), 48 + extra, Film(6, 3, "rounded", 2.0))
+    alive = np.zeros(48 + extra, np.bool_)
+    alive[:8], alive[32:36] = True, True  # half of the first step, a quarter of the last
+    seconds = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
+    draw_answer(tmp_path / "k.png", pictures, spec, alive=[alive], cuts=[2], seconds=seconds, **SAID)
+    page = np.asarray(Image.open(tmp_path / "k.png")).astype(int)
+    assert page.shape[1] <= 2400 and page.shape[0] < page.shape[1]
+    shares = [painted(page, color).sum() for color in (BLUE, RED, GREEN)]
+    np.testing.assert_allclose(shares / shares[1], [1.5, 1, 1.25], rtol=0.03)
+    assert painted(page, GREY).sum() < 0.02 * shares[1]
+
+
+def test_several_pictures_are_drawn_side_by_side(tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", (100, 100), color) for color in (BLUE, RED)]
+    alive = np.arange(32) < 12  # of 16 patches of the first
+    spec = spec_of((112, 112), (4, 4), 16)
+    draw_answer(tmp_path / "k.png", pictures, spec, alive=[alive, alive], cuts=[2, 4], seconds=(), **SAID)
+    page = np.asarray(Image.open(tmp_path / "k.png")).astype(int)
+    blue, red = (painted(page, color) for color in (BLUE, RED))
+    np.testing.assert_allclose(blue.sum() / red.sum(), 2.5, rtol=0.03)
+    assert blue.any(0).nonzero()[0].max() < red.any(0).nonzero()[0].min() < page.shape[1] <= 2400
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 7, 16, 24, 64, 128])
+def test_a_page_of_frames_is_legible(tmp_path: Path, steps: int) -> None:
+    film = Film(2 * steps, steps, "rounded", 2.0)
+    pictures = [Image.new("RGB", (64, 36), BLUE)] * film.frames
+    spec = spec_of((252, 448), (9, 16), 144 * steps, film)
+    alive, seconds = np.ones(spec.tokens, np.bool_), tuple(range(film.frames))
+    draw_answer(tmp_path / "k.png", pictures, spec, alive=[alive], cuts=[2], seconds=seconds, **SAID)
+    with Image.open(tmp_path / "k.png") as page:
+        assert page.width <= 2400 and page.height <= 4000
 
 
 WHITE = (255, 255, 255)
