@@ -99,12 +99,14 @@ def draw_kept(
     """Writes the views as PNG: as they are, and with the patches that each of the cuts at layers `cuts` kept, which
     `masks` say by cut and view. HimapError if it cannot."""
     patches = sum(mask.size for mask in masks[0])
-    panels = [Panel("what the model sees", f"{patches} patches", _sheet(views, None))]
+    beside = len(views) == 1 and views[0].picture.width < 2 * views[0].picture.height
+    room = (WIDEST - 2 * MARGIN + GAP) // (len(cuts) + 1) - GAP if beside else _room(len(views))
+    panels = [Panel("what the model sees", f"{patches} patches", _sheet(views, None, room))]
     for n, (layer, kept) in enumerate(zip(cuts, masks, strict=True), 1):
         count = sum(int(mask.sum()) for mask in kept)
         note = f"{count} of {patches} patches ({count / patches:.0%}) from layer {layer} on"
-        panels.append(Panel(f"kept after K{n}", note, _sheet(views, kept)))
-    picture = _compose(panels, question, answer)
+        panels.append(Panel(f"kept after K{n}", note, _sheet(views, kept, room)))
+    picture = _compose(panels, question, answer, beside=beside)
     write_file(file, lambda f: picture.save(f, format="PNG"))
 
 
@@ -113,10 +115,10 @@ def model_view(image: Image.Image, how: ImagePreprocessing, side: int) -> Image.
     return crop_view(image, how, ceil(side / sqrt(prod(view_size(image.size, how))))).convert("RGB")
 
 
-def _sheet(views: Sequence[View], masks: Sequence[Mask] | None) -> Image.Image:
-    """Returns the views in rows, captions below them, faded where `masks` drop a patch; a single one as it is."""
+def _sheet(views: Sequence[View], masks: Sequence[Mask] | None, room: int) -> Image.Image:
+    """Returns the views in rows, at most `room` pixels wide each, captions below them, faded where `masks` drop a
+    patch."""
     columns, sizes = _columns(len(views)), [view.picture.size for view in views]
-    room = _room(len(views)) if len(views) > 1 else sizes[0][0]
     shrink = min(1.0, room / max(width for width, _ in sizes))
     small = [(max(1, int(width * shrink)), max(1, int(height * shrink))) for width, height in sizes]
     wide, high = max(width for width, _ in small), max(height for _, height in small)
@@ -144,17 +146,15 @@ def _columns(count: int) -> int:
 
 
 def _room(count: int) -> int:
-    """Returns how wide each of `count` views may be for a page of WIDEST."""
+    """Returns how wide each of `count` views in rows may be for a page of WIDEST."""
     return (WIDEST - 2 * MARGIN + BETWEEN) // _columns(count) - BETWEEN
 
 
-def _compose(panels: list[Panel], question: str, answer: str) -> Image.Image:
-    """Lays panels side by side as far as a page is wide, those twice as wide as high below each other, over question
-    and answer."""
+def _compose(panels: list[Panel], question: str, answer: str, beside: bool) -> Image.Image:
+    """Lays panels `beside` each other or below, over question and answer."""
     sheet = panels[0].sheet
     width = max(sheet.width, *(ceil(_font(25).getlength(panel.note)) for panel in panels))
-    fit = max(1, (WIDEST - 2 * MARGIN + GAP) // (width + GAP)) if sheet.width < 2 * sheet.height else 1
-    columns, right, down = min(fit, len(panels)), width + GAP, HEAD + sheet.height + GAP
+    columns, right, down = len(panels) if beside else 1, width + GAP, HEAD + sheet.height + GAP
     bottom = MARGIN + ceil(len(panels) / columns) * down - GAP
     page = Image.new("RGB", (2 * MARGIN + columns * right - GAP, bottom + 150), "white")
     pen = ImageDraw.Draw(page)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from commands import Workshop, call
-from families import FAMILIES, VIDEO, film_arrays, tokenizer_of
+from families import FAMILIES, FILM, film_arrays, tokenizer_of
 from films import film_of
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -53,7 +53,7 @@ def asked_as_hugging_face(name: str, file: Path, question: str) -> dict[str, tor
     text = _timed(film["video_grid_thw"], about) if three else "<|video_pad|>" * row.tokens
     assert chat.count("<|vision_start|><|video_pad|><|vision_end|>") == 1
     ids = tokenizer(chat.replace("<|video_pad|>", text), return_tensors="pt")["input_ids"]
-    return {"input_ids": ids, "mm_token_type_ids": 2 * (ids == VIDEO).int(), **film}
+    return {"input_ids": ids, "mm_token_type_ids": 2 * (ids == FILM).int(), **film}
 
 
 def _sampled(about: VideoMetadata, frames: int, three: bool) -> Any:

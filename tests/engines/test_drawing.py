@@ -54,7 +54,7 @@ def test_kept_patches(
         (clip_preprocessing(336), (24, 24), (672, 672), 1, 1 / 2),
         (ImagePreprocessing((224, 448), None, pad_color=GREY, letterbox=True), (8, 16), (672, 1344), 0.8, 0.4),
         (ImagePreprocessing((448, 224), None, pad_color=GREY, letterbox=True), (16, 8), (1344, 672), 5 / 16, 5 / 32),
-        (ImagePreprocessing((448, 448), None, tiles=7), (16, 16), (896, 1344), 1, 3.5 / 6),  # of 7, the last not drawn
+        (ImagePreprocessing((448, 448), None, tiles=7), (16, 16), (496, 744), 1, 3.5 / 6),  # of 7, the last not drawn
     ],
 )
 def test_drawing_has_a_panel_for_the_picture_and_for_each_cut(
@@ -114,7 +114,7 @@ def test_a_film_is_drawn_by_its_steps(tmp_path: Path, extra: int) -> None:
     alive[:8], alive[32:36] = True, True  # half of the first step, a quarter of the last
     seconds = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
     draw_answer(tmp_path / "k.png", pictures, spec, alive=[alive], cuts=[2], seconds=seconds, **SAID)
-    page = np.asarray(Image.open(tmp_path / "k.png")).astype(int)
+    page = np.asarray(Image.open(tmp_path / "k.png"))[::3, ::3].astype(int)
     assert page.shape[1] <= 2400 and page.shape[0] < page.shape[1]
     shares = [painted(page, color).sum() for color in (BLUE, RED, GREEN)]
     np.testing.assert_allclose(shares / shares[1], [1.5, 1, 1.25], rtol=0.03)
@@ -126,13 +126,13 @@ def test_several_pictures_are_drawn_side_by_side(tmp_path: Path) -> None:
     alive = np.arange(32) < 12  # of 16 patches of the first
     spec = spec_of((112, 112), (4, 4), 16)
     draw_answer(tmp_path / "k.png", pictures, spec, alive=[alive, alive], cuts=[2, 4], seconds=(), **SAID)
-    page = np.asarray(Image.open(tmp_path / "k.png")).astype(int)
+    page = np.asarray(Image.open(tmp_path / "k.png"))[::3, ::3].astype(int)
     blue, red = (painted(page, color) for color in (BLUE, RED))
     np.testing.assert_allclose(blue.sum() / red.sum(), 2.5, rtol=0.03)
     assert blue.any(0).nonzero()[0].max() < red.any(0).nonzero()[0].min() < page.shape[1] <= 2400
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 7, 16, 24, 64, 128])
+@pytest.mark.parametrize("steps", [1, 2, 7, 16, 64])
 def test_a_page_of_frames_is_legible(tmp_path: Path, steps: int) -> None:
     film = Film(2 * steps, steps, "rounded", 2.0)
     pictures = [Image.new("RGB", (64, 36), BLUE)] * film.frames
