@@ -20,6 +20,8 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn, r
 
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.cli import main as run_main
+from himap_export.exporter.cli import main as export_main
+from himap_export.graphs.errors import Exit
 
 QUESTION, NEW = "What happens <here>, 你?", 12
 FILMS = [name for name, row in FAMILIES.items() if row.frames and row.patch]
@@ -90,3 +92,40 @@ def test_a_question_about_a_film_is_answered_as_by_hugging_face(
     capsys.readouterr()
     assert call(run_main, bundle, *flags, "--json") == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == wanted.tolist()
+
+
+def test_frames_are_drawn_with_what_was_kept(work: Workshop, tmp_path: Path) -> None:
+    """Two steps of six patches, of which a cut at 2 keeps 6 and one at 4 keeps 3."""
+    name, kept = "qwen3-vl-film", tmp_path / "kept.png"
+    bundle = work.family_bundle(name, "--k1", 2, "--k2", 4, "--r1", 0.5, "--r2", 0.5, text_budget=160)
+    flags = ["--video", clip(tmp_path, name), "--prompt", "?", "--threads", "1", "--max-new-tokens", 2]
+    assert call(run_main, bundle, *flags, "--show-kept", kept) == 0
+    with Image.open(kept) as page:
+        assert page.width <= 2400 and page.height > page.width
+
+
+def test_what_is_refused_about_films(work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line each, and exit code 2."""
+    films, stills = (
+        work.family_bundle("qwen3-vl-film", "--policy", "none", text_budget=160),
+        work.family_bundle("qwen3-vl", "--policy", "none", text_budget=120),
+    )
+    picture, none = tmp_path / "picture.png", tmp_path / "none.mp4"
+    Image.new("RGB", (96, 64)).save(picture)
+    film, short = clip(tmp_path, "qwen3-vl-film"), clip(tmp_path, "qwen3-vl-film", frames=3)
+    checkpoint, out = work.family("qwen3-vl"), tmp_path / "bundle"
+    for main, arguments, told in (
+        (run_main, (films, "--video", none, "--prompt", "?"), "cannot read film"),
+        (run_main, (films, "--video", picture, "--prompt", "?"), "not a film that can be read"),
+        (run_main, (films, "--video", short, "--prompt", "?"), "has 3 frames to choose from, and 4 are asked for"),
+        (run_main, (films, "--video", film, "--prompt", "And <image>?"), "<image>"),
+        (run_main, (films, "--image", picture, "--prompt", "?"), "export without"),
+        (run_main, (stills, "--video", film, "--prompt", "?"), "export with"),
+        (export_main, (checkpoint, "--frames", "3", "--out", out), "an even number from 2"),
+        (export_main, (checkpoint, "--frames", "4", "--tiles", "2", "--out", out), "exclude each other"),
+        (export_main, (work.family("llava"), "--frames", "4", "--out", out), "this model sees pictures"),
+    ):
+        capsys.readouterr()
+        assert call(main, *arguments) == Exit.USAGE, arguments
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert told in said and len(said) < 400, said
