@@ -60,7 +60,7 @@ def test_pruned_prompts_are_the_references(
     plan = tmp_path / "plan.toml"
     plan.write_text(plan_table("plan", cuts))
     bundle = work.family_bundle(name, "--plan", plan, "--batch", batch, key=f"{cuts}")
-    reference = Reference(work.family(name), media=FAMILIES[name].media)
+    reference = Reference(work.family(name), media=FAMILIES[name].media())
     for lengths in {1: [(9,), (1,)], 3: [(9, 4, 17), (3, 8)]}[batch]:
         inputs = family_inputs(name, lengths, seed=len(lengths))
         arrays = inputs.input_ids, inputs.pixel_values, inputs.attention_mask
@@ -100,7 +100,7 @@ def test_every_criterion_passes_validation(work: Workshop, tmp_path: Path, name:
 @pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].tiles == 1])
 def test_analyses_see_the_same_model(work: Workshop, name: str) -> None:
     """Layer by layer as every analysis runs it: the reference's logits; and Grad-CAM's heat lies as the image does."""
-    inputs, reference = family_inputs(name), Reference(work.family(name), media=FAMILIES[name].media)
+    inputs, reference = family_inputs(name), Reference(work.family(name), media=FAMILIES[name].media())
     sample = Sample(inputs.input_ids[0], inputs.pixel_values, label=30)
     wanted = reference.prefill(inputs.input_ids, inputs.pixel_values).logits[0]
     with prompts(reference, [sample], silent) as each:
