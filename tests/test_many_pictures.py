@@ -25,7 +25,7 @@ from himap_export.validate.cli import main as validate_main
 from himap_export.validate.reference.criteria import ReferenceCut
 from himap_export.validate.reference.reference import Reference
 
-OFTEN = ("qwen2.5-vl", "internvl-tiles")  # what the others show, once more
+OFTEN = ("qwen2.5-vl", "internvl-tiles", "llava-next")  # what the others show, once more
 MANY = [pytest.param(name, marks=[pytest.mark.slow] * (name in OFTEN)) for name in FAMILIES]
 
 
