@@ -166,6 +166,11 @@ def _splitting() -> Any:
     return SmolVLMImageProcessorPil(**sides)
 
 
+def _onevision() -> Any:
+    halves = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return _anyres(42, LlavaOnevisionImageProcessorPil, LARGE_SHEETS, **halves)
+
+
 def _clip() -> Any:
     return CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
 
@@ -211,10 +216,12 @@ FAMILIES: Mapping[str, Row] = {
         flags=("--image-size", "56x40"),
     ),
     "llava-onevision": Row(
-        _llava_onevision, (60, 126), 19,
-        lambda: _anyres(42, LlavaOnevisionImageProcessorPil, LARGE_SHEETS, image_mean=[0.5] * 3, image_std=[0.5] * 3),
-        CHATML, "<image>\n", "<image>", tiles=7, view=(42, 42), several=(10, 1),
-        flags=("--image-size", "126x60"),
+        _llava_onevision, (60, 126), 19, _onevision, CHATML, "<image>\n", "<image>", tiles=7, view=(42, 42),
+        several=(10, 1), flags=("--image-size", "126x60"),
+    ),
+    "llava-onevision-film": Row(
+        _llava_onevision, (60, 126), 17, _onevision, CHATML, "<image>\n", "<image>", tiles=4, view=(42, 42),
+        flags=("--image-size", "126x60", "--frames", "4"), frames=4,
     ),
     "smolvlm": Row(
         _smolvlm, (40, 100), 36, _splitting, "", "<image>", "<image>", tiles=9, view=(56, 56),
@@ -241,7 +248,8 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     special += row.special
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: n for n, token in enumerate(special)} | {c: WORD + n for n, c in enumerate(letters)}
-    placeholders = {row.image: IMAGE} | ({"<|video_pad|>": FILM} if "image_pad" in row.image else {})
+    films = getattr(row.config(), "video_token_id", None) == FILM
+    placeholders = {row.image: IMAGE} | ({row.image.replace("image", "video"): FILM} if films else {})
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary | placeholders, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -316,6 +324,8 @@ def hugging_face_inputs(name: str, inputs: Inputs) -> dict[str, torch.Tensor]:
     row, ids, pixels = FAMILIES[name], torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.pixel_values)
     if row.expansion:
         return {"input_ids": ids, "pixel_values": pixels[None]}
+    if row.view is not None and row.frames:
+        return {"input_ids": ids, "pixel_values_videos": pixels.unflatten(0, (-1, row.frames))}
     if row.view is not None:
         several = row.several is not None and len(pixels) % row.tiles > 0
         pixels = pixels.unflatten(0, (-1, row.several[1] if row.several and several else row.tiles))

@@ -58,7 +58,7 @@ def test_unpruned_answers_are_hugging_faces(work: Workshop, name: str) -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("cuts", [CUTS, EARLY], ids=["himap", "early"])
-@pytest.mark.parametrize("name", mostly("llava-onevision"))
+@pytest.mark.parametrize("name", mostly("llava-onevision", "llava-onevision-film"))
 def test_pruned_prompts_are_the_references(
     work: Workshop, tmp_path: Path, name: str, cuts: tuple[ReferenceCut, ...], batch: int
 ) -> None:
@@ -80,7 +80,7 @@ def test_pruned_prompts_are_the_references(
 
 
 # InternVL with tiles and Qwen3-VL do all that the first do; behind their towers the others are LLaVA.
-REPEATED = ("internvl", "qwen2.5-vl", "llava-next", "llava-onevision")
+REPEATED = ("internvl", "qwen2.5-vl", "llava-next", "llava-onevision", "llava-onevision-film")
 
 
 @pytest.mark.parametrize("name", mostly(*REPEATED))
@@ -117,7 +117,7 @@ def test_analyses_see_the_same_model(work: Workshop, name: str) -> None:
     assert len(cams.vision) == (2 if name == "llava" else 0)
 
 
-@pytest.mark.parametrize("name", mostly("llava-next"))
+@pytest.mark.parametrize("name", mostly("llava-next", "llava-onevision-film"))
 def test_half_precision_passes_validation(work: Workshop, name: str) -> None:
     bundle = work.family_bundle(name, "--k1", 2, "--k2", 4, "--dtype", "fp16")
     assert call(validate_main, bundle, "--model", work.family(name), "--no-speed", "--threads", 1) == 0
