@@ -54,7 +54,7 @@ LARGE_SHEETS = [[42 * rows, 42 * columns] for rows in range(1, 4) for columns in
 @dataclass(frozen=True)
 class Row:
     """`config` of a family; pictures are [tiles,3,*size] and become `tokens` tokens; `flags` ask for them. `view`: of
-    tiles that are cut from pictures of `size`.
+    tiles that are cut from pictures of `size`. `several`: the tokens and tiles of each of several pictures, if others.
 
     `patch`: of towers that take patches. `chat`: how its published chat template renders {pictures}, each of them as
     `lead`, and {prompt}, behind `system`; `image` is the placeholder, and `around` what its processor puts around the
@@ -82,11 +82,18 @@ class Row:
     text: int = 0
     special: tuple[str, ...] = ()
     template: str = ""
+    several: tuple[int, int] | None = None
 
-    @property
-    def media(self) -> Media:
-        """What the pixels are to the reference."""
-        return Media(self.size, self.tiles, self.frames) if self.view or self.frames else Media()
+    def seen(self, images: int) -> tuple[int, int]:
+        """Tokens and tiles of each picture of a prompt that holds so many."""
+        return self.several if self.several and images > 1 else (self.tokens, self.tiles)
+
+    def media(self, images: int = 1) -> Media:
+        """What the pixels of prompts of so many pictures, or of films, are to the reference."""
+        if not self.view and not self.frames:
+            return Media()
+        several = self.several is not None and images > 1
+        return Media(self.size, self.seen(images)[1], self.frames, several=several)
 
 
 def _rope(**more: object) -> dict[str, object]:
@@ -159,6 +166,11 @@ def _splitting() -> Any:
     return SmolVLMImageProcessorPil(**sides)
 
 
+def _onevision() -> Any:
+    halves = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return _anyres(42, LlavaOnevisionImageProcessorPil, LARGE_SHEETS, **halves)
+
+
 def _clip() -> Any:
     return CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
 
@@ -204,9 +216,12 @@ FAMILIES: Mapping[str, Row] = {
         flags=("--image-size", "56x40"),
     ),
     "llava-onevision": Row(
-        _llava_onevision, (60, 126), 19,
-        lambda: _anyres(42, LlavaOnevisionImageProcessorPil, LARGE_SHEETS, image_mean=[0.5] * 3, image_std=[0.5] * 3),
-        CHATML, "<image>\n", "<image>", tiles=7, view=(42, 42), flags=("--image-size", "126x60"),
+        _llava_onevision, (60, 126), 19, _onevision, CHATML, "<image>\n", "<image>", tiles=7, view=(42, 42),
+        several=(10, 1), flags=("--image-size", "126x60"),
+    ),
+    "llava-onevision-film": Row(
+        _llava_onevision, (60, 126), 17, _onevision, CHATML, "<image>\n", "<image>", tiles=4, view=(42, 42),
+        flags=("--image-size", "126x60", "--frames", "4"), frames=4,
     ),
     "smolvlm": Row(
         _smolvlm, (40, 100), 36, _splitting, "", "<image>", "<image>", tiles=9, view=(56, 56),
@@ -233,7 +248,8 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     special += row.special
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: n for n, token in enumerate(special)} | {c: WORD + n for n, c in enumerate(letters)}
-    placeholders = {row.image: IMAGE} | ({"<|video_pad|>": FILM} if "image_pad" in row.image else {})
+    films = getattr(row.config(), "video_token_id", None) == FILM
+    placeholders = {row.image: IMAGE} | ({row.image.replace("image", "video"): FILM} if films else {})
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary | placeholders, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -268,7 +284,8 @@ def processed(name: str, images: Sequence[Image.Image], *content: str | None) ->
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
     )
-    expansion = row.expansion or row.around[0] + row.image * row.tokens + row.around[1]
+    tokens, _ = row.seen(len(images))
+    expansion = row.expansion or row.around[0] + row.image * tokens + row.around[1]
     text = chat.replace(row.image, expansion)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     found = {"input_ids": ids, **{name: seen[name] for name in PICTURE_INPUTS if name in seen}}
@@ -283,14 +300,15 @@ def family_inputs(name: str, text_lengths: Sequence[int] = (9,), seed: int = 0, 
     words, many = np.arange(WORD, WORD + 256), images or (1,) * len(text_lengths)
     prompts = []
     for count, text in zip(many, text_lengths, strict=True):
-        image = np.full(row.tokens // row.runs, FILM if row.frames else IMAGE)
+        image = np.full(row.seen(count)[0] // row.runs, FILM if row.frames else IMAGE)
         between = [part for _ in range(count * row.runs - 1) for part in (random.choice(words, 2), image)]
         prompts.append(np.concatenate([random.choice(words, 5), image, *between, random.choice(words, text)]))
     width = max(map(len, prompts))
     ids, mask = np.full((len(prompts), width), PAD, np.int64), np.zeros((len(prompts), width), np.int64)
     for sample, prompt in enumerate(prompts):
         ids[sample, : len(prompt)], mask[sample, : len(prompt)] = prompt, 1
-    pixels = random.standard_normal((sum(many) * row.tiles, 3, *(row.view or row.size)), np.float32)
+    shape = (sum(count * row.seen(count)[1] for count in many), 3, *(row.view or row.size))
+    pixels = random.standard_normal(shape, np.float32)
     return Inputs(ids, mask, pixels, tuple(random.uniform(0.2, 2.0, len(many))) if row.frames else ())
 
 
@@ -306,9 +324,14 @@ def hugging_face_inputs(name: str, inputs: Inputs) -> dict[str, torch.Tensor]:
     row, ids, pixels = FAMILIES[name], torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.pixel_values)
     if row.expansion:
         return {"input_ids": ids, "pixel_values": pixels[None]}
+    if row.view is not None and row.frames:
+        return {"input_ids": ids, "pixel_values_videos": pixels.unflatten(0, (-1, row.frames))}
     if row.view is not None:
-        pixels = pixels.unflatten(0, (-1, row.tiles))
-        return {"input_ids": ids, "pixel_values": pixels, "image_sizes": torch.tensor([row.size] * len(pixels))}
+        several = row.several is not None and len(pixels) % row.tiles > 0
+        pixels = pixels.unflatten(0, (-1, row.several[1] if row.several and several else row.tiles))
+        sizes = {"image_sizes": torch.tensor([row.size] * len(pixels))}
+        sizes |= {"batch_num_images": torch.tensor([len(pixels)])} if several else {}
+        return {"input_ids": ids, "pixel_values": pixels, **sizes}
     if row.patch is None:
         return {"input_ids": ids, "pixel_values": pixels}
     if row.frames:

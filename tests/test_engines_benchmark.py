@@ -47,8 +47,8 @@ def test_every_alias_plans_without_network_or_weights(name: str) -> None:
     attention = s.hidden * s.head_dim * 2 * (s.heads + s.kv_heads)
     head = s.vocab * s.hidden * (1 if planned.model.family.tied else 2)
     parameters = s.layers * (attention + 3 * s.hidden * s.ffn) + head
-    size = re.search(r"-(\d+)b", name)
-    billions = float(size[1]) if size else 7.7  # Qwen-VL-Chat's language model
+    size = re.search(r"-([\d.]+)([bm])", name)
+    billions = float(size[1]) / {"b": 1, "m": 1000}[size[2]] if size else 7.7  # Qwen-VL-Chat's language model
     # A name counts the tower in and rounds: 1B is 0.63 and a tower of 0.3, 3B is 3.09, 4B is 4.02.
     assert 0.6 * billions < parameters / 1e9 < 1.15 * billions, parameters / 1e9
     json.dumps(planned.model.family.fields)

@@ -31,10 +31,9 @@ EARLY = (
 TEXT, NEW = 24, 12
 
 
-def rows(*films: str) -> list[Any]:
-    """All rows; those of films are slow, but `films`."""
-    slow = [name for name, row in FAMILIES.items() if row.frames and name not in films]
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in FAMILIES]
+def mostly(*repeated: str) -> list[Any]:
+    """All families; what `repeated` would show is shown by others, too."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in repeated)) for name in FAMILIES]
 
 
 def plan_table(name: str, cuts: Sequence[ReferenceCut]) -> str:
@@ -59,7 +58,7 @@ def test_unpruned_answers_are_hugging_faces(work: Workshop, name: str) -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("cuts", [CUTS, EARLY], ids=["himap", "early"])
-@pytest.mark.parametrize("name", rows("qwen2.5-vl-film"))
+@pytest.mark.parametrize("name", mostly("llava-onevision", "llava-onevision-film", "qwen3-vl-film"))
 def test_pruned_prompts_are_the_references(
     work: Workshop, tmp_path: Path, name: str, cuts: tuple[ReferenceCut, ...], batch: int
 ) -> None:
@@ -67,7 +66,7 @@ def test_pruned_prompts_are_the_references(
     plan = tmp_path / "plan.toml"
     plan.write_text(plan_table("plan", cuts))
     bundle = work.family_bundle(name, "--plan", plan, "--batch", batch, key=f"{cuts}")
-    reference = Reference(work.family(name), media=FAMILIES[name].media)
+    reference = Reference(work.family(name), media=FAMILIES[name].media())
     for lengths in {1: [(9,), (1,)], 3: [(9, 4, 17), (3, 8)]}[batch]:
         inputs = family_inputs(name, lengths, seed=len(lengths))
         arrays = inputs.input_ids, inputs.pixel_values, inputs.attention_mask
@@ -80,13 +79,14 @@ def test_pruned_prompts_are_the_references(
         np.testing.assert_array_equal(found["tokens"][:, : said.shape[1]], said)
 
 
-# InternVL with tiles and Qwen3-VL do all that these do.
-REPEATED = ("internvl", "qwen2.5-vl", "qwen2.5-vl-film", "qwen3-vl-film")
+# InternVL with tiles and Qwen3-VL do all that the first do; behind their towers the others are LLaVA; films are pictures.
+REPEATED = (
+    "internvl", "qwen2.5-vl", "llava-next", "llava-onevision", "llava-onevision-film", "qwen2.5-vl-film",
+    "qwen3-vl-film",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in REPEATED)) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", mostly(*REPEATED))
 def test_every_criterion_passes_validation(work: Workshop, tmp_path: Path, name: str) -> None:
     """As few plans as there can be, each cutting before every layer, to even shares of the image; and unpruned."""
     tokens, criteria, plans = FAMILIES[name].tokens, sorted(SCORES), ["[none]\ncuts = []\n"]
@@ -108,7 +108,7 @@ def test_every_criterion_passes_validation(work: Workshop, tmp_path: Path, name:
 @pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].tiles == 1])
 def test_analyses_see_the_same_model(work: Workshop, name: str) -> None:
     """Layer by layer as every analysis runs it: the reference's logits; and Grad-CAM's heat lies as the image does."""
-    inputs, reference = family_inputs(name), Reference(work.family(name), media=FAMILIES[name].media)
+    inputs, reference = family_inputs(name), Reference(work.family(name), media=FAMILIES[name].media())
     sample = Sample(inputs.input_ids[0], inputs.pixel_values, label=30)
     wanted = reference.prefill(inputs.input_ids, inputs.pixel_values).logits[0]
     with prompts(reference, [sample], silent) as each:
@@ -120,7 +120,7 @@ def test_analyses_see_the_same_model(work: Workshop, name: str) -> None:
     assert len(cams.vision) == (2 if name == "llava" else 0)
 
 
-@pytest.mark.parametrize("name", rows())
+@pytest.mark.parametrize("name", mostly("llava-onevision", "llava-onevision-film", "qwen2.5-vl-film", "qwen3-vl-film"))
 def test_half_precision_passes_validation(work: Workshop, name: str) -> None:
     bundle = work.family_bundle(name, "--k1", 2, "--k2", 4, "--dtype", "fp16")
     assert call(validate_main, bundle, "--model", work.family(name), "--no-speed", "--threads", 1) == 0

@@ -77,7 +77,7 @@ def family(work: Workshop, name: str, *flags: object) -> Path:
     return work.family_bundle(name, *OPENVINO, "--batch", 3, *cuts, *sizes, *flags)
 
 
-REPEATED = ("internvl", "qwen2.5-vl")  # in int4, every family is in test_quantised_parity
+REPEATED = ("internvl", "qwen2.5-vl", "llava-next")  # in int4, every family is in test_quantised_parity
 
 
 @pytest.mark.parametrize(

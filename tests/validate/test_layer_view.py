@@ -16,7 +16,7 @@ LAYER = 3
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_state_shows_what_its_last_layer_computed(work: Workshop, name: str) -> None:
-    inputs, reference = family_inputs(name), Reference(work.family(name), media=FAMILIES[name].media)
+    inputs, reference = family_inputs(name), Reference(work.family(name), media=FAMILIES[name].media())
     start = reference.start(inputs.input_ids[0][inputs.attention_mask[0] != 0], inputs.pixel_values)
     before, state = reference.advance(start, LAYER - 1), reference.advance(start, LAYER, attention=True)
     torch.testing.assert_close(state.previous, before.hidden, rtol=0, atol=0)

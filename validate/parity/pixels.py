@@ -65,9 +65,11 @@ def _made(image_file: Path, spec: ImageSpec, folder: Path) -> Pixels | str:
     """Returns what Hugging Face's processor makes of one image, or why that is not to be compared."""
     height, width = spec.size
     try:
-        image, processor = _image(image_file), _processor(folder, 4 * max(spec.size))
+        split = spec.preprocessing.split
+        largest = max(side for size in (spec.size, *(split.resizes if split else ())) for side in size)
+        image, processor = _image(image_file), _processor(folder, 4 * largest)
         by_patches = "image_grid_thw" in processor.model_input_names  # of the image's own size, more or less
-        split = spec.preprocessing.split is not None  # by the size of the picture itself
+        # Splits are by the size of the picture itself.
         if (split and (image.height, image.width) != spec.size) or (by_patches and not _fills(image, spec)):
             return f"{image.width}x{image.height} is letterboxed to {width}x{height}, by design"
         given = [[image] * (1 + spec.several)] if split else image  # the pictures of one prompt
