@@ -25,8 +25,9 @@ from himap_export.validate.cli import main as validate_main
 from himap_export.validate.reference.criteria import ReferenceCut
 from himap_export.validate.reference.reference import Reference
 
-OFTEN = ("qwen2.5-vl", "internvl-tiles", "llava-next")  # what the others show, once more
-MANY = [pytest.param(name, marks=[pytest.mark.slow] * (name in OFTEN)) for name in FAMILIES]
+PICTURES = [name for name, row in FAMILIES.items() if not row.frames]
+OFTEN = ("qwen2.5-vl", "internvl", "internvl-tiles", "llava-next")  # what the others show, once more
+MANY = [pytest.param(name, marks=[pytest.mark.slow] * (name in OFTEN)) for name in PICTURES]
 
 
 @pytest.mark.parametrize("name", MANY)
@@ -74,7 +75,7 @@ def test_rows_of_a_batch_may_hold_fewer_pictures_where_nothing_is_cut(work: Work
 
 
 @pytest.mark.parametrize(
-    ("name", "batch"), [("llava", 3), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in FAMILIES)]
+    ("name", "batch"), [("llava", 3), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in PICTURES)]
 )
 def test_a_quota_keeps_as_many_of_each_picture(work: Workshop, tmp_path: Path, name: str, batch: int) -> None:
     cuts = tuple(ReferenceCut(c.layer, c.criterion, c.remove, images=3) for c in CUTS)
@@ -86,7 +87,7 @@ def test_a_quota_keeps_as_many_of_each_picture(work: Workshop, tmp_path: Path, n
 
 @pytest.mark.parametrize("quota", ["prompt", "per-image"])
 @pytest.mark.parametrize(
-    "name", ["llava", *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES if n != "llava")]
+    "name", ["llava", *(pytest.param(n, marks=pytest.mark.slow) for n in PICTURES if n != "llava")]
 )
 def test_every_criterion_over_two_pictures_passes_validation(
     work: Workshop, tmp_path: Path, name: str, quota: str
