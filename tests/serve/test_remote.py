@@ -85,7 +85,7 @@ def asking(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ask
         service = RemoteService(
             shapes, "shapes", watch=lambda question, event: watched.append(event), replicas=replicas, slots=1, queue=1
         )
-        request = service.prepare("shapes", Image.new("RGB", (112, 112)), "what?")
+        request = service.prepare("shapes", [Image.new("RGB", (112, 112))], "what?")
         question = Question("id", "shapes", request, 16, asked=time.monotonic())
         return Asking(service, replicas, question, watched=watched)
 
