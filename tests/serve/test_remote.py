@@ -113,7 +113,7 @@ def test_an_answer_comes_in_the_times_of_this_machine(asking: Callable[..., Aski
         assert isinstance(began, Began) and 0 <= began.queue_s < 7 and began.kept is BEGAN.kept
         assert (ended.reason, ended.tokens, ended.decode_s) == ("stop", 2, 0.5)
         (asked,) = one.replicas.asked
-        assert asked.digest == one.question.request.spec.manifest.digest and asked.text_budget == 16
+        assert asked.digest == one.question.request.spec.manifest.digest and asked.variant[2:] == (1, 16)
         assert one.service.ready and one.replicas.left == 1
 
     run(talk)

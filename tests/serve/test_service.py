@@ -120,10 +120,11 @@ def test_what_was_kept_is_told_in_patches(service: Service) -> None:
     began = heard[0]
     assert isinstance(began, Began)
     kept = describe_kept(asked.request, began.kept)
-    assert (kept.rows, kept.columns, kept.stages) == (8, 8, ("prefix", "k1", "k2"))
+    (only,) = kept.pictures
+    assert (only.rows, only.columns, kept.stages) == (8, 8, ("prefix", "k1", "k2"))
     assert image_tokens_kept(asked.request) == dict(zip(kept.stages, kept.image_tokens, strict=True))
-    assert [len(kept.kept[stage]) for stage in ("k1", "k2")] == list(kept.image_tokens[1:])
-    assert set(kept.kept["k2"]) < set(kept.kept["k1"]) < set(range(64)) and kept.box == (0, 0, 1, 1)
+    assert [len(only.kept[stage]) for stage in ("k1", "k2")] == list(kept.image_tokens[1:])
+    assert set(only.kept["k2"]) < set(only.kept["k1"]) < set(range(64)) and only.box == (0, 0, 1, 1)
 
 
 def test_the_smallest_budget_that_fits_answers(service: Service) -> None:
