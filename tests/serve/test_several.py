@@ -171,10 +171,10 @@ def test_features_are_known_the_second_time(hall: Served, began: list[tuple[Ques
     assert [(each.known, each.looked) for _, each in began[-3:]] == [(1, 1), (2, 0), (2, 0)]
 
 
-def test_films_are_not_served(shapes: Bundle) -> None:
+def test_films_are_not_served(several: Bundle) -> None:
     film = Film(frames=1, steps=1, sampling="arange", fps=1.0)
-    images = {name: msgspec.structs.replace(spec, film=film) for name, spec in shapes.manifest.images.items()}
-    bundle = replace(shapes, manifest=msgspec.structs.replace(shapes.manifest, images=images))
+    images = {name: msgspec.structs.replace(spec, film=film) for name, spec in several.manifest.images.items()}
+    bundle = replace(several, manifest=msgspec.structs.replace(several.manifest, images=images))
     with pytest.raises(HimapError, match="is for films: only pictures are served") as refused:
         Service(bundle, "films")
     assert refused.value.code == Exit.USAGE
