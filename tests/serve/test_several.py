@@ -3,7 +3,8 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -12,11 +13,17 @@ import pytest
 from commands import QUESTIONS_64
 from served import KEY, Served, data_uri, served
 
+from himap_export.engines.arrays import Inputs
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.film import Film
-from himap_export.engines.session import Session
+from himap_export.engines.image import ImagePreprocessing
+from himap_export.engines.layout import ImageTokens
+from himap_export.engines.manifest import ImageSpec
+from himap_export.engines.prompt import Expansion, Segment
+from himap_export.engines.session import Request, Session
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.serve.kept import describe_kept
 from himap_export.serve.messages import Began, Event, Question
 from himap_export.serve.schema import read_chat
 from himap_export.serve.service import Service
@@ -162,6 +169,28 @@ def test_what_was_kept_of_each(hall: Served, alone: Session) -> None:
         assert (picture["rows"], picture["columns"], picture["box"]) == (8, 8, [0, 0, 1, 1])
         for cut in ("k1", "k2"):
             assert picture["kept"][cut] == [n for n, p in enumerate(own) if p in answer.outputs[f"kept_{cut}"][0]]
+
+
+@pytest.mark.parametrize(
+    ("front", "newline", "behind", "several"), [(0, 0, 0, False), (1, 0, 0, False), (6, 1, 0, False), (0, 0, 1, True)]
+)
+def test_tokens_that_stand_for_no_place(front: int, newline: int, behind: int, several: bool) -> None:
+    """A class token or an overview in front, newlines behind each row, or one behind the whole: of two pictures of 2 x
+    3 patches the second keeps the corners."""
+    each = front + 2 * (3 + newline) + behind
+    image = ImageSpec(
+        size=(2, 3), tiles=1, tokens=each, grid=(2, 3), newline=newline, several=several,
+        preprocessing=ImagePreprocessing(resize=(2, 3), crop=None), expansion=Expansion((Segment("", each),)),
+    )  # fmt: skip
+    corners = [front + row * (3 + newline) + column for row in (0, 1) for column in (0, 2)]
+    spec = SimpleNamespace(
+        image=image, plan=SimpleNamespace(stages=("prefix", "k1")), budget=SimpleNamespace(visual=(2 * each, 4)),
+        manifest=SimpleNamespace(model=SimpleNamespace(image=ImageTokens(7))),
+    )  # fmt: skip
+    ids = np.array([[1, *[7] * each, 1, *[7] * each, 1]])
+    request = Request(Inputs(ids, np.zeros((2, 3, 2, 3), np.float32)), cast(Any, spec), sizes=((3, 2), (3, 2)))
+    one, other = describe_kept(request, {"kept_k1": np.array([0, *[2 + each + n for n in corners], -1])}).pictures
+    assert one.kept == {"k1": []} and other.kept == {"k1": [0, 2, 3, 5]} and (other.rows, other.columns) == (2, 3)
 
 
 def test_features_are_known_the_second_time(hall: Served, began: list[tuple[Question, Began]]) -> None:
