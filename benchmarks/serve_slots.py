@@ -97,7 +97,7 @@ def by_service(service: Service, asked: Asked) -> Answers:
 def requests(service: Service, count: int) -> Asked:
     """Returns `count` questions with answers uniform in length."""
     images = [decode_image(b64decode(uri.partition(",")[2]), "a picture") for uri in pictures(8)]
-    found = [service.prepare(service.name, images[n % len(images)], question(n)) for n in range(count)]
+    found = [service.prepare(service.name, [images[n % len(images)]], question(n)) for n in range(count)]
     lengths = np.random.default_rng(1).integers(SHORTEST, LONGEST + 1, count)
     return Asked(tuple(found), tuple(int(length) for length in lengths))
 

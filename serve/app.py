@@ -29,14 +29,14 @@ from himap_export.serve.gate import Gate, Intake
 from himap_export.serve.logs import RequestLog
 from himap_export.serve.messages import Question
 from himap_export.serve.metrics import Metrics
-from himap_export.serve.pictures import PictureLimits, picture
-from himap_export.serve.schema import Chat, read_chat
+from himap_export.serve.pictures import PictureLimits, pictures
+from himap_export.serve.schema import CONTENT, Chat, read_chat
 from himap_export.serve.service import Draining, QueueFull, Service
 from himap_export.serve.stream import Answer, AnswerResponse, Events
 
-PREPARING = 8  # pictures that are fetched, decoded and prepared at a time
+PREPARING = 8  # requests whose pictures are fetched, decoded and prepared at a time
 PREPARERS = 2  # threads that prepare them
-TEXT_IN_JSON = 2**18  # bytes of a body beside its picture
+TEXT_IN_JSON = 2**18  # bytes of a body beside its pictures
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ class Door:
 
     def __init__(self, service: Service, options: Options) -> None:
         self.service, self.options, self.opened = service, options, int(time.time())
-        self._intake = Intake(options.pictures.max_bytes * 4 // 3 + TEXT_IN_JSON, options.held_bytes, options.body_s)
+        most = min(options.pictures.together, max(v.budget.images for v in service.bundle.manifest.variants))
+        max_bytes = options.pictures.max_bytes * most * 4 // 3 + TEXT_IN_JSON
+        self._intake = Intake(max_bytes, options.held_bytes, options.body_s)
         self._preparing = asyncio.Semaphore(PREPARING)
         self._threads = ThreadPoolExecutor(PREPARERS, "himap-prepare")
         self._models = {name: self._model(name, plan) for name, plan in service.models.items()}
@@ -94,7 +96,7 @@ class Door:
             chat = read_chat(await held.body(request))
             question = await self._question(chat, asked)
         answer, events = Answer(question, chat.style), Events()
-        del chat  # a picture's URI is megabytes long
+        del chat  # pictures' URIs are megabytes long
         try:
             cancel = self.service.submit(question, events.deliver)
         except (QueueFull, Draining) as problem:
@@ -106,15 +108,16 @@ class Door:
 
     async def _question(self, chat: Chat, asked: float) -> Question:
         self._known(chat.model)
-        new_tokens, (url, param) = chat.new_tokens(self.service.max_new_tokens), chat.image
+        new_tokens, urls = chat.new_tokens(self.service.max_new_tokens), chat.images
+        try:
+            self.service.check_images(chat.model, len(urls))
+        except HimapError as problem:
+            raise as_api_error(problem, CONTENT) from None
         async with self._preparing:
-            try:
-                image = await picture(url, self.options.pictures)
-            except HimapError as problem:
-                raise as_api_error(problem, param, "invalid_image") from None
+            images = await pictures(urls, self.options.pictures)
             try:
                 prepare, loop = self.service.prepare, asyncio.get_running_loop()
-                request = await loop.run_in_executor(self._threads, prepare, chat.model, image, chat.prompt)
+                request = await loop.run_in_executor(self._threads, prepare, chat.model, images, chat.prompt)
             except HimapError as problem:
                 raise as_api_error(problem, "messages") from None
         return Question(
@@ -140,8 +143,8 @@ class Door:
         self.options.log.write(
             "request", request_id=request_id, id=question.id, client=client, status=status, model=question.model,
             plan=question.request.spec.plan_name, text_budget=question.request.spec.budget.text,
-            finish_reason=answer.ended.reason if answer.ended else None, prompt=question.request.prompt,
-            answer="".join(answer.texts), **usage,
+            images=len(question.request.sizes), finish_reason=answer.ended.reason if answer.ended else None,
+            prompt=question.request.prompt, answer="".join(answer.texts), **usage,
             **{name.replace("_s", "_ms"): None if s is None else round(s * 1e3, 3) for name, s in seconds.items()},
         )  # fmt: skip
 
@@ -160,6 +163,7 @@ class Door:
             "cuts": [{"layer": cut.layer, "criterion": cut.criterion} for cut in spec.plan.cuts],
             "image_tokens": dict(zip(spec.plan.stages, spec.budget.visual, strict=True)),
             "picture": spec.image.size,
+            "images": sorted({v.budget.images for v in self.service.bundle.manifest.variants}),
             "max_new_tokens": self.service.max_new_tokens,
         }
         return {"id": name, "object": "model", "created": self.opened, "owned_by": "himap-export", "himap": himap}

@@ -40,12 +40,15 @@ class Question:
 @dataclass(frozen=True)
 class Began:
     """Prefill is done. `kept`: by cut (kept_k1, ..) the original positions [S_i] that stay, -1 for padding. `queue_s`:
-    how long it waited for a slot, `prefill_s`: until its first token from then on."""
+    how long it waited for a slot, `prefill_s`: until its first token from then on. Of its pictures the tower `looked`
+    at so many; the features of the others were `known`."""
 
     kept: Mapping[str, Integers]
     at: float
     queue_s: float
     prefill_s: float
+    known: int = 0
+    looked: int = 0
 
 
 @dataclass(frozen=True)

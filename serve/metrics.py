@@ -15,6 +15,7 @@ from himap_export.serve.kept import image_tokens_kept
 from himap_export.serve.messages import Began, Ended, Event, Piece, Question
 from himap_export.serve.service import Service
 
+FEATURES = ("hit", "miss")
 FINISHED, FAILED, REJECTED = ("stop", "length"), ("cancelled", "timeout", "error"), ("queue_full", "draining")
 # Seconds, from a small model's token on a CPU to the end of a long queue; neighbours are at most a factor of two apart,
 # which is how far a quantile may be off.
@@ -35,6 +36,10 @@ COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "rejected": ("Requests not taken in.", ("reason",)),
     "image_tokens": ("Image tokens of prefilled pictures, counted once for each stage.", ("stage",)),
     "image_tokens_kept": ("Image tokens of prefilled pictures that each stage still has.", ("stage",)),
+    "image_features": (
+        "Prefilled pictures: of a hit the features were known, at a miss the tower looked.",
+        ("result",),
+    ),
 }
 HISTOGRAMS = {
     "time_to_first_token": "From a request's arrival to its first token.",
@@ -96,9 +101,11 @@ class Metrics:
         for reason in REJECTED:
             self._counters["rejected"].labels(self._service.name, reason)
         for model in self._service.models:
-            for name, reasons in (("request_success", FINISHED), ("request_failure", FAILED)):
-                for reason in reasons:
-                    self._counters[name].labels(model, reason)
+            for name, labels in (
+                ("request_success", FINISHED), ("request_failure", FAILED), ("image_features", FEATURES),
+            ):  # fmt: skip
+                for label in labels:
+                    self._counters[name].labels(model, label)
             for metric in (self._counters["prompt_tokens"], self._counters["generation_tokens"]):
                 metric.labels(model)
             for histogram in self._seconds.values():
@@ -107,6 +114,8 @@ class Metrics:
     def _prefilled(self, question: Question, event: Began) -> None:
         self._began[question.id] = event
         self._counters["prompt_tokens"].labels(question.model).inc(question.prompt_tokens)
+        for result, count in zip(FEATURES, (event.known, event.looked), strict=True):
+            self._counters["image_features"].labels(question.model, result).inc(count)
         kept = image_tokens_kept(question.request)
         for stage, count in kept.items():
             self._counters["image_tokens"].labels(question.model, stage).inc(kept["prefix"])

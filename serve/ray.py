@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 from himap_export.engines.cli import open_bundle
 from himap_export.engines.extras import missing_extra
-from himap_export.engines.fitting import fitting_variant
 from himap_export.engines.processor import load_processor
 from himap_export.engines.session import Request
 from himap_export.graphs.errors import Exit, HimapError
@@ -27,6 +26,7 @@ from himap_export.serve import MODEL_NAME
 from himap_export.serve.cli import service_of, watched_service_of
 from himap_export.serve.messages import Ended, Event, Question
 from himap_export.serve.remote import Asked, Lost, RemoteService
+from himap_export.serve.scheduler import key_of
 from himap_export.serve.service import Draining, QueueFull, Service
 
 try:
@@ -98,9 +98,10 @@ class Engine:
 
     def __init__(self, arguments: Arguments, digest: str, most: int) -> None:
         options = arguments.as_options(expect_sha256=digest, max_queue=most)
-        bundle = self._bundle = open_bundle("himap-serve", options)
+        bundle = open_bundle("himap-serve", options)
         self._processors = {name: load_processor(bundle, image) for name, image in bundle.manifest.images.items()}
         self._service = service_of(options, bundle, Service)
+        self._specs = {key_of(spec): spec for spec in self._service.variants}
         self._service.open()
 
     async def answer(self, asked: Asked) -> AsyncGenerator[list[Event], None]:
@@ -129,8 +130,7 @@ class Engine:
             cancel()
 
     def _request(self, asked: Asked) -> Request:
-        plan, bundle = self._service.models[asked.model], self._bundle
-        spec = fitting_variant(bundle, asked.inputs, plan, asked.text_budget)
+        spec = self._specs[asked.variant]
         return Request(asked.inputs, spec, processor=self._processors[spec.variant.image])
 
     async def ping(self) -> None:

@@ -17,6 +17,7 @@ from himap_export.engines.arrays import Inputs
 from himap_export.engines.sampling import Sampling
 from himap_export.graphs.errors import HimapError
 from himap_export.serve.messages import Began, Deliver, Ended, Event, Question
+from himap_export.serve.scheduler import Key, key_of
 from himap_export.serve.service import Draining, Load, QueueFull, Service
 
 LOG = logging.getLogger(__name__)
@@ -34,14 +35,14 @@ class Lost(Draining):
 
 @dataclass(frozen=True)
 class Asked:
-    """A question as it travels: its prompt as arrays, which are small beside the picture's file. `seconds` are left of
-    its time, for clocks of two machines share no zero; `digest` is of the bundle that it was prepared for."""
+    """A question as it travels: its prompt as arrays, which are small beside the pictures' files. `seconds` are left of
+    its time, for clocks of two machines share no zero; `digest` and `variant` say what it was prepared for."""
 
     id: str
     model: str
     digest: str
     inputs: Inputs
-    text_budget: int
+    variant: Key
     max_new_tokens: int
     sampling: Sampling
     stop: tuple[str, ...]
@@ -52,7 +53,7 @@ def asked_of(question: Question) -> Asked:
     """Returns what a replica needs to know of `question`."""
     spec = question.request.spec
     return Asked(
-        question.id, question.model, spec.manifest.digest, question.request.inputs, text_budget=spec.budget.text,
+        question.id, question.model, spec.manifest.digest, question.request.inputs, variant=key_of(spec),
         max_new_tokens=question.max_new_tokens, sampling=question.sampling, stop=question.stop,
         seconds=question.deadline - time.monotonic(),
     )  # fmt: skip

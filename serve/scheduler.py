@@ -16,12 +16,13 @@ from himap_export.graphs.errors import HimapError
 from himap_export.serve.messages import Began, Deliver, Ended, Event, Piece, Question, Reason
 from himap_export.serve.speaker import Speaker
 
-Key = tuple[str, str, int]  # of a variant: its plan, image spec and text budget
+Key = tuple[str, str, int, int]  # of a variant: its plan, image spec, images a prompt and text budget
 Watch = Callable[[Question, Event], None]
 
 
 def key_of(spec: RunSpec) -> Key:
-    return spec.plan_name, spec.variant.image, spec.budget.text
+    """Returns what tells a variant from the bundle's others."""
+    return spec.plan_name, spec.variant.image, spec.budget.images, spec.budget.text
 
 
 @dataclass(eq=False)
@@ -108,6 +109,7 @@ class Scheduler:
         speaker = Speaker(
             processor.tokenizer, eos, most=question.max_new_tokens, sampling=question.sampling, stop=question.stop
         )
+        known, looked = slots.features.hits, slots.features.misses
         try:
             prefilled = slots.prefill(row, question.request.inputs, question.sampling.seed)
             text, now = speaker.say(prefilled.logits), time.monotonic()
@@ -117,7 +119,10 @@ class Scheduler:
             return
         self._rows[key][row] = Answering(ticket, speaker, now)
         kept = {name: positions[0] for name, positions in prefilled.kept.items()}
-        self._tell(ticket, Began(kept, now, queue_s=start - ticket.since, prefill_s=now - start))
+        self._tell(ticket, Began(
+            kept, now, queue_s=start - ticket.since, prefill_s=now - start, known=slots.features.hits - known,
+            looked=slots.features.misses - looked,
+        ))  # fmt: skip
         self._spoken(key, row, text, now)
 
     def _step(self, key: Key, rows: dict[int, Answering]) -> None:

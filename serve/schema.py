@@ -1,21 +1,24 @@
-"""What OpenAI's chat API takes, as far as one question about one picture goes; anything else is refused by its name."""
+"""What OpenAI's chat API takes, as far as one question about pictures goes; anything else is refused by its name."""
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
+from himap_export.engines.prompt import IMAGE_MARK
 from himap_export.engines.sampling import Sampling
 from himap_export.graphs.errors import suggestion
 from himap_export.serve.errors import ApiError
 
 MAX_PROMPT = 100_000  # characters: tokenizing more takes seconds, and no text budget holds it
 MAX_STOPS, MAX_STOP = 4, 256  # texts, and characters of one
-EXPECTED = "one message of the user, with exactly one image_url part and text parts"
+EXPECTED = "one message of the user, with image_url parts and text parts"
+CONTENT = "messages[0].content"
 # What the API has and this server does not do, with the values that ask for nothing; null always does.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
@@ -111,15 +114,21 @@ class Chat(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def prompt(self) -> str:
-        """Its texts, a line each."""
-        return "\n".join(part.text for part in self.parts if isinstance(part, TextPart))
+        """Its texts, those side by side a line each. Pictures that stand between texts are marked where they stand; a
+        single run of them, before all texts or behind, is left out: it goes where the model was taught to see it, in
+        front, and the question is behind it, by which cuts rank."""
+        runs = [(kind, [*parts]) for kind, parts in groupby(self.parts, type)]
+        return "".join(
+            "\n".join(part.text for part in parts if isinstance(part, TextPart)) if kind is TextPart
+            else IMAGE_MARK * len(parts) if len(runs) > 2 else ""
+            for kind, parts in runs
+        )  # fmt: skip
 
     @property
-    def image(self) -> tuple[str, str]:
-        """The picture's URL, and the name of the field that holds it."""
+    def images(self) -> dict[str, str]:
+        """The pictures' URLs in their order, by the names of the fields that hold them."""
         found = ((n, part.image_url.url) for n, part in enumerate(self.parts) if isinstance(part, ImagePart))
-        n, url = next(found)
-        return url, f"messages[0].content[{n}].image_url.url"
+        return {f"{CONTENT}[{n}].image_url.url": url for n, url in found}
 
     @property
     def sampling(self) -> Sampling:
@@ -199,14 +208,22 @@ def _check_message(chat: Chat) -> None:
             raise ApiError(400, text, param=name, code="unsupported_value")
     if len(chat.messages) != 1:
         raise ApiError(400, f"{len(chat.messages)} messages: expected {EXPECTED}", param="messages")
-    images = sum(isinstance(part, ImagePart) for part in chat.parts)
-    if images != 1:
-        raise ApiError(400, f"{images} pictures: expected {EXPECTED}", param="messages[0].content")
-    if not chat.prompt.strip():
-        raise ApiError(400, f"there is no question: expected {EXPECTED}", param="messages[0].content")
-    if len(chat.prompt) > MAX_PROMPT:
-        text = f"the question has {len(chat.prompt)} characters, at most {MAX_PROMPT} are read"
-        raise ApiError(400, text, param="messages[0].content", code="string_above_max_length")
+    _check_content(chat.parts)
+
+
+def _check_content(parts: Sequence[TextPart | ImagePart]) -> None:
+    if not any(isinstance(part, ImagePart) for part in parts):
+        raise ApiError(400, f"there is no picture: expected {EXPECTED}", param=CONTENT)
+    texts = {n: part.text for n, part in enumerate(parts) if isinstance(part, TextPart)}
+    if not any(text.strip() for text in texts.values()):
+        raise ApiError(400, f"there is no question: expected {EXPECTED}", param=CONTENT)
+    if (length := sum(map(len, texts.values()))) > MAX_PROMPT:
+        text = f"the question has {length} characters, at most {MAX_PROMPT} are read"
+        raise ApiError(400, text, param=CONTENT, code="string_above_max_length")
+    for n, text in texts.items():
+        if IMAGE_MARK in text:
+            said = f"the text contains {IMAGE_MARK}: image_url parts say where pictures stand"
+            raise ApiError(400, said, param=f"{CONTENT}[{n}].text")
 
 
 def _check_fields(chat: Chat) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from himap_export.engines.backends import ANYWAY, Opening
 from himap_export.engines.bundle import Bundle, RunSpec
+from himap_export.engines.layout import text_tokens
 from himap_export.engines.prefill import check_memory
 from himap_export.engines.processor import load_processor
 from himap_export.engines.session import Request, Session, open_first
@@ -79,7 +80,7 @@ class Service:
         settings: Settings | None = None,
         watch: Callable[[Question, Event], None] = nobody,
     ) -> None:
-        """HimapError (usage) for a plan that the bundle does not hold."""
+        """HimapError (usage) for a plan that the bundle does not hold, or a bundle for films."""
         self.bundle, self.name, self.settings, self._watch = bundle, name, settings or Settings(), watch
         held = tuple(dict.fromkeys(v.plan_name for v in bundle.manifest.variants))
         chosen = tuple(dict.fromkeys(bundle.plan_name(plan) for plan in plans)) or held
@@ -90,6 +91,9 @@ class Service:
         self.models: Mapping[str, str] = {name: chosen[0]} | {f"{name}:{each}": plan for each, plan in called.items()}
         self.max_new_tokens = min(v.budget.new for v in bundle.manifest.variants)
         self.variants = [RunSpec(bundle, v) for v in bundle.manifest.variants if v.plan_name in chosen]
+        if any(spec.image.film for spec in self.variants):
+            hint = "ask with himap-run and `video`"
+            raise HimapError(f"{bundle.folder} is for films", "only pictures are served", hint, Exit.USAGE)
         self._preparing = {plan: Session(bundle, plan=plan) for plan in chosen}
         self._backend, self._opening = backend, opening
         self._scheduler: Scheduler | None = None
@@ -120,15 +124,27 @@ class Service:
             return Load(0, 0, 0)
         return Load(found.running, found.unplaced([*self._inbox, *found.waiting.copy()]), found.slots)
 
-    def prepare(self, model: str, image: Image.Image, prompt: str) -> Request:
-        """Returns the request of one question to a model, in milliseconds; any thread may call it. KeyError for an
-        unknown model, HimapError (usage) for a question that does not fit."""
-        request = self._preparing[self.models[model]].prepare(image, prompt)
-        budget, needed = request.spec.budget, request.inputs.input_ids.shape[1] - request.spec.budget.visual[0]
+    def check_images(self, model: str, count: int) -> None:
+        """Checks that a model takes prompts of so many pictures; HimapError (usage) says which it takes if not.
+        KeyError for an unknown model."""
+        try:
+            self.bundle.variants(self.models[model], count)
+        except HimapError as problem:  # whoever asks knows the model, not the folder
+            summary = problem.summary.replace(str(self.bundle.folder), model)
+            raise HimapError(summary, problem.details, problem.hint, problem.code) from None
+
+    def prepare(self, model: str, images: Sequence[Image.Image], prompt: str) -> Request:
+        """Returns the request of one question to a model about pictures, in milliseconds; `<image>` in the prompt says
+        where they stand, else they stand in front. Any thread may call it. KeyError for an unknown model, HimapError
+        (usage) for a question that does not fit."""
+        self.check_images(model, len(images))
+        request = self._preparing[self.models[model]].prepare(images, prompt)
+        ids, mask = request.inputs.input_ids, request.inputs.attention_mask
+        budget, needed = request.spec.budget, text_tokens(ids, mask, self.bundle.manifest.model.image)
         if needed > budget.text:
             hint = f"shorten it, or export with `text_budget` {needed}"
             raise HimapError(f"the prompt has {needed} text tokens", f"the budget is {budget.text}", hint, Exit.USAGE)
-        return replace(request, pictures=())  # a photograph's pixels would wait in the queue with it
+        return replace(request, pictures=())  # photographs' pixels would wait in the queue with it
 
     def submit(self, question: Question, deliver: Deliver) -> Callable[[], None]:
         """Takes a question in and returns what cancels it; `deliver` hears of it. QueueFull or Draining if it is not
@@ -228,7 +244,7 @@ class Service:
 
 
 def _try(scheduler: Scheduler, spec: RunSpec) -> None:
-    """Lets a variant answer a question about a grey image; HimapError if it cannot."""
+    """Lets a variant answer a question about grey images; HimapError if it cannot."""
     image, events = Image.new("RGB", spec.image.size[::-1], "gray"), list[Event]()
     processor = load_processor(spec.bundle, spec.image)
     inputs = processor.inputs([image] * spec.budget.images, "?")

@@ -128,8 +128,7 @@ class Answer:
     def _kept(self) -> dict[str, Any]:
         if not self.style.kept or self.began is None:
             return {}
-        found: dict[str, Any] = msgspec.to_builtins(describe_kept(self.question.request, self.began.kept))
-        return found
+        return describe_kept(self.question.request, self.began.kept).document()
 
     def _timing(self) -> dict[str, Any]:
         return {"timing": self.seconds()} if self.style.timing else {}

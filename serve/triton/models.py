@@ -66,7 +66,7 @@ def questions(service: Service, request: Any) -> list[Question]:
         found.append(
             Question(
                 id=request.request_id(), model=(model := models[row] if models else service.name),
-                request=service.prepare(model, image, prompt), max_new_tokens=_limit(service, request, row),
+                request=service.prepare(model, [image], prompt), max_new_tokens=_limit(service, request, row),
                 asked=asked, sampling=_sampling(request, row), deadline=deadline,
             )
         )  # fmt: skip

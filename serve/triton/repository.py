@@ -36,13 +36,15 @@ def write_repository(
 
     It names the bundle's folder, and holds no copy of it. With `verify` the models compare the bundle's content with
     its manifest when they open it. HimapError (usage) for a folder that holds something, a `name` that Triton
-    cannot take, or a plan that the bundle does not hold.
+    cannot take, a plan that the bundle does not hold, or one that does not take a single picture.
     """
     if not re.fullmatch(MODEL_NAME, name):
         details = f"{name[:80]!r} is not up to 100 letters, digits, dots, dashes and underscores"
         raise HimapError("the models of Triton cannot have this name", details, "give a `model_name`", Exit.USAGE)
     target, settings = _settled(folder), settings or Settings()
     chosen = [bundle.plan_name(plan) for plan in plans]
+    for plan in chosen or {v.plan_name for v in bundle.manifest.variants}:
+        bundle.variants(plan, 1, film=False)  # config.pbtxt has one IMAGE, whatever the bundle
     said = {
         "bundle": os.path.realpath(bundle.folder),
         "weights": [os.path.realpath(folder) for folder in bundle.weight_folders],

@@ -26,6 +26,17 @@ def shapes(work: Workshop) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def several(work: Workshop) -> Bundle:
+    """The small model for prompts of two and three pictures, pruned and not."""
+    with work._once("serve-shapes-64-several") as (folder, missing):
+        if missing:
+            policies, budgets = POLICIES[:4], ("--text-budget", 32, "--max-new-tokens", 8)
+            flags = (*ORT, *policies, *budgets, "--images", 2, 3, "--slots", 2)
+            assert call(export_main, SHAPES_64, *flags, "--out", folder) == 0
+    return Bundle.open(folder)
+
+
+@pytest.fixture(scope="session")
 def door(shapes: Bundle) -> Iterator[Served]:
     """The small model behind a key, that waits half a second for a body."""
     service = Service(shapes, "shapes", plans=("qa", "none"), opening=Opening(threads=1))

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,9 +45,13 @@ class FakeService:
     def open(self) -> None:
         """Has nothing to open."""
 
-    def prepare(self, model: str, image: Image.Image, prompt: str) -> Request:
+    def check_images(self, model: str, count: int) -> None:
+        assert count > 0
+
+    def prepare(self, model: str, images: Sequence[Image.Image], prompt: str) -> Request:
         assert model in self.models
-        return Request(NOTHING, self.bundle.select(self.models[model]), image, prompt)
+        sizes = tuple(image.size for image in images)
+        return Request(NOTHING, self.bundle.select(self.models[model]), prompt=prompt, sizes=sizes)
 
     def submit(self, question: Question, deliver: Deliver) -> Callable[[], None]:
         if self.refuses is not None:

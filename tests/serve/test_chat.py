@@ -75,6 +75,7 @@ def test_models_are_listed_with_their_plans(client: openai.OpenAI, door: Served)
             "cuts": [{"layer": 2, "criterion": "instruction"}, {"layer": 8, "criterion": "image"}],
             "image_tokens": {"prefix": 64, "k1": 32, "k2": 8},
             "picture": [112, 112],
+            "images": [1],
             "max_new_tokens": 12,
         }
     }

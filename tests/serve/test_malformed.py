@@ -96,6 +96,8 @@ def png_bomb() -> bytes:
 
 TEXT = {"type": "text", "text": "what is it?"}
 IMAGE = {"type": "image_url", "image_url": {"url": data_uri()}}
+NOWHERE = {"type": "image_url", "image_url": {"url": "x"}}
+MARKED = {"type": "text", "text": "what is <image>?"}
 PART, URL = "messages[0].content", "messages[0].content[1].image_url.url"
 SYSTEM = {"role": "system", "content": "be brief"}
 USER = question()["messages"][0]
@@ -198,8 +200,10 @@ MESSAGES = [
     Bad("a system's", changed(messages=[SYSTEM, USER]), 400, "unsupported_value", "messages[0].role"),
     Bad("a name", changed(messages=[USER | {"name": "a"}]), 400, "unknown_parameter", "messages[0].name"),
     Bad("null content", changed(messages=[USER | {"content": None}]), 400, "invalid_type", PART),
-    Bad("no picture", content(TEXT), 400, "invalid_value", PART, "0 pictures: expected one message"),
-    Bad("two pictures", content(TEXT, IMAGE, IMAGE), 400, "invalid_value", PART, "2 pictures"),
+    Bad("no picture", content(TEXT), 400, "invalid_value", PART, "there is no picture: expected one message"),
+    Bad("two pictures", content(TEXT, IMAGE, IMAGE), 400, "invalid_value", PART, "shapes takes no prompt of 2 images"),
+    Bad("a thousand nowheres", content(TEXT, *[NOWHERE] * 1000), 400, "invalid_value", PART, "takes no prompt of 1000"),
+    Bad("a marked place", content(IMAGE, TEXT, MARKED), 400, "invalid_value", f"{PART}[2].text", "contains <image>:"),
     Bad("no question", content(IMAGE), 400, "invalid_value", PART),
     Bad("audio", content(TEXT, {"type": "input_audio"}), 400, "invalid_value", f"{PART}[1].type", "expected text or"),
     Bad("null as a part", content(None), 400, "invalid_type", f"{PART}[0]"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from himap_export.engines.layout import ImageTokens
 from himap_export.graphs.errors import HimapError
 from himap_export.serve.messages import Began, Ended, Event, Piece, Question, Reason
 from himap_export.serve.metrics import BUCKETS, Metrics
@@ -31,14 +32,16 @@ def service(load: Load | None = None) -> Any:
 def question(name: str = "q", model: str = "shapes", asked: float = 100.0, tokens: int = 600) -> Question:
     stages = STAGES[MODELS[model]]
     spec = SimpleNamespace(
-        plan=SimpleNamespace(stages=tuple(stages)), budget=SimpleNamespace(visual=tuple(stages.values()))
-    )
-    request = SimpleNamespace(spec=spec, inputs=SimpleNamespace(input_ids=np.zeros((1, tokens), np.int64)))
+        plan=SimpleNamespace(stages=tuple(stages)), budget=SimpleNamespace(visual=tuple(stages.values())),
+        manifest=SimpleNamespace(model=SimpleNamespace(image=ImageTokens(7))),
+    )  # fmt: skip
+    ids = np.where(np.arange(tokens) < stages["prefix"], 7, 0)[None]
+    request = SimpleNamespace(spec=spec, inputs=SimpleNamespace(input_ids=ids))
     return Question(name, model, cast(Any, request), max_new_tokens=8, asked=asked)
 
 
 def began(at: float = 101.5) -> Began:
-    return Began({}, at, queue_s=0.5, prefill_s=1.0)
+    return Began({}, at, queue_s=0.5, prefill_s=1.0, known=1, looked=2)
 
 
 def answer(tokens: int, reason: Reason = "stop") -> list[Event]:
@@ -121,6 +124,16 @@ def test_image_tokens_kept_by_stage() -> None:
     ):
         found = samples[f"himap_{name}_total"]
         assert {(labels["model_name"], labels["stage"]): sample for labels, sample in found} == expected
+
+
+def test_pictures_whose_features_were_known() -> None:
+    metrics = Metrics(service())
+    for result in ("hit", "miss"):
+        assert value(metrics, "image_features_total", model_name="shapes:none", result=result) == 0
+    for name in ("a", "b"):
+        watch(metrics, question(name), *answer(1))
+    assert value(metrics, "image_features_total", model_name="shapes", result="hit") == 2
+    assert value(metrics, "image_features_total", model_name="shapes", result="miss") == 4
 
 
 @pytest.mark.parametrize("reason", ["cancelled", "timeout", "error"])
@@ -248,7 +261,8 @@ def test_the_dashboard_can_be_imported() -> None:
 
 
 def test_the_dashboard_shows_all_but_creation_times() -> None:
-    """Every metric is drawn somewhere."""
+    """Every other metric is drawn somewhere, but for how often features were known."""
     drawn = {name for _, text, _ in expressions() for name in re.findall(r"himap_\w+", text)}
     parts = {re.sub("_(bucket|sum|count)$", "", name) for name in told() if not name.endswith("_created")}
+    parts.remove("himap_image_features_total")
     assert parts == {re.sub("_(bucket|sum|count)$", "", name) for name in drawn}

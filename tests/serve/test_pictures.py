@@ -1,5 +1,6 @@
 """Pictures from strangers: what a data URI may be, how large, and which hosts may be named."""
 
+import asyncio
 import base64
 from collections.abc import Iterator
 
@@ -9,7 +10,8 @@ from PIL import Image
 from sites import PIXELS, PNG, fetched, file, refused
 
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.serve.pictures import PictureLimits
+from himap_export.serve.errors import ApiError
+from himap_export.serve.pictures import SIDE_BY_SIDE, PictureLimits, pictures
 
 
 def uri(content: bytes, kind: str = "image/png") -> str:
@@ -74,6 +76,39 @@ def test_limits_of_bytes_and_pixels() -> None:
     for bomb in bombs():  # kilobytes that become 50 million pixels
         assert len(bomb) < 10_000
         assert "image has too many pixels: image_url (10000 x 5000 pixels" in refused(uri(bomb), PictureLimits())
+
+
+def read(urls: list[str], limits: PictureLimits) -> list[Image.Image]:
+    """The pictures of a request whose fields are called 0, 1, .."""
+    return asyncio.run(pictures({str(n): url for n, url in enumerate(urls)}, limits))
+
+
+def test_pictures_of_a_request_come_in_their_order() -> None:
+    found = read([uri(file("PNG", Image.new("RGB", (n + 1, 9 - n)))) for n in range(9)], PictureLimits(together=9))
+    assert [image.size for image in found] == [(n + 1, 9 - n) for n in range(9)]
+
+
+def test_pictures_of_a_request_have_limits_together() -> None:
+    size = len(uri(PNG)) * 3 // 4
+    for limits, what in ((PictureLimits(max_pixels=48), "pixels"), (PictureLimits(max_bytes=size), "bytes")):
+        assert len(read([uri(PNG)] * 2, limits)) == 2
+        with pytest.raises(ApiError, match=f"the pictures of the request have too many {what} together") as refused:
+            read([uri(PNG)] * 3, limits)
+        assert (refused.value.status, refused.value.code) == (400, "invalid_image")
+
+
+def test_a_bad_picture_of_a_request_is_named_and_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = list[str]()
+
+    async def stuck(url: str, *_: object, **__: object) -> bytes:
+        begun.append(url)
+        await asyncio.sleep(60)
+        return b""
+
+    monkeypatch.setattr("himap_export.serve.pictures.fetch", stuck)
+    with pytest.raises(ApiError, match=NO_PICTURE) as refused:
+        read(["https://a.test/1", "data:", *[f"https://a.test/{n}" for n in range(2, 9)]], PictureLimits())
+    assert refused.value.param == "1" and len(begun) <= SIDE_BY_SIDE
 
 
 def bombs() -> Iterator[bytes]:

@@ -138,7 +138,7 @@ class Cluster:
         if not self._expected:
             questions = {seed: Heard() for seed in range(2 * (SLOTS + QUEUE))}
             for one, heard in questions.items():
-                request = self.service.prepare("shapes", load_image(LETTER), QUESTION)
+                request = self.service.prepare("shapes", [load_image(LETTER)], QUESTION)
                 how = Sampling(LONG["temperature"], seed=one)
                 self.service.submit(
                     Question(str(one), "shapes", request, int(LONG["max_tokens"]), asked=0.0, sampling=how), heard.hear

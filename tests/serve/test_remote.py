@@ -85,7 +85,7 @@ def asking(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ask
         service = RemoteService(
             shapes, "shapes", watch=lambda question, event: watched.append(event), replicas=replicas, slots=1, queue=1
         )
-        request = service.prepare("shapes", Image.new("RGB", (112, 112)), "what?")
+        request = service.prepare("shapes", [Image.new("RGB", (112, 112))], "what?")
         question = Question("id", "shapes", request, 16, asked=time.monotonic())
         return Asking(service, replicas, question, watched=watched)
 
@@ -113,7 +113,7 @@ def test_an_answer_comes_in_the_times_of_this_machine(asking: Callable[..., Aski
         assert isinstance(began, Began) and 0 <= began.queue_s < 7 and began.kept is BEGAN.kept
         assert (ended.reason, ended.tokens, ended.decode_s) == ("stop", 2, 0.5)
         (asked,) = one.replicas.asked
-        assert asked.digest == one.question.request.spec.manifest.digest and asked.text_budget == 16
+        assert asked.digest == one.question.request.spec.manifest.digest and asked.variant[2:] == (1, 16)
         assert one.service.ready and one.replicas.left == 1
 
     run(talk)

@@ -75,7 +75,7 @@ def image(n: int = 0) -> Image.Image:
 
 
 def question(service: Service, n: int = 0, model: str = "shapes", new: int = 12, **more: Any) -> Question:
-    request = service.prepare(model, image(n), ASKED[n % len(ASKED)]["question"])
+    request = service.prepare(model, [image(n)], ASKED[n % len(ASKED)]["question"])
     return Question(f"q{n}", model, request, new, asked=time.monotonic(), **more)
 
 
@@ -120,20 +120,21 @@ def test_what_was_kept_is_told_in_patches(service: Service) -> None:
     began = heard[0]
     assert isinstance(began, Began)
     kept = describe_kept(asked.request, began.kept)
-    assert (kept.rows, kept.columns, kept.stages) == (8, 8, ("prefix", "k1", "k2"))
+    (only,) = kept.pictures
+    assert (only.rows, only.columns, kept.stages) == (8, 8, ("prefix", "k1", "k2"))
     assert image_tokens_kept(asked.request) == dict(zip(kept.stages, kept.image_tokens, strict=True))
-    assert [len(kept.kept[stage]) for stage in ("k1", "k2")] == list(kept.image_tokens[1:])
-    assert set(kept.kept["k2"]) < set(kept.kept["k1"]) < set(range(64)) and kept.box == (0, 0, 1, 1)
+    assert [len(only.kept[stage]) for stage in ("k1", "k2")] == list(kept.image_tokens[1:])
+    assert set(only.kept["k2"]) < set(only.kept["k1"]) < set(range(64)) and only.box == (0, 0, 1, 1)
 
 
 def test_the_smallest_budget_that_fits_answers(service: Service) -> None:
-    short, long = (service.prepare("shapes", image(), words) for words in ("circle", "circle " * 12))
+    short, long = (service.prepare("shapes", [image()], words) for words in ("circle", "circle " * 12))
     assert (short.spec.budget.text, long.spec.budget.text) == (16, 24)
     with pytest.raises(HimapError, match="text tokens: the budget is 24") as refused:
-        service.prepare("shapes", image(), "circle " * 40)
+        service.prepare("shapes", [image()], "circle " * 40)
     assert refused.value.code == Exit.USAGE
     with pytest.raises(KeyError):
-        service.prepare("llama", image(), "circle")
+        service.prepare("llama", [image()], "circle")
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again(bundle: Bundle) -> None:

@@ -104,7 +104,7 @@ def test_the_repository_is_whole_and_says_what_was_asked(models: Path, shapes: B
     compile(example, "README.md", "exec")
 
 
-def test_nothing_of_the_users_is_touched(models: Path, shapes: Bundle, tmp_path: Path) -> None:
+def test_nothing_of_the_users_is_touched(models: Path, shapes: Bundle, several: Bundle, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in models.rglob("*") if path.is_file()}
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
@@ -116,6 +116,8 @@ def test_nothing_of_the_users_is_touched(models: Path, shapes: Bundle, tmp_path:
             write_repository(shapes, tmp_path / "new", name=name)
     with pytest.raises(HimapError, match="holds no plan nix"):
         write_repository(shapes, tmp_path / "new", name="shapes", plans=("nix",))
+    with pytest.raises(HimapError, match="takes no prompt of one image: its plan qa is for 2 or 3"):
+        write_repository(several, tmp_path / "new", name="shapes")
     assert {path: path.read_bytes() for path in models.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
