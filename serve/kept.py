@@ -40,7 +40,7 @@ def describe_kept(request: Request, kept: Mapping[str, Integers]) -> Kept:
     tokens = np.flatnonzero(spec.manifest.model.image.find(request.inputs.input_ids[0]))
     tiles = tile_grid(request.sizes[0], processor.image)
     patches = {
-        stage: kept_patches(np.isin(tokens, kept[f"kept_{stage}"]), spec.image.grid, tiles)
+        stage: kept_patches(np.isin(tokens, kept[f"kept_{stage}"]), spec.image.grid, tiles, spec.image.newline)
         for stage in spec.plan.stages[1:]
     }
     rows, columns = (count * tile for count, tile in zip(spec.image.grid, tiles, strict=True))
