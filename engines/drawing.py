@@ -51,6 +51,13 @@ def kept_patches(alive: Mask, grid: tuple[int, int], tiles: tuple[int, int], new
     return places.reshape(tiles[0] * rows, tiles[1] * columns)
 
 
+def picture_patches(alive: Mask, spec: ImageSpec, size: tuple[int, int]) -> Mask:
+    """Returns which patches of a picture of `size` (width, height) are kept; `alive` [V] says it of each of its tokens.
+    Behind those of one of several pictures, seen whole, a newline may stand."""
+    own = alive[: prod(spec.grid)] if spec.several else alive
+    return kept_patches(own, spec.grid, tile_grid(size, spec.preprocessing), spec.newline)
+
+
 def draw_answer(
     file: Path,
     pictures: Sequence[Image.Image],
@@ -77,7 +84,7 @@ def draw_answer(
         captions = [f"image {n}" for n in range(1, len(pictures) + 1)] if len(pictures) > 1 else [""]
         masks = [
             [
-                kept_patches(own, spec.grid, tile_grid(picture.size, how), spec.newline)
+                picture_patches(own, spec, picture.size)
                 for own, picture in zip(np.split(mask, len(pictures)), pictures, strict=True)
             ]
             for mask in alive

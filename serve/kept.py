@@ -1,7 +1,6 @@
 """Which image tokens an answer kept, as its asker is told."""
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
 import msgspec
@@ -9,10 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from himap_export.engines.drawing import kept_patches
+from himap_export.engines.drawing import picture_patches
 from himap_export.engines.image import seen_box, tile_grid
 from himap_export.engines.layout import Integers
-from himap_export.engines.manifest import ImageSpec
 from himap_export.engines.session import Request
 
 
@@ -59,23 +57,12 @@ def describe_kept(request: Request, kept: Mapping[str, Integers]) -> Kept:
     tokens = np.flatnonzero(_image_tokens(request)).reshape(len(request.sizes), image.tokens)
     pictures = []
     for size, own in zip(request.sizes, tokens, strict=True):
-        tiles = tile_grid(size, image.preprocessing)
-        rows, columns = (count * tile for count, tile in zip(image.grid, tiles, strict=True))
-        places = _places(own, image)
-        patches = {s: kept_patches(np.isin(places, kept[f"kept_{s}"]), image.grid, tiles) for s in stages[1:]}
-        assert all(prod(mask.shape) == rows * columns for mask in patches.values())
+        patches = {s: picture_patches(np.isin(own, kept[f"kept_{s}"]), image, size) for s in stages[1:]}
+        rows, columns = (n * each for n, each in zip(image.grid, tile_grid(size, image.preprocessing), strict=True))
+        assert all(mask.shape == (rows, columns) for mask in patches.values())
         found = {stage: np.flatnonzero(mask).tolist() for stage, mask in patches.items()}
         pictures.append(Patches(rows, columns, seen_box(size, image.preprocessing), found))
     return Kept(stages, tuple(image_tokens_kept(request).values()), tuple(pictures))
-
-
-def _places(tokens: Integers, image: ImageSpec) -> Integers:
-    """Those of a picture's tokens [V] that stand for places, and for more in front or behind as `kept_patches` says:
-    without newlines behind the rows of its grid, or behind the whole of it as one of several pictures."""
-    rows, columns = image.grid
-    if image.newline:
-        return tokens[-rows * (columns + image.newline) :].reshape(rows, -1)[:, :columns].reshape(-1)
-    return tokens[: rows * columns] if image.several else tokens
 
 
 def _image_tokens(request: Request) -> npt.NDArray[np.bool_]:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from himap_export.engines.drawing import fade_dropped, kept_patches, model_view
-from himap_export.engines.image import load_image, tile_grid
+from himap_export.engines.drawing import fade_dropped, model_view, picture_patches
+from himap_export.engines.image import load_image
 from himap_export.engines.questions import Dataset, Example
 from himap_export.graphs.plan import POLICIES
 from himap_export.validate.accuracy.answers import Answered
@@ -144,7 +144,7 @@ def _drawn(first: PlanSystem, number: int, e: Example, prompter: Prompter) -> by
     kept = list(prefilled.kept.values())[-1][0]
     alive = np.isin(np.flatnonzero(run.manifest.model.image.find(inputs.input_ids[0])), kept)
     image = load_image(e.image)
-    mask = kept_patches(alive, run.image.grid, tile_grid(image.size, prompter.processor.image))
+    mask = picture_patches(alive, run.image, image.size)
     return png(fade_dropped(model_view(image, prompter.processor.image, SIDE), mask))
 
 
