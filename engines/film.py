@@ -21,9 +21,9 @@ from PIL import Image
 from himap_export.engines.documents import open_file
 from himap_export.engines.extras import required
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.plan import MOST_FRAMES
 
 Sampling = Literal["arange", "linspace", "rounded"]
-MAX_FRAMES = 1024  # sampled
 MAX_TOTAL = 2_000_000  # frames of a film: 9 hours at 60 a second
 MAX_PIXELS = 2**26  # of a frame: 8K has half of them
 MAX_HELD = 2**30  # pixels of all sampled frames: 3 GB
@@ -52,8 +52,8 @@ class Film(Struct, frozen=True):
     `rope_per_second`: by how much M-RoPE's time grows in a second; 0 if each step is a picture of its own to it.
     """
 
-    frames: Annotated[int, Meta(ge=1, le=MAX_FRAMES)]
-    steps: Annotated[int, Meta(ge=1, le=MAX_FRAMES)]
+    frames: Annotated[int, Meta(ge=1, le=MOST_FRAMES)]
+    steps: Annotated[int, Meta(ge=1, le=MOST_FRAMES)]
     sampling: Sampling
     fps: Annotated[float, Meta(gt=0, le=1000)]
     rope_per_second: Annotated[float, Meta(ge=0, le=1000)] = 0.0
@@ -111,7 +111,8 @@ def decode_film(file: BinaryIO, film: Film, where: str, most_seconds: float = MA
     if len(pictures) < len(indices):
         found = f"frame {indices[len(pictures)]} of {total} cannot be decoded"
         raise HimapError("film is cut off", f"{where}: {found}", code=Exit.USAGE)
-    return Frames(pictures, tuple(index / fps for index in indices), total / fps, fps, total)
+    seconds = tuple(index / fps for index in indices)
+    return Frames(pictures, seconds, duration=total / fps, fps=fps, total=total)
 
 
 def frame_indices(film: Film, total: int, fps: float, where: str = "the film") -> tuple[int, ...]:

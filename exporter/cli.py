@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import get_args
 
 from himap_export.engines.command import BACKENDS, Parser, image_size, number, run_command, whole
-from himap_export.engines.film import MAX_FRAMES
 from himap_export.exporter.aliases import ALIASES
-from himap_export.graphs.plan import MOST_IMAGES, POLICIES, TASKS, Quota
+from himap_export.graphs.plan import MOST_FRAMES, MOST_IMAGES, POLICIES, TASKS, Quota
 from himap_export.graphs.ports import Kind
 from himap_export.graphs.selectors import is_policy
 
@@ -84,7 +83,7 @@ def _budgeting(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     budget.add_argument(
         "--frames",
-        type=whole(1, MAX_FRAMES),
+        type=whole(1, MOST_FRAMES),
         metavar="N",
         help="questions are about films, of which so many frames are seen",
     )

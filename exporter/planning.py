@@ -12,7 +12,6 @@ from himap_export.engines.backends import READ_GRAPHS, Gather, check_forms, load
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.choice import best_backend
 from himap_export.engines.documents import typed
-from himap_export.engines.film import MAX_FRAMES
 from himap_export.engines.manifest import WeightForm
 from himap_export.engines.split import MAX_PIXELS, MAX_SIDE
 from himap_export.exporter.checks import require
@@ -24,7 +23,7 @@ from himap_export.exporter.registry import Model
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.flops import StageCost, paper_ratio, scoring_flops, stage_costs, true_ratio
 from himap_export.graphs.importance import require_scores
-from himap_export.graphs.plan import MOST_IMAGES, PruningPlan, Quota, TokenBudget, Visual, align
+from himap_export.graphs.plan import MOST_FRAMES, MOST_IMAGES, PruningPlan, Quota, TokenBudget, Visual, align
 from himap_export.graphs.ports import Kind, LinearForm
 from himap_export.graphs.spec import DecoderSpec, Dtype
 
@@ -190,8 +189,8 @@ def _check_media(asked: Request) -> None:
         raise HimapError(f"`images` {' '.join(map(str, asked.images))} does not fit", details, code=Exit.USAGE)
     if asked.frames is not None and tuple(asked.images) != (1,):
         raise HimapError("`frames` and `images` exclude each other", "a prompt holds one film", code=Exit.USAGE)
-    if asked.frames is not None and not 1 <= asked.frames <= MAX_FRAMES:
-        raise HimapError(f"`frames` {asked.frames} does not fit", f"expected 1 to {MAX_FRAMES}", code=Exit.USAGE)
+    if asked.frames is not None and not 1 <= asked.frames <= MOST_FRAMES:
+        raise HimapError(f"`frames` {asked.frames} does not fit", f"expected 1 to {MOST_FRAMES}", code=Exit.USAGE)
     if asked.frames is not None and asked.tiles is not None:
         raise HimapError("`frames` and `tiles` exclude each other", "a frame is seen whole", code=Exit.USAGE)
 

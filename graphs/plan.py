@@ -21,6 +21,7 @@ MOST_CUTS = 64  # a cut opens a stage, and a stage has a layer
 # Among which image tokens a cut ranks: all of the prompt's (the papers'), or each picture's by themselves.
 Quota = Literal["prompt", "per-image"]
 MOST_IMAGES = 256  # in a prompt: of the fewest tokens that a picture has, they fill most contexts
+MOST_FRAMES = 1024  # seen of a film
 # The name of what ranks image tokens at a cut; `graphs/importance.py` says how, one function each, and takes new ones.
 Criterion = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,63}\Z")]
 # What was fitted to a model for a criterion: a trend's slope, weights of heads. Bounds keep out NaN and infinity.

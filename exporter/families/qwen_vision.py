@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from himap_export.engines.film import MAX_FRAMES, Film, Sampling
+from himap_export.engines.film import Film, Sampling
 from himap_export.engines.image import ImagePreprocessing, mean_color
 from himap_export.exporter.checks import require_supported, require_tower
 from himap_export.exporter.family import Family, ImageOptions, PromptRules, S, VisionSpec, llama_decoder
 from himap_export.graphs.errors import Exit, HimapError
+from himap_export.graphs.plan import MOST_FRAMES
 from himap_export.graphs.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -107,8 +108,8 @@ class QwenFamily(Family[S]):
         """Returns how a film becomes so many `frames`, where the model's own processor takes two a second.
 
         HimapError (usage) if they are no pairs."""
-        if frames % PAIR or not PAIR <= frames <= MAX_FRAMES:
-            details = f"this model sees frames in pairs: an even number from {PAIR} to {MAX_FRAMES}"
+        if frames % PAIR or not PAIR <= frames <= MOST_FRAMES:
+            details = f"this model sees frames in pairs: an even number from {PAIR} to {MOST_FRAMES}"
             raise HimapError(f"a film of {frames} frames does not fit", details, code=Exit.USAGE)
         return Film(frames, frames // PAIR, self.sampling, fps=2.0, rope_per_second=rope_per_second)
 
