@@ -75,9 +75,10 @@ def draw_answer(
     else:
         shown = pictures
         captions = [f"image {n}" for n in range(1, len(pictures) + 1)] if len(pictures) > 1 else [""]
+        places = prod(spec.grid) if spec.several else spec.tokens  # of several pictures, others stand behind
         masks = [
             [
-                kept_patches(own, spec.grid, tile_grid(picture.size, how), spec.newline)
+                kept_patches(own[:places], spec.grid, tile_grid(picture.size, how), spec.newline)
                 for own, picture in zip(np.split(mask, len(pictures)), pictures, strict=True)
             ]
             for mask in alive

@@ -144,7 +144,7 @@ def _drawn(first: PlanSystem, number: int, e: Example, prompter: Prompter) -> by
     kept = list(prefilled.kept.values())[-1][0]
     alive = np.isin(np.flatnonzero(run.manifest.model.image.find(inputs.input_ids[0])), kept)
     image = load_image(e.image)
-    mask = kept_patches(alive, run.image.grid, tile_grid(image.size, prompter.processor.image))
+    mask = kept_patches(alive, run.image.grid, tile_grid(image.size, prompter.processor.image), run.image.newline)
     return png(fade_dropped(model_view(image, prompter.processor.image, SIDE), mask))
 
 
