@@ -72,9 +72,9 @@ class VisionSpec:
     once, `size` unless that is cut into `tiles`; a film has a tile for each frame. `tokens` are V, of all tiles; `grid`
     is (rows, columns) of those that are drawn: of one tile, or one of a film's steps, in reading order, each row with
     `newline` tokens behind it that stand for no place. Tokens that are too many (a class token, an overview) stand in
-    front of a picture's, and behind a film's. `deepstack` counts further outputs [1,tokens,D], added to the image
-    tokens behind the first decoder layers. `several`: it is what several pictures of one prompt are seen as, and no
-    picture alone.
+    front of a picture's, and behind those of a film or of one of `several`. `deepstack` counts further outputs
+    [1,tokens,D], added to the image tokens behind the first decoder layers. `several`: it is what several pictures of
+    one prompt are seen as, and no picture alone.
     """
 
     size: tuple[int, int]

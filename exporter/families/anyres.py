@@ -67,7 +67,7 @@ def lay_out(size: Size, pinpoints: Sequence[Sequence[int]], tile: Size, most: in
         ratio = math.sqrt(math.prod(covered) / (most * tokens**2)) if most else 0.0
         grid = (int(covered[0] // ratio), int(covered[1] // ratio)) if ratio > 1.1 else covered
         if min(grid) > 0:
-            return Layout(sheet, spread, (rows, columns), covered=covered, grid=grid)
+            return Layout(sheet, spread, whole=(rows, columns), covered=covered, grid=grid)
     details = "its longer side is too many times the other for this model's tiles"
     raise HimapError(f"an image size of {width}x{height} does not fit", details, code=Exit.USAGE)
 

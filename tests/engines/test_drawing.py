@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -130,6 +131,18 @@ def test_several_pictures_are_drawn_side_by_side(tmp_path: Path) -> None:
     blue, red = (painted(page, color) for color in (BLUE, RED))
     np.testing.assert_allclose(blue.sum() / red.sum(), 2.5, rtol=0.03)
     assert blue.any(0).nonzero()[0].max() < red.any(0).nonzero()[0].min() < page.shape[1] <= 2400
+
+
+def test_of_several_pictures_a_newline_stands_behind_each(tmp_path: Path) -> None:
+    """As LLaVA-OneVision has them: 16 patches and one token more, which is not drawn."""
+    pictures = [Image.new("RGB", (100, 100), color) for color in (BLUE, RED)]
+    alive = np.zeros(34, np.bool_)
+    alive[[*range(8), 16, 33]] = True  # the first picture's upper half, and both newlines
+    spec = structs.replace(spec_of((112, 112), (4, 4), 17), several=True)
+    draw_answer(tmp_path / "k.png", pictures, spec, alive=[alive], cuts=[2], seconds=(), **SAID)
+    page = np.asarray(Image.open(tmp_path / "k.png"))[::3, ::3].astype(int)
+    blue, red = (painted(page, color).sum() for color in (BLUE, RED))
+    np.testing.assert_allclose(blue / red, 1.5, rtol=0.03)  # all of each, and half of one
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 16, 64])
