@@ -21,8 +21,9 @@ from himap_export.engines.command import (
 from himap_export.graphs.errors import Exit, HimapError
 
 if TYPE_CHECKING:
+    from himap_export.engines.answer import Answer, AnswerStream, Request
     from himap_export.engines.bundle import Bundle
-    from himap_export.engines.session import Answer, AnswerStream, Request, Session
+    from himap_export.engines.session import Session
 
 
 def _parser() -> argparse.ArgumentParser:
