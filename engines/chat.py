@@ -66,7 +66,7 @@ def _questions(first: str | None) -> Iterator[str]:
 
 def _line() -> str:
     """Reads a line of standard input; "" at its end."""
-    if sys.stdin.isatty():
+    if typed := sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
     try:
         line = sys.stdin.readline(MEGABYTE + 1)
@@ -74,6 +74,8 @@ def _line() -> str:
         raise HimapError("standard input is no text", str(problem), code=Exit.USAGE) from problem
     if len(line) > MEGABYTE:
         raise HimapError("a line of standard input is too long", f"{MEGABYTE} characters are read", code=Exit.USAGE)
+    if typed and not line:
+        print(file=sys.stderr)  # the shell goes on in a line of its own
     return line
 
 
