@@ -24,8 +24,8 @@ TEXT = 35 + 135
 BARS = (("of the FLOPs ceiling", 0.97), ("over PyTorch SDPA", 3.5), ("decode over PyTorch SDPA", 1.0))
 
 
-def write_model(folder: Path) -> None:
-    """A random checkpoint in Hugging Face format, fp32, its tower small: it is not what is measured."""
+def write_model(folder: Path, **tower: int) -> None:
+    """A random checkpoint in Hugging Face format, fp32, its tower small, unless it is told otherwise."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -34,14 +34,8 @@ def write_model(folder: Path) -> None:
         vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16,
         num_key_value_heads=16, max_position_embeddings=4096,
     )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=336,
-        patch_size=14,
-    )
+    small = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(image_size=336, patch_size=14, **(small | tower))
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=31999, image_seq_length=576)
     LlavaForConditionalGeneration(config).save_pretrained(folder)
 

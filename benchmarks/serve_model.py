@@ -33,12 +33,12 @@ policy = "none"
 """
 
 
-def write_checkpoint(folder: Path) -> None:
-    """Writes the model, its tokenizer, its chat template and its image processor."""
+def write_checkpoint(folder: Path, **tower: int) -> None:
+    """Writes the model, its tokenizer, its chat template and its image processor; `tower` as `write_model`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-    write_model(folder)
+    write_model(folder, **tower)
     vocabulary = {f"w{n}": n for n in range(WORDS)} | {"<image>": IMAGE}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -58,7 +58,8 @@ def export_bundle(model: Path, out: Path, **options: Any) -> None:
 
     plans = out.with_name(f"{out.name}.toml")
     plans.write_text(PLANS)
-    hx.export(model, out=out, overwrite=True, plan=plans, text_budget=TEXT, max_new_tokens=64, **options)
+    budgets = {"text_budget": TEXT, "max_new_tokens": 64}
+    hx.export(model, out=out, overwrite=True, plan=plans, **(budgets | options))
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,9 @@ def pictures(count: int) -> list[str]:
     return found
 
 
-def question(number: int) -> str:
-    """Returns AFTER words, drawn by `number`."""
-    return " ".join(f"w{n}" for n in random.Random(number).choices(range(1, WORDS), k=AFTER))
+def question(number: int, words: int = AFTER) -> str:
+    """Returns so many `words`, drawn by `number`."""
+    return " ".join(f"w{n}" for n in random.Random(number).choices(range(1, WORDS), k=words))
 
 
 def bodies(model: str, tokens: int, images: Sequence[str], count: int = 32) -> list[bytes]:

@@ -14,11 +14,11 @@ import numpy as np
 from serve_model import PRUNED, Bundles, pictures, question
 from serve_simulation import Costs
 
+from himap_export.engines.answer import Request
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.image import decode_image
 from himap_export.engines.pipeline import Pipeline
-from himap_export.engines.session import Request
 from himap_export.serve.messages import Ended, Event, Piece, Question
 from himap_export.serve.service import Service, Settings
 

@@ -21,8 +21,9 @@ from himap_export.engines.command import (
 from himap_export.graphs.errors import Exit, HimapError
 
 if TYPE_CHECKING:
+    from himap_export.engines.answer import Answer, AnswerStream, Generation, Request
     from himap_export.engines.bundle import Bundle
-    from himap_export.engines.session import Answer, AnswerStream, Request, Session
+    from himap_export.engines.session import Session
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,6 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--save-outputs", type=Path, metavar="F.npz", help="image_features, kept_k1, .., logits, tokens")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
+    p.add_argument(
+        "--chat", action="store_true",
+        help="answer questions from standard input, a line each, behind the first: they are appended to its caches and "
+        "see the image tokens that it kept",
+    )  # fmt: skip
     add_bundle_options(p)
     return p
 
@@ -82,16 +88,19 @@ def main(argv: list[str] | None = None) -> None:
     shown = args.image or args.video
     if args.image is not None and args.video is not None:
         parser.error("--image excludes --video: a question is about images or a film")
-    if args.load_inputs is None and (shown is None or args.prompt is None):
-        parser.error("give --image FILE or --video FILE, and --prompt TEXT, or --load-inputs F.npz")
+    if args.load_inputs is None and (shown is None or (args.prompt is None and not args.chat)):
+        parser.error("give --image FILE or --video FILE, and --prompt TEXT or --chat, or --load-inputs F.npz")
     if args.load_inputs is not None and (shown is not None or args.prompt is not None):
         parser.error("--load-inputs excludes --image, --video and --prompt")
+    if args.chat and (args.load_inputs is not None or args.save_outputs is not None):
+        parser.error("--chat excludes --load-inputs and --save-outputs")
     check_bundle_options(parser, args)
     run_command("himap-run", lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:
     from himap_export.engines.arrays import save_outputs
+    from himap_export.engines.chat import chat
     from himap_export.engines.files import check_output
 
     for file, kind in ((args.save_outputs, ".npz"), (args.show_kept, ".png")):
@@ -103,12 +112,16 @@ def _run(args: argparse.Namespace) -> None:
         plan=args.plan, text_budget=args.text_budget, image_size=args.image_size, backend=args.backend,
         device=args.device, threads=args.threads,
     )  # fmt: skip
+    sampling: Generation = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    sampling["max_new_tokens"] = args.max_new_tokens
+    if args.chat:
+        chat(session, args, sampling)
+        return
     request = _request(args, session)
     start = time.perf_counter()
     session.pipeline(request.spec)
     opened = time.perf_counter() - start
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-    answer = _said(session.start(request, max_new_tokens=args.max_new_tokens, **sampling), args)
+    answer = _said(session.start(request, **sampling), args)
     if args.save_outputs is not None:
         save_outputs(args.save_outputs, answer.outputs)
     if args.show_kept is not None:

@@ -86,10 +86,7 @@ def lay_out(
         sample = input_ids[source][mask[source] != 0]
         is_image = image.find(sample)
         images[row] = _count(is_image, source, image, budget)
-        words = sample[~is_image]
-        if len(words) and not 0 <= words.min() <= words.max() < vocab:
-            outside = words[(words < 0) | (words >= vocab)][0]
-            raise HimapError(f"prompt {row} holds token {outside}", f"the vocabulary has {vocab}", code=Exit.USAGE)
+        check_words(sample[~is_image], vocab, row)
         sample = np.where(is_image, 0, sample)  # its row of the embedding, if it has one, is never used
         lengths[row] = len(sample)
         token_types[row, : len(sample)] = _token_types(is_image)
@@ -101,6 +98,13 @@ def lay_out(
         ids, positions, token_type=token_types, lengths=lengths, images=images, rope_position_ids=places,
         rope_shift=shift,
     )  # fmt: skip
+
+
+def check_words(words: Integers, vocab: int, row: int = 0) -> None:
+    """Raises HimapError (usage) for ids [n] of prompt `row` that the vocabulary does not have."""
+    if len(words) and not 0 <= words.min() <= words.max() < vocab:
+        outside = words[(words < 0) | (words >= vocab)][0]
+        raise HimapError(f"prompt {row} holds token {outside}", f"the vocabulary has {vocab}", code=Exit.USAGE)
 
 
 def rope_places(is_image: npt.NDArray[np.bool_], grid: Grid | None, step: float = 1.0) -> Integers:

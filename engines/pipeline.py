@@ -48,6 +48,13 @@ class Pipeline(Prefill):
         """Writes what decode reads."""
         self._feed(tokens, positions, self._rope_shift, self.tensors)
 
+    def check_new_tokens(self, count: int) -> None:
+        """Raises HimapError (usage) for an answer of so many tokens, if the bundle has no room for it."""
+        limit = self.spec.budget.new
+        if not 1 <= count <= limit:
+            hint = f"1 to {limit}, or export with `max_new_tokens` {count}"
+            raise HimapError(f"`max_new_tokens` {count} is outside the bundle's budget", hint=hint, code=Exit.USAGE)
+
     def generate(
         self,
         prefilled: Prefilled,
@@ -61,11 +68,7 @@ class Pipeline(Prefill):
         `requests` [b], 0, 1, .. if not given, are the samples' numbers: by theirs and the seed they draw. HimapError if
         logits are not finite.
         """
-        limit = self.spec.budget.new
-        if not 1 <= new_tokens <= limit:
-            hint = f"1 to {limit}, or export with `max_new_tokens` {new_tokens}"
-            summary = f"`max_new_tokens` {new_tokens} is outside the bundle's budget"
-            raise HimapError(summary, hint=hint, code=Exit.USAGE)
+        self.check_new_tokens(new_tokens)
         samples, batch, model = len(prefilled.logits), len(layout.lengths), self.manifest.model
         sampler = Sampler(sampling or Sampling(), range(samples) if requests is None else requests)
         ended, logits = np.zeros(samples, bool), prefilled.logits

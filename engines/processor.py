@@ -13,7 +13,15 @@ from himap_export.engines.bundle import Bundle
 from himap_export.engines.film import Frames
 from himap_export.engines.image import ImagePreprocessing, preprocess
 from himap_export.engines.manifest import ImageSpec
-from himap_export.engines.prompt import TOKENIZER, Detokenizer, Ids, PromptFormat, encode, load_tokenizer, tokenize
+from himap_export.engines.prompt import (
+    TOKENIZER,
+    Detokenizer,
+    Ids,
+    PromptFormat,
+    encode,
+    load_tokenizer,
+    tokenize_behind,
+)
 from himap_export.graphs.errors import Exit, HimapError
 
 
@@ -49,8 +57,8 @@ class Processor:
 
     def turn(self, prompt: str) -> Ids:
         """Returns the ids [n] that go on behind an answer with the next question. HimapError as
-        `PromptFormat.next_turn`."""
-        return tokenize(self.tokenizer, self.prompt.next_turn(prompt), add_special_tokens=False)
+        `PromptFormat.next_turn` and `tokenize_behind`."""
+        return tokenize_behind(self.tokenizer, self.prompt.next_turn(prompt))
 
     def text(self, tokens: Sequence[int], stop_tokens: Collection[int]) -> str:
         """Returns what `tokens` say up to the first of `stop_tokens`, without the space before the first word."""

@@ -29,6 +29,7 @@ QUESTION = "{prompt}"  # where the question goes in a template
 PICTURES = "{pictures}"  # and where pictures that the question does not place
 MEDIUM = "{medium}"  # what one picture or film becomes
 IMAGE_MARK, FILM_MARK = "<image>", "<video>"  # how a question places them, whatever the model's own placeholder is
+WORD = "a"  # any will do
 Words = Annotated[str, Meta(max_length=MEGABYTE)]
 Placeholder = Annotated[str, Meta(max_length=1000)]
 
@@ -200,6 +201,18 @@ def tokenize(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Ids:
     except UnicodeEncodeError as error:  # a byte of the command line that was not UTF-8
         raise HimapError("the prompt is not valid Unicode", error.reason, code=Exit.USAGE) from error
     return np.array(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids, np.int64)
+
+
+def tokenize_behind(tokenizer: Tokenizer, text: str) -> Ids:
+    """Returns the ids [n] of a text that goes on behind a word: without what a tokenizer puts in front of a text, such
+    as SentencePiece's space.
+
+    HimapError (usage) if it is not valid Unicode; (failure) if the tokenizer joins it to the word."""
+    before, ids = tokenize(tokenizer, WORD, False), tokenize(tokenizer, WORD + text, False)
+    if not np.array_equal(ids[: len(before)], before):
+        details = f"the tokenizer joins {text[:40]!r} to the word before it"
+        raise HimapError("no question can go on behind an answer", details)
+    return ids[len(before) :]
 
 
 def image_token_id(tokenizer: Tokenizer, image_token: str) -> int:

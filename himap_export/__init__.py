@@ -15,10 +15,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from himap_export.engines.answer import Answer as Answer
+    from himap_export.engines.answer import AnswerStream as AnswerStream
     from himap_export.engines.arrays import Inputs as Inputs
     from himap_export.engines.bundle import Bundle as Bundle
-    from himap_export.engines.session import Answer as Answer
-    from himap_export.engines.session import AnswerStream as AnswerStream
     from himap_export.engines.session import Session as Session
     from himap_export.exporter.api import export as export
     from himap_export.exporter.api import plan as plan
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from himap_export.validate.validation import validate as validate
 
 _HOME = {
-    "Answer": "engines.session",
-    "AnswerStream": "engines.session",
+    "Answer": "engines.answer",
+    "AnswerStream": "engines.answer",
     "Bundle": "engines.bundle",
     "Cut": "graphs.plan",
     "HimapError": "graphs.errors",

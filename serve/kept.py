@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
+from himap_export.engines.answer import Request
 from himap_export.engines.drawing import picture_patches
 from himap_export.engines.image import seen_box, tile_grid
 from himap_export.engines.layout import Integers
-from himap_export.engines.session import Request
 
 
 class Patches(Struct, frozen=True):

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from himap_export.engines.answer import Request
 from himap_export.engines.layout import Integers
 from himap_export.engines.sampling import Sampling
-from himap_export.engines.session import Request
 from himap_export.graphs.errors import HimapError
 
 Reason = Literal["stop", "length", "cancelled", "timeout", "error"]

@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+from himap_export.engines.answer import Request
 from himap_export.engines.cli import open_bundle
 from himap_export.engines.extras import missing_extra
 from himap_export.engines.processor import load_processor
-from himap_export.engines.session import Request
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.serve import MODEL_NAME
 from himap_export.serve.cli import service_of, watched_service_of

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
+from himap_export.engines.answer import Request
 from himap_export.engines.backends import ANYWAY, Opening
 from himap_export.engines.bundle import Bundle, RunSpec
 from himap_export.engines.layout import text_tokens
 from himap_export.engines.prefill import check_memory
 from himap_export.engines.processor import load_processor
-from himap_export.engines.session import Request, Session, open_first
+from himap_export.engines.session import Session, open_first
 from himap_export.engines.slots import Slots, graphs_of
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.serve.messages import Deliver, Ended, Event, Question, Reason

@@ -10,13 +10,14 @@ from typing import Any
 import numpy.typing as npt
 from PIL import Image
 
+from himap_export.engines.answer import Request
 from himap_export.engines.arrays import Inputs, save_outputs
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle, RunSpec
 from himap_export.engines.files import check_output, check_report
 from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.processor import Processor
-from himap_export.engines.session import Pictures, Request, Session, open_pipeline
+from himap_export.engines.session import Pictures, Session, open_pipeline
 from himap_export.exporter.registry import resolve
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.spec import Dtype

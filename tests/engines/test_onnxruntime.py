@@ -16,12 +16,13 @@ from msgspec import structs
 from tiny import make_inputs
 
 from himap_export.engines import backends
+from himap_export.engines.answer import STEADY
 from himap_export.engines.backends import Opening, build_all, onnxruntime
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.cli import main as run_main
 from himap_export.engines.pipeline import Pipeline
 from himap_export.engines.scratch import scratch_place
-from himap_export.engines.session import STEADY, open_pipeline
+from himap_export.engines.session import open_pipeline
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.flops import stage_costs
 from himap_export.graphs.ports import Place

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from himap_export.engines.answer import Request
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.bundle import Bundle
-from himap_export.engines.session import Request
 from himap_export.graphs.errors import HimapError
 from himap_export.serve.messages import Began, Deliver, Ended, Piece, Question
 from himap_export.serve.service import Draining, Load, QueueFull

@@ -13,6 +13,7 @@ import pytest
 from commands import QUESTIONS_64
 from served import KEY, Served, data_uri, served
 
+from himap_export.engines.answer import Request
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle
@@ -21,7 +22,7 @@ from himap_export.engines.image import ImagePreprocessing
 from himap_export.engines.layout import ImageTokens
 from himap_export.engines.manifest import ImageSpec
 from himap_export.engines.prompt import Expansion, Segment
-from himap_export.engines.session import Request, Session
+from himap_export.engines.session import Session
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.serve.kept import describe_kept
 from himap_export.serve.messages import Began, Event, Question
