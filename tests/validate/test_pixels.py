@@ -16,6 +16,7 @@ from sklearn.datasets import load_sample_images
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.image import ImagePreprocessing, load_image, preprocess
 from himap_export.engines.manifest import ImageSpec
+from himap_export.engines.prompt import Expansion, Segment
 from himap_export.validate.checkpoint import Source
 from himap_export.validate.cli import main
 from himap_export.validate.parity.compare import Answers, Parity
@@ -23,7 +24,7 @@ from himap_export.validate.parity.pixels import PixelParity, compare_pixels, wit
 
 SOURCE = Source(SHAPES_64, None, False)
 RIGHT = ImagePreprocessing(112, (112, 112))
-PICTURE = ImageSpec((112, 112), 1, 64, (8, 8), RIGHT)
+PICTURE = ImageSpec((112, 112), 1, 64, (8, 8), RIGHT, Expansion((Segment("", 64),)))
 EMPTY = Parity(1, (), (), Answers(1, 1, None, 0.0), (), {})
 
 
@@ -37,7 +38,7 @@ def photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compared(photograph: Path, how: ImagePreprocessing, source: Source = SOURCE) -> PixelParity:
-    picture = ImageSpec(how.output_size, how.tiles, how.tiles, (1, 1), how)
+    picture = ImageSpec(how.output_size, how.tiles, how.tiles, (1, 1), how, Expansion((Segment("", how.tiles),)))
     ours = preprocess(load_image(photograph), how)
     return compare_pixels(ours, photograph, picture, source)
 

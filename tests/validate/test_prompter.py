@@ -13,8 +13,9 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.image import clip_preprocessing
+from himap_export.engines.manifest import ImageSpec
 from himap_export.engines.processor import Processor
-from himap_export.engines.prompt import PromptFormat
+from himap_export.engines.prompt import Expansion, Medium, PromptFormat, Segment
 from himap_export.engines.questions import Example, read_dataset
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import Exit, HimapError
@@ -59,8 +60,10 @@ def word_pieces(*words: str) -> Tokenizer:
     return tokenizer
 
 
-def prompter(tokenizer: Tokenizer, template: str = "<image> {prompt} ASSISTANT:") -> Prompter:
-    return Prompter(Processor(tokenizer, PromptFormat(template, "<image>"), clip_preprocessing(16), 4))
+def prompter(tokenizer: Tokenizer, template: str = "{pictures}{prompt} ASSISTANT:") -> Prompter:
+    how = PromptFormat(template, template.replace("{pictures}", ""), Medium("<image>", "{medium} ", "{medium}"))
+    picture = ImageSpec((16, 16), 1, 4, (2, 2), clip_preprocessing(16), Expansion((Segment("", 4),)))
+    return Prompter(Processor(tokenizer, how, picture))
 
 
 def test_arrays_equal_hugging_faces_processor(shapes: Prompter) -> None:
