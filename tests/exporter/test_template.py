@@ -36,7 +36,7 @@ PICKY = "{% if 'no' in messages[0]['content'][1]['text'] %}{{ raise_exception('n
 def test_a_chat_that_the_template_does_not_take_is_none() -> None:
     """As long as it is not the first, one picture and a question: without that there is no prompt."""
     assert render(PICKY, [chat("a"), chat("no"), chat("b"), [], chat("c")], {}) == ("a", None, "b", None, "c")
-    with pytest.raises(HimapError, match="chat template cannot be rendered.*no"):
+    with pytest.raises(HimapError, match=r"chat template cannot be rendered.*no"):
         render(PICKY, [chat("no"), chat("a")], {})
 
 
@@ -45,7 +45,7 @@ def test_a_later_chat_costs_no_more_than_the_first(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(template, "MOST_SECONDS", 1)
     for costs in (LOOP, "{{ 'x' * 10**12 }}", "{{ 'x' * 5000000 }}"):
         text = "{% if 'no' in messages[0]['content'][1]['text'] %}" + costs + "{% endif %}" + TEXT
-        with pytest.raises(HimapError, match="it (takes|makes) more than"):
+        with pytest.raises(HimapError, match=r"it (takes|makes) more than"):
             render(text, [chat("a"), chat("no")], {})
 
 

@@ -40,7 +40,7 @@ def photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compared(photograph: Path, how: ImagePreprocessing, source: Source = SOURCE) -> PixelParity:
     picture = ImageSpec(how.output_size, how.tiles, how.tiles, (1, 1), how, Expansion((Segment("", how.tiles),)))
     ours = preprocess(load_image(photograph), how)
-    return compare_pixels(ours, photograph, picture, source)
+    return compare_pixels(ours, [photograph], picture, source)
 
 
 def passes(found: PixelParity) -> bool:
@@ -79,12 +79,12 @@ def test_the_least_mistake_is_far_above_the_limit(photograph: Path) -> None:
     """One byte of one pixel."""
     ours = preprocess(load_image(photograph), RIGHT)
     ours[0, 0, 5, 5] += 1 / 255 / RIGHT.std[0]
-    found = compare_pixels(ours, photograph, PICTURE, SOURCE)
+    found = compare_pixels(ours, [photograph], PICTURE, SOURCE)
     (gate,) = with_pixels(EMPTY, found).gates
     assert not gate.passed and gate.value > 1000 * gate.limit
     ours = preprocess(load_image(photograph), RIGHT)
     ours[0, 0, 0, 0] = np.nan
-    assert not passes(compare_pixels(ours, photograph, PICTURE, SOURCE))
+    assert not passes(compare_pixels(ours, [photograph], PICTURE, SOURCE))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

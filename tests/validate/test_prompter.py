@@ -125,13 +125,15 @@ def test_a_label_is_the_first_token_after_the_prompt() -> None:
     ids = words.get_vocab()
     assert prompter(words).label(example()) == ids["▁dog"]
     assert prompter(words).label(example(answer="dog", options=("cat", "dog"))) == ids["▁B"]
-    assert prompter(words, "<image> {prompt}\n").label(example()) == ids["dog"]  # nothing goes before it on a new line
+    assert (
+        prompter(words, "{pictures}{prompt}\n").label(example()) == ids["dog"]
+    )  # nothing goes before it on a new line
     assert prompter(words).label(example(answer="é")) == ids["▁"]  # then come its bytes
 
 
 def test_an_answer_that_melts_into_the_prompt_has_no_label() -> None:
     with pytest.raises(HimapError, match="no token starts the answer") as told:
-        prompter(word_pieces("▁dog"), "<image> {prompt} ").label(example())  # its last token would be ▁, not ▁dog
+        prompter(word_pieces("▁dog"), "{pictures}{prompt} ").label(example())  # its last token would be ▁, not ▁dog
     assert "line 7" in told.value.details
 
 
@@ -148,7 +150,10 @@ def test_text_stops_and_loses_the_leading_space() -> None:
 def test_a_prompt_or_picture_that_cannot_be_used_is_told_by_line(tmp_path: Path, shapes: Prompter) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     for one, summary in (
-        (example("is this <image>?", image=tmp_path / "a.png"), "line 7 of the data set: the prompt contains"),
+        (
+            example("is <image> this <image>?", image=tmp_path / "a.png"),
+            "line 7 of the data set: the prompt contains <image> 2 times: 1 given",
+        ),
         (example(image=tmp_path / "b.png"), "line 7 of the data set: cannot read image"),
     ):
         with pytest.raises(HimapError, match=summary) as told:
