@@ -21,6 +21,7 @@ from himap_export.engines.manifest import (
     Variant,
     WeightForm,
 )
+from himap_export.engines.prompt import Expansion, Segment
 from himap_export.engines.weight_file import read_header
 from himap_export.exporter.bind import bind
 from himap_export.exporter.families import llava
@@ -78,7 +79,7 @@ def unsealed(
         ir.save(bind(graph, tensors, lambda t: f"weights/{t.file.name}"), folder / f"{graph.name}.onnx")
         records[graph.name] = GraphRecord(f"{graph.name}.onnx", *graph.ports, graph.weights)
     variant = Variant("qa", model.plan, model.budget, "56x56", {graph.name: graph.name for graph in graphs})
-    images = {"56x56": ImageSpec((56, 56), 1, V, (4, 4), clip_preprocessing(56))}
+    images = {"56x56": ImageSpec((56, 56), 1, V, (4, 4), clip_preprocessing(56), Expansion((Segment("", V),)))}
     manifest = Manifest(
         model=ModelRecord("tiny", "tiny", "tiny", ImageTokens(95), (2,), 0), decoder=model.spec, variants=(variant,),
         dtype=model.dtype, graphs=records, engines={}, weight_form=form, weights=("weights/w.safetensors",),

@@ -216,12 +216,24 @@ def test_letterbox_keeps_the_aspect_ratio(size: tuple[int, int], place: tuple[in
 
 def test_nearest_size_wastes_least() -> None:
     sizes = [(224, 224), (448, 448), (224, 448), (448, 224), (224, 672)]
-    assert nearest_size((427, 640), sizes) == (224, 448)
-    assert nearest_size((640, 427), sizes) == (448, 224)
-    assert nearest_size((500, 500), sizes) == nearest_size((500, 600), sizes) == (448, 448)
-    assert nearest_size((1, 1000), sizes) == (224, 672)
-    assert nearest_size((3, 3), [(10, 20), (20, 10)]) == (10, 20)  # equal in all: the first
-    assert nearest_size((1, 1000), [(8, 4)]) == (8, 4)
+    assert nearest_size([(427, 640)], sizes) == (224, 448)
+    assert nearest_size([(640, 427)], sizes) == (448, 224)
+    assert nearest_size([(500, 500)], sizes) == nearest_size([(500, 600)], sizes) == (448, 448)
+    assert nearest_size([(1, 1000)], sizes) == (224, 672)
+    assert nearest_size([(3, 3)], [(10, 20), (20, 10)]) == (10, 20)  # equal in all: the first
+    assert nearest_size([(1, 1000)], [(8, 4)]) == (8, 4)
+
+
+def test_nearest_size_of_several_images_wastes_least_of_all_together() -> None:
+    """The factors multiply: two wide ones outvote a square, a very wide one both; a tall and a wide one want neither's
+    own, for what one gains the other loses, and the largest of equals it is."""
+    sizes = [(224, 224), (448, 448), (224, 448), (448, 224)]
+    wide, tall, square = (224, 448), (448, 224), (300, 300)
+    assert nearest_size([wide, wide, square], sizes) == nearest_size([square, wide, wide], sizes) == (224, 448)
+    assert nearest_size([square, square, wide], sizes) == (448, 448)
+    assert nearest_size([square, square, (100, 500)], sizes) == (448, 448)
+    assert nearest_size([wide, tall], sizes) == (448, 448)
+    assert nearest_size([tall, tall, wide], [(224, 448), (448, 224)]) == (448, 224)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -270,8 +270,14 @@ def twice(i: Inputs) -> Inputs:
         (lambda i: replace(i, input_ids=np.where(i.input_ids == 255, 9, i.input_ids)), "prompt 0 holds no image"),
         (lambda i: replace(i, input_ids=np.where(i.input_ids == 1, 255, i.input_ids)), "prompt 0 holds 17 image"),
         (twice, "prompt 0 holds 32 image"),
-        (lambda i: replace(i, pixel_values=i.pixel_values[:1]), "one image per prompt"),
-        (lambda i: replace(i, pixel_values=i.pixel_values[..., 1:]), "one image per prompt"),
+        (
+            lambda i: replace(i, pixel_values=i.pixel_values[:1]),
+            r"are \[1, 3, 56, 56\]: expected \[2, 3, 56, 56\], of 2 images",
+        ),
+        (
+            lambda i: replace(i, pixel_values=i.pixel_values[..., 1:]),
+            r"are \[2, 3, 56, 55\]: expected \[2, 3, 56, 56\], of 2 images",
+        ),
     ],
     ids=["no-image", "one-too-many", "two-images", "an-image-short", "wrong-size"],
 )

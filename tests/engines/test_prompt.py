@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from msgspec import to_builtins
+from msgspec.structs import replace
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from himap_export.engines.documents import typed
-from himap_export.engines.prompt import Detokenizer, PromptFormat, encode, load_tokenizer
+from himap_export.engines.prompt import Detokenizer, Medium, PromptFormat, encode, load_tokenizer
 from himap_export.graphs.errors import Exit, HimapError
 
 CORPUS = [
@@ -32,8 +33,10 @@ QUESTIONS = [
     "unseen: ζωή ☃ \x07",
 ]
 IMAGE_TOKENS = 64  # (112 / 14) ** 2
-TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"
-HOW = PromptFormat(TEMPLATE, "<image>")
+TEMPLATE = "USER: {pictures}{prompt} ASSISTANT:"
+PICTURE = Medium("<image>", lead="{medium}\n", inline="{medium}")
+HOW = PromptFormat(TEMPLATE, "USER: {prompt} ASSISTANT:", PICTURE)
+MEDIA = ["<image>" * IMAGE_TOKENS]  # what one picture becomes
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>"]
 
 
@@ -92,54 +95,63 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_ids_equal_hugging_face(saved: Path, question: str) -> None:
     processor = LlavaProcessor.from_pretrained(saved)
-    text = TEMPLATE.replace("{prompt}", question, 1)
+    text = TEMPLATE.replace("{pictures}", "<image>\n").replace("{prompt}", question, 1)
     expected = processor(images=Image.new("RGB", (30, 40)), text=text, return_tensors="np")["input_ids"][0]
     tokenizer = load_tokenizer(saved / "tokenizer.json")
-    ids = encode(tokenizer, HOW, question, IMAGE_TOKENS)
+    ids = encode(tokenizer, HOW, question, MEDIA)
     assert ids.dtype == np.int64
     np.testing.assert_array_equal(ids, expected)
     assert ids[0] == tokenizer.token_to_id("<s>")
     assert np.count_nonzero(ids == tokenizer.token_to_id("<image>")) == IMAGE_TOKENS
 
 
+@pytest.mark.parametrize(
+    ("question", "text"),
+    [
+        ("what is in <image>?", "USER: what is in <image>? ASSISTANT:"),
+        ("<image> or <image>", "USER: <image> or <image> ASSISTANT:"),
+        ("which is red?", "USER: <image>\n<image>\nwhich is red? ASSISTANT:"),
+    ],
+)
+def test_ids_of_placed_and_of_several_pictures_equal_hugging_face(saved: Path, question: str, text: str) -> None:
+    processor, count = LlavaProcessor.from_pretrained(saved), text.count("<image>")
+    expected = processor(images=[Image.new("RGB", (30, 40))] * count, text=text, return_tensors="np")["input_ids"][0]
+    ids = encode(load_tokenizer(saved / "tokenizer.json"), HOW, question, MEDIA * count)
+    np.testing.assert_array_equal(ids, expected)
+
+
 def test_template_with_its_own_bos(saved: Path) -> None:
     tokenizer = load_tokenizer(saved / "tokenizer.json")
-    how = PromptFormat("<s>" + TEMPLATE, "<image>", add_special_tokens=False)
-    ids = encode(tokenizer, how, "how many?", IMAGE_TOKENS)
+    how = replace(HOW, template="<s>" + TEMPLATE, add_special_tokens=False)
+    ids = encode(tokenizer, how, "how many?", MEDIA)
     assert np.count_nonzero(ids == tokenizer.token_to_id("<s>")) == 1
 
 
 def test_stored_padding_and_truncation_are_ignored(saved: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(saved / "tokenizer.json"))
-    expected = encode(tokenizer, HOW, "how many squares?", IMAGE_TOKENS)
+    expected = encode(tokenizer, HOW, "how many squares?", MEDIA)
     tokenizer.enable_padding(length=500)
     tokenizer.enable_truncation(8)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     np.testing.assert_array_equal(
-        encode(load_tokenizer(tmp_path / "tokenizer.json"), HOW, "how many squares?", IMAGE_TOKENS), expected
+        encode(load_tokenizer(tmp_path / "tokenizer.json"), HOW, "how many squares?", MEDIA), expected
     )
 
 
 def test_strip() -> None:
-    how = PromptFormat(TEMPLATE, "<image>", strip=True)
-    assert how.render(" why?\n") == "USER: <image>\nwhy? ASSISTANT:"
-
-
-def test_question_with_the_placeholder_is_refused(saved: Path) -> None:
-    with pytest.raises(HimapError, match="contains the image placeholder <image>") as caught:
-        encode(load_tokenizer(saved / "tokenizer.json"), HOW, "what is in <image>?", IMAGE_TOKENS)
-    assert caught.value.code == Exit.USAGE
+    how = replace(HOW, strip=True)
+    assert how.render(" why?\n", ["<image>"]) == "USER: <image>\nwhy? ASSISTANT:"
 
 
 def test_question_that_is_not_unicode_is_refused(saved: Path) -> None:
     with pytest.raises(HimapError, match="not valid Unicode") as caught:
-        encode(load_tokenizer(saved / "tokenizer.json"), HOW, "caf\udce9", IMAGE_TOKENS)
+        encode(load_tokenizer(saved / "tokenizer.json"), HOW, "caf\udce9", MEDIA)
     assert caught.value.code == Exit.USAGE
 
 
 def test_tokenizer_without_the_image_token_is_refused() -> None:
     with pytest.raises(HimapError, match="does not know the image token"):
-        encode(byte_level(), PromptFormat("<img>{prompt}", "<img>"), "what?", 4)
+        encode(byte_level(), replace(HOW, picture=replace(PICTURE, token="<img>")), "what?", ["<img>" * 4])
 
 
 def test_unreadable_tokenizers_are_refused(tmp_path: Path) -> None:
@@ -155,18 +167,34 @@ def test_unreadable_tokenizers_are_refused(tmp_path: Path) -> None:
 
 
 def test_json_round_trip() -> None:
-    how = PromptFormat("<s>" + TEMPLATE, "<image>", add_special_tokens=False, strip=True)
+    film = Medium("<film>", lead="{medium}", inline="{medium}", id=7)
+    how = PromptFormat("<s>" + TEMPLATE, "{prompt}", PICTURE, film, "{prompt}", add_special_tokens=False, strip=True)
     assert typed(to_builtins(how), PromptFormat, "prompt") == how
+
+
+DAMAGED_PICTURES: list[dict[str, object]] = [
+    {"token": ""}, {"lead": ""}, {"lead": "{medium}{medium}"}, {"inline": "here"}, {"id": 0.5}, {"tokens": 576},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"template": "USER: <image>"},
+        {"template": "USER: {pictures}"},
         {"template": "{prompt}"},
-        {"template": "<image>{prompt}<image>"},
+        {"template": "{pictures}{prompt}{pictures}"},
+        {"template": "{pictures}{prompt}{prompt}"},
+        {"template": "{prompt}{pictures}"},
+        {"template": "<image>{pictures}{prompt}"},
         {"template": None},
-        {"image_token": ""},
+        {"interleaved": "why?"},
+        {"interleaved": "{prompt}{prompt}"},
+        {"interleaved": "<image>{prompt}"},
+        {"turn": "and?"},
+        {"turn": "<image>{prompt}"},
+        {"film": {**to_builtins(PICTURE), "token": "USER"}},
+        {"picture": None},
+        *({"picture": {**to_builtins(PICTURE), **part}} for part in DAMAGED_PICTURES),
         {"image_tokens": 576},
         {"strip": None},
         {"trim": True},

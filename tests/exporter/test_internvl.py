@@ -45,10 +45,10 @@ def model(config: dict[str, Any]) -> Any:
     return made.eval()
 
 
-def graph(config: dict[str, Any], tiles: int, batch: int, dtype: Dtype = "fp32", hidden: int = 48) -> StageGraph:
+def graph(config: dict[str, Any], tiles: int, dtype: Dtype = "fp32", hidden: int = 48) -> StageGraph:
     family = InternVl.parse(config)
     spec = family.vision(ImageOptions(tiles=tiles))
-    return vision_graph("vision", family, spec, batch=batch, hidden=hidden, dtype=dtype, names=WeightRef)
+    return vision_graph("vision", family, spec, hidden=hidden, dtype=dtype, names=WeightRef)
 
 
 def serialized(graph: StageGraph) -> bytes:
@@ -57,21 +57,21 @@ def serialized(graph: StageGraph) -> bytes:
 
 
 TOWERS: dict[str, dict[str, Any]] = {"300M": {}, "6B": LARGE, "with a last norm": {"use_mean_pooling": False}}
-QUICK = {(name, 3, 2) for name in TOWERS} | {("300M", 1, 1)}  # tiles and batches are alike to every tower
+QUICK = {(name, 3) for name in TOWERS} | {("300M", 1)}  # tiles are alike to every tower
 
 
 @pytest.mark.parametrize(
-    ("name", "tiles", "batch"),
+    ("name", "tiles"),
     [
         pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow)
-        for each in itertools.product(TOWERS, (1, 3), (1, 2))
+        for each in itertools.product(TOWERS, (1, 3))
     ],
 )
-def test_features_equal_hugging_face(name: str, tiles: int, batch: int) -> None:
+def test_features_equal_hugging_face(name: str, tiles: int) -> None:
     chosen = config(TOWERS[name])
-    theirs, ours = model(chosen), graph(chosen, tiles, batch)
-    assert ours.model.graph.outputs[0].shape == ir.Shape([batch, 9 * tiles, 48])
-    pixels = np.random.default_rng(3).normal(size=(batch * tiles, 3, 84, 84)).astype(np.float32)
+    theirs, ours = model(chosen), graph(chosen, tiles)
+    assert ours.model.graph.outputs[0].shape == ir.Shape([1, 9 * tiles, 48])
+    pixels = np.random.default_rng(3).normal(size=(tiles, 3, 84, 84)).astype(np.float32)
     with torch.inference_mode():
         wanted = theirs.get_image_features(torch.from_numpy(pixels)).pooler_output.numpy()
     weights = {name: value.numpy() for name, value in theirs.model.state_dict().items()}
@@ -81,15 +81,15 @@ def test_features_equal_hugging_face(name: str, tiles: int, batch: int) -> None:
     assert set(ours.weights) == {name for name in weights if not name.startswith("language_model.")}
     session = onnxruntime.InferenceSession(serialized(ours), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"pixel_values": pixels, **{name: weights[name] for name in ours.weights}})
-    assert found.shape == (batch, 9 * tiles, 48) and wanted.std() > 0.05
+    assert found.shape == (1, 9 * tiles, 48) and wanted.std() > 0.05
     np.testing.assert_allclose(found.reshape(wanted.shape), wanted, atol=1e-4, rtol=0)
 
 
 def test_each_layer_is_one_attention_node() -> None:
-    operators = [node.op_type for node in graph(config(), 3, 2, "bf16").model.graph]
+    operators = [node.op_type for node in graph(config(), 3, "bf16").model.graph]
     assert operators.count("Attention") == 3 and "Softmax" not in operators and "Resize" not in operators
     assert "MatMul" not in operators  # every projection is a Gemm over stored weights
-    operators = [node.op_type for node in graph(config(LARGE), 3, 2, "bf16").model.graph]
+    operators = [node.op_type for node in graph(config(LARGE), 3, "bf16").model.graph]
     assert operators.count("Attention") == 3 and operators.count("RMSNormalization") == 4 * 3
 
 
@@ -124,7 +124,7 @@ def test_tensorrt_rtx_fuses_the_attention(tower: dict[str, Any], dtype: Dtype) -
     builder = trt.Builder(log)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
-    assert parser.parse(serialized(graph(config(tower), 3, 1, dtype))), log.errors
+    assert parser.parse(serialized(graph(config(tower), 3, dtype))), log.errors
     settings = builder.create_builder_config()
     assert builder.build_serialized_network(network, settings) is not None, log.errors
 

@@ -19,10 +19,11 @@ from tiny import TINY, make_inputs, make_llava
 from tokenizers import Tokenizer
 from transformers.convert_slow_tokenizer import import_protobuf
 
-from himap_export.engines.prompt import PromptFormat, encode
+from himap_export.engines.prompt import encode
 from himap_export.exporter.families import llava
 from himap_export.exporter.families.llava_original import TEMPLATE, LlavaOriginal
 from himap_export.exporter.family import ImageOptions
+from himap_export.exporter.prompts import default_prompt
 from himap_export.exporter.registry import AnyFamily
 from himap_export.exporter.vision import vision_graph
 from himap_export.graphs.build import StageGraph
@@ -65,15 +66,17 @@ def original(config: dict[str, Any], weights: Weights, **changes: Any) -> tuple[
 
 
 def features(kind: AnyFamily, config: dict[str, Any], weights: Weights, pixels: NDArray[np.float32]) -> NDArray[Any]:
-    """What the vision graph makes of `pixels`, its weights the tensors that the family names."""
+    """What the vision graph makes of `pixels` [n,3,H,W], one at a time, its weights the tensors that the family
+    names."""
     family = kind.parse(config)
     spec, hidden = family.vision(ImageOptions()), family.decoder().hidden
-    graph = vision_graph("vision", family, spec, batch=len(pixels), hidden=hidden, dtype="fp32", names=WeightRef)
+    graph = vision_graph("vision", family, spec, hidden=hidden, dtype="fp32", names=WeightRef)
     feeds = {role: next(weights[n] for n in family.names(role) if n in weights) for role in graph.weights}
     assert {role: value.shape for role, value in feeds.items()} == {
         name: spec.shape for name, spec in graph.weights.items()
     }
-    found: NDArray[Any] = session(graph).run(None, {"pixel_values": pixels, **feeds})[0]
+    run = session(graph)
+    found = np.concatenate([run.run(None, {"pixel_values": one[None], **feeds})[0] for one in pixels])
     assert found.shape == (len(pixels), spec.tokens, hidden)
     return found
 
@@ -106,7 +109,7 @@ def test_intern_vit_has_only_the_layers_that_are_read() -> None:
     family = LlavaOriginal.parse(intern())
     spec = family.vision(ImageOptions())
     graph = vision_graph(
-        "vision", family, spec, batch=1, hidden=64, dtype="fp16", names=lambda role: WeightRef(next(family.names(role)))
+        "vision", family, spec, hidden=64, dtype="fp16", names=lambda role: WeightRef(next(family.names(role)))
     )
     prefix = "model.vision_tower.vision_tower."
     layers = {name.removeprefix(prefix).split(".")[2] for name in graph.weights if ".encoder." in name}
@@ -149,7 +152,6 @@ def test_clip_gives_the_same_graph_in_both_layouts(both: tuple[Any, ...]) -> Non
             "vision",
             family,
             family.vision(ImageOptions()),
-            batch=1,
             hidden=wanted.shape[-1],
             dtype="fp32",
             names=WeightRef,
@@ -242,12 +244,15 @@ def test_tokenizer_encodes_as_the_original(sentences: tuple[Path, Any], question
     folder, slow = sentences
     made = LlavaOriginal.parse(intern()).tokenizer(folder)
     assert made is not None
-    fast, how = Tokenizer.from_buffer(made), PromptFormat(TEMPLATE, "<image>")
-    image = fast.token_to_id("<image>")
-    assert image == slow.vocab_size()
-    before, after = TEMPLATE.replace("{prompt}", question).split("<image>")
-    wanted = [slow.bos_id(), *slow.encode(before), *[image] * 3, *slow.encode(after)]
-    assert encode(fast, how, question, 3).tolist() == wanted
+    fast, how = Tokenizer.from_buffer(made), default_prompt(LlavaOriginal.parse(intern()).prompt())
+    assert how.picture.id == -200 and fast.token_to_id("<image>") == slow.vocab_size()
+    for count in (1, 2):
+        before, *after = (
+            TEMPLATE.replace("{pictures}", "<image>\n" * count).replace("{prompt}", question).split("<image>")
+        )
+        behind = [token for text in after for token in (*[-200] * 3, *slow.encode(text))]
+        found = encode(fast, how, question, ["<image>" * 3] * count)
+        assert found.tolist() == [slow.bos_id(), *slow.encode(before), *behind]
     answer = slow.encode(question)
     assert fast.decode(answer) == slow.decode(answer)
 

@@ -15,7 +15,8 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaConfig, LlavaProcess
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from himap_export.engines.image import CLIP_MEAN, ImagePreprocessing, clip_preprocessing, preprocess
-from himap_export.engines.prompt import encode, load_tokenizer
+from himap_export.engines.manifest import ImageSpec
+from himap_export.engines.prompt import Expansion, Medium, Segment, encode, load_tokenizer
 from himap_export.exporter import template
 from himap_export.exporter.families import llava
 from himap_export.exporter.family import VisionSpec
@@ -88,7 +89,8 @@ def our_ids(data: ProcessorData, question: str, tmp_path: Path) -> np.ndarray:
     assert data.prompt is not None
     path = tmp_path / "bundle.json"
     path.write_bytes(data.files["tokenizer.json"])
-    return encode(load_tokenizer(path), data.prompt, question, IMAGE_TOKENS)
+    picture = data.images[""].expansion.write(data.prompt.picture.token)
+    return encode(load_tokenizer(path), data.prompt, question, [picture])
 
 
 def hf_inputs(folder: Path, question: str, image: Image.Image) -> Any:
@@ -110,15 +112,17 @@ def test_answers_like_hugging_face(layout: str, chat: str, question: str, tmp_pa
     for image in (CHINA, FLOWER.rotate(90, expand=True)):
         expected = hf_inputs(folder, question, image)
         np.testing.assert_array_equal(our_ids(data, question, tmp_path), expected["input_ids"][0])
-        np.testing.assert_array_equal(preprocess(image, data.images[""]), expected["pixel_values"])
+        np.testing.assert_array_equal(preprocess(image, data.images[""].preprocessing), expected["pixel_values"])
 
 
 def test_prompt_format(tmp_path: Path) -> None:
     prompt = read(save(tmp_path)).prompt
     assert prompt is not None and prompt.template == llava.TEMPLATE
-    assert (prompt.image_token, prompt.add_special_tokens, prompt.strip) == ("<image>", True, False)
+    assert prompt.picture == Medium("<image>", "{medium}\n", "{medium}", IMAGE_ID)
+    assert (prompt.add_special_tokens, prompt.strip) == (True, False)
     prompt = read(save(tmp_path, BOS_CHAT)).prompt
-    assert prompt is not None and prompt.template == "<s>[INST] <image>{prompt} [/INST]"
+    assert prompt is not None and prompt.template == "<s>[INST] {pictures}{prompt} [/INST]"
+    assert prompt.picture == Medium("<image>", "{medium}", "{medium}", IMAGE_ID)
     assert not prompt.add_special_tokens and prompt.strip
 
 
@@ -157,7 +161,9 @@ def test_tokens_that_only_tokenizer_config_knows(tmp_path: Path) -> None:
 
 
 def test_empty_folder_gives_the_default_and_no_prompt(tmp_path: Path) -> None:
-    assert read(tmp_path, side=56) == ProcessorData({"": clip_preprocessing(56)}, None, {})
+    plain = Expansion((Segment("", IMAGE_TOKENS),))
+    picture = ImageSpec((56, 56), 1, IMAGE_TOKENS, (4, 4), clip_preprocessing(56), plain)
+    assert read(tmp_path, side=56) == ProcessorData({"": picture}, None, {})
 
 
 def test_no_code_and_no_pickle_of_the_checkpoint_is_touched(tmp_path: Path) -> None:

@@ -11,18 +11,42 @@ from pathlib import Path
 import pytest
 
 from himap_export.exporter import template
-from himap_export.exporter.template import render
+from himap_export.exporter.template import Chat, render
 from himap_export.graphs.errors import HimapError
 
 TEXT = "{{ messages[0]['content'][1]['text'] }}"
 
 
+def chat(question: str) -> Chat:
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+
+
 def test_each_question_is_rendered() -> None:
     questions = ("a", "  größer\n<b> {x} ", "")
     made = render(
-        "{{ bos_token }}[" + TEXT + "]{% if add_generation_prompt %}>{% endif %}", questions, {"bos_token": "<s>"}
-    )
+        "{{ bos_token }}[" + TEXT + "]{% if add_generation_prompt %}>{% endif %}", [chat(each) for each in questions],
+        {"bos_token": "<s>"},
+    )  # fmt: skip
     assert made == tuple(f"<s>[{question}]>" for question in questions)
+
+
+PICKY = "{% if 'no' in messages[0]['content'][1]['text'] %}{{ raise_exception('no') }}{% endif %}" + TEXT
+
+
+def test_a_chat_that_the_template_does_not_take_is_none() -> None:
+    """As long as it is not the first, one picture and a question: without that there is no prompt."""
+    assert render(PICKY, [chat("a"), chat("no"), chat("b"), [], chat("c")], {}) == ("a", None, "b", None, "c")
+    with pytest.raises(HimapError, match=r"chat template cannot be rendered.*no"):
+        render(PICKY, [chat("no"), chat("a")], {})
+
+
+def test_a_later_chat_costs_no_more_than_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops, memory and length are bounded whichever chat they come of."""
+    monkeypatch.setattr(template, "MOST_SECONDS", 1)
+    for costs in (LOOP, "{{ 'x' * 10**12 }}", "{{ 'x' * 5000000 }}"):
+        text = "{% if 'no' in messages[0]['content'][1]['text'] %}" + costs + "{% endif %}" + TEXT
+        with pytest.raises(HimapError, match=r"it (takes|makes) more than"):
+            render(text, [chat("a"), chat("no")], {})
 
 
 LOOP = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
@@ -50,7 +74,7 @@ def test_hostile_templates_end_in_a_line(case: str, monkeypatch: pytest.MonkeyPa
     text, words = HOSTILE[case]
     start = time.monotonic()
     with pytest.raises(HimapError, match="chat template cannot be rendered") as caught:
-        render(text, ("a", "b"), {})
+        render(text, [chat("a"), chat("b")], {})
     assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 1500
     assert time.monotonic() - start < 60
 
@@ -66,7 +90,7 @@ def test_a_child_that_waits_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(template, "_said", lambda texts: time.sleep(1000))
     before = children()
     with pytest.raises(HimapError, match="it takes more than"):
-        render(TEXT, ("a",), {})
+        render(TEXT, [chat("a")], {})
     assert children() == before
 
 
@@ -78,10 +102,10 @@ def test_nothing_of_the_parent_runs_in_the_child(tmp_path: Path, monkeypatch: py
     with (tmp_path / "said").open("w") as said:
         monkeypatch.setattr(sys, "stdout", said)
         print("once", end=" ")
-        render(TEXT, ("a",), {})
+        render(TEXT, [chat("a")], {})
         monkeypatch.setattr(template, "MOST_SECONDS", 1)
         with pytest.raises(HimapError):
-            render(LOOP, ("a",), {})
+            render(LOOP, [chat("a")], {})
     atexit.unregister(at_end)
     assert [file.name for file in tmp_path.iterdir()] == ["said"] and (tmp_path / "said").read_text() == "once "
 
@@ -99,7 +123,7 @@ def told():
     return child
 os.fork = told
 template.MOST_SECONDS = 100
-template.render({LOOP!r}, ("a",), {{}})
+template.render({LOOP!r}, [[]], {{}})
 """
     parent = subprocess.Popen([sys.executable, "-c", code])
     while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():

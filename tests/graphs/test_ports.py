@@ -7,7 +7,16 @@ from msgspec.structs import replace
 
 from himap_export.graphs.errors import HimapError
 from himap_export.graphs.plan import PruningPlan, TokenBudget, himap
-from himap_export.graphs.ports import GraphPorts, Place, Port, WeightRef, chain_problems, graph_problems, slots_problems
+from himap_export.graphs.ports import (
+    GraphPorts,
+    Place,
+    Port,
+    WeightRef,
+    chain_problems,
+    graph_problems,
+    slots_problems,
+    vision_problems,
+)
 from himap_export.graphs.spec import DecoderSpec
 from himap_export.graphs.stages import StagedModel
 
@@ -16,22 +25,27 @@ SPEC, V = DecoderSpec(4, 8, 8, 2, 1, 4, 16, deepstack=1, rope_axes=(0, 1)), 16
 VISION = GraphPorts(
     {"pixel_values": Port("fp32", (1, 3, 8, 8), "pixel_values")},
     {
-        "image_features": Port("fp32", (1, V, 8), "image_features"),
-        "deepstack_0": Port("fp32", (1, V, 8), "deepstack", layer=0),
+        "image_features": Port("fp32", (1, V, 8), "seen_features"),
+        "deepstack_0": Port("fp32", (1, V, 8), "seen_deepstack", layer=0),
     },
 )
 Chain = dict[str, GraphPorts]
 
 
-def chain(plan: PruningPlan = PLAN) -> Chain:
-    budget = TokenBudget(plan.kept(V), 4, 2)
+def chain(plan: PruningPlan = PLAN, images: int = 1, batch: int = 1) -> Chain:
+    """Of prompts of so many `images`, of which vision sees one at a time."""
+    budget = TokenBudget(plan.kept(V, images), 4, 2, batch, images=images)
     graphs = StagedModel(SPEC, plan, budget, "fp32", WeightRef).graphs()
     return {"vision": VISION} | {graph.name: graph.ports for graph in graphs}
 
 
 def problems(graphs: Chain) -> list[str]:
     alone = [problem for graph in graphs.values() for problem in graph_problems(graph)]
-    return alone + list(chain_problems(list(graphs.values()), len(graphs) - 3))
+    return alone + list(chain_problems(list(graphs.values()), len(graphs) - 3)) + unseen(graphs)
+
+
+def unseen(graphs: Chain, images: int = 1) -> list[str]:
+    return list(vision_problems(graphs["vision"], [graphs[name] for name in graphs if name != "vision"], images))
 
 
 @pytest.mark.parametrize("plan", [PruningPlan(), himap(1, 3, 0.5, 0.5), himap(1, 3, 0, 0), himap(2, 3, 0.9, 0)])
@@ -95,7 +109,8 @@ def without(stage: str, name: str, outputs: bool = False) -> Callable[[Chain], N
         (put("prefix", "score_k1", True, cut=2), "nothing writes score_k1 before it is read"),
         (without("prefix", "score_k1", True), "nothing writes score_k1 before it is read"),
         (without("k1", "present_key.1", True), "nothing writes past_key.1 before it is read"),
-        (put("vision", "deepstack_0", True, layer=1), "nothing writes deepstack_0 before it is read"),
+        (put("vision", "deepstack_0", True, layer=1), "nothing reads deepstack_0"),
+        (put("vision", "deepstack_0", True, layer=1), "vision does not write deepstack_0"),
         (put("k2", "kept_k2", True, cut=1), "two write kept_k2"),
         (put("k1", "kept_k1", True, role="seed", cut=None), "two write kept_k1"),
         (without("k2", "kept_k2", True), "no graph has kept_k2"),
@@ -108,6 +123,39 @@ def test_a_promise_that_is_not_kept_is_named(change: Callable[[Chain], None], wo
     assert problems(graphs) == []
     change(graphs)
     assert any(words in problem for problem in problems(graphs)), problems(graphs)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("images", [1, 2, 5])
+def test_stages_read_what_vision_makes_of_each_picture(images: int, batch: int) -> None:
+    """One picture a run, whatever the batch; another number than the stages are for is named at every tensor."""
+    graphs = chain(images=images, batch=batch)
+    assert unseen(graphs, images) == []
+    found = f"is [1, {V}, 8] of one picture and [{batch}, {V * images}, 8] of {images + 1}"
+    assert unseen(graphs, images + 1) == [f"{name} {found}" for name in ("image_features", "deepstack_0")]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (put("vision", "image_features", True, role="image_features"), "image_features, which is image_features [1, "),
+        (put("vision", "image_features", True, shape=(2, V, 8)), f"image_features, which is seen_features [2, {V}, 8]"),
+        (put("vision", "image_features", True, shape=(V, 8)), f"image_features, which is seen_features [{V}, 8]"),
+        (put("vision", "image_features", True, role="hidden", cut=1), "image_features, which is hidden"),
+        (put("vision", "image_features", True, dtype="fp16"), f"image_features is [1, {V}, 8] of one picture"),
+        (put("vision", "image_features", True, shape=(1, V, 9)), f"image_features is [1, {V}, 9] of one picture"),
+        (put("vision", "deepstack_0", True, shape=(1, V + 1, 8)), f"deepstack_0 is [1, {V + 1}, 8] of one picture"),
+        (put("prefix", "deepstack_0", layer=2), "nothing reads deepstack_0"),
+        (put("prefix", "deepstack_0", layer=2), "vision does not write deepstack_2"),
+        (without("prefix", "deepstack_0"), "nothing reads deepstack_0"),
+        (without("vision", "deepstack_0", True), "vision does not write deepstack_0"),
+        (without("vision", "image_features", True), "vision does not write image_features"),
+    ],
+)  # fmt: skip
+def test_what_vision_makes_and_nobody_reads_is_named(change: Callable[[Chain], None], words: str) -> None:
+    graphs = {stage: GraphPorts(dict(ports.inputs), dict(ports.outputs)) for stage, ports in chain().items()}
+    change(graphs)
+    assert any(words in problem for problem in unseen(graphs)), unseen(graphs)
 
 
 def slots(rows: int) -> Chain:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from commands import ORT, SHAPES_64, Workshop, call
 from families import FAMILIES
+from msgspec import structs
 from msgspec.structs import asdict
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -16,6 +17,11 @@ from sklearn.datasets import load_sample_images
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.image import ImagePreprocessing, load_image, preprocess
 from himap_export.engines.manifest import ImageSpec
+from himap_export.engines.prompt import Expansion, Segment
+from himap_export.exporter.family import ImageOptions
+from himap_export.exporter.planning import describe
+from himap_export.exporter.processor import read_processor
+from himap_export.exporter.registry import resolve
 from himap_export.validate.checkpoint import Source
 from himap_export.validate.cli import main
 from himap_export.validate.parity.compare import Answers, Parity
@@ -23,7 +29,7 @@ from himap_export.validate.parity.pixels import PixelParity, compare_pixels, wit
 
 SOURCE = Source(SHAPES_64, None, False)
 RIGHT = ImagePreprocessing(112, (112, 112))
-PICTURE = ImageSpec((112, 112), 1, 64, (8, 8), RIGHT)
+PICTURE = ImageSpec((112, 112), 1, 64, (8, 8), RIGHT, Expansion((Segment("", 64),)))
 EMPTY = Parity(1, (), (), Answers(1, 1, None, 0.0), (), {})
 
 
@@ -36,10 +42,14 @@ def photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def compared(photograph: Path, how: ImagePreprocessing, source: Source = SOURCE) -> PixelParity:
-    picture = ImageSpec(how.output_size, how.tiles, how.tiles, (1, 1), how)
-    ours = preprocess(load_image(photograph), how)
-    return compare_pixels(ours, photograph, picture, source)
+def spec_of(how: ImagePreprocessing) -> ImageSpec:
+    return ImageSpec(how.output_size, how.tiles, how.tiles, (1, 1), how, Expansion((Segment("", how.tiles),)))
+
+
+def compared(photograph: Path, how: ImagePreprocessing | ImageSpec, source: Source = SOURCE) -> PixelParity:
+    picture = how if isinstance(how, ImageSpec) else spec_of(how)
+    ours = preprocess(load_image(photograph), picture.preprocessing)
+    return compare_pixels(ours, [photograph], picture, source)
 
 
 def passes(found: PixelParity) -> bool:
@@ -78,44 +88,49 @@ def test_the_least_mistake_is_far_above_the_limit(photograph: Path) -> None:
     """One byte of one pixel."""
     ours = preprocess(load_image(photograph), RIGHT)
     ours[0, 0, 5, 5] += 1 / 255 / RIGHT.std[0]
-    found = compare_pixels(ours, photograph, PICTURE, SOURCE)
+    found = compare_pixels(ours, [photograph], PICTURE, SOURCE)
     (gate,) = with_pixels(EMPTY, found).gates
     assert not gate.passed and gate.value > 1000 * gate.limit
     ours = preprocess(load_image(photograph), RIGHT)
     ours[0, 0, 0, 0] = np.nan
-    assert not passes(compare_pixels(ours, photograph, PICTURE, SOURCE))
+    assert not passes(compare_pixels(ours, [photograph], PICTURE, SOURCE))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[name for name, row in FAMILIES.items() if not row.frames])
 def family(work: Workshop, request: pytest.FixtureRequest) -> tuple[str, Source]:
     name: str = request.param
     return name, Source(work.family(name), None, False)
 
 
-def preprocessing_of(name: str) -> ImagePreprocessing:
-    """As an export reads it; colours are those of the family's row."""
-    size, processor = FAMILIES[name].size, FAMILIES[name].processor()
+def spec_of_family(name: str, folder: Path) -> ImageSpec:
+    """As an export reads it; colours are those of the family's row. How pictures are cut, the family says."""
+    row = FAMILIES[name]
+    if row.view is not None:
+        model = resolve(str(folder))
+        _, (vision,) = describe(model, ImageOptions(row.size))
+        return read_processor(folder, model.family, {"": vision}).images[""]
+    processor = row.processor()
     colours = {"mean": tuple(processor.image_mean), "std": tuple(processor.image_std)}
-    if FAMILIES[name].patch is not None:
-        return ImagePreprocessing(size, None, pad_color=(127, 127, 127), letterbox=True, **colours)
+    if row.patch is not None:
+        return spec_of(ImagePreprocessing(row.size, None, pad_color=(127, 127, 127), letterbox=True, **colours))
     if name == "llava":
-        return ImagePreprocessing(56, size, **colours)
-    return ImagePreprocessing(size, None, tiles=FAMILIES[name].tiles, **colours)
+        return spec_of(ImagePreprocessing(56, row.size, **colours))
+    return spec_of(ImagePreprocessing(row.size, None, tiles=row.tiles, **colours))
 
 
 def test_every_family_is_compared_where_it_sees_the_same_picture(
     family: tuple[str, Source], photograph: Path, tmp_path: Path
 ) -> None:
     name, source = family
-    size, how = FAMILIES[name].size, preprocessing_of(name)
+    row, picture = FAMILIES[name], spec_of_family(name, source.folder)
     proportional = tmp_path / "proportional.png"
-    load_image(photograph).resize((size[1], size[0])).save(proportional)
-    found = compared(proportional, how, source)
+    load_image(photograph).resize((row.size[1], row.size[0])).save(proportional)
+    found = compared(proportional, picture, source)
     assert found.found is not None and found.found.max_abs == 0, found.note
-    darker = ImagePreprocessing(**{**asdict(how), "mean": (0.1, 0.2, 0.3)})
-    assert not passes(compared(proportional, darker, source))
-    found = compared(photograph, how, source)
-    if FAMILIES[name].patch is None:
+    darker = structs.replace(picture.preprocessing, mean=(0.1, 0.2, 0.3))
+    assert not passes(compared(proportional, structs.replace(picture, preprocessing=darker), source))
+    found = compared(photograph, picture, source)
+    if row.patch is None and row.view is None:
         assert found.found is not None and found.found.max_abs == 0
     else:
         assert found.found is None and passes(found)

@@ -13,8 +13,9 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from himap_export.engines.bundle import Bundle
 from himap_export.engines.image import clip_preprocessing
+from himap_export.engines.manifest import ImageSpec
 from himap_export.engines.processor import Processor
-from himap_export.engines.prompt import PromptFormat
+from himap_export.engines.prompt import Expansion, Medium, PromptFormat, Segment
 from himap_export.engines.questions import Example, read_dataset
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import Exit, HimapError
@@ -59,8 +60,10 @@ def word_pieces(*words: str) -> Tokenizer:
     return tokenizer
 
 
-def prompter(tokenizer: Tokenizer, template: str = "<image> {prompt} ASSISTANT:") -> Prompter:
-    return Prompter(Processor(tokenizer, PromptFormat(template, "<image>"), clip_preprocessing(16), 4))
+def prompter(tokenizer: Tokenizer, template: str = "{pictures}{prompt} ASSISTANT:") -> Prompter:
+    how = PromptFormat(template, template.replace("{pictures}", ""), Medium("<image>", "{medium} ", "{medium}"))
+    picture = ImageSpec((16, 16), 1, 4, (2, 2), clip_preprocessing(16), Expansion((Segment("", 4),)))
+    return Prompter(Processor(tokenizer, how, picture))
 
 
 def test_arrays_equal_hugging_faces_processor(shapes: Prompter) -> None:
@@ -122,13 +125,15 @@ def test_a_label_is_the_first_token_after_the_prompt() -> None:
     ids = words.get_vocab()
     assert prompter(words).label(example()) == ids["▁dog"]
     assert prompter(words).label(example(answer="dog", options=("cat", "dog"))) == ids["▁B"]
-    assert prompter(words, "<image> {prompt}\n").label(example()) == ids["dog"]  # nothing goes before it on a new line
+    assert (
+        prompter(words, "{pictures}{prompt}\n").label(example()) == ids["dog"]
+    )  # nothing goes before it on a new line
     assert prompter(words).label(example(answer="é")) == ids["▁"]  # then come its bytes
 
 
 def test_an_answer_that_melts_into_the_prompt_has_no_label() -> None:
     with pytest.raises(HimapError, match="no token starts the answer") as told:
-        prompter(word_pieces("▁dog"), "<image> {prompt} ").label(example())  # its last token would be ▁, not ▁dog
+        prompter(word_pieces("▁dog"), "{pictures}{prompt} ").label(example())  # its last token would be ▁, not ▁dog
     assert "line 7" in told.value.details
 
 
@@ -145,7 +150,10 @@ def test_text_stops_and_loses_the_leading_space() -> None:
 def test_a_prompt_or_picture_that_cannot_be_used_is_told_by_line(tmp_path: Path, shapes: Prompter) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     for one, summary in (
-        (example("is this <image>?", image=tmp_path / "a.png"), "line 7 of the data set: the prompt contains"),
+        (
+            example("is <image> this <image>?", image=tmp_path / "a.png"),
+            "line 7 of the data set: the prompt contains <image> 2 times: 1 given",
+        ),
         (example(image=tmp_path / "b.png"), "line 7 of the data set: cannot read image"),
     ):
         with pytest.raises(HimapError, match=summary) as told:
