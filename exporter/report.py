@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from himap_export.exporter.planning import Planned, PlannedVariant
-from himap_export.graphs.flops import BYTES
+from himap_export.graphs.flops import BYTES, stage_costs
+from himap_export.graphs.plan import PruningPlan
 from himap_export.graphs.quantization import linear_shapes, stored_bytes
 
 
@@ -24,7 +25,7 @@ def _variant_json(p: Planned, v: PlannedVariant) -> dict[str, Any]:
     (paper, true), costs = p.ratios(v), p.costs(v)
     return {
         "plan": _plan_json(v),
-        "image": {"size": list(v.vision.size), "tiles": v.vision.tiles, "tokens": v.vision.tokens},
+        "image": _medium_json(v),
         "budget": {
             "visual": list(v.budget.visual),
             "total": list(v.budget.total),
@@ -41,8 +42,23 @@ def _variant_json(p: Planned, v: PlannedVariant) -> dict[str, Any]:
             "prefill": sum(c.flops for c in costs),
             "scoring": [share if share is None else round(share, 6) for share in p.scoring(v)],
         },
+        "kv_cache": dict(zip(("unpruned", "bytes"), _caches(p, v), strict=True)),
         "stages": [vars(c) | {"layers": [c.layers.start, c.layers.stop]} for c in costs],
     }
+
+
+def _medium_json(v: PlannedVariant) -> dict[str, Any]:
+    """Returns what one picture or film of a prompt is, and how many `images` it holds; `film` says what is sampled."""
+    seen, film = v.vision, v.vision.film
+    found = {"size": list(seen.size), "tiles": seen.tiles, "tokens": seen.tokens, "images": v.budget.images}
+    return found | {"film": film and asdict(film)}
+
+
+def _caches(p: Planned, v: PlannedVariant) -> tuple[int, int]:
+    """Returns the bytes of the KV caches: without the cuts, and as planned."""
+    whole = replace(v.budget, visual=v.budget.visual[:1])
+    unpruned, planned = stage_costs(p.decoder, PruningPlan(), whole, p.dtype), p.costs(v)
+    return sum(c.kv_bytes for c in unpruned), sum(c.kv_bytes for c in planned)
 
 
 def _plan_json(v: PlannedVariant) -> dict[str, Any]:
@@ -82,19 +98,32 @@ def _stages(p: Planned, v: PlannedVariant) -> list[str]:
     for c in costs:
         layers = f"{c.layers.start}..{c.layers.stop - 1}"
         rows.append((c.name, layers, f"{c.tokens}", f"{c.image_tokens}", _bytes(c.kv_bytes), _flops(c.flops)))
-    kv, flops = sum(c.kv_bytes for c in costs), sum(c.flops for c in costs)
+    (whole, kv), flops = _caches(p, v), sum(c.flops for c in costs)
     rows.append(("total", f"{p.decoder.layers}", "", "", _bytes(kv), _flops(flops)))
     return [
-        f"image {v.image}: {v.vision.tokens} tokens",
+        _medium(v),
         f"{_cuts(v)}; {v.budget.text} text slots, up to {v.budget.new} new tokens",
         "",
         *_table(rows),
         "",
         f"FLOPs kept, as the paper counts (image tokens only): {paper:6.1%}",
         f"FLOPs kept, text and every matrix included:          {true:6.1%}   at most {1 / true:.2f}x faster prefill",
+        f"KV cache:                                            {kv / whole:6.1%}   {_bytes(whole)} -> {_bytes(kv)}",
         *_scoring(p, v),
         *_alignment(p, v),
     ]
+
+
+def _medium(v: PlannedVariant) -> str:
+    """Returns "image 336x336: 576 tokens", "2 images 336x336: 576 tokens each", or "film of 16 frames 448x448: 128
+    tokens a frame, 256 tokens a second of film at 2 frames a second"."""
+    seen, images, film = v.vision, v.budget.images, v.vision.film
+    if film is None:
+        head, each = ("image", "") if images == 1 else (f"{images} images", " each")
+        return f"{head} {v.image}: {seen.tokens} tokens{each}"
+    (height, width), tokens = seen.size, seen.tokens / film.frames
+    rate = f"{tokens * film.fps:.4g} tokens a second of film at {film.fps:g} frames a second"
+    return f"film of {film.frames} frames {width}x{height}: {tokens:.4g} tokens a frame, {rate}"
 
 
 def _scoring(p: Planned, v: PlannedVariant) -> list[str]:
@@ -132,15 +161,15 @@ def _alignment(p: Planned, v: PlannedVariant) -> list[str]:
 
 
 def _variants(p: Planned) -> list[str]:
-    head = ("plan", "policy", "image", "cuts", "text slots", "tokens", "image tokens", "KV cache", "FLOPs kept")
-    rows = [(*head, "at most")]
+    head = ("plan", "policy", "image", "images", "cuts", "text slots", "tokens", "image tokens", "KV cache")
+    rows = [(*head, "FLOPs kept", "at most")]
     for v in p.variants:
         costs, (_, true) = p.costs(v), p.ratios(v)
         total, visual = (" ".join(f"{n:>4}" for n in numbers) for numbers in (v.budget.total, v.budget.visual))
         kv = _bytes(sum(c.kv_bytes for c in costs))
         cuts = " ".join(f"{c.layer}:{c.keep if c.remove is None else f'{c.remove:.0%}'}" for c in v.plan.cuts) or "-"
-        kept = (f"{true:.1%}", f"{1 / true:.2f}x")
-        rows.append((v.plan_name, v.plan.policy, v.image, cuts, f"{v.budget.text}", total, visual, kv, *kept))
+        counts, kept = (f"{v.budget.images}", cuts, f"{v.budget.text}"), (f"{true:.1%}", f"{1 / true:.2f}x")
+        rows.append((v.plan_name, v.plan.policy, v.image, *counts, total, visual, kv, *kept))
     new = p.variants[0].budget.new
     return [f"{len(p.variants)} variants over one copy of the weights; up to {new} new tokens", "", *_table(rows)]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from himap_export.graphs.errors import Exit, HimapError
 from himap_export.graphs.plan import Cut, PruningPlan, TokenBudget, Visual
-from himap_export.graphs.spec import DecoderSpec, Dtype, stage_layers
+from himap_export.graphs.spec import DecoderSpec, Dtype, image_blocks, stage_layers
 
 BYTES: dict[Dtype, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
 
@@ -41,7 +41,7 @@ def layer_flops(tokens: int, spec: DecoderSpec) -> int:
 _SCORING: Mapping[str, Callable[[DecoderSpec, int, int], int]] = {
     "instruction": lambda spec, s, v: _rows_flops(spec, s, s - v),
     "instruction-debiased": lambda spec, s, v: _rows_flops(spec, s, s - v),
-    "image": lambda spec, s, v: _rows_flops(spec, s, v),
+    "image": lambda spec, s, v: sum(_rows_flops(spec, seen, b - a) for a, b, seen in image_blocks(v, s - v)),
     "last": lambda spec, s, v: _rows_flops(spec, s, 1),
     "boundary": lambda spec, s, v: _rows_flops(spec, s, 1),
     "random": lambda spec, s, v: 0,
