@@ -46,14 +46,19 @@ def compared(family: AnyFamily, config: dict[str, Any], model: Any, size: tuple[
         assert frames == 2 or (steps[0] - steps[-1]).abs().max() > 0.5  # a step out of its place would show
 
 
-@pytest.mark.parametrize("frames", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("size", [(112, 112), (140, 196)])  # one window; ragged ones
+def by_frames(first: tuple[int, int], *others: tuple[int, int]) -> Any:
+    """4 frames of the size `first`; 2 and 8, and other sizes, are slow."""
+    rest = [(size, frames) for size in (first, *others) for frames in (2, 4, 8) if (size, frames) != (first, 4)]
+    slow = [pytest.param(*each, marks=pytest.mark.slow) for each in rest]
+    return pytest.mark.parametrize(("size", "frames"), [(first, 4), *slow])
+
+
+@by_frames((140, 196), (112, 112))  # ragged windows; one
 def test_qwen2_5_vl(size: tuple[int, int], frames: int) -> None:
     compared(qwen2_5_vl.Qwen25Vl, CONFIG_2_5, qwen2_5_model(), size, frames)
 
 
-@pytest.mark.parametrize("frames", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("size", [(128, 128), (96, 224)])
+@by_frames((96, 224), (128, 128))
 def test_qwen3_vl(size: tuple[int, int], frames: int) -> None:
     compared(qwen3_vl.Qwen3Vl, CONFIG_3, qwen3_model(), size, frames)
 
