@@ -16,7 +16,10 @@ from himap_export.engines.documents import open_file
 from himap_export.engines.files import write_file
 from himap_export.graphs.errors import Exit, HimapError
 
-NAMES = ("input_ids", "pixel_values", "attention_mask", "image_grid_thw", "second_per_grid_ts")
+NAMES = (
+    "input_ids", "pixel_values", "pixel_values_videos", "attention_mask", "image_grid_thw", "video_grid_thw",
+    "second_per_grid_ts",
+)  # fmt: skip
 OPTIONAL = ("attention_mask", "second_per_grid_ts")
 MOST_SECONDS = 1e6  # between two steps: twelve days
 
@@ -55,13 +58,10 @@ def as_inputs(arrays: Mapping[str, npt.NDArray[Any]], where: str = "the inputs")
     """Returns `arrays` by the names in NAMES as inputs. HimapError (usage) if one is missing, of the wrong kind or
     shape, or holds no number; it says `where`.
 
-    Patches with their `image_grid_thw`, as Hugging Face's processors of Qwen's models give them, become images again.
+    As Hugging Face's processors give them: tiles of pictures may have an axis of their own, as frames of films in
+    `pixel_values_videos` do; patches with their `image_grid_thw` or `video_grid_thw` become images and frames again.
     """
-    arrays = dict(arrays)
-    if "image_grid_thw" in arrays and "pixel_values" in arrays and arrays["pixel_values"].ndim == 2:
-        _check(where, arrays, name="image_grid_thw", rank=2, kinds="i")
-        _check(where, arrays, name="pixel_values", rank=2, kinds="f")
-        arrays["pixel_values"] = images_of_patches(where, arrays["pixel_values"], arrays["image_grid_thw"])
+    arrays = _as_pictures(where, dict(arrays))
     for name, rank, kinds in (("input_ids", 2, "i"), ("pixel_values", 4, "f"), ("attention_mask", 2, "ib")):
         _check(where, arrays, name=name, rank=rank, kinds=kinds)
     _check(where, arrays, name="second_per_grid_ts", rank=1, kinds="f")
@@ -84,6 +84,22 @@ def as_inputs(arrays: Mapping[str, npt.NDArray[Any]], where: str = "the inputs")
         raise HimapError(f"second_per_grid_ts in {where} are no seconds between steps", details, code=Exit.USAGE)
     found = None if mask is None else (mask != 0).astype(np.int64)
     return Inputs(ids, pixels, found, tuple(seconds.astype(float).tolist()))
+
+
+def _as_pictures(where: str, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """Returns the arrays with all pictures' tiles, or all frames of films, as `pixel_values` [n,3,H,W]."""
+    for name, grids in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+        if name in arrays and grids in arrays and arrays[name].ndim == 2:
+            _check(where, arrays, name=grids, rank=2, kinds="i")
+            _check(where, arrays, name=name, rank=2, kinds="f")
+            arrays[name] = pictures_of_patches(where, arrays[name], arrays[grids], film=grids == "video_grid_thw")
+        if name in arrays and arrays[name].ndim == 5:
+            arrays[name] = arrays[name].reshape(-1, *arrays[name].shape[2:])
+    if "pixel_values_videos" not in arrays:
+        return arrays
+    if "pixel_values" in arrays:
+        raise HimapError(f"{where} holds images and films", "a prompt holds either", code=Exit.USAGE)
+    return {**arrays, "pixel_values": arrays.pop("pixel_values_videos")}
 
 
 def _read(file: Path) -> dict[str, npt.NDArray[Any]]:
@@ -122,21 +138,25 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def images_of_patches(where: str, patches: npt.NDArray[Any], grids: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Returns images [n,3,H,W] of patches [N,3*2*p*p] in the order of Qwen2VLImageProcessor: blocks of 2 x 2 patches
-    that will be merged, each patch in two equal frames. HimapError (usage) for films, or images of different sizes."""
+def pictures_of_patches(
+    where: str, patches: npt.NDArray[Any], grids: npt.NDArray[Any], film: bool = False
+) -> npt.NDArray[Any]:
+    """Returns images [n,3,H,W], or all frames of films, of patches [N,3*2*p*p] in the order of Qwen2VLImageProcessor:
+    blocks of 2 x 2 patches that will be merged, each patch in two frames, which are equal in a picture. HimapError
+    (usage) for films among pictures, or different sizes."""
     side, sizes = math.isqrt(patches.shape[1] // 6), {tuple(grid) for grid in grids.tolist()}
-    frames, rows, columns = next((size for size in sizes if len(size) == 3), (0, 0, 0))
-    whole_blocks = rows % 2 == columns % 2 == 0 and min(rows, columns, side) > 0
-    expected = (len(grids) * rows * columns, 6 * side * side)
-    if len(sizes) != 1 or frames != 1 or not whole_blocks or patches.shape != expected:
-        details = f"pixel_values {list(patches.shape)} for the grids {str(grids.tolist())[:80]}"
-        hint = "one image of one size per prompt, 2 x 2 patches merged"
-        raise HimapError(f"image_grid_thw in {where} does not fit its pixel_values", details, hint, Exit.USAGE)
-    # [image, block row, block column, row in block, column in block, channel, frame, y, x]; the frames are equal
-    blocks = patches.reshape(len(grids), rows // 2, columns // 2, 2, 2, 3, 2, side, side)[:, :, :, :, :, :, 0]
-    found: npt.NDArray[Any] = blocks.transpose(0, 5, 1, 3, 6, 2, 4, 7)
-    return found.reshape(len(grids), 3, rows * side, columns * side)
+    steps, rows, columns = next((size for size in sizes if len(size) == 3), (0, 0, 0))
+    whole_blocks = rows % 2 == columns % 2 == 0 and min(rows, columns, side, steps) > 0
+    expected = (len(grids) * steps * rows * columns, 6 * side * side)
+    if len(sizes) != 1 or not (steps == 1 or film) or not whole_blocks or patches.shape != expected:
+        details = f"pixels {list(patches.shape)} for the grids {str(grids.tolist())[:80]}"
+        hint = "all of one size, 2 x 2 patches merged"
+        name = "video_grid_thw" if film else "image_grid_thw"
+        raise HimapError(f"{name} in {where} does not fit its pixels", details, hint, Exit.USAGE)
+    # [step, block row, block column, row in block, column in block, channel, frame, y, x]
+    blocks = patches.reshape(-1, rows // 2, columns // 2, 2, 2, 3, 2, side, side).transpose(0, 6, 5, 1, 3, 7, 2, 4, 8)
+    found: npt.NDArray[Any] = blocks.reshape(-1, 2, 3, rows * side, columns * side)
+    return found.reshape(-1, *found.shape[2:]) if film else found[:, 0]
 
 
 def _check(where: str, arrays: Mapping[str, npt.NDArray[Any]], *, name: str, rank: int, kinds: str) -> None:

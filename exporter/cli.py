@@ -202,7 +202,8 @@ def _export(args: argparse.Namespace, argv: list[str]) -> None:
         if not args.json:
             weights = " --weights CHECKPOINT" if args.engines_only else ""
             print(f"\nsha256: {manifest.digest}   pin it with: himap-run --expect-sha256")
-            print(f"bundle: {args.out}   answer with: himap-run {args.out}{weights} --image FILE --prompt TEXT")
+            shown = "--video FILE" if args.frames else " ".join(["--image FILE"] * min(args.images))
+            print(f"bundle: {args.out}   answer with: himap-run {args.out}{weights} {shown} --prompt TEXT")
         result |= {"bundle": str(args.out), "sha256": manifest.digest, "backends": list(manifest.engines)}
         result["bytes"] = sum(f.bytes for f in manifest.files.values())
     if args.json:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from himap_export.engines.arrays import images_of_patches
+from himap_export.engines.arrays import pictures_of_patches
 from himap_export.engines.documents import MEGABYTE, read_file
 from himap_export.engines.manifest import ImageSpec
 from himap_export.graphs.errors import Exit
@@ -77,7 +77,7 @@ def _made(image_file: Path, spec: ImageSpec, folder: Path) -> Pixels | str:
         made = np.asarray(theirs["pixel_values"], np.float32)
         made = made[0] if split else made
         if by_patches:
-            made = images_of_patches(str(folder), made, np.asarray(theirs["image_grid_thw"]))
+            made = pictures_of_patches(str(folder), made, np.asarray(theirs["image_grid_thw"]))
     except Exception as problem:  # transformers raises all kinds, for files of all kinds
         reason = " ".join(str(problem).split())[:200] or type(problem).__name__
         return f"transformers cannot use the processor in {folder}: {reason}"
