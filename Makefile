@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo serve docs test test-slow test-page test-triton triton-env test-ray fuzz lint bench bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers bench-serve soak-serve peers-env shapes study study-cuts study-quantised clean
+.PHONY: install demo serve docs test test-slow test-page test-triton triton-env test-ray fuzz lint bench bench-chat bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers bench-serve soak-serve peers-env shapes study study-cuts study-quantised clean
 
 install: $(READY)
 
@@ -102,6 +102,10 @@ docs: install
 
 bench: install
 	$(BIN)/python benchmarks/prefill.py
+
+# A second question about the same two pictures, asked anew and in a conversation; 3 GB of disk, docs/benchmarks.md.
+bench-chat: install
+	$(BIN)/python benchmarks/chat.py
 
 # LLaVA-7B in 16 bits, exported: time and memory by phase.
 bench-export: install

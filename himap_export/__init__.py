@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from himap_export.engines.answer import AnswerStream as AnswerStream
     from himap_export.engines.arrays import Inputs as Inputs
     from himap_export.engines.bundle import Bundle as Bundle
+    from himap_export.engines.conversation import Conversation as Conversation
     from himap_export.engines.session import Session as Session
     from himap_export.exporter.api import export as export
     from himap_export.exporter.api import plan as plan
@@ -37,6 +38,7 @@ _HOME = {
     "Answer": "engines.answer",
     "AnswerStream": "engines.answer",
     "Bundle": "engines.bundle",
+    "Conversation": "engines.conversation",
     "Cut": "graphs.plan",
     "HimapError": "graphs.errors",
     "HimapWarning": "graphs.errors",

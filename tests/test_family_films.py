@@ -106,6 +106,24 @@ def test_frames_are_drawn_with_what_was_kept(work: Workshop, tmp_path: Path) -> 
         assert page.width <= 2400 and page.height > page.width
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILMS)
+def test_a_conversation_about_a_film(work: Workshop, tmp_path: Path, name: str) -> None:
+    """The second answer is what Hugging Face's `generate` gives to both turns, asked all at once."""
+    file = clip(tmp_path, name)
+    with Bundle.open(work.family_bundle(name, "--policy", "none", text_budget=160)).session(threads=1) as session:
+        talk = session.converse_film(file)
+        first, second = (talk.ask(question, max_new_tokens=6) for question in (QUESTION, "And then?"))
+    assert first.request.processor is not None
+    given, later = asked_as_hugging_face(name, file, QUESTION), first.request.processor.turn("And then?")
+    behind = torch.from_numpy(np.concatenate([first.tokens[0], later]))[None]
+    given["input_ids"] = torch.cat([given["input_ids"], behind], dim=1)
+    given["mm_token_type_ids"] = torch.cat([given["mm_token_type_ids"], torch.zeros_like(behind)], dim=1).int()
+    model = AutoModelForImageTextToText.from_pretrained(work.family(name), dtype=torch.float32).eval()
+    wanted = model.generate(**given, max_new_tokens=6, do_sample=False)[:, given["input_ids"].shape[1] :]
+    np.testing.assert_array_equal(second.tokens, wanted.numpy())
+
+
 def test_what_is_refused_about_films(work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One line each, and exit code 2."""
     films, stills = (
