@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo serve docs test test-slow test-page test-triton triton-env test-ray fuzz lint bench bench-chat bench-export bench-7b bench-gpu bench-engines bench-quantised bench-analysis bench-peers bench-serve soak-serve peers-env shapes study study-cuts study-quantised clean
+.PHONY: install demo serve docs test test-slow test-page test-triton triton-env test-ray fuzz lint bench bench-chat bench-export bench-7b bench-many bench-gpu bench-engines bench-quantised bench-analysis bench-peers bench-serve soak-serve peers-env shapes study study-cuts study-quantised clean
 
 install: $(READY)
 
@@ -114,6 +114,10 @@ bench-export: install
 # LLaVA-7B in int4, answering; 35 GB of disk, 18 GB of memory, an hour on 2 cores with three rounds.
 bench-7b: install peers-env
 	$(BIN)/python benchmarks/real_size_answers.py
+
+# Half an hour on 2 quiet cores: 1 to 8 pictures in a prompt, and films; docs/benchmarks.md.
+bench-many: install
+	$(BIN)/python benchmarks/many_pictures.py
 
 bench-gpu: install
 	$(BIN)/python benchmarks/gpu.py

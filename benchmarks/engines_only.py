@@ -1,5 +1,7 @@
 """Every alias at its real size, exported for TensorRT-RTX without weights: seconds, peak memory, size of the bundle.
 
+Of some aliases there are several rows: several pictures, a film, a picture in tiles.
+
 Needs no GPU, no network and no weights. `--docs FILE` puts the table between the two marks in FILE.
 """
 
@@ -10,24 +12,36 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from real_size import memory
 
+# What else is built of an alias, by how its name begins, besides what it sees by itself: a row each.
+MORE = {
+    "llava-7b": (("--images", "4"),),
+    "llava-next": (("--image-size", "672x672"),),
+    "llava-onevision": (("--frames", "16"),),
+    "qwen2.5-vl": (("--frames", "16"),),
+    "qwen3-vl": (("--frames", "16"),),
+    "smolvlm2": (("--frames", "16"),),
+}
 MARKS = "<!-- engines-only: begin -->", "<!-- engines-only: end -->"
 
 
 @dataclass(frozen=True)
 class Built:
-    """One alias: its plan's tokens and FLOPs, and what building its five engines took. Memory is the most that the
-    command and its children held at once, pages of mapped files included."""
+    """One alias: what a prompt shows it (`seen`, of which each image or frame has `each` tokens), its plan's tokens and
+    FLOPs, and what building its five engines took. Memory is the most that the command and its children held at once,
+    pages of mapped files included."""
 
     alias: str
     source: str
     dtype: str
-    image: str
+    seen: str
+    each: float
     tokens: tuple[int, ...]
     flops: float
     seconds: float
@@ -35,9 +49,35 @@ class Built:
     size: int
 
 
-def build(alias: str, out: Path) -> Built:
-    """The real command in a process of its own. SystemExit if it fails."""
-    command = ["himap-export", alias, "--r1", "0.5", "--r2", "0.75", "--backend", "tensorrt-rtx", "--engines-only"]
+def options(alias: str) -> Iterator[tuple[str, ...]]:
+    """Yields what is asked of an alias, a row each."""
+    yield ()
+    yield from (each for start, more in MORE.items() if alias.startswith(start) for each in more)
+
+
+def seen(image: Mapping[str, Any]) -> tuple[str, float]:
+    """What a prompt shows, as the command's JSON says it, and the tokens of each image or frame."""
+    size, film, images = "{1}x{0}".format(*image["size"]), image["film"], image["images"]
+    if film is not None:
+        return f"film of {film['frames']} frames {size}", image["tokens"] / film["frames"]
+    tiles = f" in {image['tiles']} tiles" if image["tiles"] > 1 else ""
+    return f"{f'{images} images ' if images > 1 else ''}{size}{tiles}", image["tokens"]
+
+
+def build(alias: str, out: Path, *more: str) -> Built:
+    """The real command in a process of its own, with `more` options. SystemExit if it fails."""
+    command = [
+        "himap-export",
+        alias,
+        "--r1",
+        "0.5",
+        "--r2",
+        "0.75",
+        "--backend",
+        "tensorrt-rtx",
+        "--engines-only",
+        *more,
+    ]
     start, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
@@ -52,16 +92,26 @@ def build(alias: str, out: Path) -> Built:
             raise SystemExit(f"{' '.join(command)} failed with {process.returncode}\n{process.stderr.read()}")
         said.seek(0)
         told = json.load(said)
-    height, width = told["image"]["size"]
     return Built(
-        alias, told["source"], told["dtype"], f"{width}x{height}", tuple(told["budget"]["visual"]),
+        alias, told["source"], told["dtype"], *seen(told["image"]), tuple(told["budget"]["visual"]),
         told["flops"]["ratio"], seconds, peak, told["bytes"],
     )  # fmt: skip
 
 
 def table(rows: Sequence[Built]) -> str:
     """GitHub's Markdown."""
-    head = ("alias", "checkpoint", "dtype", "image", "image tokens", "FLOPs kept", "seconds", "peak memory", "bundle")
+    head = (
+        "alias",
+        "checkpoint",
+        "dtype",
+        "prompt",
+        "tokens each",
+        "image tokens",
+        "FLOPs kept",
+        "seconds",
+        "peak memory",
+        "bundle",
+    )
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * 3 + "---:|" * (len(head) - 3)]
     for r in rows:
         tokens, memory_, size = " → ".join(map(str, r.tokens)), f"{r.peak / 2**30:.2f} GiB", f"{r.size / 1e6:.0f} MB"
@@ -69,7 +119,8 @@ def table(rows: Sequence[Built]) -> str:
             f"`{r.alias}`",
             r.source,
             r.dtype,
-            r.image,
+            r.seen,
+            f"{r.each:.4g}",
             tokens,
             f"{r.flops:.1%}",
             f"{r.seconds:.1f}",
@@ -101,8 +152,12 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(prefix="himap-engines-") as folder:
         for alias in args.aliases or published:
-            rows.append(build(alias, Path(folder) / alias))
-            print(f"{alias}: {rows[-1].seconds:.1f} s, {rows[-1].peak / 2**30:.2f} GiB", file=sys.stderr)
+            for n, more in enumerate(options(alias)):
+                rows.append(build(alias, Path(folder) / f"{alias}-{n}", *more))
+                print(
+                    f"{alias} {' '.join(more)}: {rows[-1].seconds:.1f} s, {rows[-1].peak / 2**30:.2f} GiB",
+                    file=sys.stderr,
+                )
     print(table(rows))
     if args.docs:
         insert(args.docs, table(rows))

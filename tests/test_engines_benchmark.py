@@ -10,8 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import quantised_engines
+from commands import call
 
 from himap_export.exporter.aliases import ALIASES
+from himap_export.exporter.cli import main as export_main
 from himap_export.exporter.planning import Request, plan_export
 from himap_export.exporter.registry import resolve
 from himap_export.graphs.ports import ElementType, WeightSpec
@@ -22,11 +24,11 @@ PUBLISHED = [name for name, alias in ALIASES.items() if alias.config]
 def test_the_table_goes_between_the_marks(tmp_path: Path) -> None:
     docs = tmp_path / "models.md"
     docs.write_text(f"above\n{engines_only.MARKS[0]}\nold\n{engines_only.MARKS[1]}\nbelow\n")
-    built = engines_only.Built("a", "b/c", "fp16", "4x4", (16, 8, 2), 0.5, 12.34, 1 << 30, 5_000_000)
+    built = engines_only.Built("a", "b/c", "fp16", "4x4", 16, (16, 8, 2), 0.5, 12.34, 1 << 30, 5_000_000)
     engines_only.insert(docs, engines_only.table([built]))
     lines = docs.read_text().splitlines()
     assert lines[0] == "above" and lines[-1] == "below" and "old" not in lines
-    assert "| `a` | b/c | fp16 | 4x4 | 16 → 8 → 2 | 50.0% | 12.3 | 1.00 GiB | 5 MB |" in lines
+    assert "| `a` | b/c | fp16 | 4x4 | 16 | 16 → 8 → 2 | 50.0% | 12.3 | 1.00 GiB | 5 MB |" in lines
     docs.write_text("no marks")
     with pytest.raises(SystemExit):
         engines_only.insert(docs, "table")
@@ -36,6 +38,25 @@ def test_the_table_goes_between_the_marks(tmp_path: Path) -> None:
 def test_the_docs_table_lists_every_alias() -> None:
     docs = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
     assert [f"| `{name}` |" in docs for name in PUBLISHED] == [True] * len(PUBLISHED)
+
+
+@pytest.mark.parametrize(
+    ("alias", "more", "row"),
+    [
+        ("llava-7b", (("--images", "4"),), ("4 images 336x336", 576)),
+        ("qwen2.5-vl-7b", (("--frames", "16"),), ("film of 16 frames 448x448", 128)),
+        ("llava-next-vicuna-7b", (("--image-size", "672x672"),), ("672x672 in 5 tiles", 2928)),
+        ("internvl3-2b", (), None),
+    ],
+)
+def test_what_else_is_built_of_an_alias(
+    alias: str, more: tuple[tuple[str, ...], ...], row: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And how its row tells what the command says of it."""
+    assert tuple(engines_only.options(alias)) == ((), *more)
+    for asked in more:
+        assert call(export_main, alias, "--backend", "tensorrt-rtx", *asked, "--dry-run", "--json") == 0
+        assert engines_only.seen(json.loads(capsys.readouterr().out)["image"]) == row
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
