@@ -38,12 +38,13 @@ class Inputs:
         return self.pixel_values.shape[2], self.pixel_values.shape[3]
 
     def batches(self, size: int, tiles: Sequence[int]) -> Iterator["Inputs"]:
-        """Yields the prompts with their pixels, `size` at a time; `tiles` [b]: how many are each prompt's."""
+        """Yields the prompts with their pixels, `size` at a time; `tiles` [b]: how many are each prompt's. What is too
+        many comes with the last, so that it is noticed."""
         ends = [0, *accumulate(tiles)]
         for at in range(0, len(self.input_ids), size):
-            rows, stop = slice(at, at + size), min(at + size, len(tiles))
+            rows, stop = slice(at, at + size), None if at + size >= len(tiles) else ends[at + size]
             mask = None if self.attention_mask is None else self.attention_mask[rows]
-            yield Inputs(self.input_ids[rows], self.pixel_values[ends[at] : ends[stop]], mask, self.seconds[rows])
+            yield Inputs(self.input_ids[rows], self.pixel_values[ends[at] : stop], mask, self.seconds[rows])
 
 
 def load_inputs(file: Path) -> Inputs:
@@ -131,7 +132,7 @@ def images_of_patches(where: str, patches: npt.NDArray[Any], grids: npt.NDArray[
     expected = (len(grids) * rows * columns, 6 * side * side)
     if len(sizes) != 1 or frames != 1 or not whole_blocks or patches.shape != expected:
         details = f"pixel_values {list(patches.shape)} for the grids {str(grids.tolist())[:80]}"
-        hint = "one image of one size per prompt, 2 x 2 patches merged"
+        hint = "images of one size, 2 x 2 patches merged"
         raise HimapError(f"image_grid_thw in {where} does not fit its pixel_values", details, hint, Exit.USAGE)
     # [image, block row, block column, row in block, column in block, channel, frame, y, x]; the frames are equal
     blocks = patches.reshape(len(grids), rows // 2, columns // 2, 2, 2, 3, 2, side, side)[:, :, :, :, :, :, 0]
