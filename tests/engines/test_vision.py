@@ -116,6 +116,16 @@ def test_what_is_kept_is_a_copy() -> None:
     assert float(kept[FEATURES].read()) == 12
 
 
+def test_what_is_forgotten_is_looked_at_again() -> None:
+    backend, cache = Backend(), FeatureCache(2 * EACH)
+    vision = backend.tower(cache)
+    for _ in range(2):
+        looked(vision, 1)
+        looked(vision, 2)
+        cache.forget()
+    assert (backend.runs, cache.misses, cache.hits) == (4, 4, 0)
+
+
 def test_a_picture_larger_than_the_room_pushes_out_nothing() -> None:
     backend, cache = Backend(), FeatureCache(EACH)
     looked(backend.tower(cache), 1)
