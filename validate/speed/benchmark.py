@@ -136,7 +136,7 @@ def _repeated(work: Callable[[], object]) -> Callable[[], float]:
 def _bundle(system: System, threads: int) -> tuple[float, Phases]:
     """Returns the seconds in which the engines opened, and what runs them as an answer does.
 
-    An answer's prefill is vision, once for each picture that is new, and the chain of all stages, on a GPU by one launch
+    An answer's prefill is vision, once for each new picture, and the chain of all stages, on a GPU by one launch
     each. Vision is timed of all pictures, and the chain of the stages, which is what FLOPs are counted of and what
     PyTorch's prefill does.
     """
