@@ -30,6 +30,7 @@ class Answering:
 
     def _first(self) -> float:
         """Returns the seconds from pixels and ids to a token: vision, all stages, logits."""
+        self._pipeline.features.forget()
         start, given = time.perf_counter(), self._inputs
         prefilled, self._layout = self._pipeline.prefill(given.input_ids, given.pixel_values, given.attention_mask)
         self._token = prefilled.logits.argmax(axis=1)

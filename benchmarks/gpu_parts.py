@@ -172,8 +172,7 @@ def bundle_times(folder: Path, backend: str, device: str, iterations: int) -> di
     opening = Opening(device=device if backend == "onnxruntime" else None)
     pipelines: dict[str, Pipeline] = {}
     for name in names:
-        shared = next(iter(pipelines.values())).engines if pipelines else None
-        pipelines[name] = Pipeline(bundle.select(name), backend, opening, shared)
+        pipelines[name] = Pipeline(bundle.select(name), backend, opening, next(iter(pipelines.values()), None))
     found: dict[str, Times] = {name: {} for name in names}
     for phase in ("vision", *pipelines[names[0]].stages, "prefill", "first token", "decode"):
         rounds: dict[str, list[float]] = {name: [] for name in names}
@@ -200,7 +199,10 @@ def _timed(pipeline: Pipeline, phase: str, iterations: int) -> float:
         return pipeline.read("token_type")
 
     if phase == "first token":
-        return clock(lambda: pipeline.prefill(*arrays), wait, iterations)
+        return clock(lambda: [pipeline.features.forget(), pipeline.prefill(*arrays)], wait, iterations)
+    if phase == "vision":
+        pictures = range(run.budget.batch * run.budget.images)
+        return clock(lambda: [pipeline.run(phase) for _ in pictures], wait, iterations)
     if phase == "prefill":
         return clock(lambda: [pipeline.run(stage) for stage in pipeline.stages], wait, iterations)
     if phase == "decode":

@@ -34,6 +34,7 @@ from himap_export.engines.manifest import (
     Quantization,
     Variant,
 )  # fmt: skip
+from himap_export.engines.prompt import Expansion, Segment
 from himap_export.engines.weight_file import as_held, read_header, write_safetensors
 from himap_export.exporter.bind import bind
 from himap_export.exporter.planning import Planned, Request, plan_export
@@ -100,7 +101,8 @@ def decode_bundle(planned: Planned, layers: int | None, folder: Path) -> Bundle:
 def _manifest(planned: Planned, graph: StageGraph) -> Manifest:
     v = planned.variants[0]
     errors = {role: QuantisedWeight(form.kind, form.block, error=1.0) for role, form in planned.forms.items()}
-    image = ImageSpec(v.vision.size, 1, v.vision.tokens, v.vision.grid, clip_preprocessing(v.vision.size[0]))
+    tokens, how = v.vision.tokens, clip_preprocessing(v.vision.size[0])
+    image = ImageSpec(v.vision.size, 1, tokens, v.vision.grid, how, Expansion((Segment("", tokens),)))
     return Manifest(
         model=ModelRecord(planned.model.name, "random", "llava", ImageTokens(1), (2,), 0), decoder=planned.decoder,
         variants=(Variant(v.plan_name, v.plan, v.budget, v.image, {"decode": "decode"}),), dtype=planned.dtype,

@@ -41,12 +41,13 @@ class Inputs:
         return self.pixel_values.shape[2], self.pixel_values.shape[3]
 
     def batches(self, size: int, tiles: Sequence[int]) -> Iterator["Inputs"]:
-        """Yields the prompts with their pixels, `size` at a time; `tiles` [b]: how many are each prompt's."""
+        """Yields the prompts with their pixels, `size` at a time; `tiles` [b]: how many are each prompt's. What is too
+        many comes with the last, so that it is noticed."""
         ends = [0, *accumulate(tiles)]
         for at in range(0, len(self.input_ids), size):
-            rows, stop = slice(at, at + size), min(at + size, len(tiles))
+            rows, stop = slice(at, at + size), None if at + size >= len(tiles) else ends[at + size]
             mask = None if self.attention_mask is None else self.attention_mask[rows]
-            yield Inputs(self.input_ids[rows], self.pixel_values[ends[at] : ends[stop]], mask, self.seconds[rows])
+            yield Inputs(self.input_ids[rows], self.pixel_values[ends[at] : stop], mask, self.seconds[rows])
 
 
 def load_inputs(file: Path) -> Inputs:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from himap_export.engines.checkpoint_files import stored_tensors
+from himap_export.engines.layout import how_many
 from himap_export.engines.manifest import (
     FILE_NAME,
     FileRecord,
@@ -162,9 +163,8 @@ class Bundle:
             numbers = f"{', '.join(map(str, held[:-1]))} or {held[-1]}" if len(held) > 1 else str(held[0])
             why = "where tokens are cut, fewer images would be cut otherwise" if larger else ""
             details = f"its plan {name} is for {numbers}" + (f": {why}" if why else "")
-            several = f"{count} images" if count != 1 else "one image"
             hint = f"give as many, or export with `images` {count}"
-            raise HimapError(f"{self.folder} takes no prompt of {several}", details, hint, Exit.USAGE)
+            raise HimapError(f"{self.folder} takes no prompt of {how_many(count)}", details, hint, Exit.USAGE)
         return [v for v in found if v.budget.images == count]
 
     def select(

@@ -128,6 +128,11 @@ def rope_places(is_image: npt.NDArray[np.bool_], grid: Grid | None, step: float 
     return found
 
 
+def how_many(images: int) -> str:
+    """Returns "one image", or "5 images"."""
+    return "one image" if images == 1 else f"{images} images"
+
+
 def count_images(input_ids: Integers, mask: Integers | None, image: ImageTokens, tokens: int) -> Integers:
     """Counts the pictures of `tokens` = V tokens each in prompts [b,S]: [b]."""
     found = image.find(input_ids)
@@ -156,8 +161,8 @@ def _count(is_image: npt.NDArray[np.bool_], row: int, image: ImageTokens, budget
         hint = f"expand the image placeholder to {visual} tokens of id {image.token}"
         raise HimapError(f"prompt {row} holds no image token", hint=hint, code=Exit.USAGE)
     if images != visual and (images % each or images > visual or budget.prunes):
-        several = f", {images // each} images" if images % each == 0 else ""
-        wanted = "one image" if budget.images == 1 else f"{budget.images} images"
+        several = f", {how_many(images // each)}" if images % each == 0 else ""
+        wanted = how_many(budget.images)
         details, hint = f"the variant is for {wanted} of {each}", f"give exactly {wanted}"
         raise HimapError(f"prompt {row} holds {images} image tokens{several}", details, hint, Exit.USAGE)
     if not text and not budget.visual[-1]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from himap_export.engines.arrays import memory_bytes
 from himap_export.engines.backends import ANYWAY, Engines, Opening, Tensor, open_backend
 from himap_export.engines.bundle import RunSpec
-from himap_export.engines.layout import Integers, PromptLayout, lay_out
+from himap_export.engines.layout import Integers, PromptLayout, how_many, lay_out
 from himap_export.engines.vision import FeatureCache, Features, Vision
 from himap_export.engines.weight_file import NUMPY
 from himap_export.graphs.errors import Exit, HimapError
@@ -157,8 +157,8 @@ class Prefill:
         tiles, *view = self.vision.pixels_shape
         port = self.tensors[Place("pixel_values")].spec
         if pixel_values.shape != (wanted := (tiles * int(images.sum()), *view)):
-            each = f"{tiles} for each of {images.sum()}" if tiles > 1 else f"of {images.sum()} images"
-            expected = f"expected {list(wanted)}, {each}"
+            expected = f"expected {list(wanted)}, of {how_many(images.sum())}"
+            expected += f" in {tiles} tiles each" if tiles > 1 else ""
             raise HimapError(f"pixel_values are {list(pixel_values.shape)}", expected, code=Exit.USAGE)
         most = FP16_MAX if port.dtype == "fp16" else FP32_MAX
         if not np.abs(pixel_values).max() <= most:  # false for NaN, too

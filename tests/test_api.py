@@ -167,7 +167,7 @@ def test_validation(bundle: hx.Bundle, tmp_path: Path) -> None:
 
 
 def test_a_question_that_is_half_asked_is_no_validation(bundle: hx.Bundle) -> None:
-    with pytest.raises(hx.HimapError, match="`image` and `prompt` go together"):
+    with pytest.raises(hx.HimapError, match="`image` or `video`, and `prompt` go together"):
         hx.validate(bundle, image=IMAGE)
     with pytest.raises(hx.HimapError, match="`inputs` excludes `image`"):
         hx.validate(bundle, image=IMAGE, prompt=QUESTION, inputs={})

@@ -279,7 +279,10 @@ IDS = golden_inputs().input_ids
         ({"input_ids": np.where(np.arange(30) == 1, 256, IDS)}, "holds token 256"),
         ({"input_ids": np.where(np.arange(30) == 1, -5, IDS)}, "holds token -5"),
         ({"pixel_values": np.zeros((1, 3, 57, 56), np.float32)}, "no graph for images of 56x57 pixels"),
-        ({"pixel_values": np.zeros((2, 3, 56, 56), np.float32)}, "one image per prompt"),
+        (
+            {"pixel_values": np.zeros((2, 3, 56, 56), np.float32)},
+            "are [2, 3, 56, 56]: expected [1, 3, 56, 56], of one image",
+        ),
     ],
 )
 def test_prompts(
@@ -344,7 +347,10 @@ def test_images(work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (tmp_path, str(tmp_path)),
     ):
         refused(capsys, 2, words, run_main, bundle, "--image", file, "--prompt", "what?")
-    refused(capsys, 2, "<image>", run_main, bundle, "--image", picture, "--prompt", "what is <image>?")
+    refused(capsys, 2, "<image> 2 times: 1 given", run_main, bundle, "--image", picture, "--prompt", "<image><image>")
+    refused(
+        capsys, 2, "no prompt of 2 images", run_main, bundle, "--image", picture, "--image", picture, "--prompt", "?"
+    )
     refused(capsys, 2, "text tokens", run_main, bundle, "--image", picture, "--prompt", "why? " * 200)
     assert call(run_main, bundle, "--image", picture, "--prompt", "what?", "--show-kept", tmp_path / "kept.png") == 0
     assert Image.open(tmp_path / "kept.png").width > 1500
@@ -376,8 +382,8 @@ def test_manifests(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     inputs = save_inputs(tmp_path / "in.npz", prompts())
     good = json.loads((copy / "manifest.json").read_text())
     for changed, words in (
-        (good | {"schema": 8}, "update himap-export"),
-        (good | {"schema": 6}, "export it again"),
+        (good | {"schema": 9}, "update himap-export"),
+        (good | {"schema": 7}, "export it again"),
         (good | {"variants": 3}, "is damaged"),
         ({k: v for k, v in good.items() if k != "graphs"}, "is damaged"),
     ):

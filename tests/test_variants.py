@@ -69,7 +69,7 @@ def test_pipelines_of_all_variants_share_one_copy_of_the_weights(work: Workshop,
     for variant in bundle.manifest.variants:
         run = bundle.select(variant.plan_name, variant.budget.text)
         second = Pipeline(run, "onnxruntime", beside=first)
-        assert second.engines is first.engines
+        assert second.engines is first.engines and second.features is first.features
         prefilled, _ = second.prefill(inputs.input_ids, inputs.pixel_values)
         wanted = work.answer(alone(work, variant.plan_name, variant.budget.text), inputs, "--max-new-tokens", "1")
         np.testing.assert_array_equal(prefilled.logits, wanted["logits"])

@@ -89,9 +89,8 @@ def ask(bundle: Bundle, examples: Sequence[Example]) -> Told:
     prompter, stop = prompter_of_bundle(bundle), bundle.manifest.model.eos_tokens
     pipelines = dict[str, Pipeline]()
     for variant in bundle.manifest.variants:
-        engines = next((p.engines for p in pipelines.values()), None)
-        run = bundle.select(variant.plan_name)
-        pipelines[variant.plan_name] = Pipeline(run, "onnxruntime", Opening(threads=1), engines)
+        run, beside = bundle.select(variant.plan_name), next(iter(pipelines.values()), None)
+        pipelines[variant.plan_name] = Pipeline(run, "onnxruntime", Opening(threads=1), beside)
     right = {plan: np.zeros(len(examples), bool) for plan in pipelines}
     kept = {
         f"{plan} {stage}": np.zeros((len(examples), p.spec.budget.visual[0]), bool)

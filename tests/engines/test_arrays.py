@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from himap_export.engines.arrays import load_inputs, memory_bytes
+from himap_export.engines.arrays import Inputs, load_inputs, memory_bytes
 from himap_export.graphs.errors import Exit, HimapError
 
 IDS, PIXELS = np.array([[1, 5, 5, 2]]), np.zeros((1, 3, 4, 4), np.float32)
@@ -85,6 +85,23 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 )
 def test_grids_that_make_no_picture(tmp_path: Path, patches: Any, grid: Any) -> None:
     refused(save(tmp_path / "in.npz", pixel_values=patches, image_grid_thw=np.array(grid)), "image_grid_thw in")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
+def test_batches_take_the_pixels_of_their_prompts(size: int) -> None:
+    """Of 2, 0, 1 and 3 tiles; all that belongs to a prompt goes with it, and pixels too many go with the last."""
+    tiles, ids = (2, 0, 1, 3), np.arange(8).reshape(4, 2)
+    for more in (0, 1):
+        pixels = np.arange(6 + more, dtype=np.float32).reshape(-1, 1, 1, 1)
+        whole = Inputs(ids, pixels, ids % 2, seconds=(0.5, 1.0, 1.5, 2.0))
+        parts = list(whole.batches(size, tiles))
+        assert [len(part.input_ids) for part in parts] == [min(size, 4 - at) for at in range(0, 4, size)]
+        for n, part in enumerate(parts):
+            rows = slice(n * size, (n + 1) * size)
+            first, last = sum(tiles[: n * size]), sum(tiles[: (n + 1) * size]) + more * (part is parts[-1])
+            assert part.pixel_values.ravel().tolist() == list(range(first, last))
+            assert part.input_ids.tolist() == ids[rows].tolist() and part.seconds == whole.seconds[rows]
+            assert part.attention_mask is not None and part.attention_mask.tolist() == (ids % 2)[rows].tolist()
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

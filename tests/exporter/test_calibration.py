@@ -76,7 +76,7 @@ def hugging_face_reads(folder: Path, name: str, file: Path) -> Mapping[str, Floa
     for linear, module in (linears | {"lm_head": model.lm_head}).items():
         module.register_forward_pre_hook(reads.setdefault(linear, Read([])))
     for example in read_questions(file):
-        model(**processed(name, Image.open(example.image), prompt_of(example)))
+        model(**processed(name, [Image.open(example.image)], None, prompt_of(example)))
     return {linear: np.concatenate(read.rows) for linear, read in reads.items()}
 
 
@@ -150,7 +150,7 @@ def test_bad_lines_and_flags_are_told_in_one_line(
     for content, flags, words in (
         (good + "\n{", small, "line 9 of"),
         (good.replace("7.png", "none.png"), small, "none.png"),
-        (good.replace("no. 5?", "<image>"), small, "line 6 of the data set: the prompt contains the image"),
+        (good.replace("no. 5?", "<image>" * 2), small, "line 6 of the data set: the prompt contains <image> 2 times"),
         (good + "\n" + long, small, "line 9 of the data set: prompt 0 has"),
         (good, (), "--calibrate goes with --quantize"),
     ):

@@ -217,6 +217,20 @@ def test_kept_by_number() -> None:
         PruningPlan((Cut(3, "boundary", keep=0), Cut(4, "image", 0.5))).kept(576)
 
 
+@pytest.mark.parametrize("images", [1, 2, 3, 5])
+def test_a_quota_keeps_as_many_of_each_picture(images: int) -> None:
+    """Fractions and numbers are of each; ranked together, of all: floor(0.3 * 20) is not twice floor(0.3 * 10)."""
+    cuts = (Cut(2, "last", 0.35), Cut(3, "last", keep=4), Cut(4, "last", 0.5))
+    each = PruningPlan(cuts, quota="per-image")
+    assert each.kept(10, images) == tuple(images * n for n in each.kept(10)) == tuple(images * n for n in (10, 7, 4, 2))
+    all_of_them = 10 * images - math.floor(0.35 * 10 * images)
+    assert PruningPlan(cuts).kept(10, images) == (10 * images, all_of_them, 4, 2)
+    with pytest.raises(HimapError, match="keeps 8 image tokens"):
+        PruningPlan((Cut(2, "last", keep=8), Cut(3, "last", 0.5)), quota="per-image").kept(7, images)
+    for quota in ("prompt", "per-image"):
+        assert PruningPlan((Cut(2, "last", keep=0),), quota=quota).kept(10, images) == (10 * images, 0)
+
+
 def test_paper_flops_by_hand() -> None:
     """4nd^2 + 2n^2 d + 2ndm for n = 3, d = 8, m = 5."""
     assert paper_flops(3, DecoderSpec(1, 8, 5, 4, 2, 2, 10)) == 4 * 3 * 64 + 2 * 9 * 8 + 2 * 3 * 8 * 5

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from himap_export.engines.backends import Opening
 from himap_export.engines.bundle import Bundle
+from himap_export.engines.layout import PromptLayout
 from himap_export.engines.pipeline import Pipeline
 from himap_export.graphs.ports import Place
 from himap_export.graphs.spec import Dtype
@@ -28,14 +30,23 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Sabotaged(Pipeline):
-    """Every time `graph` has run, `tensor` is replaced by what `edit` makes of it."""
+    """Every time `graph` has run, `tensor` is replaced by what `edit` makes of it; vision's, when all pictures of
+    prompts have been looked at."""
 
     def __init__(self, bundle: Path, graph: str, tensor: Place, edit: Edit) -> None:
         super().__init__(Bundle.open(bundle).select(), "onnxruntime", Opening(threads=1))
         self._edit, self._runs = (graph, tensor, edit), 0
 
+    def load(self, *prompts: Any, **how: Any) -> PromptLayout:
+        layout = super().load(*prompts, **how)
+        self._spoil("vision")
+        return layout
+
     def run(self, graph: str) -> None:
         super().run(graph)
+        self._spoil(graph)
+
+    def _spoil(self, graph: str) -> None:
         when, tensor, edit = self._edit
         if graph == when:
             self._runs += 1

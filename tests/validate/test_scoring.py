@@ -175,12 +175,12 @@ def test_what_is_refused(bundle: Path, report: Path, tmp_path: Path, capsys: pyt
     (folder / "long.jsonl").write_text(
         good + good.splitlines()[0].replace('"question": "', '"question": "' + "red " * 30)
     )
-    (folder / "two.jsonl").write_text(good.replace('"question": "', '"question": "<image> ', 1))
+    (folder / "two.jsonl").write_text(good.replace('"question": "', '"question": "<image><image> ', 1))
     here = ("--report", tmp_path / "r")
     for flags, words in (
         (("--dataset", folder / "bad.jsonl", *here), "line 6 of"),
         (("--dataset", folder / "long.jsonl", *here), "the budget is 20"),
-        (("--dataset", folder / "two.jsonl", *here), "line 1 of the data set"),
+        (("--dataset", folder / "two.jsonl", *here), "line 1 of the data set: the prompt contains <image> 2 times"),
         (("--dataset", folder / "questions.jsonl", *here, "--plan", "random"), "holds no plan random"),
         (("--dataset", folder / "questions.jsonl", "--report", folder), "is neither empty nor ours"),
         (("--dataset", folder / "questions.jsonl", *here, "--prompt", "?", "--image", "x.png"), "--dataset excludes"),

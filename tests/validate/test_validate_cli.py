@@ -202,8 +202,8 @@ NOWHERE = Path("/no/bundle/here")  # what is refused without reading it is refus
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--image", "a.png"), "--image and --prompt go together"),
-        (("--prompt", "what?"), "--image and --prompt go together"),
+        (("--image", "a.png"), "--image (or --video) and --prompt go together"),
+        (("--prompt", "what?"), "--image (or --video) and --prompt go together"),
         (("--load-inputs", "a.npz", "--image", "a.png", "--prompt", "what?"), "--load-inputs excludes"),
         (("--dataset", "a.jsonl", "--save-outputs", "a.npz"), "--dataset excludes"),
         (("--save-inputs", "here", "--save-outputs", "here"), "need two folders"),

@@ -136,8 +136,9 @@ def _repeated(work: Callable[[], object]) -> Callable[[], float]:
 def _bundle(system: System, threads: int) -> tuple[float, Phases]:
     """Returns the seconds in which the engines opened, and what runs them as an answer does.
 
-    An answer's prefill is one chain, of vision and all stages, on a GPU by one launch. Here it is timed in two: vision,
-    and the chain of the stages, which is what FLOPs are counted of and what PyTorch's prefill does.
+    An answer's prefill is vision, once for each new picture, and the chain of all stages, on a GPU by one launch
+    each. Vision is timed of all pictures, and the chain of the stages, which is what FLOPs are counted of and what
+    PyTorch's prefill does.
     """
     from himap_export.engines.backends import Opening, load_backend
     from himap_export.engines.pipeline import Pipeline
