@@ -119,12 +119,13 @@ def main() -> None:
             max_new_tokens=128, progress=partial(print, file=sys.stderr),
         )  # fmt: skip
         bundle = hx.Bundle.open(out)
-        found = {plan: measured(bundle, plan, args.threads, args.rounds) for plan in (PRUNED, UNPRUNED)}
         cpu, features = cpu_and_features(Path("/proc/cpuinfo"))
         print(f"{cpu} ({features}), {args.threads} threads, {args.backend} {args.dtype}, {args.rounds} rounds")
-        for plan, (rows, appended) in found.items():
-            print("\n".join(lines(bundle.select(plan, images=IMAGES), rows, appended)))
-    seconds = {plan: rows for plan, (rows, _) in found.items()}
+        seconds: dict[str, dict[int, Rows]] = {}
+        for plan in (PRUNED, UNPRUNED):
+            seconds[plan], appended = measured(bundle, plan, args.threads, args.rounds)
+            run = bundle.select(plan, images=IMAGES)
+            print("\n".join(lines(run, seconds[plan], appended)), flush=True)
     print(json.dumps({"seconds": seconds, "ways": WAYS, "cpu": cpu, "features": features, "threads": args.threads}))
 
 
