@@ -21,8 +21,8 @@ _PICTURE, _FILM = {"type": "image"}, {"type": "video"}
 
 def default_prompt(rules: PromptRules) -> PromptFormat:
     """Returns the prompts of a family whose checkpoint does not say."""
-    bare = rules.image_text.join(rules.surround)
-    picture = Medium(rules.image_text, _marked(rules.lead, rules.image_text), _marked(bare, rules.image_text))
+    lead = _marked(rules.lead, rules.image_text)
+    picture = Medium(rules.image_text, lead, lead.strip(" \n"))  # within a question no lines begin with pictures
     return PromptFormat(
         template=rules.template,
         interleaved=rules.interleaved or rules.template.replace(PICTURES, ""),
@@ -124,11 +124,11 @@ def _with_id(medium: Medium, token_id: int) -> Medium:
 
 def _film(rules: PromptRules, lead: str) -> Medium:
     """Returns how a film stands in prompts. Where it has no token of its own, its frames are pictures."""
-    inline = rules.film_lead.lstrip(" ")
-    token, own = (
-        (rules.image_text, rules.image_token) if rules.film_token is None else (rules.film_text, rules.film_token)
-    )
-    return Medium(token, _marked(lead, rules.film_text), _marked(inline, rules.film_text), own)
+    token, own = rules.image_text, rules.image_token
+    if rules.film_token is not None:
+        token, own = rules.film_text, rules.film_token
+    marked = _marked(lead, rules.film_text)
+    return Medium(token, marked, marked.strip(" \n"), own)
 
 
 def _told_film(told: str | None, first: str, rest: str, rules: PromptRules) -> Medium | None:
@@ -139,8 +139,6 @@ def _told_film(told: str | None, first: str, rest: str, rules: PromptRules) -> M
     before = "" if told is None else told.partition(SENTINEL)[0]
     known = before.count(rules.film_text) == 1 and before.startswith(first) and before.endswith(rest)
     lead = before[len(first) : len(before) - len(rest)] if known else rules.film_lead
-    if rules.film_lead == rules.film_text:  # what its processor replaces is more than the placeholder
-        lead = rules.film_text
     return _film(rules, lead)
 
 
