@@ -144,7 +144,7 @@ def test_the_budget_is_the_least_that_holds_the_questions() -> None:
     prompter = prompter_of_checkpoint(Path(demo.ALIASES["shapes"].source))
     processor = prompter.processor
     longest = max(
-        processor.inputs(load_image(e.image), e.question).input_ids.size - processor.image_tokens for e in examples
+        processor.inputs([load_image(e.image)], e.question).input_ids.size - processor.spec.tokens for e in examples
     )
     assert longest <= text_budget(examples) < longest + 8 and text_budget(examples) % 8 == 0
 
