@@ -230,7 +230,7 @@ def test_nearest_size_of_several_images_wastes_least_of_all_together() -> None:
     wide, tall, square = (224, 448), (448, 224), (300, 300)
     assert nearest_size([wide, wide, square], sizes) == nearest_size([square, wide, wide], sizes) == (224, 448)
     assert nearest_size([square, square, wide], sizes) == (448, 448)
-    assert nearest_size([wide, tall], sizes) == (448, 448)
+    assert nearest_size([wide, tall], sizes) == (448, 448) and nearest_size([tall, tall, wide], sizes[1:]) == (448, 224)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
