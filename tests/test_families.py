@@ -57,9 +57,20 @@ def test_unpruned_answers_are_hugging_faces(work: Workshop, name: str) -> None:
         np.testing.assert_array_equal(found, wanted)
 
 
+def cut_early(name: str) -> Any:
+    """A case of cuts in front of and between the layers that deepstack adds to: others have none."""
+    return pytest.param(name, EARLY, id=f"{name}-early", marks=[pytest.mark.slow] * (name not in ("llava", "qwen3-vl")))
+
+
+def cut(*repeated: str) -> list[Any]:
+    """Every family by HiMAP's cuts, and by early ones."""
+    marks = {name: [pytest.mark.slow] * (name in repeated) for name in FAMILIES}
+    usual = [pytest.param(name, CUTS, id=f"{name}-himap", marks=marks[name]) for name in FAMILIES]
+    return usual + [cut_early(name) for name in FAMILIES]
+
+
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("cuts", [CUTS, EARLY], ids=["himap", "early"])
-@pytest.mark.parametrize("name", mostly("llava-onevision", "llava-onevision-film", "qwen3-vl-film"))
+@pytest.mark.parametrize(("name", "cuts"), cut("llava-onevision", "llava-onevision-film", "qwen3-vl-film"))
 def test_pruned_prompts_are_the_references(
     work: Workshop, tmp_path: Path, name: str, cuts: tuple[ReferenceCut, ...], batch: int
 ) -> None:
@@ -121,7 +132,7 @@ def test_analyses_see_the_same_model(work: Workshop, name: str) -> None:
     assert len(cams.vision) == (2 if name == "llava" else 0)
 
 
-@pytest.mark.parametrize("name", mostly("llava-onevision", "llava-onevision-film", "qwen2.5-vl-film", "qwen3-vl-film"))
+@pytest.mark.parametrize("name", mostly(*REPEATED))
 def test_half_precision_passes_validation(work: Workshop, name: str) -> None:
     bundle = work.family_bundle(name, "--k1", 2, "--k2", 4, "--dtype", "fp16")
     assert call(validate_main, bundle, "--model", work.family(name), "--no-speed", "--threads", 1) == 0

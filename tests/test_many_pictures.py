@@ -125,7 +125,7 @@ def pictures(folder: Path, name: str, count: int) -> list[Path]:
 PLACED = {"in front": (None, None, QUESTION), "between": ("Of ", None, " and ", None, f", {QUESTION}")}
 
 
-@pytest.mark.parametrize("placed", PLACED)
+@pytest.mark.parametrize("placed", ["between", pytest.param("in front", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MANY)
 def test_a_question_about_two_pictures_is_answered_as_by_hugging_face(
     work: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, placed: str

@@ -114,13 +114,10 @@ def _steps(run: Run, folder: Path, originals: Mapping[str, Path], before: str, e
     return len(ended.steps)
 
 
-WAYS = [
-    ("old", True),
-    pytest.param("old", False, marks=pytest.mark.slow),
-    pytest.param("nothing", True, marks=pytest.mark.slow),
-]
+WAYS = [("old", True), ("old", False), ("nothing", True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "exchange"), WAYS)
 def test_a_signal_at_every_step(
     run: Run, originals: Mapping[str, Path], tmp_path: Path, before: str, exchange: bool
