@@ -45,7 +45,7 @@ def test_the_docs_table_lists_every_alias() -> None:
     [
         ("llava-7b", (("--images", "4"),), ("4 images 336x336", 576)),
         ("qwen2.5-vl-7b", (("--frames", "16"),), ("film of 16 frames 448x448", 128)),
-        ("llava-next-vicuna-7b", (("--image-size", "672x672"),), ("672x672 in 5 tiles", 2928)),
+        ("smolvlm2-500m", (("--frames", "16", "--text-budget", "384"),), ("film of 16 frames 2048x2048", 64)),
         ("internvl3-2b", (), None),
     ],
 )
