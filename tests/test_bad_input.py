@@ -218,6 +218,7 @@ def test_an_existing_bundle_stays(work: Workshop, tmp_path: Path, capsys: pytest
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path: Path) -> None:
     """A limit on a file's size fails like a full disk, part way through the weights."""
     out = tmp_path / "deep" / "out"

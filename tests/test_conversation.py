@@ -82,7 +82,7 @@ def check(work: Workshop, name: str, plan: str, answers: Sequence[hx.Answer]) ->
     [
         ("llava", "himap", ORT),
         ("qwen3-vl", "himap", ORT),
-        ("llava", "none", ORT),
+        pytest.param("llava", "none", ORT, marks=pytest.mark.slow),
         ("qwen3-vl", "none", ORT),
         *(pytest.param(*case, OPENVINO, marks=pytest.mark.slow) for case in product(("llava", "qwen3-vl"), PLANS)),
     ],

@@ -85,7 +85,7 @@ def test_a_quota_keeps_as_many_of_each_picture(work: Workshop, tmp_path: Path, n
     expect_reference(work, name, cuts=cuts, images=(3,) * batch, flags=flags)
 
 
-@pytest.mark.parametrize("quota", ["prompt", "per-image"])
+@pytest.mark.parametrize("quota", ["prompt", pytest.param("per-image", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", ["llava", *(pytest.param(n, marks=pytest.mark.slow) for n in PICTURES if n != "llava")]
 )

@@ -60,7 +60,7 @@ def test_prefill_of_a_large_model_is_proved_to_stay_packed(
         backend.build(bundle, "k1")
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_prefill_in_fp32_never_rounds(work: Workshop, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     """Whatever memory the machine has: what is kept is the same on all. In 16 bits, where weights stay packed."""
     bundle = Bundle.open(work.bundle("tied", *INT4, "--dtype", dtype, cuts=CUTS))

@@ -18,7 +18,7 @@ LAYERS = {"prefix": 1, "k1": 2, "k2": 1, "decode": 4}
 Built = tuple[Bundle, dict[str, EngineRecord]]
 
 
-@pytest.fixture(scope="module", params=["fp16", "bf16"])
+@pytest.fixture(scope="module", params=["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
     model = staged(request.param)
     bundle = unsealed(tmp_path_factory.mktemp("rtx") / "work", model, (*model.graphs(), vision(request.param)))

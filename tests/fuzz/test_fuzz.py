@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 # Enough to see every door; together they take a quiet core about ten seconds.
 CASES = {
-    "bundle": 90,
-    "checkpoint": 120,
-    "quantised": 60,
-    "quantised bundle": 60,
-    "questions": 60,
-    "places": 100,
-    "options": 120,
+    "bundle": 60,
+    "checkpoint": 80,
+    "quantised": 40,
+    "quantised bundle": 40,
+    "questions": 40,
+    "places": 70,
+    "options": 80,
 }
 
 

@@ -147,7 +147,7 @@ def cuts(draw: st.DrawFn) -> tuple[Floats, int]:
 @example(cut=(np.array([[-NAN, -INF, -1, NAN, -3e38]], np.float32), 3), hidden=3, dtype="fp32")  # NaN of both signs
 @example(cut=(np.array([[-0.0, 0.0, -0.0, 0.0]], np.float32), 2), hidden=3, dtype="fp32")  # equal, whatever their sign
 @example(cut=(np.array([[0.0, -1e-45, -0.0, 1e-45]], np.float32), 2), hidden=3, dtype="fp32")  # subnormal, not zero
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_keeps_what_the_numpy_oracle_keeps(
     interpreter: Interpreter, cut: tuple[Floats, int], hidden: int, dtype: Dtype
 ) -> None:

@@ -24,7 +24,7 @@ from himap_export.graphs.plan import TokenBudget
 BUDGET = TokenBudget(PRUNED.kept(V), T, NEW)
 
 
-@pytest.fixture(scope="module", params=["fp16", "bf16"])
+@pytest.fixture(scope="module", params=["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Any]:
     model = staged(request.param)
     bundle = unsealed(tmp_path_factory.mktemp("plugin") / "work", model, model.graphs())
