@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from himap_export.engines.arrays import Inputs
 from himap_export.engines.bundle import Bundle, RunSpec
-from himap_export.engines.layout import count_images, text_tokens
+from himap_export.engines.layout import count_image_tokens, count_images, text_tokens
 from himap_export.engines.manifest import ImageSpec
 from himap_export.graphs.errors import HimapError
 
@@ -34,11 +34,7 @@ def fitting_variant(bundle: Bundle, inputs: Inputs, plan: str | None = None, tex
 
 def _fits(bundle: Bundle, inputs: Inputs, spec: ImageSpec) -> bool:
     """Whether prompts hold whole pictures of `spec`, with their pixels."""
-    image = bundle.manifest.model.image
-    found = image.find(inputs.input_ids)
-    if inputs.attention_mask is not None:
-        found &= inputs.attention_mask != 0
-    tokens = found.sum(axis=1)
+    tokens = count_image_tokens(inputs.input_ids, inputs.attention_mask, bundle.manifest.model.image)
     counts = tokens // spec.tokens
     whole = not (tokens % spec.tokens).any() and counts.min() > 0
     return whole and counts.sum() * spec.tiles == len(inputs.pixel_values)

@@ -135,8 +135,13 @@ def how_many(images: int) -> str:
 
 def count_images(input_ids: Integers, mask: Integers | None, image: ImageTokens, tokens: int) -> Integers:
     """Counts the pictures of `tokens` = V tokens each in prompts [b,S]: [b]."""
+    return count_image_tokens(input_ids, mask, image) // tokens
+
+
+def count_image_tokens(input_ids: Integers, mask: Integers | None, image: ImageTokens) -> Integers:
+    """Counts the image tokens in prompts [b,S]: [b]."""
     found = image.find(input_ids)
-    counted: Integers = (found if mask is None else found & (mask != 0)).sum(axis=1) // tokens
+    counted: Integers = (found if mask is None else found & (mask != 0)).sum(axis=1)
     return counted
 
 

@@ -129,8 +129,8 @@ class Prefill:
         random cuts draw by, modulo SEEDS; other plans read none. `seconds` [b] between two steps of a film.
         """
         m, budget, samples, film = self.manifest, self.spec.budget, len(input_ids), self.spec.image.film
-        steps = [film.rope_per_second * each for each in seconds or (1.0,) * samples] if film else []
-        steps = steps if film and film.rope_per_second else []
+        rate = film.rope_per_second if film else 0.0
+        steps = [rate * each for each in seconds or (1.0,) * samples] if rate else []
         layout = lay_out(
             input_ids, attention_mask, image=m.model.image, vocab=m.decoder.vocab, budget=budget,
             grid=self.spec.image.grid if m.decoder.rope_axes else None, steps=steps,

@@ -94,19 +94,16 @@ class Session:
         given = [images] if isinstance(images, Image.Image | Path | str) else list(images)
         if not given:
             raise HimapError("there is no image to ask about", hint="give one or several", code=Exit.USAGE)
-        held = self.bundle.variants(self._plan, len(given), film=False)
+        self.bundle.variants(self._plan, len(given), film=False)  # so many are refused before any is read
         shown = [upright(each) if isinstance(each, Image.Image) else load_image(Path(each)) for each in given]
-        sizes = [self.bundle.manifest.images[v.image].size for v in held]
-        size = self._image_size or nearest_size([(each.height, each.width) for each in shown], sizes)
-        spec = self.bundle.select(self._plan, image_size=size, images=len(given), film=False)
+        spec = self._nearest(shown, len(given), film=False)
         processor = self._processor(spec.variant.image)
         if (share := min(seen_share(each, processor.image) for each in shown)) < LEAST_SEEN:
             told = f"the model sees {share:.0%} of this image: its preprocessing crops to the centre"
             warnings.warn(HimapWarning(told), stacklevel=2)
         inputs = processor.inputs(shown, prompt)
-        fitting = self._with_text(spec, inputs)
         return Request(
-            inputs, fitting, pictures=tuple(shown), prompt=prompt, processor=processor,
+            inputs, self._with_text(spec, inputs), pictures=tuple(shown), prompt=prompt, processor=processor,
             sizes=tuple(each.size for each in shown),
         )  # fmt: skip
 
@@ -119,16 +116,21 @@ class Session:
         how = self.bundle.manifest.images[held[0].image].film
         assert how is not None
         film = read_film(Path(video), how)
-        sizes = [self.bundle.manifest.images[v.image].size for v in held]
         first = film.pictures[0]
-        size = self._image_size or nearest_size([(first.height, first.width)], sizes)
-        spec = self.bundle.select(self._plan, image_size=size, film=True)
+        spec = self._nearest([first], 1, film=True)
         processor = self._processor(spec.variant.image)
         inputs = processor.film_inputs(film, prompt)
         return Request(
             inputs, self._with_text(spec, inputs), pictures=film.pictures, prompt=prompt, processor=processor,
             sizes=(first.size,), film=film,
         )  # fmt: skip
+
+    def _nearest(self, shown: Sequence[Image.Image], images: int, film: bool) -> RunSpec:
+        """Returns a variant for so many `images`, or a `film`, of the size that is nearest to what is `shown`."""
+        held = self.bundle.variants(self._plan, images, film)
+        sizes = [self.bundle.manifest.images[v.image].size for v in held]
+        size = self._image_size or nearest_size([(each.height, each.width) for each in shown], sizes)
+        return self.bundle.select(self._plan, image_size=size, images=images, film=film)
 
     def _processor(self, image: str) -> Processor:
         """That of an image spec by its name; read once, for a large vocabulary takes a second."""
@@ -141,11 +143,7 @@ class Session:
         [n,3,H,W], the tiles of all their images, and `attention_mask` [b,S] if there is padding. HimapError (usage) if
         they are not that."""
         inputs = arrays if isinstance(arrays, Inputs) else as_inputs(arrays)
-        return Request(inputs, self._fitting(inputs))
-
-    def _fitting(self, inputs: Inputs) -> RunSpec:
-        """Returns the variant for prompts as arrays: tiles and image tokens say of which pictures, and of how many."""
-        return fitting_variant(self.bundle, inputs, self._plan, self._text_budget)
+        return Request(inputs, fitting_variant(self.bundle, inputs, self._plan, self._text_budget))
 
     def _with_text(self, spec: RunSpec, inputs: Inputs) -> RunSpec:
         """Returns the variant like `spec` at the text budget that fits."""
