@@ -4,10 +4,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime
 import torch
 from numpy.typing import NDArray
+from rtx_builds import serialized
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 
 from himap_export.exporter.families import qwen2_5_vl, qwen3_vl
@@ -55,11 +55,6 @@ def features(graph: StageGraph, model: Any, pixels: NDArray[np.float32]) -> list
         None, {"pixel_values": pixels, **{name: weights[name] for name in graph.weights}}
     )
     return found
-
-
-def serialized(graph: StageGraph) -> bytes:
-    data: bytes = ir.to_proto(graph.model).SerializeToString()
-    return data
 
 
 @cache

@@ -46,6 +46,19 @@ def plan_table(name: str, cuts: Sequence[ReferenceCut]) -> str:
     return f"[{name}]\ncuts = [{', '.join(rows)}]\n"
 
 
+def every_criterion(tokens: int) -> list[str]:
+    """As few plans as there can be, each cutting before every layer, to even shares of `tokens`."""
+    criteria, most, plans = sorted(SCORES), min(5, tokens - 1), list[str]()
+    for start in range(0, len(criteria), most):
+        chosen = enumerate(criteria[start : start + most], 1)
+        cuts = [
+            ReferenceCut(layer, c, keep=tokens * (most + 1 - layer) // (most + 1), coefficients=coefficients(c, 0))
+            for layer, c in chosen
+        ]
+        plans.append(plan_table(f"plan{start}", cuts))
+    return plans
+
+
 # Of films test_family_films.py asks more.
 @pytest.mark.parametrize("name", mostly("llava-onevision-film", "qwen2.5-vl-film", "qwen3-vl-film"))
 def test_unpruned_answers_are_hugging_faces(work: Workshop, name: str) -> None:
@@ -101,15 +114,7 @@ REPEATED = (
 @pytest.mark.parametrize("name", mostly(*REPEATED))
 def test_every_criterion_passes_validation(work: Workshop, tmp_path: Path, name: str) -> None:
     """As few plans as there can be, each cutting before every layer, to even shares of the image; and unpruned."""
-    tokens, criteria, plans = FAMILIES[name].tokens, sorted(SCORES), ["[none]\ncuts = []\n"]
-    most = min(5, tokens - 1)
-    for start in range(0, len(criteria), most):
-        chosen = enumerate(criteria[start : start + most], 1)
-        cuts = [
-            ReferenceCut(layer, c, keep=tokens * (most + 1 - layer) // (most + 1), coefficients=coefficients(c, 0))
-            for layer, c in chosen
-        ]
-        plans.append(plan_table(f"plan{start}", cuts))
+    plans = ["[none]\ncuts = []\n", *every_criterion(FAMILIES[name].tokens)]
     (tmp_path / "plans.toml").write_text("".join(plans))
     bundle = work.family_bundle(name, "--plan", tmp_path / "plans.toml", key=f"{plans}")
     for variant in Bundle.open(bundle).manifest.variants:

@@ -9,9 +9,8 @@ import pytest
 import torch
 from commands import Workshop, call, greedy, padded
 from families import FAMILIES, family_inputs, hugging_face_answer, processed
-from oracle_criteria import coefficients
 from PIL import Image
-from test_families import CUTS, NEW, plan_table
+from test_families import CUTS, NEW, every_criterion, plan_table
 from test_family_prompts import CHINA, QUESTION
 from transformers import AutoModelForImageTextToText
 
@@ -20,7 +19,6 @@ from himap_export.engines.cli import main as run_main
 from himap_export.engines.prompt import FILM_MARK, IMAGE_MARK
 from himap_export.exporter.cli import main as export_main
 from himap_export.graphs.errors import Exit, HimapError
-from himap_export.graphs.importance import SCORES
 from himap_export.validate.cli import main as validate_main
 from himap_export.validate.reference.criteria import ReferenceCut
 from himap_export.validate.reference.reference import Reference
@@ -93,16 +91,8 @@ def test_every_criterion_over_two_pictures_passes_validation(
     work: Workshop, tmp_path: Path, name: str, quota: str
 ) -> None:
     """Drawn prompts, text between the pictures; each criterion at a cut, in front of every layer."""
-    (tokens, _), criteria, plans = FAMILIES[name].seen(2), sorted(SCORES), list[str]()
-    each = tokens if quota == "per-image" else 2 * tokens
-    most = min(5, each - 1)
-    for start in range(0, len(criteria), most):
-        chosen = enumerate(criteria[start : start + most], 1)
-        cuts = [
-            ReferenceCut(layer, c, keep=each * (most + 1 - layer) // (most + 1), coefficients=coefficients(c, 0))
-            for layer, c in chosen
-        ]
-        plans.append(plan_table(f"plan{start}", cuts))
+    tokens, _ = FAMILIES[name].seen(2)
+    plans = every_criterion(tokens if quota == "per-image" else 2 * tokens)
     (tmp_path / "plans.toml").write_text("".join(plans))
     flags = ("--plan", tmp_path / "plans.toml", "--quota", quota, "--images", 2)
     bundle = work.family_bundle(name, *flags, key=f"{plans}{quota}")

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from rtx_builds import expect_rtx_build, serialized
 from safetensors import safe_open
 from sklearn.datasets import load_sample_images
 from transformers import (
@@ -22,7 +22,6 @@ from transformers import (
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from himap_export.engines.image import preprocess
-from himap_export.engines.nvinfer.edition import RTX, log_of
 from himap_export.exporter.aliases import ALIASES
 from himap_export.exporter.bind import WeightNames
 from himap_export.exporter.families.anyres import Anyres
@@ -77,11 +76,6 @@ def model(config: dict[str, Any]) -> Any:
 def graph(config: dict[str, Any], asked: ImageOptions, dtype: Dtype = "fp32") -> StageGraph:
     known = family(config)
     return vision_graph("vision", known, known.vision(asked), hidden=48, dtype=dtype, names=WeightRef)
-
-
-def serialized(graph: StageGraph) -> bytes:
-    data: bytes = ir.to_proto(graph.model).SerializeToString()
-    return data
 
 
 def wanted(theirs: Any, asked: ImageOptions, pixels: Pixels) -> Pixels:
@@ -216,13 +210,7 @@ def test_a_decoder_may_tie_what_its_model_denies() -> None:
 
 @pytest.mark.parametrize(("name", "asked"), [ASKED[0], ASKED[2], ASKED[4]])
 def test_tensorrt_rtx_builds_the_graph(name: str, asked: ImageOptions) -> None:
-    trt, log = RTX.api(), log_of(RTX)
-    log.clear()
-    builder = trt.Builder(log)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
-    assert parser.parse(serialized(graph(CONFIGS[name], asked, "fp16"))), log.errors
-    assert builder.build_serialized_network(network, builder.create_builder_config()) is not None, log.errors
+    expect_rtx_build(graph(CONFIGS[name], asked, "fp16"))
 
 
 def test_pixels_of_the_three_kinds() -> None:

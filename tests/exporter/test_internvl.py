@@ -9,10 +9,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from rtx_builds import expect_rtx_build, serialized
 from safetensors import safe_open
 from transformers import InternVLForConditionalGeneration
 
-from himap_export.engines.nvinfer.edition import RTX, log_of
 from himap_export.exporter.bind import WeightNames
 from himap_export.exporter.families.internvl import InternVl
 from himap_export.exporter.family import ImageOptions
@@ -49,11 +49,6 @@ def graph(config: dict[str, Any], tiles: int, dtype: Dtype = "fp32", hidden: int
     family = InternVl.parse(config)
     spec = family.vision(ImageOptions(tiles=tiles))
     return vision_graph("vision", family, spec, hidden=hidden, dtype=dtype, names=WeightRef)
-
-
-def serialized(graph: StageGraph) -> bytes:
-    data: bytes = ir.to_proto(graph.model).SerializeToString()
-    return data
 
 
 TOWERS: dict[str, dict[str, Any]] = {"300M": {}, "6B": LARGE, "with a last norm": {"use_mean_pooling": False}}
@@ -119,14 +114,7 @@ def test_names_cover_a_saved_checkpoint(tied: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("tower", [{}, LARGE], ids=["300M", "6B"])
 def test_tensorrt_rtx_fuses_the_attention(tower: dict[str, Any], dtype: Dtype) -> None:
-    trt, log = RTX.api(), log_of(RTX)
-    log.clear()
-    builder = trt.Builder(log)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
-    assert parser.parse(serialized(graph(config(tower), 3, dtype))), log.errors
-    settings = builder.create_builder_config()
-    assert builder.build_serialized_network(network, settings) is not None, log.errors
+    expect_rtx_build(graph(config(tower), 3, dtype))
 
 
 def test_decoders_as_published() -> None:

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from qwen_towers import CONFIG_2_5, CONFIG_3, features, qwen2_5_model, qwen3_model, serialized
+from qwen_towers import CONFIG_2_5, CONFIG_3, features, qwen2_5_model, qwen3_model
+from rtx_builds import expect_rtx_build
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from himap_export.engines.film import Film, Frames
-from himap_export.engines.nvinfer.edition import RTX, log_of
 from himap_export.exporter.families import qwen2_5_vl, qwen3_vl
 from himap_export.exporter.family import ImageOptions
 from himap_export.exporter.registry import AnyFamily
@@ -124,9 +124,4 @@ def test_tensorrt_rtx_builds_films(family: AnyFamily, config: dict[str, Any]) ->
     spec = known.vision(ImageOptions((252, 168) if width == 80 else (96, 224), frames=8))
     graph = vision_graph("vision", known, spec, hidden=48, dtype="fp16", names=WeightRef)
     assert [node.op_type for node in graph.model.graph].count("Attention") == (5 if width == 80 else 2)
-    trt, log = RTX.api(), log_of(RTX)
-    builder = trt.Builder(log)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
-    assert parser.parse(serialized(graph)), parser.get_error(0).desc()
-    assert builder.build_serialized_network(network, builder.create_builder_config())
+    expect_rtx_build(graph)

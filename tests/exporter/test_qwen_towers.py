@@ -7,13 +7,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from qwen_towers import CONFIG_2_5, CONFIG_3, features, qwen2_5_model, qwen3_model, serialized
+from qwen_towers import CONFIG_2_5, CONFIG_3, features, qwen2_5_model, qwen3_model
+from rtx_builds import expect_rtx_build
 from safetensors import safe_open
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
-from himap_export.engines.nvinfer.edition import RTX, log_of
 from himap_export.exporter.families import qwen2_5_vl, qwen3_vl
 from himap_export.exporter.family import ImageOptions
 from himap_export.exporter.registry import AnyFamily
@@ -93,12 +93,7 @@ def test_tensorrt_rtx_builds_heads_of_the_published_width(
     assert tables and all(value.dtype == ir.DataType.FLOAT for value in tables)
     attentions = [node for node in graph.model.graph if node.op_type == "Attention"]
     assert len(attentions) == (5 if width == 80 else 1)  # whole, right, bottom and corner windows, and the full block
-    trt, log = RTX.api(), log_of(RTX)
-    builder = trt.Builder(log)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
-    assert parser.parse(serialized(graph)), parser.get_error(0).desc()
-    assert builder.build_serialized_network(network, builder.create_builder_config())
+    expect_rtx_build(graph)
 
 
 @BOTH

@@ -20,11 +20,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from rtx_builds import expect_rtx_build, serialized
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from torch.nn import functional
 
-from himap_export.engines.nvinfer.edition import RTX, log_of
 from himap_export.exporter.bind import WeightNames
 from himap_export.exporter.families import tiktoken as ranks_file
 from himap_export.exporter.families.qwen_vl import QwenVl
@@ -48,11 +48,6 @@ def graph(visual: dict[str, Any], dtype: Dtype) -> StageGraph:
     family = QwenVl.parse(config)
     spec = family.vision(ImageOptions())
     return vision_graph("vision", family, spec, hidden=visual["output_dim"], dtype=dtype, names=WeightRef)
-
-
-def serialized(made: StageGraph) -> bytes:
-    data: bytes = ir.to_proto(made.model).SerializeToString()
-    return data
 
 
 def stored(tensors: dict[str, NDArray[Any]], family: QwenVl, role: str) -> NDArray[Any]:
@@ -129,12 +124,7 @@ def test_names_of_the_release() -> None:
 def test_tensorrt_rtx_builds_heads_of_the_published_width(dtype: Dtype) -> None:
     """Heads of 104 in the tower, of 128 in the resampler with more keys than queries: fused, or the build fails."""
     made = graph({**RELEASED, "layers": 1, "width": 208, "heads": 2, "output_dim": 256}, dtype)
-    trt, log = RTX.api(), log_of(RTX)
-    builder = trt.Builder(log)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
-    assert parser.parse(serialized(made)), parser.get_error(0).desc()
-    assert builder.build_serialized_network(network, builder.create_builder_config())
+    expect_rtx_build(made)
 
 
 def test_decoder() -> None:

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from num2words import num2words
 from PIL import Image
+from rtx_builds import expect_rtx_build, serialized
 from safetensors import safe_open
 from sklearn.datasets import load_sample_images
 from transformers import SmolVLMForConditionalGeneration, SmolVLMVisionConfig
@@ -25,7 +25,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoMetadata
 
 from himap_export.engines.image import preprocess
-from himap_export.engines.nvinfer.edition import RTX, log_of
 from himap_export.exporter.aliases import ALIASES
 from himap_export.exporter.bind import WeightNames
 from himap_export.exporter.families.number_words import number_words
@@ -73,11 +72,6 @@ def model(**changed: Any) -> Any:
 def graph(asked: ImageOptions, dtype: Dtype = "fp32", **changed: Any) -> StageGraph:
     found = family(**changed)
     return vision_graph("vision", found, found.vision(asked), hidden=48, dtype=dtype, names=WeightRef)
-
-
-def serialized(graph: StageGraph) -> bytes:
-    data: bytes = ir.to_proto(graph.model).SerializeToString()
-    return data
 
 
 @pytest.mark.parametrize(
@@ -129,13 +123,7 @@ def test_each_layer_is_one_attention_node() -> None:
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_tensorrt_rtx_fuses_the_attention(dtype: Dtype) -> None:
-    trt, log = RTX.api(), log_of(RTX)
-    log.clear()
-    builder = trt.Builder(log)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
-    assert parser.parse(serialized(graph(ImageOptions(size=(40, 100)), dtype))), log.errors
-    assert builder.build_serialized_network(network, builder.create_builder_config()) is not None, log.errors
+    expect_rtx_build(graph(ImageOptions(size=(40, 100)), dtype))
 
 
 @pytest.mark.parametrize(("size", "grid"), [*zip(SIZES, GRIDS, strict=True)])
