@@ -82,7 +82,7 @@ class LlavaOnevision(Anyres):
             pad=151643,
             film_token=self.full.video_token_index,
             film_text="<video>",
-            film_lead="<video>\n",
+            film_lead="<video>",
         )
 
     def image(self, spec: VisionSpec) -> ImagePreprocessing:
