@@ -20,6 +20,7 @@ from himap_export.exporter.families.llava_next import LlavaNext
 from himap_export.exporter.families.llava_onevision import LlavaOnevision
 from himap_export.exporter.family import ImageOptions
 from himap_export.exporter.processor import read_processor
+from himap_export.exporter.prompts import default_prompt
 from himap_export.graphs.errors import HimapError
 
 CHINA, FLOWER = (Image.fromarray(each) for each in load_sample_images().images)
@@ -91,6 +92,13 @@ def test_several_pictures_are_seen_as_hugging_face_sees_them(tmp_path: Path) -> 
     np.testing.assert_array_equal(found.input_ids, wanted["input_ids"])
     np.testing.assert_array_equal(found.pixel_values, np.concatenate(list(wanted["pixel_values"])))
     assert (found.input_ids == 299).sum() == 2 * spec.tokens == 20
+
+
+def test_a_film_stands_where_a_picture_stands_without_a_chat_template() -> None:
+    how = default_prompt(family("llava-onevision").prompt())
+    wanted = "<|im_start|>user\n<video>\nWhy?<|im_end|><|im_start|>assistant\n"
+    assert how.render("Why?", ["<video>"], film=True) == wanted
+    assert how.render("Why?", ["<image>"]) == wanted.replace("<video>", "<image>")
 
 
 def test_colours_and_filter_are_the_files(tmp_path: Path) -> None:
